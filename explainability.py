@@ -496,32 +496,44 @@ def target_index(target_class: str | None, class_names: Sequence[str]) -> int | 
     raise ExplainError(f"--target-class {printable(target_class)}: not a class of the network; choose {choices}")
 
 
-def explain(classifier: Classifier, radiographs: Sequence[Radiograph], target_class: str | None = None) -> list[Explanation]:
+def input_batch(classifier: Classifier, radiographs: Sequence[Radiograph]) -> torch.Tensor:
+    """Radiographs as the classifier takes them: (B, 3, size, size) float32 on its device."""
+    import torch
+
+    stacked = np.stack([network_input(radiograph, classifier.preprocessing) for radiograph in radiographs])
+    return torch.from_numpy(stacked).to(classifier.device)
+
+
+def explain_inputs(classifier: Classifier, inputs: torch.Tensor, target: int | None = None) -> tuple[torch.Tensor, ...]:
     """One forward pass, and one backward pass from the class scores to the target layer.
 
-    Explains the class that `target_class` names, or of each image the predicted class. Raises
-    ExplainError where there is no such class or the network's output is not finite.
+    Returns probabilities (B, K), the explained classes (B,): `target`, or each image's predicted
+    class, and the raw maps (B, h, w). Raises ExplainError where the network's output is not finite.
     """
     import torch
 
-    target = target_index(target_class, classifier.class_names)
-    device = classifier.device
-    stacked = np.stack([network_input(radiograph, classifier.preprocessing) for radiograph in radiographs])
     layer = classifier.network.get_submodule(classifier.family.target_layer)
     with captured_activations(layer) as captured, torch.enable_grad():
-        logits = classifier.network(torch.from_numpy(stacked).to(device))  # (B, K)
+        logits = classifier.network(inputs)  # (B, K)
     (activations,) = captured
     if not torch.isfinite(logits).all():
         raise ExplainError(f"{shown(classifier.checkpoint)}: the network's output is not finite; its weights are damaged")
-    explained = logits.argmax(dim=1) if target is None else torch.full((len(logits),), target, device=device)
+    explained = logits.argmax(dim=1) if target is None else torch.full_like(logits[:, 0], target, dtype=torch.long)
     # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
     score = logits.gather(1, explained[:, None]).sum()
     (gradients,) = torch.autograd.grad(score, activations)
-    raw_maps = grad_cam(activations.detach(), gradients).cpu().numpy()
-    probabilities = logits.detach().softmax(dim=1).cpu().numpy()
-    return [
-        explanation(classifier, *each) for each in zip(probabilities, explained.tolist(), raw_maps)
-    ]
+    return logits.detach().softmax(dim=1), explained, grad_cam(activations.detach(), gradients)
+
+
+def explain(classifier: Classifier, radiographs: Sequence[Radiograph], target_class: str | None = None) -> list[Explanation]:
+    """Explain a batch of radiographs: the class that `target_class` names, or each one's predicted class.
+
+    Raises ExplainError where there is no such class or the network's output is not finite.
+    """
+    target = target_index(target_class, classifier.class_names)
+    tensors = explain_inputs(classifier, input_batch(classifier, radiographs), target)
+    probabilities, explained, raw_maps = (tensor.cpu().numpy() for tensor in tensors)
+    return [explanation(classifier, *each) for each in zip(probabilities, explained.tolist(), raw_maps)]
 
 
 def explanation(classifier: Classifier, probabilities: np.ndarray, explained: int, raw_map: np.ndarray) -> Explanation:
@@ -655,23 +667,27 @@ class Panel:
         (height, width), dpi = pixels.shape[:2], self.figure.dpi
         left = round((self.left + self.width / 2) * dpi - width / 2)
         bottom = round((self.bottom + self.height / 2) * dpi - height / 2)
-        self.figure.add_artist(picture_artist(pixels, left, bottom))
+        self.figure.add_artist(picture_class()(pixels, left, bottom))
         # The title sits on its picture, not on the top of a panel that a wide picture leaves empty.
         top = (bottom + height) / dpi - self.bottom
         self.write(0.5, top / self.height + 0.02, title, BODY, self.width, ha="center", va="bottom")
 
 
-def picture_artist(pixels: np.ndarray, left: int, bottom: int) -> Artist:
-    """Pixels that matplotlib copies to the page as they are; its own images are resampled."""
+@functools.cache
+def picture_class() -> type[Artist]:
+    """An artist that copies pixels to the page as they are; matplotlib's own images are resampled."""
     from matplotlib.artist import Artist
 
-    opaque = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])[::-1]  # Agg draws upwards
-
     class Picture(Artist):
-        def draw(self, renderer: Any) -> None:
-            renderer.draw_image(renderer.new_gc(), left, bottom, opaque)
+        def __init__(self, pixels: np.ndarray, left: int, bottom: int) -> None:
+            super().__init__()
+            opaque = np.full((*pixels.shape[:2], 1), 255, np.uint8)
+            self.arguments = left, bottom, np.concatenate([pixels, opaque], axis=2)[::-1]  # Agg draws upwards
 
-    return Picture()
+        def draw(self, renderer: Any) -> None:
+            renderer.draw_image(renderer.new_gc(), *self.arguments)
+
+    return Picture
 
 
 def draw_heatmap(panel: Panel, picture: np.ndarray, explanation: Explanation, style: FigureStyle, title: str) -> None:
@@ -1079,13 +1095,13 @@ def result_line(job: Job, explanations: Sequence[Explanation]) -> str:
     return f"{'⚠️ ' if differ else '✅'} {shown(job.image)}: {verdicts}{'; models disagree' if differ else ''}"
 
 
-def run_lines(rows: Sequence[dict[str, str]], classifiers: Sequence[Classifier], computed: int, seconds: float) -> list[str]:
+def run_lines(rows: Sequence[dict[str, str]], classifiers: Sequence[Classifier], kept: int, seconds: float) -> list[str]:
     """What a run over many images found: speed, accuracy, confusion, the images to look at."""
     failed = [row for row in rows if row["error"]]
     done = [row for row in rows if not row["error"]]
     lines = [RULE, "📊 RUN SUMMARY", RULE, f"Images: {len(done)} done, {len(failed)} failed"]
-    if computed:
-        lines.append(f"Speed: {computed / seconds:.2f} images per second ({computed} images in {seconds:.1f} s)")
+    if len(done) > kept:
+        lines.append(f"Speed: {(len(done) - kept) / seconds:.2f} images per second ({len(done) - kept} images in {seconds:.1f} s)")
     for classifier in classifiers:
         lines += ["", *accuracy_lines(done, classifier)]
     if len(classifiers) > 1 and done:
@@ -1224,23 +1240,30 @@ def drawing_processes(device: str) -> int:
 
 
 @contextlib.contextmanager
-def drawing_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that draw figures; they import matplotlib and never torch.
+def drawing_pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes that draw figures, None for none of them; they import matplotlib and never torch.
 
     They leave Ctrl-C to this process: what they have begun they finish, what waits is dropped.
+    Raises ExplainError where one of them is killed.
     """
+    if not processes:
+        yield None
+        return
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         for _ in range(processes):  # they start while the networks are loaded
             pool.submit(drawable_characters)
         yield pool
+    except BrokenExecutor as error:
+        raise ExplainError("drawing: a process that draws figures was killed; free some memory, then go on with --skip-existing") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def run_many(request: Request) -> tuple[list[str], int]:
     """Explain many images in batches, with a row of the table for each; returns as run_single."""
-    with drawing_pool(drawing_processes(request.device)) as pool:
+    processes = drawing_processes(request.device) if request.jobs[0].figures else 0
+    with drawing_pool(processes) as pool:
         say(f"🔍 {'Comparing' if len(request.checkpoints) > 1 else 'Analyzing'} explainability for {len(request.jobs)} images", RULE)
         classifiers = load_models(request)
         columns = table_columns(classifiers)
@@ -1255,12 +1278,12 @@ def run_many(request: Request) -> tuple[list[str], int]:
                 rows.append(row)
                 bar.write(line, file=sys.stderr if row["error"] else sys.stdout)
                 bar.update()
-    lines = run_lines(rows, classifiers, len(jobs), time.monotonic() - started)
+    lines = run_lines(rows, classifiers, len(kept), time.monotonic() - started)
     return [*lines, f"Table: {shown(request.output_folder / TABLE_NAME)}"], int(any(row["error"] for row in rows))
 
 
 def finished_jobs(
-    pool: ProcessPoolExecutor, jobs: Sequence[Job], classifiers: Sequence[Classifier], request: Request
+    pool: ProcessPoolExecutor | None, jobs: Sequence[Job], classifiers: Sequence[Classifier], request: Request
 ) -> Iterator[tuple[dict[str, str], str]]:
     """The table's row and the console's line of each job, once its files are written.
 
@@ -1268,8 +1291,9 @@ def finished_jobs(
     """
     waiting: deque[tuple[Result, Future[None] | None]] = deque()
     for result in explain_jobs(jobs, classifiers, request):
-        drawn = pool.submit(write_figures, result.job, result.picture, result.explanations, request.style) if result.explanations else None
-        waiting.append((result, drawn))
+        is_drawn = result.job.figures and not result.error
+        arguments = (result.job, result.picture, result.explanations, request.style)
+        waiting.append((result, pool.submit(write_figures, *arguments) if is_drawn else None))
         if len(waiting) > MAX_WAITING_JOBS:
             yield finished_job(*waiting.popleft(), classifiers)
     for result, drawn in waiting:
@@ -1279,16 +1303,15 @@ def finished_jobs(
 def finished_job(result: Result, drawn: Future[None] | None, classifiers: Sequence[Classifier]) -> tuple[dict[str, str], str]:
     """Wait for a job's figures, write its maps; its row and its line, whether it worked or not."""
     try:
-        if drawn is None:
+        if result.error:
             raise ExplainError(result.error)
-        drawn.result()
+        if drawn is not None:
+            drawn.result()
         write_maps(result.job, classifiers, result.explanations)
         return table_row(result.job, result.explanations), result_line(result.job, result.explanations)
     except ExplainError as error:
         truth = true_class(result.job.image, classifiers[0].class_names)
         return {"file": str(result.job.image), "true_class": truth, "error": str(error)}, f"❌ {error}"
-    except BrokenExecutor as error:
-        raise ExplainError("drawing: a process that draws figures was ended from outside; run again with --skip-existing") from error
 
 
 def progress_bar(total: int, quiet: bool) -> tqdm:
