@@ -444,6 +444,10 @@ def open_picture(file: BinaryIO) -> Image.Image:
             image.verify()  # checksums, which decoding alone does not look at; must open again
             file.seek(0)
             image = Image.open(file, formats=IMAGE_FORMATS)
+        # Pillow has read up to the scan. Without an end mark behind it (a copy that broke off and
+        # was filled with zeros), the decoder would invent the rest in grey.
+        if image.format == "JPEG" and b"\xff\xd9" not in file.read():
+            raise ExplainError(DAMAGED)
         return image
     except UnidentifiedImageError as error:
         raise ExplainError("not an image that can be read here, or its start is damaged; convert it to PNG") from error
