@@ -563,7 +563,7 @@ def test_a_changed_byte_is_refused_where_the_format_has_checksums(tmp_path: Path
                 raise ExplainError("nothing lost")
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "progressive JPEG", "deflated TIFF", "WebP", "GIF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "progressive JPEG", "deflated TIFF", "GIF"])
 def test_a_tail_of_zeros_as_of_a_broken_copy_is_refused(tmp_path: Path, kind: str) -> None:
     whole = WHOLE[kind]()
     half = len(whole) // 2
