@@ -536,19 +536,26 @@ def dicom_grey(dataset: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[s
     Modality LUT, then VOI LUT or first window, then MONOCHROME1 inverted (PS3.3 C.7.6.3, C.11.1
     and C.11.2); padding black. Without a usable LUT or window the rule of `to_8_bits`.
     """
-    from pydicom.pixels import apply_color_lut, apply_modality_lut
+    from pydicom.pixels import apply_color_lut
 
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         return to_8_bits(apply_color_lut(stored, dataset))
     padding = padding_mask(dataset, stored)
-    if dataset.get("ModalityLUTSequence") or (dataset.get("RescaleSlope", 1), dataset.get("RescaleIntercept", 0)) != (1, 0):
-        values = apply_modality_lut(stored, dataset)
-    else:
-        values = stored if dataset.get("BitsStored") == 8 else stored.astype(np.promote_types(stored.dtype, np.int16))
+    values = modality_values(dataset, stored)
     pixels, notes = windowed(dataset, values) or to_8_bits(values, padding)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         pixels = 255 - pixels
     return np.where(padding, np.uint8(0), pixels), notes
+
+
+def modality_values(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
+    """Stored values through the modality LUT or the rescale; uint8 only where 8 bits are in use."""
+    if dataset.get("ModalityLUTSequence"):
+        return looked_up(dataset.ModalityLUTSequence[0], stored)[0]
+    slope, intercept = first_number(dataset, "RescaleSlope"), first_number(dataset, "RescaleIntercept")
+    if None not in (slope, intercept) and (slope, intercept) != (1, 0):
+        return stored * slope + intercept
+    return stored if dataset.get("BitsStored") == 8 else stored.astype(np.promote_types(stored.dtype, np.int16))
 
 
 def padding_mask(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
@@ -562,13 +569,14 @@ def padding_mask(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
 
 
 def windowed(dataset: Dataset, values: np.ndarray) -> tuple[np.ndarray, list[str]] | None:
-    """Values through the first VOI LUT, else the first window; None where neither is usable.
+    """uint8 through the first VOI LUT, else the first window, and a note; None where it shows nothing.
 
     pydicom's own functions are not used: they cut indices of 8-bit tables to 8 bits, and raise
     on windows of width zero, which some machines write.
     """
     if dataset.get("VOILUTSequence"):
-        return looked_up(dataset.VOILUTSequence[0], values), ["shown through its VOI LUT"]
+        through, low, high = looked_up(dataset.VOILUTSequence[0], values)
+        return (scaled(through, low, high), ["shown through its VOI LUT"]) if low < high else None
     centre, width = first_number(dataset, "WindowCenter"), first_number(dataset, "WindowWidth")
     shape = dataset.get("VOILUTFunction") or "LINEAR"
     if centre is None or width is None or not width > (shape == "LINEAR"):
@@ -584,14 +592,16 @@ def windowed(dataset: Dataset, values: np.ndarray) -> tuple[np.ndarray, list[str
     return scaled(values, low, high), [note]
 
 
-def looked_up(item: Dataset, values: np.ndarray) -> np.ndarray:
-    """Values through a VOI LUT, whose lowest entry becomes 0 and highest 255."""
-    entries = item.LUTData
-    table = np.frombuffer(entries, "<u2") if isinstance(entries, bytes) else np.asarray(entries, np.uint16)
-    if table.min() == table.max():
-        raise ExplainError("a VOI LUT that shows every value alike; export it without")
-    index = np.clip(values.astype(np.int64) - item.LUTDescriptor[1], 0, len(table) - 1)
-    return scaled(table, table.min(), table.max())[index]
+def looked_up(item: Dataset, values: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Values through a modality or VOI LUT (PS3.3 C.11.1.1), and its lowest and highest entry."""
+    entries, first, _ = item.LUTDescriptor
+    table = item.LUTData
+    if isinstance(table, bytes):
+        order = "<" if item.original_encoding[1] else ">"
+        table = np.frombuffer(table, np.uint8 if len(table) < 2 * (entries or 65_536) else f"{order}u2")
+    table = np.asarray(table, np.uint16)
+    index = np.clip(values.astype(np.int64) - first, 0, len(table) - 1)
+    return table[index], int(table.min()), int(table.max())
 
 
 def first_number(dataset: Dataset, name: str) -> float | None:

@@ -654,12 +654,39 @@ def test_a_voi_lut_goes_before_a_window(tmp_path: Path, bits: int) -> None:
     assert np.array_equal(grey(load_radiograph(path)), stretched(through, 0, 2**bits - 1))
 
 
-def test_a_modality_lut_is_applied(tmp_path: Path) -> None:
-    table = np.arange(200, dtype=np.uint16)[::-1] * 5
-    sequence = lut_item(0, table, 16)
+@pytest.mark.parametrize(("bits", "packed"), [(16, False), (8, False), (8, True)])
+def test_a_modality_lut_is_applied(tmp_path: Path, bits: int, packed: bool) -> None:
+    table = np.arange(400, dtype=np.uint16)[::-1] // 2
+    sequence = lut_item(0, table, bits)
     sequence[0].ModalityLUTType = "US"
-    path = written(tmp_path / "x", dicom(RAMP.astype(np.uint16), ModalityLUTSequence=sequence))
-    assert np.array_equal(grey(load_radiograph(path)), stretched(table[RAMP], table[107], table[0]))
+    if packed:  # two 8-bit entries in each 16-bit word
+        sequence[0].LUTData = table.astype(np.uint8).tobytes()
+    path = written(tmp_path / "x", dicom((RAMP * 3).astype(np.uint16), ModalityLUTSequence=sequence))
+    assert np.array_equal(grey(load_radiograph(path)), stretched(table[RAMP * 3], table[321], table[0]))
+
+
+def test_big_endian_dicom_and_its_lut_are_read(tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    table = (np.arange(500, dtype=np.uint16) ** 2 // 4).astype(np.uint16)
+    dataset = pydicom.dcmread(io.BytesIO(dicom((RAMP * 4).astype(np.uint16))))
+    dataset.VOILUTSequence = lut_item(0, table.byteswap(), 16)
+    dataset.PixelData = (RAMP * 4).astype(">u2").tobytes()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRBigEndian
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset, little_endian=False, implicit_vr=False)
+    path = written(tmp_path / "x", buffer.getvalue())
+    assert np.array_equal(grey(load_radiograph(path)), stretched(table[RAMP * 4], 0, int(table.max())))
+
+
+@pytest.mark.parametrize("tags", [{"RescaleSlope": None, "RescaleIntercept": None}, {"RescaleSlope": 3}, {"RescaleIntercept": 5}])
+def test_a_rescale_that_is_not_whole_is_ignored(tmp_path: Path, tags: dict[str, object]) -> None:
+    assert np.array_equal(grey(load_radiograph(written(tmp_path / "x", dicom(RAMP.astype(np.uint8), **tags)))), RAMP)
+
+
+def test_a_constant_voi_lut_is_ignored(tmp_path: Path) -> None:
+    values = (RAMP * 9).astype(np.uint16)
+    path = written(tmp_path / "x", dicom(values, VOILUTSequence=lut_item(0, np.full(1000, 7), 16)))
+    assert np.array_equal(grey(load_radiograph(path)), stretched(values, 0, 963))
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
