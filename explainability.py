@@ -440,10 +440,6 @@ def open_picture(file: BinaryIO) -> Image.Image:
     """Read an image file's header. Raises ExplainError, without the path."""
     try:
         image = Image.open(file, formats=IMAGE_FORMATS)
-        if image.format == "PNG":
-            image.verify()  # checksums, which decoding alone does not look at; must open again
-            file.seek(0)
-            image = Image.open(file, formats=IMAGE_FORMATS)
         # Pillow has read up to the scan. Without an end mark behind it (a copy that broke off and
         # was filled with zeros), the decoder would invent the rest in grey.
         if image.format == "JPEG" and b"\xff\xd9" not in file.read():
@@ -477,8 +473,8 @@ def grey_values(image: Image.Image, tags: dict[int, Any]) -> np.ndarray | None:
 
 def colours(image: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8 of an image of at most 8 bits a colour, transparent parts over black."""
-    if image.mode in ("La", "RGBa"):
-        image = image.convert(image.mode.upper())
+    if image.mode == "La":
+        image = image.convert("LA")  # Pillow goes no other way from here
     if not image.has_transparency_data:
         return np.asarray(image.convert("RGB"))
     premultiplied = image.convert("RGBA").convert("RGBa")  # colour * opacity is what black lets through

@@ -6,6 +6,7 @@ Expected pixels come from NumPy arithmetic on the values written, not from the t
 from __future__ import annotations
 
 import io
+import logging
 import os
 import socket
 import struct
@@ -264,11 +265,13 @@ def test_transparent_palette_entry_is_laid_over_black(tmp_path: Path, kind: str)
     assert np.array_equal(grey(load_radiograph(path)), np.where(RAMP == 7, 0, 255 - RAMP))
 
 
-def test_premultiplied_tiff_is_laid_over_black(tmp_path: Path) -> None:
-    values = np.stack([RAMP, RAMP // 2, RAMP // 3, RAMP + 100], axis=2).astype(np.uint8)
-    path = written(tmp_path / "x", tiff(values, photometric="rgb", extrasamples=["assocalpha"]))
-    pixels = load_radiograph(path).pixels.astype(int)
-    assert np.abs(pixels - values[:, :, :3]).max() <= 1  # what is stored is already over black
+@pytest.mark.parametrize("channels", [1, 3])
+def test_premultiplied_tiff_is_laid_over_black(tmp_path: Path, channels: int) -> None:
+    colours = np.stack([RAMP // (channel + 1) for channel in range(channels)], axis=2)
+    values = np.concatenate([colours, RAMP[:, :, None] + 100], axis=2).astype(np.uint8)
+    photometric = "rgb" if channels == 3 else "minisblack"
+    path = written(tmp_path / "x", tiff(values, photometric=photometric, planarconfig="contig", extrasamples=["assocalpha"]))
+    assert np.abs(load_radiograph(path).pixels.astype(int) - colours).max() <= 1  # what is stored is already over black
 
 
 def test_cmyk_tiff_becomes_rgb(tmp_path: Path) -> None:
@@ -462,6 +465,28 @@ def test_unknown_bytes_are_refused(tmp_path: Path) -> None:
     assert "not an image" in refusal(written(tmp_path / "x.jpg", b"\x7fELF\x02\x01\x01" + bytes(200)))
 
 
+@pytest.mark.parametrize("kind", ["ICO", "PPM", "PCX", "TGA", "JPEG2000", "ICNS"])
+def test_what_pillow_could_read_but_is_not_listed_is_refused(tmp_path: Path, kind: str) -> None:
+    image = Image.fromarray(np.zeros((32, 32, 3), np.uint8))
+    assert "not an image that can be read here" in refusal(written(tmp_path / "x.png", encoded(image, kind)))
+
+
+def test_libraries_say_nothing_of_their_own(tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture) -> None:
+    large = png(np.zeros((1, 1), np.uint8), 0, (b"IHDR", struct.pack(">IIBBBBB", 9500, 9600, 1, 0, 0, 0, 0)))  # Pillow warns from 89 million
+    odd = dicom(RAMP.astype(np.uint8), PatientID="X" * 65)  # pydicom warns and logs
+    many = bytearray(tiff(RAMP.astype(np.uint8)))
+    entry = many.index(struct.pack("<HHI", 277, 3, 1))
+    many[entry + 8 : entry + 10] = struct.pack("<H", 60_000)  # samples a pixel: Pillow logs
+    recwarn.clear()
+    caplog.clear()
+    refusal(written(tmp_path / "x", large))
+    refusal(written(tmp_path / "x", bytes(many)))
+    load_radiograph(written(tmp_path / "x", odd))
+    assert not recwarn.list and not caplog.records
+    logging.getLogger("PIL").error("heard again")
+    assert caplog.messages == ["heard again"]
+
+
 @pytest.mark.parametrize("contents", [png(RAMP.astype(np.uint8), 0), encoded(Image.fromarray(RAMP.astype(np.uint8)), "JPEG"), b"BM" + bytes(60)])
 def test_the_check_by_first_bytes_lets_images_through(tmp_path: Path, contents: bytes) -> None:
     tool.check_image_path(written(tmp_path / "x", contents))
@@ -520,6 +545,7 @@ WHOLE = {
     "JPEG": lambda: encoded(noisy_image("RGB"), "JPEG"),
     "progressive JPEG": lambda: encoded(noisy_image("RGB"), "JPEG", progressive=True),
     "PNG": lambda: encoded(noisy_image(), "PNG"),
+    "stored PNG": lambda: encoded(noisy_image(), "PNG", compress_level=0),
     "TIFF": lambda: tiff(np.asarray(noisy_image())),
     "TIFF in strips": lambda: tiff(np.asarray(noisy_image()), rowsperstrip=8),
     "TIFF in tiles": lambda: tiff(np.asarray(noisy_image()), tile=(16, 16)),
@@ -549,10 +575,10 @@ def test_a_file_cut_short_is_refused_or_has_lost_no_pixel(tmp_path: Path, kind: 
     assert survivors <= 30
 
 
-@pytest.mark.parametrize("kind", ["PNG", "deflated TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "stored PNG", "deflated TIFF"])
 def test_a_changed_byte_is_refused_where_the_format_has_checksums(tmp_path: Path, kind: str) -> None:
     whole = WHOLE[kind]()
-    start = whole.index(b"IDAT") + 4 if kind == "PNG" else 600
+    start = whole.index(b"IDAT") + 4 if "PNG" in kind else 600
     pixels = load_radiograph(written(tmp_path / "whole", whole)).pixels
     for place in range(start, len(whole) - 16, 37):
         changed = bytearray(whole)
