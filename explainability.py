@@ -35,15 +35,18 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import random
 import re
 import secrets
 import signal
+import stat
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
@@ -53,7 +56,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # torch and timm take seconds to import and matplotlib nearly one. The functions that need them
 # import them on their first line, so that --help and a wrong path are answered at once.
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.artist import Artist
     from matplotlib.figure import Figure
+    from pydicom import Dataset
     from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------
@@ -80,8 +84,35 @@ IMAGENET_STD = (0.229, 0.224, 0.225)  # these, although timm's default for it sa
 CHECKPOINT_SUFFIXES = (".pth", ".pt")
 DEMO_SUFFIX = "_demo.pth"
 DEMO_NOTICE = "trained on synthetic radiographs; shows how the tool works; says nothing about real patients"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
-IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # what Pillow may decode; never EPS
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".dcm")
+IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may decode; never EPS
+MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 million
+HEAD_BYTES = 1024  # enough to tell what a file is
+DICOM_MARK = slice(128, 132)  # where "DICM" stands
+DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
+DAMAGED = "damaged or cut short; copy it again from where it came, or export it as PNG"
+DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
+BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
+FILE_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+NOT_IMAGES = tuple(  # start of the file, what it is, remedy; the first that fits counts
+    (re.compile(start, re.IGNORECASE | re.DOTALL), what, remedy)
+    for start, what, remedy in (
+        (rb"version https://git-lfs", "a Git LFS pointer, not the image itself", "fetch the image with git lfs pull"),
+        (rb"%PDF-", "a PDF document", "export its page as PNG"),
+        (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript (EPS) file", "export it as PNG"),
+        (rb"PK[\x03\x05]", "a zip archive", "unpack it and give one image"),
+        (rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", "convert it to PNG or JPEG"),
+        (rb"(<\?xml.*|<!doctype |<!--.*)?<?svg", "an SVG drawing", "export it as PNG"),
+        (rb"(<\?xml.*|<!--.*)?<(!doctype html|html|head|body)", "an HTML page", "download the image itself"),
+        (rb"(\{\s*[\"}]|\[\s*[\[{\"\d\]-])[^\x00]*$", "JSON", "give an image file"),
+    )
+)
 
 PANEL_INCHES = 4.1  # a side of a panel; a radiograph's longer side fills it
 MAX_LISTED_CLASSES = 3  # probabilities that the details panel has room for
@@ -146,7 +177,7 @@ class Radiograph:
 
     path: Path
     pixels: np.ndarray  # (H, W, 3) uint8, upright RGB
-    notes: tuple[str, ...] = ()  # what loading changed
+    notes: tuple[str, ...] = ()  # what was done to the file's values that its reader should know
 
 
 @dataclass(frozen=True)
@@ -245,7 +276,7 @@ def printable(text: str) -> str:
 def shown(path: Path) -> str:
     """A path as messages name it: relative to the working directory where it lies below that."""
     with contextlib.suppress(ValueError):
-        path = path.resolve().relative_to(Path.cwd())
+        path = Path(os.path.abspath(path)).relative_to(Path.cwd())
     return printable(str(path))
 
 
@@ -260,28 +291,356 @@ def random_test_image(seed: int | None) -> Path:
     return random.Random(seed).choice(paths)
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong inside into one ExplainError that starts with the path."""
+    try:
+        with silenced():
+            yield
+    except ExplainError as error:
+        raise ExplainError(f"{shown(path)}: {error}") from error
+    except MemoryError as error:
+        raise ExplainError(f"{shown(path)}: too large for the memory of this computer; reduce it") from error
+    # On broken files Pillow and pydicom let out nearly every type of exception there is, with
+    # texts that may quote the file; so the type is not asked and the text not repeated.
+    except Exception as error:
+        raise ExplainError(f"{shown(path)}: {DAMAGED}") from error
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Keep libraries' warnings and log lines off the terminal; they may quote patient data."""
+    before = logging.root.manager.disable
+    logging.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, without waiting on a pipe or a device.
+
+    Raises ExplainError, without the path, for everything else.
+    """
+    try:
+        check_regular(os.stat(path).st_mode)
+        # A pipe that takes the file's place after the check must not block the opening.
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+        check_regular(os.fstat(file.fileno()).st_mode)
+        return file
+    except FileNotFoundError as error:
+        cause = "a link to a file that is not there" if os.path.islink(path) else "no such file"
+        raise ExplainError(f"{cause}; check the path") from error
+    except PermissionError as error:
+        raise ExplainError("no permission to read it; change its mode or copy it") from error
+    except OSError as error:
+        raise ExplainError(f"cannot be opened ({error.strerror}); check the path") from error
+    except ValueError as error:  # a NUL byte in the path
+        raise ExplainError("not a path that a file can have; check it") from error
+
+
+def check_regular(mode: int) -> None:
+    """Raise ExplainError unless a file's st_mode is that of a regular file."""
+    if not stat.S_ISREG(mode):
+        raise ExplainError(f"{FILE_KINDS.get(stat.S_IFMT(mode), 'a special file')}; give one image file")
+
+
+def check_head(head: bytes) -> None:
+    """Raise ExplainError, without the path, where a file's first bytes are those of no image."""
+    if not head:
+        raise ExplainError("an empty file; copy it again from where it came")
+    if head[DICOM_MARK] == b"DICM":
+        return
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for pattern, what, remedy in NOT_IMAGES:
+        if pattern.match(start):
+            raise ExplainError(f"{what}; {remedy}")
+    if is_text(head):
+        raise ExplainError("a text file; give an image file")
+
+
+def is_text(head: bytes) -> bool:
+    """Whether the start of a file is UTF-16 with its mark, or UTF-8 without control characters."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return True
+    text = head.decode("utf-8", errors="ignore")
+    lost = len(head) - len(text.encode())  # a character cut at the end of the head may miss three bytes
+    return lost <= 3 * (len(head) == HEAD_BYTES) and all(sign.isprintable() or sign.isspace() for sign in text)
+
+
 def check_image_path(path: Path) -> None:
-    """Raise ExplainError unless `path` is a file that can be opened."""
-    if not path.exists():
-        raise ExplainError(f"{shown(path)}: no such file; check the path given to --image")
-    if not path.is_file():
-        raise ExplainError(f"{shown(path)}: not a regular file; --image takes one image file")
-    if not os.access(path, os.R_OK):
-        raise ExplainError(f"{shown(path)}: no permission to read it")
+    """Raise ExplainError unless `path` is a file whose first bytes may be those of an image."""
+    with naming(path), open_regular(path) as file:
+        check_head(file.read(HEAD_BYTES))
 
 
 def load_radiograph(path: Path) -> Radiograph:
-    """Read an image file, upright and in RGB.
+    """Read an image or DICOM file, told by its bytes, into upright 8-bit RGB.
+
+    8-bit values stay as they are; `to_8_bits` says how deeper ones are scaled. Transparent pixels
+    are laid over black, the background of radiographs. Of more frames, the first counts.
 
     Raises ExplainError where the file is not an image that can be decoded whole.
     """
+    with naming(path), open_regular(path) as file:
+        head = file.read(HEAD_BYTES)
+        check_head(head)
+        file.seek(0)
+        pixels, notes = read_dicom(file) if head[DICOM_MARK] == b"DICM" else read_picture(file)
+        if pixels.ndim == 2:
+            pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+    return Radiograph(path, pixels, tuple(notes))
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise ExplainError for more pixels than a radiograph has, before they are decoded."""
+    if width * height > MAX_PIXELS:
+        raise ExplainError(f"{width} x {height} pixels, more than {MAX_PIXELS:,} in all; reduce it")
+
+
+# From deep values to 8 bits
+
+
+def to_8_bits(values: np.ndarray, left_out: np.ndarray | None = None) -> tuple[np.ndarray, list[str]]:
+    """Values of any depth as uint8 of the same shape, with a note on what was done.
+
+    uint8 stays as it is. Of all else the lowest value becomes 0 and the highest 255, linearly,
+    halves rounded to even; unless these lie more than twice as far apart as the 1st and the 99th
+    percentile (burned-in markers, dead pixels): then the percentiles are the ends, and what lies
+    beyond is clipped. A constant becomes 127. Where the mask `left_out` is True, values do not
+    count for the ends.
+
+    Raises ExplainError where a value is NaN or infinite.
+    """
+    if values.dtype == np.uint8:
+        return values, []
+    counted = values if left_out is None else values[~left_out]
+    if not np.isfinite(counted).all():
+        raise ExplainError("NaN or infinite pixel values; export it again")
+    lowest, highest = (float(counted.min()), float(counted.max())) if counted.size else (0.0, 0.0)
+    if lowest == highest:
+        return np.full(values.shape, 127, np.uint8), [f"every value is {lowest:g}: shown as mid grey"]
+    low, high = (float(end) for end in np.percentile(counted, (1, 99), method="nearest"))
+    if low == high or highest - lowest <= 2 * (high - low):
+        return scaled(values, lowest, highest), [f"values {lowest:g} to {highest:g} scaled to 8 bits"]
+    beyond = f"{lowest:g} to {highest:g} in all"
+    return scaled(values, low, high), [f"values {low:g} to {high:g} scaled to 8 bits, those beyond clipped ({beyond})"]
+
+
+def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """255 * (values - low) / (high - low), rounded and clipped to uint8; changes no input."""
+    result = values.astype(np.float64)  # the one large copy: all steps work in place
+    result -= low
+    result *= 255
+    result /= high - low
+    np.clip(np.rint(result, out=result), 0, 255, out=result)
+    return result.astype(np.uint8)
+
+
+# Files that Pillow reads
+
+
+def read_picture(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
+    """The first frame of an image file: (H, W) or (H, W, 3) uint8, upright, and notes.
+
+    Raises ExplainError, without the path, for kinds that cannot be shown right; and whatever
+    Pillow raises on damaged files.
+    """
+    with open_picture(file) as image:
+        check_size(*image.size)
+        frames = getattr(image, "n_frames", 1)
+        notes = [f"first of {frames} frames"] if frames > 1 else []
+        tags = dict(getattr(image, "tag_v2", {}))  # of TIFF; gone after loading
+        deep_colour = holds_deep_colour(image, tags)
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        values = grey_values(upright, tags)
+        if values is None:
+            pixels = colours(upright)
+            if deep_colour and pixels.max() < 64:  # Pillow keeps only the upper 8 of 16 bits
+                raise ExplainError("16-bit colour that uses only its lower bits; save it as 16-bit grey")
+            return pixels, notes
+    pixels, scaling = to_8_bits(values)
+    if tags.get(PHOTOMETRIC) == 0:  # white is zero; Pillow inverts 8 bits and fewer only
+        pixels = 255 - pixels
+    return pixels, notes + scaling
+
+
+def open_picture(file: BinaryIO) -> Image.Image:
+    """Read an image file's header. Raises ExplainError, without the path."""
     try:
-        with open(path, "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
-            upright = ImageOps.exif_transpose(image)
-            pixels = np.asarray(upright.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ExplainError(f"{shown(path)}: cannot be read as an image ({error}); convert it to PNG or JPEG") from error
-    return Radiograph(path, pixels)
+        image = Image.open(file, formats=IMAGE_FORMATS)
+        # Pillow has read up to the scan. Without an end mark behind it (a copy that broke off and
+        # was filled with zeros), the decoder would invent the rest in grey.
+        if image.format == "JPEG" and b"\xff\xd9" not in file.read():
+            raise ExplainError(DAMAGED)
+        return image
+    except UnidentifiedImageError as error:
+        raise ExplainError("not an image that can be read here, or its start is damaged; convert it to PNG") from error
+    except Image.DecompressionBombError as error:
+        raise ExplainError(f"more than {MAX_PIXELS:,} pixels; reduce it") from error
+
+
+def holds_deep_colour(image: Image.Image, tags: dict[int, Any]) -> bool:
+    """Whether a file not yet loaded has more than 8 bits a colour.
+
+    Raises ExplainError for the one kind of these that Pillow decodes wrongly.
+    """
+    if tags.get(PLANAR) == 2 and max(tags.get(BITS, (8,))) > 8:
+        raise ExplainError("16-bit colour in separate planes; save it as PNG")
+    return image.mode not in DEEP_MODES and any(";16" in str(tile.args) for tile in image.tile)
+
+
+def grey_values(image: Image.Image, tags: dict[int, Any]) -> np.ndarray | None:
+    """(H, W) values that 8 unsigned bits cannot hold, or None where there are none."""
+    sample_format = tags.get(SAMPLE_FORMAT, (1,))[0]
+    if image.mode == "L" and sample_format == 2:
+        return np.asarray(image).view(np.int8)  # Pillow reads the sign as 128
+    if image.mode == "I" and tags.get(BITS) == (32,) and sample_format == 1:
+        return np.asarray(image).view(np.uint32)  # Pillow reads the highest bit as a sign
+    return np.asarray(image) if image.mode in DEEP_MODES else None
+
+
+def colours(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 of an image of at most 8 bits a colour, transparent parts over black."""
+    if image.mode == "La":
+        image = image.convert("LA")  # Pillow goes no other way from here
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("RGB"))
+    premultiplied = image.convert("RGBA").convert("RGBa")  # colour * opacity is what black lets through
+    return np.ascontiguousarray(np.asarray(premultiplied)[:, :, :3])
+
+
+# DICOM
+
+
+def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
+    """The first frame of a DICOM file: (H, W) or (H, W, 3) uint8, and notes.
+
+    Raises ExplainError, without the path; and whatever pydicom raises on damaged files.
+    """
+    try:
+        import pydicom
+    except ImportError as error:
+        raise ExplainError("a DICOM file, which needs pydicom; pip install pydicom") from error
+    dataset = pydicom.dcmread(file)
+    if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        raise ExplainError("a DICOM file without an image in it; give one that holds the radiograph")
+    check_size(dataset.Columns * dataset.SamplesPerPixel, dataset.Rows)
+    stored = decoded(dataset)
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    notes = [f"first of {frames} frames"] if frames > 1 else []
+    pixels, scaling = dicom_grey(dataset, stored) if dataset.SamplesPerPixel == 1 else to_8_bits(stored)
+    return pixels, notes + scaling
+
+
+def decoded(dataset: Dataset) -> np.ndarray:
+    """Stored values of the first frame, (H, W), or RGB (H, W, 3).
+
+    Raises ExplainError, without the path, where no decoder for its compression is installed.
+    """
+    from pydicom.pixels import get_decoder, pixel_array
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError as error:
+        raise ExplainError("compressed in a way that pydicom does not know; export it uncompressed") from error
+    if not decoder.is_available:
+        raise ExplainError(f"compressed as {syntax.name}, which needs a decoder; {DICOM_DECODERS}")
+    try:
+        return pixel_array(dataset, index=0)
+    except RuntimeError as error:
+        if not syntax.is_encapsulated:
+            raise
+        raise ExplainError(f"compressed as {syntax.name}, and damaged or in need of another decoder; {DICOM_DECODERS}") from error
+
+
+def dicom_grey(dataset: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Stored values of one sample a pixel as they are meant to be seen: uint8, and notes.
+
+    Modality LUT, then VOI LUT or first window, then MONOCHROME1 inverted (PS3.3 C.7.6.3, C.11.1
+    and C.11.2); padding black. Without a usable LUT or window the rule of `to_8_bits`.
+    """
+    from pydicom.pixels import apply_color_lut
+
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        return to_8_bits(apply_color_lut(stored, dataset))
+    padding = padding_mask(dataset, stored)
+    values = modality_values(dataset, stored)
+    pixels, notes = windowed(dataset, values) or to_8_bits(values, padding)
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        pixels = 255 - pixels
+    return np.where(padding, np.uint8(0), pixels), notes
+
+
+def modality_values(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
+    """Stored values through the modality LUT or the rescale; uint8 only where 8 bits are in use."""
+    if dataset.get("ModalityLUTSequence"):
+        return looked_up(dataset.ModalityLUTSequence[0], stored)[0]
+    slope, intercept = first_number(dataset, "RescaleSlope"), first_number(dataset, "RescaleIntercept")
+    if None not in (slope, intercept) and (slope, intercept) != (1, 0):
+        return stored * slope + intercept
+    return stored if dataset.get("BitsStored") == 8 else stored.astype(np.promote_types(stored.dtype, np.int16))
+
+
+def padding_mask(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the pixels outside the radiograph (PS3.3 C.7.5.1.1.2)."""
+    value = dataset.get("PixelPaddingValue")
+    if value is None:
+        return np.zeros(stored.shape, bool)
+    limit = dataset.get("PixelPaddingRangeLimit")
+    ends = sorted((value, value if limit is None else limit))
+    return (stored >= ends[0]) & (stored <= ends[1])
+
+
+def windowed(dataset: Dataset, values: np.ndarray) -> tuple[np.ndarray, list[str]] | None:
+    """uint8 through the first VOI LUT, else the first window, and a note; None where it shows nothing.
+
+    pydicom's own functions are not used: they cut indices of 8-bit tables to 8 bits, and raise
+    on windows of width zero, which some machines write.
+    """
+    if dataset.get("VOILUTSequence"):
+        through, low, high = looked_up(dataset.VOILUTSequence[0], values)
+        return (scaled(through, low, high), ["shown through its VOI LUT"]) if low < high else None
+    centre, width = first_number(dataset, "WindowCenter"), first_number(dataset, "WindowWidth")
+    shape = dataset.get("VOILUTFunction") or "LINEAR"
+    if centre is None or width is None or not width > (shape == "LINEAR"):
+        return None
+    note = f"shown through its window, centre {centre:g} and width {width:g}"
+    if shape == "SIGMOID":
+        return scaled(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1), [note]
+    if shape == "LINEAR":  # PS3.3 C.11.2.1.2.1; LINEAR_EXACT has neither shift
+        centre, width = centre - 0.5, width - 1
+    low, high = centre - width / 2, centre + width / 2
+    if high <= values.min() or values.max() <= low:
+        return None  # a window beside all values shows nothing
+    return scaled(values, low, high), [note]
+
+
+def looked_up(item: Dataset, values: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Values through a modality or VOI LUT (PS3.3 C.11.1.1), and its lowest and highest entry."""
+    entries, first, _ = item.LUTDescriptor
+    table = item.LUTData
+    if isinstance(table, bytes):
+        order = "<" if item.original_encoding[1] else ">"
+        table = np.frombuffer(table, np.uint8 if len(table) < 2 * (entries or 65_536) else f"{order}u2")
+    table = np.asarray(table, np.uint16)
+    index = np.clip(values.astype(np.int64) - first, 0, len(table) - 1)
+    return table[index], int(table.min()), int(table.max())
+
+
+def first_number(dataset: Dataset, name: str) -> float | None:
+    """The first of an attribute's values, or None where it has none."""
+    value = dataset.get(name)
+    numbers = [] if value is None else np.ravel(value)
+    return float(numbers[0]) if len(numbers) else None
+
+
+# What the networks see
 
 
 def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.ndarray:
