@@ -53,7 +53,7 @@ STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
 
 ARCHITECTURES = {"convnext": "convnextv2_tiny", "efficientnet": "tf_efficientnetv2_s"}
 PATCH_BATCH, WHOLE_BATCH = 48, 24
-PATCH_STEPS, WHOLE_STEPS = {"convnext": 750, "efficientnet": 900}, 200
+PATCH_STEPS, WHOLE_STEPS = {"convnext": 750, "efficientnet": 900}, {"convnext": 200, "efficientnet": 120}
 PATCH_RATE, WHOLE_RATE = {"convnext": 1e-3, "efficientnet": 2e-3}, 4e-4  # peaks
 
 
@@ -300,8 +300,8 @@ def train_whole(key: str, network: nn.Module, data: dict[str, torch.Tensor], val
     first = load_state(state, network, optimiser)
     if first == 0:
         recalibrate(network, data, np.random.default_rng([SEED, 1]))
-    started = time.time()
-    for step in range(first, WHOLE_STEPS):
+    steps, started = WHOLE_STEPS[key], time.time()
+    for step in range(first, steps):
         network.eval()  # batch norms keep their statistics: the maps trained are the maps shown
         inputs, labels, cells = whole_images(data, WHOLE_BATCH, np.random.default_rng([SEED, 2, step]))
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -314,10 +314,10 @@ def train_whole(key: str, network: nn.Module, data: dict[str, torch.Tensor], val
             maps = grad_cam(logits, labels, activations, train=True)
             share = ((maps * cells).sum((1, 2)) / (maps.sum((1, 2)) + 1e-6)).mean()
             loss = loss + (1 - share)
-        train_step(network, optimiser, learning_rate(step, WHOLE_STEPS, WHOLE_RATE), loss)
+        train_step(network, optimiser, learning_rate(step, steps, WHOLE_RATE), loss)
         if (step + 1) % 10 == 0:
-            print(f"{key} whole {step + 1}/{WHOLE_STEPS} loss {loss:.3f} heat inside {share:.3f} {time.time() - started:.0f} s", flush=True)
-        if (step + 1) % 50 == 0 or step + 1 == WHOLE_STEPS:
+            print(f"{key} whole {step + 1}/{steps} loss {loss:.3f} heat inside {share:.3f} {time.time() - started:.0f} s", flush=True)
+        if (step + 1) % 40 == 0:
             save_state(state, network, optimiser, step + 1)
             print(f"{key} validation: accuracy %.3f, maximum inside %.3f, heat inside %.3f" % validate(network, validation), flush=True)
 
@@ -335,7 +335,7 @@ def export(key: str, network: nn.Module, validation_accuracy: float) -> None:
     """Write the demo checkpoint, with the test accuracy that explainability.py itself measures."""
     path = HERE / evaluate.DEMOS[key]
     contents = {
-        "epoch": WHOLE_STEPS,
+        "epoch": WHOLE_STEPS[key],
         "model_state_dict": two_class_weights(network),
         "val_acc": 100 * validation_accuracy,
         "config": {"model_name": ARCHITECTURES[key], "img_size": SIZE, "num_classes": 2},

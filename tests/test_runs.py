@@ -1,0 +1,298 @@
+"""Runs over many images: batches, the table, resuming, raw maps, names of outputs; interrupted runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import explainability as tool
+from conftest import ROOT
+
+FIGURES = ("gradcam_convnext", "gradcam_efficientnet", "comparison")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five different images in two class folders, with one stem in both."""
+    rng = np.random.default_rng(0)
+    for place in ("comminuted_fracture/a", "comminuted_fracture/b", "simple_fracture/a", "simple_fracture/c", "simple_fracture/d"):
+        path = tmp_path / "images" / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (90, 70), dtype=np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def explain(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> Callable[..., int]:
+    """Call main() with the tiny checkpoints and tmp_path/out."""
+    named = [part for key, path in tiny_checkpoints.items() for part in (f"--{key}-checkpoint", str(path))]
+
+    def call(*arguments: object) -> int:
+        return tool.main([*named, "--output-dir", str(tmp_path / "out"), *map(str, arguments)])
+
+    return call
+
+
+def table(tmp_path: Path) -> list[dict[str, str]]:
+    with open(tmp_path / "out" / "summary.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+# The table and the summary
+
+
+def test_a_folder_gives_figures_and_a_row_for_each_image(explain, folder, tmp_path, capsys):
+    assert explain("--image", folder) == 0
+    rows = table(tmp_path)
+    assert [Path(row["file"]).relative_to(folder).as_posix() for row in rows] == [
+        "comminuted_fracture/a.png", "comminuted_fracture/b.png", "simple_fracture/a.png", "simple_fracture/c.png", "simple_fracture/d.png",
+    ]  # fmt: skip
+    assert [row["true_class"] for row in rows] == ["Comminuted Fracture"] * 2 + ["Simple Fracture"] * 3
+    for row in rows:
+        written = row["outputs"].split(";")
+        assert len(written) == 3 and all((tmp_path / "out" / name).stat().st_size > 10_000 for name in written)
+        assert abs(float(row["convnext_p_Comminuted Fracture"]) + float(row["convnext_p_Simple Fracture"]) - 1) < 2e-6
+        assert row["convnext_correct"] == ("yes" if row["convnext_predicted"] == row["true_class"] else "no")
+    said = capsys.readouterr().out
+    right = sum(row["efficientnet_correct"] == "yes" for row in rows)
+    assert f"Accuracy: {right / 5:.2%} ({right} of 5" in said and "images per second" in said
+
+
+def test_confusion_counts_and_disagreement_come_from_the_rows():
+    row = {"error": "", "true_class": "Simple Fracture", "x_predicted": "Simple Fracture", "x_correct": "yes", "agree": "yes"}
+    wrong = row | {"file": "w.png", "x_predicted": "Comminuted Fracture", "x_correct": "no", "agree": "no"}
+    classifier = fake_classifier("x")
+    lines = tool.run_lines([row, row, wrong, {"error": "bad"}], [classifier, fake_classifier("x")], 0, 2.0)
+    assert "Images: 3 done, 1 failed" in lines and "Speed: 1.50 images per second (3 images in 2.0 s)" in lines
+    assert "  Simple Fracture: 1 as Comminuted Fracture, 2 as Simple Fracture" in lines
+    assert "  Misclassified: w.png as Comminuted Fracture" in lines and "  Disagree: w.png" in lines
+    assert "Models agree on 2 of 3 images" in lines
+
+
+def fake_classifier(key: str) -> tool.Classifier:
+    family = tool.dataclasses.replace(tool.FAMILIES["convnext"], key=key)
+    return tool.Classifier(family, "X", "x", Path("x.pth"), "", tool.CLASS_NAMES, tool.Preprocessing(), None)
+
+
+def test_a_bad_file_is_reported_and_the_rest_go_on(explain, folder, tmp_path, capsys):
+    (folder / "simple_fracture" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    assert explain("--image", folder, folder / "missing.png", "--model", "convnext", "--no-figures") == 1
+    rows = table(tmp_path)
+    assert len(rows) == 7 and [bool(row["error"]) for row in rows].count(True) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("❌") == 2 and "broken.png" in errors and "missing.png" in errors
+
+
+def test_only_bad_files_end_with_status_1(explain, tmp_path, capsys):
+    assert explain("--image", tmp_path / "x.png", tmp_path / "y.png", "--model", "convnext") == 1
+    assert [bool(row["error"]) for row in table(tmp_path)] == [True, True]
+    assert "Images: 0 done, 2 failed" in capsys.readouterr().out
+
+
+def test_an_empty_folder_or_a_pattern_without_match_is_one_line(explain, tmp_path, capsys):
+    for place in (tmp_path, tmp_path / "*.png"):
+        assert explain("--image", place) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_pattern_finds_sorted_images_and_repeats_count_once(explain, folder, tmp_path):
+    assert explain("--image", folder / "*/a.png", folder / "simple_fracture/a.png", "--model", "convnext", "--no-figures") == 0
+    assert [Path(row["file"]).parent.name for row in table(tmp_path)] == ["comminuted_fracture", "simple_fracture"]
+
+
+def test_the_output_folder_is_not_searched(folder):
+    assert tool.found_images([str(folder)], folder / "simple_fracture") == [
+        folder / "comminuted_fracture/a.png", folder / "comminuted_fracture/b.png",
+    ]  # fmt: skip
+
+
+def test_quiet_prints_the_summary_alone(explain, folder, capsys):
+    assert explain("--image", folder, "--model", "convnext", "--no-figures", "--quiet") == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(tool.RULE) and captured.err == ""
+
+
+# Batches
+
+
+def test_results_do_not_depend_on_the_batch_size(explain, folder, tmp_path):
+    found = {}
+    for size in (1, 3, 8):
+        assert explain("--image", folder, "--no-figures", "--save-maps", "--batch-size", size) == 0
+        maps = [np.load(path) for path in sorted((tmp_path / "out").glob("*.npy"))]
+        found[size] = table(tmp_path), maps
+    for size in (3, 8):
+        for one, other in zip(found[1][1], found[size][1], strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
+        for one, other in zip(found[1][0], found[size][0], strict=True):
+            assert abs(float(one["convnext_p_Simple Fracture"]) - float(other["convnext_p_Simple Fracture"])) < 1e-5
+
+
+def test_figures_of_many_are_those_of_single_runs(explain, folder, tmp_path):
+    """Byte for byte where the maps are: with a batch of one."""
+    assert explain("--image", folder, "--batch-size", 1) == 0
+    many = (tmp_path / "out" / "comparison_b.png").read_bytes()
+    assert explain("--image", folder / "comminuted_fracture" / "b.png") == 0
+    assert (tmp_path / "out" / "comparison_b.png").read_bytes() == many
+
+
+# Resuming
+
+
+def test_skip_existing_leaves_finished_images_alone(explain, folder, tmp_path, capsys):
+    assert explain("--image", folder, "--model", "convnext") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
+    next(iter(before)).unlink()
+    capsys.readouterr()
+    assert explain("--image", folder, "--model", "convnext", "--skip-existing") == 0
+    assert "left alone: 4 images" in capsys.readouterr().out
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
+    assert after.keys() == before.keys() and sum(after[path] != before[path] for path in before) == 1
+    assert len(table(tmp_path)) == 5
+
+
+def test_skip_existing_does_not_trust_a_torn_or_foreign_table(explain, folder, tmp_path):
+    assert explain("--image", folder, "--model", "convnext", "--no-figures") == 0
+    path = tmp_path / "out" / "summary.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:30])
+    assert explain("--image", folder, "--model", "convnext", "--no-figures", "--skip-existing") == 0
+    assert sorted(path.read_text().splitlines()) == sorted(lines)
+    path.write_text("file,other\nx,y\n")
+    assert explain("--image", folder, "--model", "convnext", "--no-figures", "--skip-existing") == 0
+    assert sorted(path.read_text().splitlines()) == sorted(lines)
+
+
+# Raw maps
+
+
+def test_saved_maps_are_raw_and_say_where_they_come_from(explain, folder, tmp_path, tiny_checkpoints):
+    image = folder / "simple_fracture" / "c.png"
+    assert explain("--image", image, "--save-maps", "--no-figures") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "map_convnext_c.json", "map_convnext_c.npy", "map_efficientnet_c.json", "map_efficientnet_c.npy",
+    ]  # fmt: skip
+    saved = np.load(tmp_path / "out" / "map_convnext_c.npy")
+    classifier = tool.load_classifier(tool.FAMILIES["convnext"], tiny_checkpoints["convnext"], "cpu")
+    (explanation,) = tool.explain(classifier, [tool.load_radiograph(image)])
+    assert saved.dtype == np.float32 and saved.shape == (7, 7) and saved.min() < 0
+    np.testing.assert_array_equal(saved, explanation.raw_map)
+    told = json.loads((tmp_path / "out" / "map_convnext_c.json").read_text())
+    assert told["image_sha256"] == tool.hashlib.sha256(image.read_bytes()).hexdigest()
+    assert told["target_layer"] == "stages.3" and told["class_names"][told["explained_class"]] == explanation.prediction
+
+
+# Names of outputs
+
+
+def test_stems_that_collide_get_their_folder_and_then_a_number():
+    paths = [Path(text) for text in ("/x/one/dup.png", "/x/two/dup.jpg", "/x/two/DUP.png", "/x/two/free.png", "/x/two_dup.png")]
+    assert tool.output_stems(paths) == ["one_dup", "two_dup", "two_DUP_2", "free", "two_dup_3"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["two words.png", "ünïcödé 患者.png", "line\nbreak.png", "cost$5_{x}^2.png", "100%.png", "[a]*?.png", "-dash.png", "a.b.c.png", "x" * 250 + ".png"],
+)
+def test_any_file_name_gives_its_figure(explain, xray, tmp_path, capsys, name):
+    image = tmp_path / name
+    try:
+        xray.rename(image)
+    except OSError:
+        pytest.skip("the file system does not take this name")
+    assert explain(f"--image={image}", "--model", "convnext") == 0
+    captured = capsys.readouterr()
+    (written,) = (tmp_path / "out").iterdir()
+    assert written.name == f"gradcam_convnext_{tool.short_stem(image.stem)}.png"
+    assert len(os.fsencode(written.name)) <= 255 and captured.err == ""
+    assert name == "x" * 250 + ".png" or image.stem in written.name
+    assert "line\\nbreak" in captured.out or "\n" not in name
+
+
+def test_a_name_that_is_not_unicode_gives_its_figure(explain, xray, tmp_path, capsys):
+    image = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.png"))
+    try:
+        xray.rename(image)
+    except OSError:
+        pytest.skip("the file system does not take this name")
+    assert explain("--image", image, "--model", "convnext") == 0
+    assert [os.fsencode(path.name) for path in (tmp_path / "out").iterdir()] == [b"gradcam_convnext_bad\xff.png"]
+
+
+def test_an_input_is_never_replaced(explain, xray, tmp_path, capsys):
+    image = tmp_path / "out" / "gradcam_convnext_x.png"
+    image.parent.mkdir()
+    xray.rename(image)
+    (tmp_path / "x.png").symlink_to(image)
+    before = image.read_bytes()
+    assert explain("--image", image, tmp_path / "x.png", "--model", "convnext") == 1
+    assert "would be replaced" in capsys.readouterr().err and image.read_bytes() == before
+
+
+def test_a_link_in_the_output_folder_is_replaced_not_followed(explain, xray, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "gradcam_convnext_xray.png").symlink_to(victim)
+    assert explain("--image", xray, "--model", "convnext") == 0
+    assert victim.read_text() == "precious" and not (tmp_path / "out" / "gradcam_convnext_xray.png").is_symlink()
+
+
+def test_an_output_folder_that_is_a_file_is_refused_before_models_load(explain, xray, tmp_path, capsys):
+    (tmp_path / "out").write_text("a file")
+    assert explain("--image", xray) == 1
+    captured = capsys.readouterr()
+    assert "📦" not in captured.out and "--output-dir" in captured.err and captured.err.count("\n") == 1
+
+
+def test_a_full_disk_is_no_success(explain, xray, tmp_path, capsys, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert explain("--image", xray, "--model", "convnext") == 1
+    captured = capsys.readouterr()
+    assert "saved" not in captured.out and "No space left" in captured.err and list((tmp_path / "out").iterdir()) == []
+
+
+# Interrupted and piped runs
+
+
+def command(tiny_checkpoints: dict[str, Path], tmp_path: Path, *arguments: object) -> list[str]:
+    named = [part for key, path in tiny_checkpoints.items() for part in (f"--{key}-checkpoint", str(path))]
+    return [sys.executable, str(ROOT / "explainability.py"), *named, "--output-dir", str(tmp_path / "out"), *map(str, arguments)]
+
+
+def test_interrupt_ends_with_130_and_no_half_file(tiny_checkpoints, folder, tmp_path):
+    process = subprocess.Popen(
+        command(tiny_checkpoints, tmp_path, "--image", folder, *[folder / "simple_fracture/c.png"] * 3),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if "Loading EFFICIENTNET" in line:
+            break
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal's Ctrl-C does: to the drawing processes too
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == ""
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_closed_stdout_ends_quietly(tiny_checkpoints, xray, tmp_path):
+    process = subprocess.Popen(
+        command(tiny_checkpoints, tmp_path, "--image", xray), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=60) == 141
