@@ -127,6 +127,12 @@ def check_against_others(classifier: Classifier, target: int) -> None:
         np.testing.assert_allclose(explanation.heatmap, normalised(raw), rtol=0, atol=1e-3)
 
 
+def test_target_layers_are_the_last_stage_and_the_last_convolution(tiny_classifiers):
+    convnext, efficientnet = tiny_classifiers.values()
+    assert target_layer(convnext) is convnext.network.stages[-1]
+    assert target_layer(efficientnet) is efficientnet.network.conv_head
+
+
 @pytest.mark.parametrize("target", (0, 1))
 @pytest.mark.parametrize("key", FAMILIES)
 def test_tiny_networks_give_the_maps_of_pytorch_grad_cam_and_captum(tiny_classifiers, key, target):
@@ -140,6 +146,7 @@ def test_full_size_networks_give_the_maps_of_pytorch_grad_cam_and_captum(tmp_pat
     classifier = explainability.load_classifier(FAMILIES[key], path, "cpu")
     for target in (0, 1):
         check_against_others(classifier, target)
+    path.unlink()  # 350 MB
 
 
 # ------------------------------------------------------------------------------------------
