@@ -16,6 +16,7 @@ from explainability import ExplainError, FigureStyle, Radiograph, comparison_fig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
@@ -62,6 +63,12 @@ def drawn_texts(figure: Figure) -> list[Text]:
     return [text for text in texts if text.get_visible() and text.get_text()]
 
 
+def extent(text: Text, canvas: FigureCanvasAgg) -> Bbox:
+    """The place that a text takes, with its frame where it has one."""
+    frame = text.get_bbox_patch()
+    return (frame or text).get_window_extent(canvas.get_renderer())
+
+
 def overlap(one: Bbox, other: Bbox) -> bool:
     """Whether two boxes share more than a pixel's width."""
     across = min(one.x1, other.x1) - max(one.x0, other.x0)
@@ -76,7 +83,7 @@ def check_layout(figure: Figure) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     texts = drawn_texts(figure)
-    boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
+    boxes = [extent(text, canvas) for text in texts]
     shapes = [(axis, shape.get_window_extent(canvas.get_renderer())) for axis in figure.axes for shape in (*axis.images, *axis.patches)]
     page = figure.bbox
     for text, box in zip(texts, boxes, strict=True):
@@ -131,6 +138,12 @@ def test_layout_holds_for_any_shape_of_radiograph(height, width):
 )
 def test_layout_holds_for_any_explanation(changed):
     for figure in both_figures(radiograph(), pair(**changed)):
+        check_layout(figure)
+
+
+@pytest.mark.parametrize("height, width", ((100, 1000), (1000, 100), (1, 1)), ids=str)
+def test_layout_holds_for_blank_maps_of_any_shape(height, width):
+    for figure in both_figures(radiograph(height=height, width=width), pair(raw_map=-CORNER)):
         check_layout(figure)
 
 
