@@ -27,25 +27,45 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
+import dataclasses
+import functools
+import glob
+import hashlib
+import io
+import itertools
+import json
+import logging
+import multiprocessing
 import os
 import random
 import re
+import secrets
+import signal
+import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # torch and timm take seconds to import and matplotlib nearly one. The functions that need them
 # import them on their first line, so that --help and a wrong path are answered at once.
 if TYPE_CHECKING:
     import torch
-    from matplotlib.axes import Axes
+    from matplotlib.artist import Artist
     from matplotlib.figure import Figure
+    from pydicom import Dataset
+    from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------
 # Constants
@@ -64,12 +84,46 @@ IMAGENET_STD = (0.229, 0.224, 0.225)  # these, although timm's default for it sa
 CHECKPOINT_SUFFIXES = (".pth", ".pt")
 DEMO_SUFFIX = "_demo.pth"
 DEMO_NOTICE = "trained on synthetic radiographs; shows how the tool works; says nothing about real patients"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
-IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # what Pillow may decode; never EPS
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".dcm")
+IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may decode; never EPS
+MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 million
+HEAD_BYTES = 1024  # enough to tell what a file is
+DICOM_MARK = slice(128, 132)  # where "DICM" stands
+DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
+DAMAGED = "damaged or cut short; copy it again from where it came, or export it as PNG"
+DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
+BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
+FILE_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+NOT_IMAGES = tuple(  # start of the file, what it is, remedy; the first that fits counts
+    (re.compile(start, re.IGNORECASE | re.DOTALL), what, remedy)
+    for start, what, remedy in (
+        (rb"version https://git-lfs", "a Git LFS pointer, not the image itself", "fetch the image with git lfs pull"),
+        (rb"%PDF-", "a PDF document", "export its page as PNG"),
+        (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript (EPS) file", "export it as PNG"),
+        (rb"PK[\x03\x05]", "a zip archive", "unpack it and give one image"),
+        (rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", "convert it to PNG or JPEG"),
+        (rb"(<\?xml.*|<!doctype |<!--.*)?<?svg", "an SVG drawing", "export it as PNG"),
+        (rb"(<\?xml.*|<!--.*)?<(!doctype html|html|head|body)", "an HTML page", "download the image itself"),
+        (rb"(\{\s*[\"}]|\[\s*[\[{\"\d\]-])[^\x00]*$", "JSON", "give an image file"),
+    )
+)
 
-DEFAULT_DPI = 150
+PANEL_INCHES = 4.1  # a side of a panel; a radiograph's longer side fills it
+MAX_LISTED_CLASSES = 3  # probabilities that the details panel has room for
 OVERLAY_WEIGHT = 0.45  # share of the heatmap's colour in the overlay
 PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
+MAX_STEM_BYTES = 220  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
+PROBE_BYTES = 4_000_000  # room that an output folder must have: the figures of one image
+
+DEFAULT_BATCH = {"cpu": 8, "cuda": 32, "mps": 32}  # images; larger ones gain nothing more
+MAX_DRAWING_PROCESSES = 8
+MAX_WAITING_JOBS = 24  # explained images whose figures are not drawn yet
 RULE = "=" * 80
 
 
@@ -123,6 +177,7 @@ class Radiograph:
 
     path: Path
     pixels: np.ndarray  # (H, W, 3) uint8, upright RGB
+    notes: tuple[str, ...] = ()  # what was done to the file's values that its reader should know
 
 
 @dataclass(frozen=True)
@@ -146,6 +201,11 @@ class Classifier:
     class_names: tuple[str, ...]  # K
     preprocessing: Preprocessing
     network: torch.nn.Module  # float32, eval mode, no parameter requires a gradient
+    notes: tuple[str, ...] = ()  # what loading changed
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
 
 
 @dataclass(frozen=True)
@@ -170,6 +230,11 @@ class Explanation:
         return int(self.probabilities.argmax())
 
     @property
+    def ranking(self) -> list[int]:
+        """Classes from the likeliest to the least likely."""
+        return (-self.probabilities).argsort(kind="stable").tolist()
+
+    @property
     def prediction(self) -> str:
         return self.class_names[self.predicted]
 
@@ -192,7 +257,7 @@ class FigureStyle:
     """What the user may choose about figures."""
 
     colormap: str = "jet"
-    dpi: int = DEFAULT_DPI
+    dpi: int = 150
 
 
 # ------------------------------------------------------------------------------------------
@@ -211,7 +276,7 @@ def printable(text: str) -> str:
 def shown(path: Path) -> str:
     """A path as messages name it: relative to the working directory where it lies below that."""
     with contextlib.suppress(ValueError):
-        path = path.resolve().relative_to(Path.cwd())
+        path = Path(os.path.abspath(path)).relative_to(Path.cwd())
     return printable(str(path))
 
 
@@ -226,28 +291,356 @@ def random_test_image(seed: int | None) -> Path:
     return random.Random(seed).choice(paths)
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong inside into one ExplainError that starts with the path."""
+    try:
+        with silenced():
+            yield
+    except ExplainError as error:
+        raise ExplainError(f"{shown(path)}: {error}") from error
+    except MemoryError as error:
+        raise ExplainError(f"{shown(path)}: too large for the memory of this computer; reduce it") from error
+    # On broken files Pillow and pydicom let out nearly every type of exception there is, with
+    # texts that may quote the file; so the type is not asked and the text not repeated.
+    except Exception as error:
+        raise ExplainError(f"{shown(path)}: {DAMAGED}") from error
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Keep libraries' warnings and log lines off the terminal; they may quote patient data."""
+    before = logging.root.manager.disable
+    logging.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, without waiting on a pipe or a device.
+
+    Raises ExplainError, without the path, for everything else.
+    """
+    try:
+        check_regular(os.stat(path).st_mode)
+        # A pipe that takes the file's place after the check must not block the opening.
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+        check_regular(os.fstat(file.fileno()).st_mode)
+        return file
+    except FileNotFoundError as error:
+        cause = "a link to a file that is not there" if os.path.islink(path) else "no such file"
+        raise ExplainError(f"{cause}; check the path") from error
+    except PermissionError as error:
+        raise ExplainError("no permission to read it; change its mode or copy it") from error
+    except OSError as error:
+        raise ExplainError(f"cannot be opened ({error.strerror}); check the path") from error
+    except ValueError as error:  # a NUL byte in the path
+        raise ExplainError("not a path that a file can have; check it") from error
+
+
+def check_regular(mode: int) -> None:
+    """Raise ExplainError unless a file's st_mode is that of a regular file."""
+    if not stat.S_ISREG(mode):
+        raise ExplainError(f"{FILE_KINDS.get(stat.S_IFMT(mode), 'a special file')}; give one image file")
+
+
+def check_head(head: bytes) -> None:
+    """Raise ExplainError, without the path, where a file's first bytes are those of no image."""
+    if not head:
+        raise ExplainError("an empty file; copy it again from where it came")
+    if head[DICOM_MARK] == b"DICM":
+        return
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for pattern, what, remedy in NOT_IMAGES:
+        if pattern.match(start):
+            raise ExplainError(f"{what}; {remedy}")
+    if is_text(head):
+        raise ExplainError("a text file; give an image file")
+
+
+def is_text(head: bytes) -> bool:
+    """Whether the start of a file is UTF-16 with its mark, or UTF-8 without control characters."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return True
+    text = head.decode("utf-8", errors="ignore")
+    lost = len(head) - len(text.encode())  # a character cut at the end of the head may miss three bytes
+    return lost <= 3 * (len(head) == HEAD_BYTES) and all(sign.isprintable() or sign.isspace() for sign in text)
+
+
 def check_image_path(path: Path) -> None:
-    """Raise ExplainError unless `path` is a file that can be opened."""
-    if not path.exists():
-        raise ExplainError(f"{shown(path)}: no such file; check the path given to --image")
-    if not path.is_file():
-        raise ExplainError(f"{shown(path)}: not a regular file; --image takes one image file")
-    if not os.access(path, os.R_OK):
-        raise ExplainError(f"{shown(path)}: no permission to read it")
+    """Raise ExplainError unless `path` is a file whose first bytes may be those of an image."""
+    with naming(path), open_regular(path) as file:
+        check_head(file.read(HEAD_BYTES))
 
 
 def load_radiograph(path: Path) -> Radiograph:
-    """Read an image file, upright and in RGB.
+    """Read an image or DICOM file, told by its bytes, into upright 8-bit RGB.
+
+    8-bit values stay as they are; `to_8_bits` says how deeper ones are scaled. Transparent pixels
+    are laid over black, the background of radiographs. Of more frames, the first counts.
 
     Raises ExplainError where the file is not an image that can be decoded whole.
     """
+    with naming(path), open_regular(path) as file:
+        head = file.read(HEAD_BYTES)
+        check_head(head)
+        file.seek(0)
+        pixels, notes = read_dicom(file) if head[DICOM_MARK] == b"DICM" else read_picture(file)
+        if pixels.ndim == 2:
+            pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+    return Radiograph(path, pixels, tuple(notes))
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise ExplainError for more pixels than a radiograph has, before they are decoded."""
+    if width * height > MAX_PIXELS:
+        raise ExplainError(f"{width} x {height} pixels, more than {MAX_PIXELS:,} in all; reduce it")
+
+
+# From deep values to 8 bits
+
+
+def to_8_bits(values: np.ndarray, left_out: np.ndarray | None = None) -> tuple[np.ndarray, list[str]]:
+    """Values of any depth as uint8 of the same shape, with a note on what was done.
+
+    uint8 stays as it is. Of all else the lowest value becomes 0 and the highest 255, linearly,
+    halves rounded to even; unless these lie more than twice as far apart as the 1st and the 99th
+    percentile (burned-in markers, dead pixels): then the percentiles are the ends, and what lies
+    beyond is clipped. A constant becomes 127. Where the mask `left_out` is True, values do not
+    count for the ends.
+
+    Raises ExplainError where a value is NaN or infinite.
+    """
+    if values.dtype == np.uint8:
+        return values, []
+    counted = values if left_out is None else values[~left_out]
+    if not np.isfinite(counted).all():
+        raise ExplainError("NaN or infinite pixel values; export it again")
+    lowest, highest = (float(counted.min()), float(counted.max())) if counted.size else (0.0, 0.0)
+    if lowest == highest:
+        return np.full(values.shape, 127, np.uint8), [f"every value is {lowest:g}: shown as mid grey"]
+    low, high = (float(end) for end in np.percentile(counted, (1, 99), method="nearest"))
+    if low == high or highest - lowest <= 2 * (high - low):
+        return scaled(values, lowest, highest), [f"values {lowest:g} to {highest:g} scaled to 8 bits"]
+    beyond = f"{lowest:g} to {highest:g} in all"
+    return scaled(values, low, high), [f"values {low:g} to {high:g} scaled to 8 bits, those beyond clipped ({beyond})"]
+
+
+def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """255 * (values - low) / (high - low), rounded and clipped to uint8; changes no input."""
+    result = values.astype(np.float64)  # the one large copy: all steps work in place
+    result -= low
+    result *= 255
+    result /= high - low
+    np.clip(np.rint(result, out=result), 0, 255, out=result)
+    return result.astype(np.uint8)
+
+
+# Files that Pillow reads
+
+
+def read_picture(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
+    """The first frame of an image file: (H, W) or (H, W, 3) uint8, upright, and notes.
+
+    Raises ExplainError, without the path, for kinds that cannot be shown right; and whatever
+    Pillow raises on damaged files.
+    """
+    with open_picture(file) as image:
+        check_size(*image.size)
+        frames = getattr(image, "n_frames", 1)
+        notes = [f"first of {frames} frames"] if frames > 1 else []
+        tags = dict(getattr(image, "tag_v2", {}))  # of TIFF; gone after loading
+        deep_colour = holds_deep_colour(image, tags)
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        values = grey_values(upright, tags)
+        if values is None:
+            pixels = colours(upright)
+            if deep_colour and pixels.max() < 64:  # Pillow keeps only the upper 8 of 16 bits
+                raise ExplainError("16-bit colour that uses only its lower bits; save it as 16-bit grey")
+            return pixels, notes
+    pixels, scaling = to_8_bits(values)
+    if tags.get(PHOTOMETRIC) == 0:  # white is zero; Pillow inverts 8 bits and fewer only
+        pixels = 255 - pixels
+    return pixels, notes + scaling
+
+
+def open_picture(file: BinaryIO) -> Image.Image:
+    """Read an image file's header. Raises ExplainError, without the path."""
     try:
-        with open(path, "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
-            upright = ImageOps.exif_transpose(image)
-            pixels = np.asarray(upright.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ExplainError(f"{shown(path)}: cannot be read as an image ({error}); convert it to PNG or JPEG") from error
-    return Radiograph(path, pixels)
+        image = Image.open(file, formats=IMAGE_FORMATS)
+        # Pillow has read up to the scan. Without an end mark behind it (a copy that broke off and
+        # was filled with zeros), the decoder would invent the rest in grey.
+        if image.format == "JPEG" and b"\xff\xd9" not in file.read():
+            raise ExplainError(DAMAGED)
+        return image
+    except UnidentifiedImageError as error:
+        raise ExplainError("not an image that can be read here, or its start is damaged; convert it to PNG") from error
+    except Image.DecompressionBombError as error:
+        raise ExplainError(f"more than {MAX_PIXELS:,} pixels; reduce it") from error
+
+
+def holds_deep_colour(image: Image.Image, tags: dict[int, Any]) -> bool:
+    """Whether a file not yet loaded has more than 8 bits a colour.
+
+    Raises ExplainError for the one kind of these that Pillow decodes wrongly.
+    """
+    if tags.get(PLANAR) == 2 and max(tags.get(BITS, (8,))) > 8:
+        raise ExplainError("16-bit colour in separate planes; save it as PNG")
+    return image.mode not in DEEP_MODES and any(";16" in str(tile.args) for tile in image.tile)
+
+
+def grey_values(image: Image.Image, tags: dict[int, Any]) -> np.ndarray | None:
+    """(H, W) values that 8 unsigned bits cannot hold, or None where there are none."""
+    sample_format = tags.get(SAMPLE_FORMAT, (1,))[0]
+    if image.mode == "L" and sample_format == 2:
+        return np.asarray(image).view(np.int8)  # Pillow reads the sign as 128
+    if image.mode == "I" and tags.get(BITS) == (32,) and sample_format == 1:
+        return np.asarray(image).view(np.uint32)  # Pillow reads the highest bit as a sign
+    return np.asarray(image) if image.mode in DEEP_MODES else None
+
+
+def colours(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 of an image of at most 8 bits a colour, transparent parts over black."""
+    if image.mode == "La":
+        image = image.convert("LA")  # Pillow goes no other way from here
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("RGB"))
+    premultiplied = image.convert("RGBA").convert("RGBa")  # colour * opacity is what black lets through
+    return np.ascontiguousarray(np.asarray(premultiplied)[:, :, :3])
+
+
+# DICOM
+
+
+def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
+    """The first frame of a DICOM file: (H, W) or (H, W, 3) uint8, and notes.
+
+    Raises ExplainError, without the path; and whatever pydicom raises on damaged files.
+    """
+    try:
+        import pydicom
+    except ImportError as error:
+        raise ExplainError("a DICOM file, which needs pydicom; pip install pydicom") from error
+    dataset = pydicom.dcmread(file)
+    if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        raise ExplainError("a DICOM file without an image in it; give one that holds the radiograph")
+    check_size(dataset.Columns * dataset.SamplesPerPixel, dataset.Rows)
+    stored = decoded(dataset)
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    notes = [f"first of {frames} frames"] if frames > 1 else []
+    pixels, scaling = dicom_grey(dataset, stored) if dataset.SamplesPerPixel == 1 else to_8_bits(stored)
+    return pixels, notes + scaling
+
+
+def decoded(dataset: Dataset) -> np.ndarray:
+    """Stored values of the first frame, (H, W), or RGB (H, W, 3).
+
+    Raises ExplainError, without the path, where no decoder for its compression is installed.
+    """
+    from pydicom.pixels import get_decoder, pixel_array
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError as error:
+        raise ExplainError("compressed in a way that pydicom does not know; export it uncompressed") from error
+    if not decoder.is_available:
+        raise ExplainError(f"compressed as {syntax.name}, which needs a decoder; {DICOM_DECODERS}")
+    try:
+        return pixel_array(dataset, index=0)
+    except RuntimeError as error:
+        if not syntax.is_encapsulated:
+            raise
+        raise ExplainError(f"compressed as {syntax.name}, and damaged or in need of another decoder; {DICOM_DECODERS}") from error
+
+
+def dicom_grey(dataset: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Stored values of one sample a pixel as they are meant to be seen: uint8, and notes.
+
+    Modality LUT, then VOI LUT or first window, then MONOCHROME1 inverted (PS3.3 C.7.6.3, C.11.1
+    and C.11.2); padding black. Without a usable LUT or window the rule of `to_8_bits`.
+    """
+    from pydicom.pixels import apply_color_lut
+
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        return to_8_bits(apply_color_lut(stored, dataset))
+    padding = padding_mask(dataset, stored)
+    values = modality_values(dataset, stored)
+    pixels, notes = windowed(dataset, values) or to_8_bits(values, padding)
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        pixels = 255 - pixels
+    return np.where(padding, np.uint8(0), pixels), notes
+
+
+def modality_values(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
+    """Stored values through the modality LUT or the rescale; uint8 only where 8 bits are in use."""
+    if dataset.get("ModalityLUTSequence"):
+        return looked_up(dataset.ModalityLUTSequence[0], stored)[0]
+    slope, intercept = first_number(dataset, "RescaleSlope"), first_number(dataset, "RescaleIntercept")
+    if None not in (slope, intercept) and (slope, intercept) != (1, 0):
+        return stored * slope + intercept
+    return stored if dataset.get("BitsStored") == 8 else stored.astype(np.promote_types(stored.dtype, np.int16))
+
+
+def padding_mask(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the pixels outside the radiograph (PS3.3 C.7.5.1.1.2)."""
+    value = dataset.get("PixelPaddingValue")
+    if value is None:
+        return np.zeros(stored.shape, bool)
+    limit = dataset.get("PixelPaddingRangeLimit")
+    ends = sorted((value, value if limit is None else limit))
+    return (stored >= ends[0]) & (stored <= ends[1])
+
+
+def windowed(dataset: Dataset, values: np.ndarray) -> tuple[np.ndarray, list[str]] | None:
+    """uint8 through the first VOI LUT, else the first window, and a note; None where it shows nothing.
+
+    pydicom's own functions are not used: they cut indices of 8-bit tables to 8 bits, and raise
+    on windows of width zero, which some machines write.
+    """
+    if dataset.get("VOILUTSequence"):
+        through, low, high = looked_up(dataset.VOILUTSequence[0], values)
+        return (scaled(through, low, high), ["shown through its VOI LUT"]) if low < high else None
+    centre, width = first_number(dataset, "WindowCenter"), first_number(dataset, "WindowWidth")
+    shape = dataset.get("VOILUTFunction") or "LINEAR"
+    if centre is None or width is None or not width > (shape == "LINEAR"):
+        return None
+    note = f"shown through its window, centre {centre:g} and width {width:g}"
+    if shape == "SIGMOID":
+        return scaled(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1), [note]
+    if shape == "LINEAR":  # PS3.3 C.11.2.1.2.1; LINEAR_EXACT has neither shift
+        centre, width = centre - 0.5, width - 1
+    low, high = centre - width / 2, centre + width / 2
+    if high <= values.min() or values.max() <= low:
+        return None  # a window beside all values shows nothing
+    return scaled(values, low, high), [note]
+
+
+def looked_up(item: Dataset, values: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Values through a modality or VOI LUT (PS3.3 C.11.1.1), and its lowest and highest entry."""
+    entries, first, _ = item.LUTDescriptor
+    table = item.LUTData
+    if isinstance(table, bytes):
+        order = "<" if item.original_encoding[1] else ">"
+        table = np.frombuffer(table, np.uint8 if len(table) < 2 * (entries or 65_536) else f"{order}u2")
+    table = np.asarray(table, np.uint16)
+    index = np.clip(values.astype(np.int64) - first, 0, len(table) - 1)
+    return table[index], int(table.min()), int(table.max())
+
+
+def first_number(dataset: Dataset, name: str) -> float | None:
+    """The first of an attribute's values, or None where it has none."""
+    value = dataset.get(name)
+    numbers = [] if value is None else np.ravel(value)
+    return float(numbers[0]) if len(numbers) else None
+
+
+# What the networks see
 
 
 def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.ndarray:
@@ -462,31 +855,44 @@ def target_index(target_class: str | None, class_names: Sequence[str]) -> int | 
     raise ExplainError(f"--target-class {printable(target_class)}: not a class of the network; choose {choices}")
 
 
-def explain(classifier: Classifier, radiographs: Sequence[Radiograph], target: int | None = None) -> list[Explanation]:
+def input_batch(classifier: Classifier, radiographs: Sequence[Radiograph]) -> torch.Tensor:
+    """Radiographs as the classifier takes them: (B, 3, size, size) float32 on its device."""
+    import torch
+
+    stacked = np.stack([network_input(radiograph, classifier.preprocessing) for radiograph in radiographs])
+    return torch.from_numpy(stacked).to(classifier.device)
+
+
+def explain_inputs(classifier: Classifier, inputs: torch.Tensor, target: int | None = None) -> tuple[torch.Tensor, ...]:
     """One forward pass, and one backward pass from the class scores to the target layer.
 
-    Explains class `target`, or of each image the predicted class. Raises ExplainError where the
-    network's output is not finite.
+    Returns probabilities (B, K), the explained classes (B,): `target`, or each image's predicted
+    class, and the raw maps (B, h, w). Raises ExplainError where the network's output is not finite.
     """
     import torch
 
-    device = next(classifier.network.parameters()).device
-    stacked = np.stack([network_input(radiograph, classifier.preprocessing) for radiograph in radiographs])
     layer = classifier.network.get_submodule(classifier.family.target_layer)
     with captured_activations(layer) as captured, torch.enable_grad():
-        logits = classifier.network(torch.from_numpy(stacked).to(device))  # (B, K)
+        logits = classifier.network(inputs)  # (B, K)
     (activations,) = captured
     if not torch.isfinite(logits).all():
         raise ExplainError(f"{shown(classifier.checkpoint)}: the network's output is not finite; its weights are damaged")
-    explained = logits.argmax(dim=1) if target is None else torch.full((len(logits),), target, device=device)
+    explained = logits.argmax(dim=1) if target is None else torch.full_like(logits[:, 0], target, dtype=torch.long)
     # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
     score = logits.gather(1, explained[:, None]).sum()
     (gradients,) = torch.autograd.grad(score, activations)
-    raw_maps = grad_cam(activations.detach(), gradients).cpu().numpy()
-    probabilities = logits.detach().softmax(dim=1).cpu().numpy()
-    return [
-        explanation(classifier, *each) for each in zip(probabilities, explained.tolist(), raw_maps)
-    ]
+    return logits.detach().softmax(dim=1), explained, grad_cam(activations.detach(), gradients)
+
+
+def explain(classifier: Classifier, radiographs: Sequence[Radiograph], target_class: str | None = None) -> list[Explanation]:
+    """Explain a batch of radiographs: the class that `target_class` names, or each one's predicted class.
+
+    Raises ExplainError where there is no such class or the network's output is not finite.
+    """
+    target = target_index(target_class, classifier.class_names)
+    tensors = explain_inputs(classifier, input_batch(classifier, radiographs), target)
+    probabilities, explained, raw_maps = (tensor.cpu().numpy() for tensor in tensors)
+    return [explanation(classifier, *each) for each in zip(probabilities, explained.tolist(), raw_maps)]
 
 
 def explanation(classifier: Classifier, probabilities: np.ndarray, explained: int, raw_map: np.ndarray) -> Explanation:
@@ -511,115 +917,174 @@ def explanation(classifier: Classifier, probabilities: np.ndarray, explained: in
 # ------------------------------------------------------------------------------------------
 
 FONT = "DejaVu Sans"  # comes with matplotlib, so figures look the same everywhere
-BODY, SMALL = 11, 9  # points
-INK, MUTED = "#1a1a1a", "#5f5f5f"
-PANEL_INCHES = 4.2  # longest side of a picture in a panel
+LARGE, BODY, SMALL = 17, 11.5, 9  # points
+INK, MUTED, TRACK, BAR = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#3b6ea5"
+READING_GUIDE = (  # (place on the colour bar, what it means)
+    (1.0, "High attention: raised the score of the explained class"),
+    (0.0, "Low attention: counted little or not at all"),
+)
+READING_ADVICE = (
+    "Good: on the fracture line and the bone around it.",
+    "Red flag: on borders, markers, text, or nowhere in particular.",
+)
+
+
+@functools.cache
+def drawable_characters() -> frozenset[int]:
+    """The code points that the figures' font can draw."""
+    from matplotlib.font_manager import findfont, get_font
+
+    return frozenset(get_font(findfont(FONT)).get_charmap())
 
 
 def drawable(text: str) -> str:
     """Text in which every character that the figures' font lacks is shown as an escape."""
-    from matplotlib.font_manager import findfont, get_font
-
-    font = get_font(findfont(FONT))
+    known = drawable_characters()
     return "".join(
-        character if font.get_char_index(ord(character)) else character.encode("unicode_escape").decode()
+        character if ord(character) in known else character.encode("unicode_escape").decode()
         for character in printable(text)
     )
 
 
-def text_width(text: str, points: float) -> float:
+@functools.lru_cache(maxsize=4096)
+def text_width(text: str, points: float, bold: bool) -> float:
     """Width of a line of text in inches."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
-    width, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(family=FONT, size=points), ismath=False)
-    return width / 72
+    font = FontProperties(family=FONT, size=points, weight="bold" if bold else "normal")
+    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
 
 
-def elided(text: str, points: float, inches: float) -> str:
+def elided(text: str, points: float, inches: float, bold: bool = False) -> str:
     """Text cut in the middle until it fits; both ends of a name tell something."""
     text = drawable(text)
-    if text_width(text, points) <= inches:
+    if text_width(text, points, bold) <= inches:
         return text
     low, high = 1, len(text) // 2  # characters kept at each end
     while low < high:
         kept = (low + high + 1) // 2
-        fits = text_width(f"{text[:kept]}…{text[-kept:]}", points) <= inches
+        fits = text_width(f"{text[:kept]}…{text[-kept:]}", points, bold) <= inches
         low, high = (kept, high) if fits else (low, kept - 1)
     return f"{text[:low]}…{text[-low:]}"
 
 
-def panel_pixels(radiograph: Radiograph, dpi: int) -> np.ndarray:
-    """The radiograph at the size of a panel, (H', W', 3) uint8; a smaller one as it is."""
-    limit = round(PANEL_INCHES * dpi)
-    picture = Image.fromarray(radiograph.pixels)
-    if max(picture.size) > limit:
-        scale = limit / max(picture.size)
-        size = tuple(max(1, round(side * scale)) for side in picture.size)
-        picture = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
-    return np.asarray(picture)
+def fitted(pixels: np.ndarray, side: int) -> np.ndarray:
+    """A radiograph at the size of a panel: (H, W, 3) -> its longer side `side` pixels."""
+    height, width = pixels.shape[:2]
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=3))
 
 
-def coloured(heatmap: np.ndarray, colormap: str) -> np.ndarray:
-    """A heatmap in colour: (H, W) in [0, 1] -> (H, W, 3) uint8."""
+@functools.cache
+def colour_table(colormap: str) -> np.ndarray:
+    """A matplotlib colormap as (256, 3) uint8."""
     from matplotlib import colormaps
 
-    table = (colormaps[colormap](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
-    return table[(heatmap * 255).round().astype(np.uint8)]
+    return (colormaps[colormap](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
-def draw_picture(axis: Axes, pixels: np.ndarray, title: str) -> None:
-    """One panel: a picture under its title."""
-    axis.set_axis_off()
-    # Far narrower than a panel can show, a picture would vanish; stretched, it would lie.
-    axis.imshow(pixels, aspect="equal", interpolation="bilinear" if max(pixels.shape[:2]) < 300 else "antialiased")
-    axis.set_title(title, fontsize=BODY + 1, color=INK, pad=6)
+def coloured(heatmap: np.ndarray, picture: np.ndarray, colormap: str) -> np.ndarray:
+    """A heatmap (h, w) in colour at the size of `picture`: (H, W, 3) uint8."""
+    levels = resized(heatmap, *picture.shape[:2]) * 255
+    return colour_table(colormap)[levels.round().astype(np.uint8)]
 
 
-def draw_heatmap(axis: Axes, picture: np.ndarray, explanation: Explanation, style: FigureStyle, title: str) -> None:
-    """The heatmap alone, at the size of the picture."""
-    draw_picture(axis, coloured(resized(explanation.heatmap, *picture.shape[:2]), style.colormap), title)
+@dataclass(frozen=True)
+class Panel:
+    """A rectangle of a page, in inches from the bottom left; points inside it are (0, 0) to (1, 1).
+
+    A matplotlib Axes would do, but eight of them take longer than everything drawn in them.
+    """
+
+    figure: Figure
+    left: float
+    bottom: float
+    width: float
+    height: float
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """A point of the panel in fractions of the page."""
+        across, up = self.figure.get_size_inches()
+        return (self.left + x * self.width) / across, (self.bottom + y * self.height) / up
+
+    def write(self, x: float, y: float, text: str, points: float, inches: float, **look: Any) -> None:
+        """One line at (x, y), cut in the middle to `inches`."""
+        line = elided(text, points, inches, bold=look.get("weight") == "bold")
+        self.figure.text(*self.place(x, y), line, fontsize=points, parse_math=False, **{"color": INK, "va": "top", **look})
+
+    def fill(self, x: float, y: float, width: float, height: float, colour: Any) -> None:
+        """A rectangle of one colour, its bottom left at (x, y)."""
+        from matplotlib.patches import Rectangle
+
+        (x0, y0), (x1, y1) = self.place(x, y), self.place(x + width, y + height)
+        self.figure.add_artist(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, edgecolor="none"))
+
+    def show(self, pixels: np.ndarray, title: str) -> None:
+        """A picture (H, W, 3) uint8, pixel for pixel in the middle of the panel, under its title."""
+        (height, width), dpi = pixels.shape[:2], self.figure.dpi
+        left = round((self.left + self.width / 2) * dpi - width / 2)
+        bottom = round((self.bottom + self.height / 2) * dpi - height / 2)
+        self.figure.add_artist(picture_class()(pixels, left, bottom))
+        # The title sits on its picture, not on the top of a panel that a wide picture leaves empty.
+        top = (bottom + height) / dpi - self.bottom
+        self.write(0.5, top / self.height + 0.02, title, BODY, self.width, ha="center", va="bottom")
+
+
+@functools.cache
+def picture_class() -> type[Artist]:
+    """An artist that copies pixels to the page as they are; matplotlib's own images are resampled."""
+    from matplotlib.artist import Artist
+
+    class Picture(Artist):
+        def __init__(self, pixels: np.ndarray, left: int, bottom: int) -> None:
+            super().__init__()
+            opaque = np.full((*pixels.shape[:2], 1), 255, np.uint8)
+            self.arguments = left, bottom, np.concatenate([pixels, opaque], axis=2)[::-1]  # Agg draws upwards
+
+        def draw(self, renderer: Any) -> None:
+            renderer.draw_image(renderer.new_gc(), *self.arguments)
+
+    return Picture
+
+
+def draw_heatmap(panel: Panel, picture: np.ndarray, explanation: Explanation, style: FigureStyle, title: str) -> None:
+    """The heatmap alone, at the size of the picture; a map with a remark says it."""
+    panel.show(coloured(explanation.heatmap, picture, style.colormap), title)
     if explanation.remark:
-        draw_remark(axis, explanation.remark)
+        frame = {"facecolor": "white", "edgecolor": MUTED, "boxstyle": "round,pad=0.6"}
+        panel.write(0.5, 0.5, explanation.remark, SMALL, panel.width - 0.3, ha="center", va="center", bbox=frame)
 
 
-def draw_overlay(axis: Axes, picture: np.ndarray, explanation: Explanation, style: FigureStyle, title: str) -> None:
+def draw_overlay(panel: Panel, picture: np.ndarray, explanation: Explanation, style: FigureStyle, title: str) -> None:
     """The heatmap over the radiograph; a blank map leaves the radiograph as it is."""
     if explanation.heatmap.any():
-        colours = coloured(resized(explanation.heatmap, *picture.shape[:2]), style.colormap)
-        picture = (picture * (1 - OVERLAY_WEIGHT) + colours * OVERLAY_WEIGHT).round().astype(np.uint8)
-    draw_picture(axis, picture, title)
+        colours = coloured(explanation.heatmap, picture, style.colormap)
+        picture = np.asarray(Image.blend(Image.fromarray(picture), Image.fromarray(colours), OVERLAY_WEIGHT))
+    panel.show(picture, title)
 
 
-def draw_remark(axis: Axes, remark: str) -> None:
-    axis.text(
-        0.5, 0.5, drawable(remark).replace(": ", ":\n", 1), transform=axis.transAxes, ha="center", va="center",
-        wrap=True, fontsize=BODY, color=INK, parse_math=False,
-        bbox={"facecolor": "white", "edgecolor": MUTED, "boxstyle": "round,pad=0.6"},
-    )  # fmt: skip
-
-
-def draw_colour_bar(axis: Axes, style: FigureStyle) -> None:
+def draw_colour_bar(panel: Panel, style: FigureStyle) -> None:
     """The scale of the heatmaps: 0 at the bottom, 1 at the top."""
-    from matplotlib import colormaps
-
-    axis.imshow(np.linspace(1, 0, 256)[:, None], cmap=colormaps[style.colormap], vmin=0, vmax=1, aspect="auto", extent=(0, 1, 0, 1))
-    axis.set_xticks([])
-    axis.yaxis.tick_right()
-    axis.set_yticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=SMALL, color=INK)
-    axis.set_ylabel("relative importance", fontsize=SMALL, color=MUTED, labelpad=-2)
-    axis.yaxis.set_label_position("right")
+    height, width = round(panel.height * style.dpi), round(panel.width * style.dpi)
+    levels = np.linspace(255, 0, height).round().astype(np.uint8)
+    panel.show(colour_table(style.colormap)[np.repeat(levels[:, None], width, axis=1)], "")
+    for value in (0, 0.5, 1):
+        panel.write(1.4, value, f"{value:g}", SMALL, 1, va="center")
+    panel.write(3.6, 0.25, "relative importance", SMALL, 2, color=MUTED, rotation=90, va="center", ha="center")
 
 
-def draw_probabilities(axis: Axes, explanation: Explanation, top: float) -> float:
-    """A bar for each class from `top` downwards (axis fractions); returns where it ends."""
-    for name, probability in zip(explanation.class_names, explanation.probabilities):
-        emphasis = "bold" if name == explanation.prediction else "normal"
-        axis.text(0, top, elided(name, BODY, 2.9), fontsize=BODY, weight=emphasis, color=INK, va="top", parse_math=False)
-        axis.text(1, top, f"{probability:.2%}", fontsize=BODY, weight=emphasis, color=INK, va="top", ha="right")
-        axis.barh(top - 0.075, 1, height=0.018, color="#e4e4e4")
-        axis.barh(top - 0.075, probability, height=0.018, color="#3b6ea5")
-        top -= 0.125
+def draw_probabilities(panel: Panel, explanation: Explanation, top: float) -> float:
+    """A line and a bar for each of the likeliest classes from `top` down; returns where they end."""
+    for index in explanation.ranking[:MAX_LISTED_CLASSES]:
+        weight = "bold" if index == explanation.predicted else "normal"
+        probability = float(explanation.probabilities[index])
+        panel.write(0, top, explanation.class_names[index], BODY, 3.5, weight=weight)
+        panel.write(1, top, f"{probability:.2%}", BODY, 1, weight=weight, ha="right")
+        panel.fill(0, top - 0.08, 1, 0.018, TRACK)
+        panel.fill(0, top - 0.08, probability, 0.018, BAR)
+        top -= 0.115
     return top
 
 
@@ -636,64 +1101,54 @@ def detail_lines(explanation: Explanation) -> list[tuple[str, str]]:
     ]
 
 
-def draw_details(axis: Axes, explanation: Explanation, style: FigureStyle) -> None:
+def draw_details(panel: Panel, explanation: Explanation, style: FigureStyle) -> None:
     """The panel of text: prediction, probabilities, provenance and how to read the colours."""
-    from matplotlib import colormaps
-
-    axis.set_axis_off()
-    axis.set_xlim(0, 1)
-    axis.set_ylim(0, 1)
-    axis.text(0, 1, "Prediction", fontsize=SMALL, color=MUTED, va="top")
-    axis.text(0, 0.955, elided(explanation.prediction, 17, 4.2), fontsize=17, weight="bold", color=INK, va="top", parse_math=False)
-    axis.text(0, 0.88, f"Confidence: {explanation.confidence:.2%}", fontsize=BODY + 1, color=INK, va="top")
-    top = draw_probabilities(axis, explanation, top=0.79) - 0.01
+    panel.write(0, 1, "Prediction", SMALL, 4, color=MUTED)
+    panel.write(0, 0.955, explanation.prediction, LARGE, panel.width, weight="bold")
+    panel.write(0, 0.88, f"Confidence: {explanation.confidence:.2%}", BODY, 4)
+    top = draw_probabilities(panel, explanation, top=0.79) - 0.01
     for label, value in detail_lines(explanation):
-        axis.text(0, top, label, fontsize=SMALL, color=MUTED, va="top")
-        axis.text(0.25, top, elided(value, SMALL, 3.15), fontsize=SMALL, color=INK, va="top", parse_math=False)
-        top -= 0.047
-    axis.text(0, top - 0.02, "How to read the heatmap", fontsize=SMALL, color=MUTED, va="top")
-    colours = colormaps[style.colormap]
-    for place, text in ((1.0, "High attention: raised the score of the explained class"), (0.0, "Low attention: counted little or not at all")):
-        top -= 0.06
-        axis.barh(top - 0.02, 0.05, height=0.03, color=colours(place), edgecolor=MUTED, linewidth=0.5)
-        axis.text(0.08, top - 0.02, text, fontsize=SMALL, color=INK, va="center")
-    axis.text(0, top - 0.06, "Good: on the fracture line and the bone around it.\nRed flag: on borders, markers, text, or nowhere in particular.", fontsize=SMALL, color=INK, va="top", linespacing=1.4)
+        panel.write(0, top, label, SMALL, 1.2, color=MUTED)
+        panel.write(0.26, top, value, SMALL, panel.width * 0.74)
+        top -= 0.046
+    panel.write(0, top - 0.02, "How to read the heatmap", SMALL, 4, color=MUTED)
+    for place, text in READING_GUIDE:
+        top -= 0.055
+        panel.fill(0, top - 0.048, 0.05, 0.03, colour_table(style.colormap)[int(255 * place)] / 255)
+        panel.write(0.08, top - 0.017, text, SMALL, panel.width * 0.92)
+    for text in READING_ADVICE:
+        top -= 0.046
+        panel.write(0, top - 0.025, text, SMALL, panel.width)
 
 
 def footer_text(explanations: Sequence[Explanation]) -> str:
     """What stands below every figure."""
     if explanations[0].is_demo:
-        noun = "network" if len(explanations) == 1 else "networks"
-        return f"Demo {noun}: {DEMO_NOTICE}."
+        return f"Demo {'networks' if len(explanations) > 1 else 'network'}: {DEMO_NOTICE}."
     return "Grad-CAM shows correlation, not cause. Not for diagnosis."
 
 
-def new_figure(width: float, height: float, style: FigureStyle, title: str, footer: str) -> Figure:
-    """An empty page of width x height inches with its title and footer."""
+def new_figure(width: float, height: float, style: FigureStyle, title: str, name: str, footer: str) -> Figure:
+    """A page of width x height inches with its title, the file's name and a footer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=style.dpi, facecolor="white")
-    figure.text(0.5, 1 - 0.3 / height, title, fontsize=17, weight="bold", color=INK, ha="center", va="center", parse_math=False)
-    figure.text(0.5, 0.2 / height, footer, fontsize=SMALL, color=MUTED, ha="center", va="center", parse_math=False)
+    write = functools.partial(figure.text, ha="center", va="center", parse_math=False)
+    write(0.5, 1 - 0.32 / height, elided(title, LARGE, width - 0.6, bold=True), fontsize=LARGE, weight="bold", color=INK)
+    write(0.5, 1 - 0.6 / height, elided(name, BODY, width - 0.6), fontsize=BODY, color=MUTED)
+    write(0.5, 0.2 / height, footer, fontsize=SMALL, color=MUTED)
     return figure
 
 
-def add_panel(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
-    """An axis at a place given in inches from the bottom left."""
-    across, up = figure.get_size_inches()
-    return figure.add_axes((left / across, bottom / up, width / across, height / up))
-
-
-def explanation_figure(radiograph: Radiograph, explanation: Explanation, style: FigureStyle) -> Figure:
+def explanation_figure(picture: np.ndarray, name: str, explanation: Explanation, style: FigureStyle) -> Figure:
     """The 4-panel figure: radiograph, heatmap, overlay, prediction details."""
-    figure = new_figure(10, 10, style, f"Grad-CAM: {explanation.title}", footer_text([explanation]))
-    figure.text(0.5, 0.944, elided(radiograph.path.name, BODY, 9.2), fontsize=BODY, color=MUTED, ha="center", va="center", parse_math=False)
-    picture = panel_pixels(radiograph, style.dpi)
-    draw_picture(add_panel(figure, 0.35, 4.9, 4.2, 4.2), picture, "Original X-ray")
-    draw_heatmap(add_panel(figure, 4.85, 4.9, 4.2, 4.2), picture, explanation, style, "Grad-CAM Heatmap")
-    draw_colour_bar(add_panel(figure, 9.2, 4.9, 0.15, 4.2), style)
-    draw_overlay(add_panel(figure, 0.35, 0.45, 4.2, 4.1), picture, explanation, style, "Overlay (Model Focus)")
-    draw_details(add_panel(figure, 5.1, 0.45, 4.45, 4.1), explanation, style)
+    figure = new_figure(10, 10, style, f"Grad-CAM: {explanation.title}", name, footer_text([explanation]))
+    side, top, bottom = PANEL_INCHES, 4.95, 0.45
+    Panel(figure, 0.4, top, side, side).show(picture, "Original X-ray")
+    draw_heatmap(Panel(figure, 4.9, top, side, side), picture, explanation, style, "Grad-CAM Heatmap")
+    draw_colour_bar(Panel(figure, 9.15, top, 0.15, side), style)
+    draw_overlay(Panel(figure, 0.4, bottom, side, side), picture, explanation, style, "Overlay (Model Focus)")
+    draw_details(Panel(figure, 4.95, bottom, 4.65, side), explanation, style)
     return figure
 
 
@@ -705,64 +1160,252 @@ def agreement_text(explanations: Sequence[Explanation]) -> str:
     return f"Models disagree: {first.title} says {first.prediction}, {second.title} says {second.prediction}"
 
 
-def comparison_figure(radiograph: Radiograph, explanations: Sequence[Explanation], style: FigureStyle) -> Figure:
+def row_heading(explanation: Explanation) -> str:
+    heading = f"{explanation.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
+    if explanation.explained != explanation.predicted:
+        heading += f" (explained class: {explanation.class_names[explanation.explained]})"
+    return heading
+
+
+def comparison_figure(picture: np.ndarray, name: str, explanations: Sequence[Explanation], style: FigureStyle) -> Figure:
     """The 6-panel figure: a row for each model of radiograph, heatmap and overlay."""
-    figure = new_figure(14, 10, style, "Grad-CAM comparison", footer_text(explanations))
-    figure.text(0.5, 0.947, elided(radiograph.path.name, BODY, 13), fontsize=BODY, color=MUTED, ha="center", va="center", parse_math=False)
-    figure.text(0.5, 0.918, elided(agreement_text(explanations), BODY + 1, 13), fontsize=BODY + 1, weight="bold", color=INK, ha="center", va="center", parse_math=False)
-    picture = panel_pixels(radiograph, style.dpi)
-    for explanation, bottom in zip(explanations, (4.75, 0.45)):
-        heading = f"{explanation.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
-        if explanation.explained != explanation.predicted:
-            heading += f"; explained class {explanation.class_names[explanation.explained]}"
-        figure.text(0.35 / 14, (bottom + 4.13) / 10, elided(heading, BODY + 1, 13), fontsize=BODY + 1, color=INK, va="center", parse_math=False)
-        draw_picture(add_panel(figure, 0.35, bottom, 4.1, 3.65), picture, "Original")
-        draw_heatmap(add_panel(figure, 4.75, bottom, 4.1, 3.65), picture, explanation, style, "Heatmap")
-        draw_overlay(add_panel(figure, 9.15, bottom, 4.1, 3.65), picture, explanation, style, "Overlay")
-        draw_colour_bar(add_panel(figure, 13.35, bottom, 0.13, 3.65), style)
+    figure = new_figure(14, 10.8, style, agreement_text(explanations), name, footer_text(explanations))
+    side = PANEL_INCHES
+    for explanation, bottom in zip(explanations, (5.4, 0.45)):
+        Panel(figure, 0.4, bottom, 13.2, side).write(0, 1.1, row_heading(explanation), BODY, 13.2, weight="bold", va="center")
+        Panel(figure, 0.2, bottom, side, side).show(picture, "Original")
+        draw_heatmap(Panel(figure, 4.6, bottom, side, side), picture, explanation, style, "Heatmap")
+        draw_overlay(Panel(figure, 9.0, bottom, side, side), picture, explanation, style, "Overlay")
+        draw_colour_bar(Panel(figure, 13.25, bottom, 0.15, side), style)
     return figure
 
 
-def output_path(folder: Path, prefix: str, image: Path) -> Path:
-    return folder / f"{prefix}_{image.stem}.png"
+# ------------------------------------------------------------------------------------------
+# Outputs: names and files
+# ------------------------------------------------------------------------------------------
 
 
-def write_figure(figure: Figure, path: Path) -> None:
-    """Draw a figure and write it as PNG, whole or not at all.
+def check_output_folder(folder: Path) -> None:
+    """Make the output folder and try it. Raises ExplainError where no figure could be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(PROBE_BYTES))
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
-    Raises ExplainError where the folder cannot be written to.
+
+def unwritable(path: Path, error: OSError) -> ExplainError:
+    return ExplainError(f"{shown(path)}: cannot be written ({error.strerror or error}); choose another place with --output-dir")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the name `path` at the end, or goes away.
+
+    A link at `path` is replaced, not followed. Raises ExplainError where the system refuses.
     """
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_page(figure: Figure, path: Path) -> None:
+    """Draw a figure and write it as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     page = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    with replacing(path) as file:
+        page.save(file, "PNG", compress_level=PNG_LEVEL, dpi=(figure.dpi, figure.dpi))
+
+
+def short_stem(stem: str) -> str:
+    """A file's stem, cut where its outputs' names would be longer than file systems allow."""
+    encoded = os.fsencode(stem)
+    if len(encoded) <= MAX_STEM_BYTES:
+        return stem
+    return encoded[: MAX_STEM_BYTES - 9].decode(errors="ignore") + "_" + hashlib.sha256(encoded).hexdigest()[:8]
+
+
+def output_stems(images: Sequence[Path]) -> list[str]:
+    """What the names of each image's outputs end in: the image's own stem.
+
+    Images of one run that share a stem get their folder's name before it, and if that does not
+    tell them apart, a number behind it in the order of the images. Upper and lower case do not
+    tell names apart: some file systems do not.
+    """
+    counts = Counter(path.stem.casefold() for path in images)
+    taken: set[str] = set()
+    stems = []
+    for path in images:
+        shared = counts[path.stem.casefold()] > 1
+        wanted = short_stem(f"{path.absolute().parent.name}_{path.stem}" if shared else path.stem)
+        numbered = (f"{wanted}_{number}" for number in itertools.count(2))
+        stems.append(next(stem for stem in itertools.chain([wanted], numbered) if stem.casefold() not in taken))
+        taken.add(stems[-1].casefold())
+    return stems
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to explain, and the files that will come of it."""
+
+    image: Path
+    figures: tuple[Path, ...]  # one for each model, then the comparison where there are two models
+    maps: tuple[Path, ...]  # one .npy for each model; its .json lies beside it
+
+
+def make_jobs(images: Sequence[Path], keys: Sequence[str], folder: Path, figures: bool, maps: bool) -> list[Job]:
+    """A job for each image. Raises ExplainError where an output would replace one of the images."""
+    prefixes = [f"gradcam_{key}" for key in keys] + ["comparison"] * (len(keys) > 1)
+    jobs = [
+        Job(
+            image,
+            tuple(folder / f"{prefix}_{stem}.png" for prefix in prefixes) if figures else (),
+            tuple(folder / f"map_{key}_{stem}.npy" for key in keys) if maps else (),
+        )
+        for image, stem in zip(images, output_stems(images))
+    ]
+    inputs = {image.resolve() for image in images}
+    for job in jobs:
+        for path in job.figures + job.maps:
+            if path.resolve() in inputs:
+                raise ExplainError(f"{shown(path)}: is an input of this run and would be replaced; choose another --output-dir")
+    return jobs
+
+
+def write_figures(job: Job, pixels: np.ndarray, explanations: Sequence[Explanation], style: FigureStyle) -> None:
+    """The 4-panel figure of each explanation and, for two, the comparison.
+
+    Raises ExplainError where one cannot be written.
+    """
+    for explanation, path in zip(explanations, job.figures):
+        write_page(explanation_figure(pixels, job.image.name, explanation, style), path)
+    if len(job.figures) > len(explanations):
+        write_page(comparison_figure(pixels, job.image.name, explanations, style), job.figures[-1])
+
+
+def write_maps(job: Job, classifiers: Sequence[Classifier], explanations: Sequence[Explanation]) -> None:
+    """Each raw map as .npy (h, w) float32, and beside it as .json what it takes to compute it again."""
+    for classifier, explanation, path in zip(classifiers, explanations, job.maps):
+        with replacing(path) as file:
+            np.save(file, explanation.raw_map, allow_pickle=False)
+        with replacing(path.with_suffix(".json")) as file:
+            file.write(json.dumps(provenance(job.image, classifier, explanation), indent=2).encode())
+
+
+def provenance(image: Path, classifier: Classifier, explanation: Explanation) -> dict[str, Any]:
+    """Everything that a raw map depends on."""
+    return {
+        "image": shown(image),
+        "image_sha256": file_digest(image),
+        "checkpoint": shown(classifier.checkpoint),
+        "checkpoint_sha256": file_digest(classifier.checkpoint),
+        "architecture": explanation.architecture,
+        "target_layer": explanation.target_layer,
+        "method": "Grad-CAM before the ReLU",
+        "explained_class": explanation.explained,
+        "class_names": explanation.class_names,
+        "probabilities": explanation.probabilities.tolist(),
+        "preprocessing": dataclasses.asdict(classifier.preprocessing),
+        "versions": {name: version(name) for name in ("torch", "timm", "numpy", "pillow")},
+    }
+
+
+@functools.lru_cache(maxsize=8)
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file; checkpoints are read once a run."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------
+# The table of results
+# ------------------------------------------------------------------------------------------
+
+TABLE_NAME = "summary.csv"
+
+
+def true_class(image: Path, class_names: Sequence[str]) -> str:
+    """The class that the image's folder names (simple_fracture, Simple Fracture ...), or nothing."""
+    folder = re.sub(r"[\W_]+", " ", image.absolute().parent.name).casefold().strip()
+    return next((name for name in class_names if re.sub(r"[\W_]+", " ", name).casefold().strip() == folder), "")
+
+
+def table_columns(classifiers: Sequence[Classifier]) -> list[str]:
+    columns = ["file", "true_class"]
+    for classifier in classifiers:
+        key = classifier.family.key
+        columns += [f"{key}_predicted", *(f"{key}_p_{name}" for name in classifier.class_names), f"{key}_correct", f"{key}_blank_map"]
+    return [*columns, "agree", "outputs", "error"]
+
+
+def table_row(job: Job, explanations: Sequence[Explanation]) -> dict[str, str]:
+    """One image's results, as text: yes, no, or empty where it cannot be said."""
+    truth = true_class(job.image, explanations[0].class_names)
+    row = {"file": str(job.image), "true_class": truth}
+    for explanation in explanations:
+        key = explanation.family
+        row[f"{key}_predicted"] = explanation.prediction
+        for name, probability in zip(explanation.class_names, explanation.probabilities):
+            row[f"{key}_p_{name}"] = f"{probability:.6f}"
+        row[f"{key}_correct"] = yes_or_no(explanation.prediction == truth) if truth else ""
+        row[f"{key}_blank_map"] = yes_or_no(not explanation.heatmap.any())
+    if len(explanations) > 1:
+        row["agree"] = yes_or_no(len({explanation.prediction for explanation in explanations}) == 1)
+    return row | {"outputs": ";".join(path.name for path in job.figures + job.maps), "error": ""}
+
+
+def yes_or_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def finished_rows(folder: Path, columns: Sequence[str], jobs: Sequence[Job]) -> dict[Path, dict[str, str]]:
+    """The rows of an earlier run's table that these jobs need not compute again, by image.
+
+    A row counts where it has these columns, no error, and all the files that this run would write.
+    """
     try:
-        with replacing(path) as temporary:
-            page.save(temporary, "PNG", compress_level=PNG_LEVEL, dpi=(figure.dpi, figure.dpi))
-    except OSError as error:
-        raise ExplainError(f"{shown(path)}: cannot be written ({error.strerror}); choose another --output-dir") from error
+        with open(folder / TABLE_NAME, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            reader = csv.DictReader(file)
+            rows = {row["file"]: row for row in reader if None not in row.values()} if reader.fieldnames == columns else {}
+    except FileNotFoundError:
+        return {}
+    return {
+        job.image: rows[str(job.image)]
+        for job in jobs
+        if str(job.image) in rows
+        and not rows[str(job.image)]["error"]
+        and all(path.exists() for path in job.figures + job.maps)
+    }
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name at the end, or goes away."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~current_umask())
-        os.replace(name, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+def open_table(folder: Path, columns: Sequence[str], kept: Iterable[dict[str, str]]) -> Iterator[Callable[[dict[str, str]], None]]:
+    """Write summary.csv row by row, each one safe on disk before the next; starts with the kept rows."""
+    path = folder / TABLE_NAME
+    with replacing(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
+        writer = csv.DictWriter(text, columns, restval="")
+        writer.writeheader()
+        writer.writerows(kept)
+        text.detach()
+    with open(path, "a", encoding="utf-8", errors="surrogateescape", newline="") as text:
+        writer = csv.DictWriter(text, columns, restval="")
 
+        def add(row: dict[str, str]) -> None:
+            writer.writerow(row)
+            text.flush()
 
-def current_umask() -> int:
-    """The permissions that new files lack; the system tells them only when they are set."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        yield add
 
 
 # ------------------------------------------------------------------------------------------
@@ -770,14 +1413,12 @@ def current_umask() -> int:
 # ------------------------------------------------------------------------------------------
 
 
-def summary_lines(explanations: Sequence[Explanation]) -> list[str]:
-    """The comparison summary, as lines."""
-    lines = [RULE, "📊 COMPARISON SUMMARY", RULE]
-    for explanation in explanations:
-        lines += [*prediction_lines(explanation), ""]
-    first, second = explanations
-    mark = "✅" if first.prediction == second.prediction else "⚠️ "
-    return [*lines, f"{mark} {printable(agreement_text(explanations))}"]
+def say(*lines: str) -> None:
+    print(*lines, sep="\n", flush=True)
+
+
+def warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def prediction_lines(explanation: Explanation) -> list[str]:
@@ -793,8 +1434,250 @@ def prediction_lines(explanation: Explanation) -> list[str]:
     return lines
 
 
-def say(*lines: str) -> None:
-    print(*lines, sep="\n", flush=True)
+def comparison_lines(explanations: Sequence[Explanation]) -> list[str]:
+    """The comparison summary of one image."""
+    lines = [RULE, "📊 COMPARISON SUMMARY", RULE]
+    for explanation in explanations:
+        lines += [*prediction_lines(explanation), ""]
+    first, second = explanations
+    mark = "✅" if first.prediction == second.prediction else "⚠️ "
+    return [*lines, f"{mark} {printable(agreement_text(explanations))}"]
+
+
+def result_line(job: Job, explanations: Sequence[Explanation]) -> str:
+    """One image of many in one line."""
+    verdicts = "; ".join(
+        f"{each.title} {printable(each.prediction)} {each.confidence:.2%}{' (blank map)' if not each.heatmap.any() else ''}"
+        for each in explanations
+    )
+    differ = len({each.prediction for each in explanations}) > 1
+    return f"{'⚠️ ' if differ else '✅'} {shown(job.image)}: {verdicts}{'; models disagree' if differ else ''}"
+
+
+def run_lines(rows: Sequence[dict[str, str]], classifiers: Sequence[Classifier], kept: int, seconds: float) -> list[str]:
+    """What a run over many images found: speed, accuracy, confusion, the images to look at."""
+    failed = [row for row in rows if row["error"]]
+    done = [row for row in rows if not row["error"]]
+    lines = [RULE, "📊 RUN SUMMARY", RULE, f"Images: {len(done)} done, {len(failed)} failed"]
+    if len(done) > kept:
+        lines.append(f"Speed: {(len(done) - kept) / seconds:.2f} images per second ({len(done) - kept} images in {seconds:.1f} s)")
+    for classifier in classifiers:
+        lines += ["", *accuracy_lines(done, classifier)]
+    if len(classifiers) > 1 and done:
+        differ = [row for row in done if row["agree"] == "no"]
+        lines += ["", f"Models agree on {len(done) - len(differ)} of {len(done)} images"]
+        lines += [f"  Disagree: {shown(Path(row['file']))}" for row in differ]
+    return lines
+
+
+def accuracy_lines(rows: Sequence[dict[str, str]], classifier: Classifier) -> list[str]:
+    """Accuracy, confusion counts and misclassified files of one model, against the folder names."""
+    key, names = classifier.family.key, classifier.class_names
+    known = [row for row in rows if row["true_class"]]
+    if not known:
+        return [f"{classifier.title}:", "  Accuracy: unknown, no folder is named after a class"]
+    wrong = [row for row in known if row[f"{key}_correct"] == "no"]
+    right = len(known) - len(wrong)
+    lines = [f"{classifier.title}:", f"  Accuracy: {right / len(known):.2%} ({right} of {len(known)} images in folders named after a class)"]
+    counts = Counter((row["true_class"], row[f"{key}_predicted"]) for row in known)
+    for truth in names:
+        counted = ", ".join(f"{counts[truth, name]} as {printable(name)}" for name in names)
+        lines.append(f"  {printable(truth)}: {counted}")
+    return lines + [f"  Misclassified: {shown(Path(row['file']))} as {printable(row[f'{key}_predicted'])}" for row in wrong]
+
+
+# ------------------------------------------------------------------------------------------
+# Runs
+# ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one run is asked to do, checked as far as the file system can tell."""
+
+    jobs: tuple[Job, ...]
+    is_random: bool
+    is_single: bool  # one image, named by itself or drawn: the console text is about it alone
+    checkpoints: tuple[tuple[Family, Path], ...]
+    output_folder: Path
+    device: str
+    target_class: str | None
+    style: FigureStyle
+    batch_size: int | None
+    skip_existing: bool
+    quiet: bool
+
+
+def load_models(request: Request) -> list[Classifier]:
+    """Load every model that the request names, and say so."""
+    use_exact_float32()
+    device = choose_device(request.device)
+    classifiers = []
+    for family, path in request.checkpoints:
+        say(f"📦 Loading {family.key.upper()} model...")
+        classifier = load_classifier(family, path, device)
+        for note in classifier.notes:
+            warn(f"ℹ️  {shown(path)}: {note}")
+        target_index(request.target_class, classifier.class_names)
+        say(f"✅ Model loaded: {classifier.architecture}", f"   {classifier.accuracy}", "")
+        classifiers.append(classifier)
+    if is_demo(request.checkpoints[0][1]):
+        say(f"⚠️  Demo {'networks' if len(classifiers) > 1 else 'network'}: {DEMO_NOTICE}", "")
+    return classifiers
+
+
+def load_with_notes(image: Path) -> Radiograph:
+    radiograph = load_radiograph(image)
+    for note in radiograph.notes:
+        warn(f"ℹ️  {shown(image)}: {note}")
+    return radiograph
+
+
+def panel_picture(radiograph: Radiograph, style: FigureStyle) -> np.ndarray:
+    return fitted(radiograph.pixels, round(PANEL_INCHES * style.dpi))
+
+
+def run_single(request: Request) -> tuple[list[str], int]:
+    """Explain one image with every model and write its files; returns what to say last, and the exit status."""
+    (job,), both = request.jobs, len(request.checkpoints) > 1
+    if request.is_random:
+        say("🎲 No image specified. Using random test image:", f"   {shown(job.image)}", "")
+    say(f"🔍 {'Comparing' if both else 'Analyzing'} explainability for: {printable(job.image.name)}", RULE)
+    radiograph = load_with_notes(job.image)
+    picture = panel_picture(radiograph, request.style)
+    classifiers, explanations = load_models(request), []
+    for index, classifier in enumerate(classifiers):
+        say(f"{classifier.family.bullet} Generating {classifier.title} Grad-CAM...")
+        explanations += explain(classifier, [radiograph], request.target_class)
+        for path in job.figures[index : index + 1]:
+            write_page(explanation_figure(picture, job.image.name, explanations[-1], request.style), path)
+            say(f"✅ Visualization saved: {shown(path)}", "")
+    write_maps(job, classifiers, explanations)
+    for path in job.figures[len(classifiers) :]:
+        say("📊 Creating comparison visualization...")
+        write_page(comparison_figure(picture, job.image.name, explanations, request.style), path)
+        say(f"✅ Comparison saved: {shown(path)}", "")
+    return comparison_lines(explanations) if both else prediction_lines(explanations[0]), 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one job of many: explanations and the picture for its panels, or an error."""
+
+    job: Job
+    explanations: tuple[Explanation, ...] = ()
+    picture: np.ndarray | None = None
+    error: str = ""
+
+
+def explain_jobs(jobs: Sequence[Job], classifiers: Sequence[Classifier], request: Request) -> Iterator[Result]:
+    """Explain many images, a batch at a time; an image that cannot be read does not stop the others."""
+    size = request.batch_size or DEFAULT_BATCH[classifiers[0].device.type]
+    for start in range(0, len(jobs), size):
+        loaded = [(job, load_or_error(job.image)) for job in jobs[start : start + size]]
+        radiographs = [radiograph for _, radiograph in loaded if isinstance(radiograph, Radiograph)]
+        explained = zip(*(explain(each, radiographs, request.target_class) for each in classifiers)) if radiographs else iter(())
+        for job, radiograph in loaded:
+            if isinstance(radiograph, Radiograph):
+                yield Result(job, next(explained), panel_picture(radiograph, request.style))
+            else:
+                yield Result(job, error=str(radiograph))
+
+
+def load_or_error(image: Path) -> Radiograph | ExplainError:
+    try:
+        check_image_path(image)
+        return load_with_notes(image)
+    except ExplainError as error:
+        return error
+
+
+def drawing_processes(device: str) -> int:
+    """How many processes draw while this one computes: all cores beside a GPU, half of them beside a CPU."""
+    cores = os.cpu_count() or 1
+    return min(MAX_DRAWING_PROCESSES, max(1, cores // 2) if device == "cpu" else cores)
+
+
+@contextlib.contextmanager
+def drawing_pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes that draw figures, None for none of them; they import matplotlib and never torch.
+
+    They leave Ctrl-C to this process: what they have begun they finish, what waits is dropped.
+    Raises ExplainError where one of them is killed.
+    """
+    if not processes:
+        yield None
+        return
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        for _ in range(processes):  # they start while the networks are loaded
+            pool.submit(drawable_characters)
+        yield pool
+    except BrokenExecutor as error:
+        raise ExplainError("drawing: a process that draws figures was killed; free some memory, then go on with --skip-existing") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def run_many(request: Request) -> tuple[list[str], int]:
+    """Explain many images in batches, with a row of the table for each; returns as run_single."""
+    processes = drawing_processes(request.device) if request.jobs[0].figures else 0
+    with drawing_pool(processes) as pool:
+        say(f"🔍 {'Comparing' if len(request.checkpoints) > 1 else 'Analyzing'} explainability for {len(request.jobs)} images", RULE)
+        classifiers = load_models(request)
+        columns = table_columns(classifiers)
+        kept = finished_rows(request.output_folder, columns, request.jobs) if request.skip_existing else {}
+        jobs = [job for job in request.jobs if job.image not in kept]
+        if kept:
+            say(f"⏭️  Finished earlier, left alone: {len(kept)} images", "")
+        started, rows = time.monotonic(), list(kept.values())
+        with open_table(request.output_folder, columns, rows) as add, progress_bar(len(jobs), request.quiet) as bar:
+            for row, line in finished_jobs(pool, jobs, classifiers, request):
+                add(row)
+                rows.append(row)
+                bar.write(line, file=sys.stderr if row["error"] else sys.stdout)
+                bar.update()
+    lines = run_lines(rows, classifiers, len(kept), time.monotonic() - started)
+    return [*lines, f"Table: {shown(request.output_folder / TABLE_NAME)}"], int(any(row["error"] for row in rows))
+
+
+def finished_jobs(
+    pool: ProcessPoolExecutor | None, jobs: Sequence[Job], classifiers: Sequence[Classifier], request: Request
+) -> Iterator[tuple[dict[str, str], str]]:
+    """The table's row and the console's line of each job, once its files are written.
+
+    The networks run ahead of the drawing by a few images only, so that memory does not grow.
+    """
+    waiting: deque[tuple[Result, Future[None] | None]] = deque()
+    for result in explain_jobs(jobs, classifiers, request):
+        is_drawn = result.job.figures and not result.error
+        arguments = (result.job, result.picture, result.explanations, request.style)
+        waiting.append((result, pool.submit(write_figures, *arguments) if is_drawn else None))
+        if len(waiting) > MAX_WAITING_JOBS:
+            yield finished_job(*waiting.popleft(), classifiers)
+    for result, drawn in waiting:
+        yield finished_job(result, drawn, classifiers)
+
+
+def finished_job(result: Result, drawn: Future[None] | None, classifiers: Sequence[Classifier]) -> tuple[dict[str, str], str]:
+    """Wait for a job's figures, write its maps; its row and its line, whether it worked or not."""
+    try:
+        if result.error:
+            raise ExplainError(result.error)
+        if drawn is not None:
+            drawn.result()
+        write_maps(result.job, classifiers, result.explanations)
+        return table_row(result.job, result.explanations), result_line(result.job, result.explanations)
+    except ExplainError as error:
+        truth = true_class(result.job.image, classifiers[0].class_names)
+        return {"file": str(result.job.image), "true_class": truth, "error": str(error)}, f"❌ {error}"
+
+
+def progress_bar(total: int, quiet: bool) -> tqdm:
+    """A bar on a terminal; where standard error is none, only the lines written through it."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="image", disable=quiet or not sys.stderr.isatty())
 
 
 # ------------------------------------------------------------------------------------------
@@ -806,27 +1689,20 @@ EXAMPLES = """examples:
   python3 explainability.py --image path/to/xray.jpg
   python3 explainability.py --image path/to/xray.jpg --model convnext
   python3 explainability.py --image path/to/xray.jpg --target-class "Simple Fracture"
+  python3 explainability.py --image data_original/test --skip-existing
   for img in data_original/test/*/*.jpg; do python3 explainability.py --image "$img"; done
 """
 
 
-@dataclass(frozen=True)
-class Request:
-    """What one run is asked to do, checked as far as files can tell."""
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `low` to `high`."""
 
-    image: Path
-    was_random: bool
-    checkpoints: tuple[tuple[Family, Path], ...]
-    output_folder: Path
-    device: str
-    target_class: str | None
-    style: FigureStyle
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
 
-
-def dpi_number(text: str) -> int:
-    if not text.isdecimal() or not 30 <= int(text) <= 1200:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 30 to 1200")
-    return int(text)
+    return parse
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -835,93 +1711,96 @@ def argument_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     add = parser.add_argument
-    add("--image", type=Path, metavar="PATH", help="X-ray image (default: a random test image)")
+    add("--image", nargs="+", metavar="PATH", help="X-ray images, folders or quoted patterns (default: a random test image)")
     add("--model", choices=[*FAMILIES, "both"], default="both", help="which model to analyze (default: both)")
     add("--compare", action="store_true", help="both models and their comparison, whatever --model says")
-    add("--seed", type=int, metavar="N", help="repeat the choice of the random test image")
+    add("--seed", type=whole_number(0, 2**63), metavar="N", help="repeat the choice of the random test image")
     add("--target-class", metavar="CLASS", help="name or index of the class to explain (default: the predicted class)")
-    add("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR", help="where figures go (default: explainability_outputs)")
+    add("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR", help="where results go (default: explainability_outputs)")
     for family in FAMILIES.values():
         add(f"--{family.key}-checkpoint", type=Path, metavar="FILE", help=f"default: checkpoints/{family.key}*")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: auto)")
     add("--colormap", default="jet", metavar="NAME", help="any matplotlib colormap (default: jet; viridis is perceptually uniform)")
-    add("--dpi", type=dpi_number, default=DEFAULT_DPI, metavar="N", help=f"resolution of the figures (default: {DEFAULT_DPI})")
+    add("--dpi", type=whole_number(30, 1200), default=150, metavar="N", help="resolution of the figures (default: 150)")
+    add("--batch-size", type=whole_number(1, 4096), metavar="N", help="images computed at once (default: 8, on a GPU 32)")
+    add("--skip-existing", action="store_true", help="of many images, leave those alone that an earlier run finished")
+    add("--no-figures", action="store_true", help="numbers alone")
+    add("--save-maps", action="store_true", help="also write the raw maps, before the ReLU, as .npy with a .json beside each")
+    add("--quiet", action="store_true", help="print only the final summary, warnings and errors")
     return parser
+
+
+def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
+    """The images that --image names, each once: files as they are, folders and patterns sorted.
+
+    The output folder's own files are not looked at. Raises ExplainError where nothing is found.
+    """
+    images: list[Path] = []
+    for text in arguments:
+        path = Path(text)
+        if path.is_dir():
+            found = sorted(each for each in path.rglob("*") if each.suffix.lower() in IMAGE_SUFFIXES and each.is_file())
+            found = [each for each in found if output_folder.resolve() not in each.resolve().parents]
+        elif glob.has_magic(text) and not os.path.lexists(path):
+            found = sorted(Path(each) for each in glob.glob(text, recursive=True) if os.path.isfile(each))
+        else:
+            found = [path]
+        if not found:
+            raise ExplainError(f"{shown(path)}: no image found there; files end in {', '.join(IMAGE_SUFFIXES)}")
+        images += found
+    return list(dict.fromkeys(images))
 
 
 def checked_request(args: argparse.Namespace) -> Request:
     """What the arguments ask for. Raises ExplainError for all that files alone can tell."""
-    image = args.image or random_test_image(args.seed)
-    check_image_path(image)
+    images = found_images(args.image, args.output_dir) if args.image else [random_test_image(args.seed)]
+    is_single = not args.image or (len(args.image) == 1 and images == [Path(args.image[0])])
+    if is_single:
+        check_image_path(images[0])
     keys = list(FAMILIES) if args.compare or args.model == "both" else [args.model]
     named = {"convnext": args.convnext_checkpoint, "efficientnet": args.efficientnet_checkpoint}
     checkpoints = tuple((FAMILIES[key], named[key] or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER)) for key in keys)
     check_not_mixed([path for _, path in checkpoints])
+    check_output_folder(args.output_dir)
     return Request(
-        image=image,
-        was_random=args.image is None,
+        jobs=tuple(make_jobs(images, keys, args.output_dir, figures=not args.no_figures, maps=args.save_maps)),
+        is_random=not args.image,
+        is_single=is_single,
         checkpoints=checkpoints,
         output_folder=args.output_dir,
         device=args.device,
         target_class=args.target_class,
         style=FigureStyle(args.colormap, args.dpi),
+        batch_size=args.batch_size,
+        skip_existing=args.skip_existing,
+        quiet=args.quiet,
     )
 
 
-def load_models(request: Request) -> list[Classifier]:
-    """Load every model that the request names, and say so."""
-    use_exact_float32()
-    device = choose_device(request.device)
-    classifiers = []
-    for family, path in request.checkpoints:
-        say(f"📦 Loading {family.key.upper()} model...")
-        classifiers.append(load_classifier(family, path, device))
-        say(f"✅ Model loaded: {classifiers[-1].architecture}", f"   {classifiers[-1].accuracy}", "")
-    if is_demo(request.checkpoints[0][1]):
-        say(f"⚠️  Demo networks: {DEMO_NOTICE}", "")
-    return classifiers
-
-
-def run(request: Request) -> None:
-    """Explain the image with every model, write the figures, report."""
-    both = len(request.checkpoints) > 1
-    if request.was_random:
-        say("🎲 No image specified. Using random test image:", f"   {shown(request.image)}", "")
-    action = "Comparing" if both else "Analyzing"
-    say(f"🔍 {action} explainability for: {printable(request.image.name)}", RULE)
-    radiograph = load_radiograph(request.image)
-    request.output_folder.mkdir(parents=True, exist_ok=True)
-    explanations = []
-    for classifier in load_models(request):
-        say(f"{classifier.family.bullet} Generating {classifier.title} Grad-CAM...")
-        target = target_index(request.target_class, classifier.class_names)
-        (explanation,) = explain(classifier, [radiograph], target)
-        path = output_path(request.output_folder, f"gradcam_{classifier.family.key}", request.image)
-        write_figure(explanation_figure(radiograph, explanation, request.style), path)
-        say(f"✅ Visualization saved: {shown(path)}", "")
-        explanations.append(explanation)
-    if both:
-        say("📊 Creating comparison visualization...")
-        path = output_path(request.output_folder, "comparison", request.image)
-        write_figure(comparison_figure(radiograph, explanations, request.style), path)
-        say(f"✅ Comparison saved: {shown(path)}", "", *summary_lines(explanations))
-    else:
-        say(*prediction_lines(explanations[0]))
+def run(request: Request) -> int:
+    """Do what is asked; the exit status."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere) if request.quiet else contextlib.nullcontext():
+        lines, status = (run_single if request.is_single else run_many)(request)
+    say(*lines)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: returns the exit status."""
-    args = argument_parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an emoji that the terminal lacks becomes "?"
     try:
-        run(checked_request(args))
+        args = argument_parser().parse_args(argv)
+        return run(checked_request(args))
     except ExplainError as error:
-        print(f"❌ {error}", file=sys.stderr)
+        warn(f"❌ {error}")
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
+        return 141
 
 
 if __name__ == "__main__":

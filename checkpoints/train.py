@@ -1,0 +1,371 @@
+"""Train the two demo networks on rendered radiographs.
+
+    python3 checkpoints/train.py efficientnet
+    python3 checkpoints/train.py convnext
+    python3 checkpoints/train.py convnext --labels-only   # the control: no supervision of the maps
+
+Three steps, each resumed where it stopped (state in checkpoints/training/):
+
+1. Render training and validation images with data_original/generate.py, at the networks' 224 x 224.
+2. Patches of 96 px at that scale, three classes (comminuted, simple, none), from random weights.
+3. Whole images, two classes, on cross-entropy + (1 - share of the Grad-CAM heat in the grid cells
+   that the fracture touches): "right for the right reasons" (Ross et al. 2017). With
+   --labels-only the second term is left out.
+
+The result goes to checkpoints/ in half precision, in the layout users' trainers write, with the
+accuracy that explainability.py itself measures on data_original/test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+WORK = HERE / "training"
+sys.path[:0] = [str(HERE), str(ROOT / "data_original")]
+
+import evaluate  # noqa: E402
+import generate  # noqa: E402
+
+SIZE = 224  # px, side of the networks' input
+PATCH = 96  # px
+GRID = 7  # cells a side of both target layers at 224 px
+SEED, VALIDATION_SEED = 7, 8
+NONE = 2  # class of intact bone; 0 and 1 are the classes of the shipped networks
+TRAIN_PER_CLASS, VALIDATION_PER_CLASS = 2200, 100
+MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+
+ARCHITECTURES = {"convnext": "convnextv2_tiny", "efficientnet": "tf_efficientnetv2_s"}
+PATCH_BATCH, WHOLE_BATCH = 48, 24
+PATCH_STEPS, WHOLE_STEPS = {"convnext": 750, "efficientnet": 900}, 200
+PATCH_RATE, WHOLE_RATE = {"convnext": 1e-3, "efficientnet": 2e-3}, 4e-4  # peaks
+
+
+# --------------------------------------------------------------------------------------
+# Images
+# --------------------------------------------------------------------------------------
+
+
+def render_one(seed: int, item: tuple[int, int]) -> tuple[np.ndarray, list[float]]:
+    """One image as the network will see it: (SIZE, SIZE) uint8, and its box in those pixels."""
+    label, number = item
+    rng = np.random.default_rng([seed, generate.SPLIT_CODES["train"], label, number])
+    pixels, box = generate.render(rng, generate.LABELS[label])
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=generate.JPEG_QUALITY)
+    small = Image.open(buffer).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    height, width = pixels.shape
+    scale = np.array([SIZE / width, SIZE / height] * 2)
+    return np.asarray(small), list(np.array(box) * scale) if box else [0.0] * 4
+
+
+def images(seed: int, per_class: int, processes: int) -> dict[str, torch.Tensor]:
+    """Render images once and keep them: images (N, SIZE, SIZE), labels (N,), boxes (N, 4)."""
+    path = WORK / f"images_{seed}_{per_class}.pt"
+    if not path.exists():
+        items = [(label, number) for number in range(per_class) for label in range(len(generate.LABELS))]
+        with ProcessPoolExecutor(processes) as pool:
+            pairs = list(pool.map(partial(render_one, seed), items, chunksize=32))
+        WORK.mkdir(exist_ok=True)
+        torch.save(
+            {
+                "images": torch.from_numpy(np.stack([pixels for pixels, _ in pairs])),
+                "labels": torch.tensor([label for label, _ in items]),
+                "boxes": torch.tensor([box for _, box in pairs], dtype=torch.float32),
+            },
+            path,
+        )
+    return torch.load(path, weights_only=True)
+
+
+def flip(image: torch.Tensor, box: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mirror an (H, W) image and its box, each axis with probability one half."""
+    x0, y0, x1, y1 = box.tolist()
+    if rng.random() < 0.5:
+        image, x0, x1 = image.flip(1), SIZE - x1, SIZE - x0
+    if rng.random() < 0.5:
+        image, y0, y1 = image.flip(0), SIZE - y1, SIZE - y0
+    return image, torch.tensor([x0, y0, x1, y1])
+
+
+def to_input(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """(H, W) uint8 -> (3, H, W) normalised, with the exposure and contrast varied."""
+    value = image.float() / 255
+    value = (value * rng.uniform(0.8, 1.2) + rng.uniform(-0.08, 0.08)).clamp(0, 1)
+    return (value.expand(3, -1, -1) - MEAN) / STD
+
+
+def patch_origin(box: torch.Tensor, wanted: bool, rng: np.random.Generator) -> tuple[int, int] | None:
+    """Top left of a patch that holds the fracture (wanted) or none of it; None where none fits."""
+    x0, y0, x1, y1 = box.tolist()
+    limit = SIZE - PATCH
+    if wanted:
+        jitter = rng.integers(-20, 21, 2)
+        x = (x0 + x1 - PATCH) / 2 + jitter[0]
+        y = (y0 + y1 - PATCH) / 2 + jitter[1]
+        return int(np.clip(x, 0, limit)), int(np.clip(y, 0, limit))
+    for _ in range(20):
+        x, y = rng.integers(0, limit + 1, 2)
+        if x >= x1 or y >= y1 or x + PATCH <= x0 or y + PATCH <= y0:
+            return int(x), int(y)
+    return None
+
+
+def patches(data: dict[str, torch.Tensor], count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of patches (count, 3, PATCH, PATCH) and their classes, a third of each."""
+    inputs, labels = [], []
+    while len(inputs) < count:
+        index = int(rng.integers(len(data["labels"])))
+        image, box = flip(data["images"][index], data["boxes"][index], rng)
+        label = int(data["labels"][index])
+        # A few patches beside a fracture are "none" too: the class must come from the break itself.
+        wanted = label != NONE and rng.random() < 0.9
+        origin = patch_origin(box, wanted, rng)
+        if origin is None:
+            continue
+        x, y = origin
+        inputs.append(to_input(image[y : y + PATCH, x : x + PATCH], rng))
+        labels.append(label if wanted else NONE)
+    return torch.stack(inputs), torch.tensor(labels)
+
+
+def touched_cells(boxes: torch.Tensor) -> torch.Tensor:
+    """Which grid cells each box touches: (B, 4) -> (B, GRID, GRID) of 0 and 1."""
+    low = torch.arange(GRID) * SIZE / GRID
+    high = low + SIZE / GRID
+    columns = (boxes[:, 0:1] < high) & (boxes[:, 2:3] > low)
+    rows = (boxes[:, 1:2] < high) & (boxes[:, 3:4] > low)
+    return (rows[:, :, None] & columns[:, None, :]).float()
+
+
+def whole_images(data: dict[str, torch.Tensor], count: int, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
+    """A batch of fractured whole images, their classes and the cells their fractures touch."""
+    fractured = (data["labels"] != NONE).nonzero()[:, 0]
+    indices = fractured[torch.from_numpy(rng.choice(len(fractured), count, replace=False))]
+    pairs = [flip(data["images"][i], data["boxes"][i], rng) for i in indices]
+    inputs = torch.stack([to_input(image, rng) for image, _ in pairs])
+    return inputs, data["labels"][indices], touched_cells(torch.stack([box for _, box in pairs]))
+
+
+# --------------------------------------------------------------------------------------
+# Networks
+# --------------------------------------------------------------------------------------
+
+
+def initialise_fan_in(network: nn.Module) -> None:
+    """Kaiming initialisation; timm's truncated normal of 0.02 leaves a small ConvNeXt V2 hardly learning."""
+    for name, module in network.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            if name.endswith("mlp.fc2"):  # the residual branches add up over depth
+                module.weight.data.mul_(0.5)
+
+
+def target_activations(network: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Activations (B, C, GRID, GRID) of the layer that explainability.py looks at."""
+    if hasattr(network, "stages"):
+        return network.forward_features(inputs)
+    return network.conv_head(network.blocks(network.bn1(network.conv_stem(inputs))))
+
+
+def logits_of(network: nn.Module, activations: torch.Tensor) -> torch.Tensor:
+    """Class scores (B, K) from those activations."""
+    features = activations if hasattr(network, "stages") else network.bn2(activations)
+    return network.forward_head(features)
+
+
+def grad_cam(logits: torch.Tensor, labels: torch.Tensor, activations: torch.Tensor, train: bool) -> torch.Tensor:
+    """Grad-CAM after the ReLU (B, GRID, GRID), differentiable again when training."""
+    score = logits.gather(1, labels[:, None]).sum()
+    (gradients,) = torch.autograd.grad(score, activations, create_graph=train)
+    return (gradients.mean((2, 3), keepdim=True) * activations).sum(1).relu()
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 5 % of the steps, then cosine decay to zero."""
+    warm = steps // 20
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+
+def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, rate: float, loss: torch.Tensor) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimiser.step()
+
+
+@torch.no_grad()
+def recalibrate(network: nn.Module, data: dict[str, torch.Tensor], rng: np.random.Generator) -> None:
+    """Average the batch norms' statistics over whole images: patches hold less background."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [module.momentum for module in norms]
+    for module in norms:
+        module.reset_running_stats()
+        module.momentum = None  # cumulative average
+    network.train()
+    for _ in range(16 if norms else 0):
+        network(whole_images(data, WHOLE_BATCH, rng)[0])
+    for module, momentum in zip(norms, momenta):
+        module.momentum = momentum
+
+
+def validate(network: nn.Module, data: dict[str, torch.Tensor]) -> tuple[float, float, float]:
+    """Accuracy, share of maxima in the box enlarged by half a cell, share of heat in touched cells."""
+    network.eval()
+    fractured = (data["labels"] != NONE).nonzero()[:, 0]
+    right = inside = heat = 0.0
+    for chunk in fractured.split(25):
+        value = data["images"][chunk].float()[:, None] / 255
+        inputs = ((value - MEAN) / STD).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            activations = target_activations(network, inputs)
+        activations = activations.float().requires_grad_()
+        logits = logits_of(network, activations)[:, :2]
+        predicted = logits.argmax(1)
+        maps = grad_cam(logits, predicted, activations, train=False).detach()
+        boxes, cells = data["boxes"][chunk], touched_cells(data["boxes"][chunk])
+        right += (predicted == data["labels"][chunk]).sum().item()
+        heat += ((maps * cells).sum((1, 2)) / maps.sum((1, 2)).clamp_min(1e-12)).sum().item()
+        peak = maps.flatten(1).argmax(1)
+        x, y = (peak % GRID + 0.5) * SIZE / GRID, (peak // GRID + 0.5) * SIZE / GRID
+        margin = SIZE / GRID / 2
+        near = (x >= boxes[:, 0] - margin) & (x <= boxes[:, 2] + margin) & (y >= boxes[:, 1] - margin) & (y <= boxes[:, 3] + margin)
+        inside += near.sum().item()
+    return right / len(fractured), inside / len(fractured), heat / len(fractured)
+
+
+# --------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------
+
+
+def save_state(path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save({"network": network.state_dict(), "optimiser": optimiser.state_dict(), "step": step}, temporary)
+    temporary.replace(path)
+
+
+def load_state(path: Path, network: nn.Module, optimiser: torch.optim.Optimizer) -> int:
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    network.load_state_dict(state["network"])
+    optimiser.load_state_dict(state["optimiser"])
+    return state["step"]
+
+
+def train_patches(key: str, network: nn.Module, data: dict[str, torch.Tensor]) -> None:
+    """Step 2: three classes on patches; leaves the trained weights in `network`."""
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
+    state, steps, recent = WORK / f"{key}_patches.pt", PATCH_STEPS[key], []
+    started = time.time()
+    for step in range(load_state(state, network, optimiser), steps):
+        network.train()
+        inputs, labels = patches(data, PATCH_BATCH, np.random.default_rng([SEED, step]))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = network(inputs.contiguous(memory_format=torch.channels_last)).float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.05)
+        train_step(network, optimiser, learning_rate(step, steps, PATCH_RATE[key]), loss)
+        recent.append((logits.argmax(1) == labels).float().mean().item())
+        if (step + 1) % 25 == 0:
+            print(f"{key} patches {step + 1}/{steps} loss {loss:.3f} accuracy {np.mean(recent[-25:]):.3f} {time.time() - started:.0f} s", flush=True)
+        if (step + 1) % 50 == 0:
+            save_state(state, network, optimiser, step + 1)
+
+
+def train_whole(key: str, network: nn.Module, data: dict[str, torch.Tensor], validation: dict[str, torch.Tensor], labels_only: bool) -> None:
+    """Step 3: two classes on whole images, with the heat in the fracture's cells as a second aim."""
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
+    state = WORK / f"{key}_{'labels' if labels_only else 'whole'}.pt"
+    first = load_state(state, network, optimiser)
+    if first == 0:
+        recalibrate(network, data, np.random.default_rng([SEED, 1]))
+    started = time.time()
+    for step in range(first, WHOLE_STEPS):
+        network.eval()  # batch norms keep their statistics: the maps trained are the maps shown
+        inputs, labels, cells = whole_images(data, WHOLE_BATCH, np.random.default_rng([SEED, 2, step]))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            activations = target_activations(network, inputs.contiguous(memory_format=torch.channels_last))
+        activations = activations.float()
+        logits = logits_of(network, activations)[:, :2]
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.02)
+        share = torch.zeros(())
+        if not labels_only:
+            maps = grad_cam(logits, labels, activations, train=True)
+            share = ((maps * cells).sum((1, 2)) / (maps.sum((1, 2)) + 1e-6)).mean()
+            loss = loss + (1 - share)
+        train_step(network, optimiser, learning_rate(step, WHOLE_STEPS, WHOLE_RATE), loss)
+        if (step + 1) % 10 == 0:
+            print(f"{key} whole {step + 1}/{WHOLE_STEPS} loss {loss:.3f} heat inside {share:.3f} {time.time() - started:.0f} s", flush=True)
+        if (step + 1) % 50 == 0 or step + 1 == WHOLE_STEPS:
+            save_state(state, network, optimiser, step + 1)
+            print(f"{key} validation: accuracy %.3f, maximum inside %.3f, heat inside %.3f" % validate(network, validation), flush=True)
+
+
+def two_class_weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Half-precision weights without the output for "none": the shipped classifiers know two classes."""
+    head = {"head.fc.weight", "head.fc.bias", "classifier.weight", "classifier.bias"}
+    return {
+        key: (value[:2] if key in head else value).half().contiguous() if value.is_floating_point() else value
+        for key, value in network.state_dict().items()
+    }
+
+
+def export(key: str, network: nn.Module, validation_accuracy: float) -> None:
+    """Write the demo checkpoint, with the test accuracy that explainability.py itself measures."""
+    path = HERE / evaluate.DEMOS[key]
+    contents = {
+        "epoch": WHOLE_STEPS,
+        "model_state_dict": two_class_weights(network),
+        "val_acc": 100 * validation_accuracy,
+        "config": {"model_name": ARCHITECTURES[key], "img_size": SIZE, "num_classes": 2},
+    }
+    torch.save(contents, path)
+    measured = evaluate.measure(key, path)
+    torch.save(contents | {"test_acc": 100 * measured.accuracy}, path)
+    print(f"{path.name}: {measured}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=ARCHITECTURES)
+    parser.add_argument("--labels-only", action="store_true", help="leave the supervision of the maps out; writes no checkpoint")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads and rendering processes")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(SEED)
+    data = images(SEED, TRAIN_PER_CLASS, args.threads)
+    validation = images(VALIDATION_SEED, VALIDATION_PER_CLASS, args.threads)
+    network = timm.create_model(ARCHITECTURES[args.family], num_classes=len(generate.LABELS))
+    if args.family == "convnext":
+        initialise_fan_in(network)
+    network = network.to(memory_format=torch.channels_last)
+    train_patches(args.family, network, data)
+    train_whole(args.family, network, data, validation, args.labels_only)
+    if not args.labels_only:
+        export(args.family, network, validate(network, validation)[0])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

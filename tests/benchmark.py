@@ -1,0 +1,304 @@
+"""Measure what explanations, figures and whole runs cost, beside other tools, in one run.
+
+    python3 tests/benchmark.py
+    python3 tests/benchmark.py --device cuda
+
+Both full-size networks with random weights (time does not depend on them), in users' checkpoint
+layout. Every figure is a median; ratios carry over to other machines, seconds do not. Other tools:
+pytorch-grad-cam, captum and torch-cam, each used as its own documentation shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import explainability as tool  # noqa: E402
+
+IMAGES = sorted((ROOT / "data_original" / "test").glob("*/*.jpg"))
+MANY, BATCH, LOOPED = 50, 8, 3
+COMMAND = [sys.executable, str(ROOT / "explainability.py")]
+
+
+def seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Each function's median time; they take turns, so that a noisy minute hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repeats + 1):
+        for name, function in functions.items():
+            spent = seconds(function)
+            if turn:  # the first turn warms up
+                times[name].append(spent)
+    return {name: statistics.median(spent) for name, spent in times.items()}
+
+
+def row(what: str, value: str, goal: str = "") -> None:
+    print(f"| {what} | {value} | {goal} |", flush=True)
+
+
+def heading(title: str, value: str) -> None:
+    print(f"\n| {title} | {value} | goal |\n|---|---|---|", flush=True)
+
+
+def save_checkpoint(architecture: str, path: Path) -> None:
+    """A random network in users' layout, optimizer state and all."""
+    network = timm.create_model(architecture.partition(".")[0], num_classes=2)
+    moments = {
+        index: {"step": torch.tensor(1.0), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+        for index, weight in enumerate(network.parameters())
+    }
+    optimizer = {"state": moments, "param_groups": [{"lr": 1e-4, "params": list(moments)}]}
+    config = {"model_name": architecture, "img_size": 224, "num_classes": 2}
+    contents = {"epoch": 1, "model_state_dict": network.state_dict(), "optimizer_state_dict": optimizer}
+    torch.save({**contents, "val_acc": 50.0, "config": config}, path)
+
+
+# Explanations
+
+
+def peers(classifier: tool.Classifier, inputs: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """The same Grad-CAM by other tools."""
+    from captum.attr import LayerGradCam
+    from pytorch_grad_cam import GradCAM
+    from torchcam.methods import GradCAM as TorchCam
+
+    network = timm.create_model(classifier.architecture.partition(".")[0], num_classes=2).eval().to(inputs.device)
+    layer = network.get_submodule(classifier.family.target_layer)
+    grad_cam = GradCAM(model=network, target_layers=[layer])
+
+    def captum() -> None:
+        chosen = network(inputs).argmax(1)
+        LayerGradCam(network, layer).attribute(inputs, target=chosen)
+
+    def torch_cam() -> None:
+        with TorchCam(network, target_layer=layer) as extractor:
+            scores = network(inputs.clone().requires_grad_())
+            extractor(scores.argmax(1).tolist(), scores)
+
+    return {"pytorch-grad-cam": lambda: grad_cam(input_tensor=inputs), "captum": captum, "torch-cam": torch_cam}
+
+
+def bare_forward(classifier: tool.Classifier, inputs: torch.Tensor) -> Callable[[], object]:
+    def forward() -> None:
+        with torch.inference_mode():
+            classifier.network(inputs)
+
+    return forward
+
+
+def benchmark_explanations(classifiers: list[tool.Classifier], radiographs: list[tool.Radiograph], repeats: int) -> None:
+    heading("one explanation over one bare forward pass", "ratio")
+    for classifier in classifiers:
+        inputs = tool.input_batch(classifier, radiographs[:1])
+        this = {"bare": bare_forward(classifier, inputs), "this tool": lambda: tool.explain_inputs(classifier, inputs)}
+        spent = medians(this | peers(classifier, inputs), repeats)
+        row(f"{classifier.title}: bare forward pass", f"{spent['bare']:.3f} s")
+        for name in list(spent)[1:]:
+            row(f"{classifier.title}: {name}", f"{spent[name] / spent['bare']:.2f}", "1.05" if name == "this tool" else "")
+
+
+def benchmark_batches(classifiers: list[tool.Classifier], radiographs: list[tool.Radiograph], repeats: int) -> float:
+    """Both models on a batch; returns the seconds that one bare image takes."""
+    batches = [(classifier, tool.input_batch(classifier, radiographs[:BATCH])) for classifier in classifiers]
+    spent = medians(
+        {
+            "bare": lambda: [bare_forward(*batch)() for batch in batches],
+            "explained": lambda: [tool.explain_inputs(*batch) for batch in batches],
+        },
+        repeats,
+    )
+    heading(f"both models, a batch of {BATCH}", "measured")
+    row("bare forward passes, an image", f"{spent['bare'] / BATCH:.3f} s")
+    row("explanations over bare forward passes", f"{spent['explained'] / spent['bare']:.3f}", "1.05")
+    return spent["bare"] / BATCH
+
+
+# Figures
+
+
+def benchmark_figures(classifiers: list[tool.Classifier], radiographs: list[tool.Radiograph], folder: Path, repeats: int) -> None:
+    style, picture = tool.FigureStyle(), tool.panel_picture(radiographs[0], tool.FigureStyle())
+    explanations = [tool.explain(classifier, radiographs[:1])[0] for classifier in classifiers]
+    spent = medians(
+        {
+            "4 panels, 10 x 10 in at 150 DPI": lambda: tool.write_page(
+                tool.explanation_figure(picture, "name.png", explanations[0], style), folder / "a.png"
+            ),
+            "6 panels, 14 x 10.8 in at 150 DPI": lambda: tool.write_page(
+                tool.comparison_figure(picture, "name.png", explanations, style), folder / "b.png"
+            ),
+        },
+        3 * repeats,
+    )
+    importing = [sys.executable, "-c", "import time; t = time.time(); import torch; print(time.time() - t)"]
+    torch_import = statistics.median(float(subprocess.run(importing, capture_output=True, text=True).stdout) for _ in range(3))
+    heading("one figure, drawn and written", "measured")
+    for name, value in spent.items():
+        row(name, f"{value:.3f} s", "0.2 s")
+    row("`import torch`, for comparison", f"{torch_import:.2f} s", "2 s")
+
+
+# Whole commands
+
+
+def floor_script(checkpoints: dict[str, Path], image: Path) -> str:
+    """The least that one image costs: imports, mapped load, one forward pass of each model."""
+    return f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, timm, explainability as tool
+from pathlib import Path
+for key, path in {[(key, str(path)) for key, path in checkpoints.items()]!r}:
+    weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with torch.device("meta"):
+        network = timm.create_model(weights["config"]["model_name"].partition(".")[0], num_classes=2)
+    network.load_state_dict(weights["model_state_dict"], assign=True)
+    inputs = tool.network_input(tool.load_radiograph(Path({str(image)!r})), tool.Preprocessing())
+    with torch.inference_mode():
+        network.eval()(torch.from_numpy(inputs)[None])
+"""
+
+
+def peer_script(checkpoints: dict[str, Path], images: list[Path], folder: Path) -> str:
+    """The usual way: one process, pytorch-grad-cam, three pyplot figures an image."""
+    return f"""
+import numpy as np, timm, torch
+import matplotlib; matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.image import show_cam_on_image
+from torchvision import transforms
+prepare = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor(),
+    transforms.Normalize({tool.IMAGENET_MEAN}, {tool.IMAGENET_STD})])
+cams = []
+for key, path, layer in {[(key, str(path), tool.FAMILIES[key].target_layer) for key, path in checkpoints.items()]!r}:
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    network = timm.create_model(saved["config"]["model_name"].partition(".")[0], num_classes=2)
+    network.load_state_dict(saved["model_state_dict"])
+    cams.append((key, network.eval(), GradCAM(model=network, target_layers=[network.get_submodule(layer)])))
+for number, path in enumerate({[str(path) for path in images]!r}):
+    image = Image.open(path).convert("RGB")
+    inputs, rgb = prepare(image)[None], np.asarray(image.resize((224, 224)), np.float32) / 255
+    shown = []
+    for key, network, cam in cams:
+        with torch.no_grad():
+            probability = network(inputs).softmax(1)
+        heat = cam(input_tensor=inputs)[0]
+        shown.append((heat, show_cam_on_image(rgb, heat, use_rgb=True)))
+        figure, axes = plt.subplots(2, 2, figsize=(14, 14))
+        for axis, picture in zip(axes.flat, (rgb, heat, shown[-1][1])):
+            axis.imshow(picture, cmap="jet"); axis.axis("off")
+        axes[1, 1].text(0.1, 0.5, str(probability.tolist())); axes[1, 1].axis("off")
+        plt.tight_layout(); plt.savefig(f"{folder}/{{key}}_{{number}}.png", dpi=150, bbox_inches="tight"); plt.close()
+    figure, axes = plt.subplots(2, 3, figsize=(18, 12))
+    for line, (heat, overlay) in zip(axes, shown):
+        for axis, picture in zip(line, (rgb, heat, overlay)):
+            axis.imshow(picture, cmap="jet"); axis.axis("off")
+    plt.tight_layout(); plt.savefig(f"{folder}/both_{{number}}.png", dpi=150, bbox_inches="tight"); plt.close()
+"""
+
+
+def command_seconds(command: list[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+def peak_memory(command: list[str]) -> float:
+    """Largest sum of the proportional memory of a command and its processes, in GB (Linux)."""
+    process, peak = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True), 0
+    while process.poll() is None:
+        peak = max(peak, sum(map(proportional_bytes, session_processes(process.pid))))
+        time.sleep(0.1)
+    return peak / 1e9
+
+
+def session_processes(session: int) -> list[int]:
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            if os.getsid(int(pid)) == session:
+                found.append(int(pid))
+        except ProcessLookupError:
+            pass
+    return found
+
+
+def proportional_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def benchmark_commands(checkpoints: dict[str, Path], folder: Path, bare: float, device: str, repeats: int) -> None:
+    named = [part for key, path in checkpoints.items() for part in (f"--{key}-checkpoint", str(path))]
+    command = [*COMMAND, *named, "--device", device, "--output-dir", str(folder / "out"), "--image"]
+    one, many = [*command, str(IMAGES[0])], [*command, *map(str, IMAGES[:MANY])]
+    spent = medians(
+        {
+            "floor": lambda: command_seconds([sys.executable, "-c", floor_script(checkpoints, IMAGES[0])]),
+            "one": lambda: command_seconds(one),
+        },
+        repeats,
+    )
+    heading("whole command, both models, all figures", "measured")
+    row("1 image over its floor (imports, load, one forward pass each)", f"{spent['one'] / spent['floor']:.2f}", "1.35")
+    row("1 image", f"{spent['one']:.1f} s")
+    run = statistics.median(command_seconds(many) for _ in range(max(1, repeats // 2)))
+    row(f"{MANY} images over their bare batched forward passes", f"{run / (MANY * bare):.2f}", "2.0")
+    row(f"{MANY} images", f"{run:.1f} s")
+    row(f"{MANY} images, peak memory", f"{peak_memory(many):.2f} GB", "1.6 GB")
+    peer = command_seconds([sys.executable, "-c", peer_script(checkpoints, IMAGES[:MANY], folder)])
+    row(f"{MANY} images with pytorch-grad-cam and pyplot, one process", f"{peer:.1f} s, {peer / run:.1f} times this tool's")
+    loop = MANY / LOOPED * command_seconds([sys.executable, "-c", peer_loop(checkpoints, folder)])
+    row(f"the same as a shell loop ({LOOPED} images, extrapolated)", f"{loop:.0f} s, {loop / run:.1f} times this tool's")
+
+
+def peer_loop(checkpoints: dict[str, Path], folder: Path) -> str:
+    scripts = [peer_script(checkpoints, [image], folder) for image in IMAGES[:LOOPED]]
+    return f"import subprocess, sys\nfor script in {scripts!r}: subprocess.run([sys.executable, '-c', script], check=True)"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads, device {args.device}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoints = {key: folder / f"{key}.pth" for key in tool.FAMILIES}
+        for key, path in checkpoints.items():
+            save_checkpoint(tool.FAMILIES[key].full_size, path)
+        classifiers = [tool.load_classifier(tool.FAMILIES[key], path, args.device) for key, path in checkpoints.items()]
+        radiographs = [tool.load_radiograph(path) for path in IMAGES[:BATCH]]
+        benchmark_explanations(classifiers, radiographs, args.repeats)
+        bare = benchmark_batches(classifiers, radiographs, args.repeats)
+        benchmark_figures(classifiers, radiographs, folder, args.repeats)
+        benchmark_commands(checkpoints, folder, bare, args.device, args.repeats)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

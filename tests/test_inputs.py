@@ -1,0 +1,888 @@
+"""Radiographs: every depth, orientation and kind of file is read right or refused in one line.
+
+Expected pixels come from NumPy arithmetic on the values written, not from the tool.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import socket
+import struct
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import explainability as tool
+from explainability import ExplainError, load_radiograph
+
+# ------------------------------------------------------------------------------------------
+# Builders
+# ------------------------------------------------------------------------------------------
+
+ROWS, COLUMNS = 12, 9
+RAMP = np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS)  # every pixel another value, 0 to 107
+
+
+def written(path: Path, contents: bytes) -> Path:
+    path.write_bytes(contents)
+    return path
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def tiff(values: np.ndarray, **options: object) -> bytes:
+    """A TIFF from a writer that is not the reader under test."""
+    tifffile = pytest.importorskip("tifffile")
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, values, **{"photometric": "minisblack"} | options)
+    return buffer.getvalue()
+
+
+def png(values: np.ndarray, colour_type: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of 8- or 16-bit samples, written by hand."""
+    samples = values.astype(values.dtype.newbyteorder(">"))
+    rows = b"".join(b"\0" + row.tobytes() for row in samples)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 8 * values.itemsize, colour_type, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in parts
+    )
+
+
+def dicom(stored: np.ndarray, **tags: object) -> bytes:
+    """An uncompressed DICOM file written by pydicom."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1"
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid(entropy_srcs=["test"])
+    dataset.PatientName, dataset.PatientID = "SECRET^NAME", "SECRET-7"
+    colour = stored.ndim == 3 and stored.shape[-1] == 3
+    dataset.SamplesPerPixel = 3 if colour else 1
+    dataset.PlanarConfiguration = 0
+    dataset.PhotometricInterpretation = "RGB" if colour else "MONOCHROME2"
+    dataset.Rows, dataset.Columns = stored.shape[:2] if colour else stored.shape[-2:]
+    dataset.BitsAllocated = dataset.BitsStored = 8 * stored.itemsize
+    dataset.PixelRepresentation = int(stored.dtype.kind == "i")
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    dataset.HighBit = dataset.BitsStored - 1
+    dataset.PixelData = stored.tobytes() + b"\0" * (stored.nbytes % 2)
+    dataset["PixelData"].VR = "OW" if stored.itemsize > 1 else "OB"
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def compressed(values: np.ndarray, stream: bytes, syntax: str) -> bytes:
+    """A DICOM file of these values that holds an encoded stream in their place."""
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.dcmread(io.BytesIO(dicom(values)))
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.PixelData = pydicom.encaps.encapsulate([stream])
+    dataset["PixelData"].is_undefined_length = True
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset)
+    return buffer.getvalue()
+
+
+def stretched(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """The documented rule in exact whole-number or float64 arithmetic."""
+    values = np.clip(values.astype(np.float64), low, high)
+    return np.rint((values - low) * 255 / (high - low)).astype(np.uint8)
+
+
+def grey(radiograph: tool.Radiograph) -> np.ndarray:
+    """The one channel of a picture whose three are equal."""
+    pixels = radiograph.pixels
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+    assert (pixels == pixels[:, :, :1]).all()
+    return pixels[:, :, 0]
+
+
+def refusal(path: Path) -> str:
+    """What the loader says when it refuses; one printable line that starts with the path."""
+    with pytest.raises(ExplainError) as caught:
+        load_radiograph(path)
+    text = str(caught.value)
+    assert text.startswith(tool.shown(path) + ": ") and text.isprintable() and "; " in text
+    return text
+
+
+# ------------------------------------------------------------------------------------------
+# Depth
+# ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "WEBP", "GIF"])
+def test_8_bit_grey_stays_exactly_as_it_is(tmp_path: Path, kind: str) -> None:
+    values = (RAMP + 50).astype(np.uint8)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    path = written(tmp_path / "x", encoded(Image.fromarray(values), kind, **options))
+    radiograph = load_radiograph(path)
+    assert np.array_equal(grey(radiograph), values)
+    assert radiograph.notes == () and radiograph.path == path
+
+
+def test_8_bit_colour_stays_exactly_as_it_is(tmp_path: Path) -> None:
+    values = np.stack([RAMP, RAMP + 50, 255 - RAMP], axis=2).astype(np.uint8)
+    path = written(tmp_path / "x", encoded(Image.fromarray(values), "PNG"))
+    assert np.array_equal(load_radiograph(path).pixels, values)
+
+
+@pytest.mark.parametrize(("low", "step"), [(0, 9), (100, 38), (0, 600), (60_000, 1)], ids=["10 in 16", "12 in 16", "16", "narrow"])
+@pytest.mark.parametrize("kind", ["png", "tiff", "big-endian tiff", "deflated tiff", "dicom"])
+def test_16_bit_is_scaled_from_its_real_range(tmp_path: Path, kind: str, low: int, step: int) -> None:
+    values = (low + step * RAMP).astype(np.uint16)
+    build = {
+        "png": lambda: png(values, 0),
+        "tiff": lambda: tiff(values),
+        "big-endian tiff": lambda: tiff(values, byteorder=">"),
+        "deflated tiff": lambda: tiff(values, compression="zlib"),
+        "dicom": lambda: dicom(values),
+    }[kind]
+    radiograph = load_radiograph(written(tmp_path / "x", build()))
+    assert np.array_equal(grey(radiograph), stretched(values, low, low + step * 107))
+    assert radiograph.notes == (f"values {low} to {low + step * 107} scaled to 8 bits",)
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [("i2", -30_000, 30_000), ("i4", -(2**31), 2**31 - 1), ("u4", 0, 2**32 - 1), ("f4", -1.5, 2.5), ("i1", -128, 127), ("f4", 0, 3e38)],
+)
+def test_other_deep_tiff_is_scaled_from_its_real_range(tmp_path: Path, dtype: str, low: float, high: float, byteorder: str) -> None:
+    if (dtype, byteorder) == ("u4", ">"):
+        pytest.skip("not read by Pillow: refused, see below")
+    values = np.linspace(low, high, RAMP.size).reshape(RAMP.shape).astype(dtype)
+    path = written(tmp_path / "x", tiff(values, byteorder=byteorder))
+    assert np.array_equal(grey(load_radiograph(path)), stretched(values, float(values.min()), float(values.max())))
+
+
+@pytest.mark.parametrize("options", [{"byteorder": ">", "dtype": "u4"}, {"dtype": "f8"}, {"byteorder": ">", "dtype": "u2", "photometric": "miniswhite"}])
+def test_tiff_that_cannot_be_decoded_is_refused(tmp_path: Path, options: dict[str, str]) -> None:
+    values = RAMP.astype(options["dtype"])
+    path = written(tmp_path / "x.tif", tiff(values, **{name: value for name, value in options.items() if name != "dtype"}))
+    assert "convert it to PNG" in refusal(path)
+
+
+def test_a_burned_in_marker_does_not_blacken_a_16_bit_image(tmp_path: Path) -> None:
+    values = np.tile(np.arange(4000, dtype=np.uint16), (10, 1))
+    values[0, :40] = 65_535  # 0.1 % of the pixels
+    radiograph = load_radiograph(written(tmp_path / "x", png(values, 0)))
+    ordered = np.sort(values, axis=None)
+    low, high = (int(ordered[round((ordered.size - 1) * share)]) for share in (0.01, 0.99))
+    assert np.array_equal(grey(radiograph), stretched(values, low, high))
+    assert high < 4000 and "clipped (0 to 65535 in all)" in radiograph.notes[0]
+
+
+def test_outliers_count_for_the_range_where_all_else_is_constant() -> None:
+    values = np.zeros((100, 100), np.uint16)
+    values[0, 0] = 500
+    pixels, _ = tool.to_8_bits(values)
+    assert pixels[0, 0] == 255 and pixels.sum() == 255
+
+
+@pytest.mark.parametrize("value", [0, 4000, 65_535])
+def test_a_constant_deep_image_becomes_mid_grey(tmp_path: Path, value: int) -> None:
+    radiograph = load_radiograph(written(tmp_path / "x", png(np.full((5, 4), value, np.uint16), 0)))
+    assert (grey(radiograph) == 127).all() and radiograph.notes == (f"every value is {value}: shown as mid grey",)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinite_values_are_refused(tmp_path: Path, bad: float) -> None:
+    values = RAMP.astype(np.float32)
+    values[3, 3] = bad
+    assert "NaN or infinite" in refusal(written(tmp_path / "x.tif", tiff(values)))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
+def test_1_bit_becomes_black_and_white(tmp_path: Path, kind: str) -> None:
+    values = RAMP % 3 == 0
+    path = written(tmp_path / "x", encoded(Image.fromarray(values), kind))
+    assert np.array_equal(grey(load_radiograph(path)), np.where(values, 255, 0))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "u1", "u2", "f4"])
+def test_min_is_white_is_inverted(tmp_path: Path, dtype: str) -> None:
+    values = (RAMP % 2 == 0) if dtype == "bool" else (RAMP * 2).astype(dtype)
+    shown_values = {"bool": values * 255, "u1": values}.get(dtype)
+    if shown_values is None:
+        shown_values = stretched(values, 0, 214)
+    path = written(tmp_path / "x", tiff(values, photometric="miniswhite"))
+    assert np.array_equal(grey(load_radiograph(path)), 255 - shown_values)
+
+
+# ------------------------------------------------------------------------------------------
+# Colour and transparency
+# ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF", "BMP"])
+def test_palette_is_looked_up(tmp_path: Path, kind: str) -> None:
+    palette = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
+    image = Image.fromarray(RAMP.astype(np.uint8), "L")
+    image.putpalette(palette.tobytes())
+    assert image.mode == "P"
+    path = written(tmp_path / "x", encoded(image, kind))
+    assert np.array_equal(load_radiograph(path).pixels, palette[RAMP])
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_transparent_pixels_are_laid_over_black(tmp_path: Path, mode: str, kind: str) -> None:
+    rng = np.random.default_rng(1)
+    values = rng.integers(0, 256, (ROWS, COLUMNS, len(mode)), dtype=np.uint8)
+    values[0, :, -1], values[1, :, -1] = 255, 0
+    path = written(tmp_path / "x", encoded(Image.fromarray(values, mode), kind, **{"lossless": True, "exact": True} if kind == "WEBP" else {}))
+    over_black = np.rint(values[:, :, :-1] * (values[:, :, -1:] / 255))
+    pixels = load_radiograph(path).pixels
+    assert np.array_equal(pixels, np.broadcast_to(over_black, pixels.shape))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_transparent_palette_entry_is_laid_over_black(tmp_path: Path, kind: str) -> None:
+    palette = np.repeat(np.arange(256, dtype=np.uint8)[::-1, None], 3, axis=1)
+    image = Image.fromarray(RAMP.astype(np.uint8), "L")
+    image.putpalette(palette.tobytes())
+    path = written(tmp_path / "x", encoded(image, kind, transparency=7))
+    assert np.array_equal(grey(load_radiograph(path)), np.where(RAMP == 7, 0, 255 - RAMP))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_premultiplied_tiff_is_laid_over_black(tmp_path: Path, channels: int) -> None:
+    colours = np.stack([RAMP // (channel + 1) for channel in range(channels)], axis=2)
+    values = np.concatenate([colours, RAMP[:, :, None] + 100], axis=2).astype(np.uint8)
+    photometric = "rgb" if channels == 3 else "minisblack"
+    path = written(tmp_path / "x", tiff(values, photometric=photometric, planarconfig="contig", extrasamples=["assocalpha"]))
+    assert np.abs(load_radiograph(path).pixels.astype(int) - colours).max() <= 1  # what is stored is already over black
+
+
+def test_cmyk_tiff_becomes_rgb(tmp_path: Path) -> None:
+    ink = np.stack([RAMP, RAMP * 2, 0 * RAMP, 0 * RAMP], axis=2).astype(np.uint8)
+    path = written(tmp_path / "x", encoded(Image.fromarray(ink, "CMYK"), "TIFF"))
+    assert np.array_equal(load_radiograph(path).pixels, 255 - ink[:, :, :3])
+
+
+def test_cmyk_jpeg_as_adobe_writes_it_is_not_inverted(tmp_path: Path) -> None:
+    ink = np.zeros((16, 16, 4), np.uint8)
+    ink[:, :8, 3] = 255  # left half black, right half paper
+    contents = encoded(Image.fromarray(ink, "CMYK"), "JPEG", quality=100)
+    assert b"Adobe" in contents[:64]
+    pixels = grey(load_radiograph(written(tmp_path / "x", contents)))
+    assert pixels[:, :8].max() <= 2 and pixels[:, 8:].min() >= 253
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "big-endian tiff", "deflated tiff"])
+def test_16_bit_colour_keeps_its_upper_bits(tmp_path: Path, kind: str) -> None:
+    values = np.random.default_rng(2).integers(0, 65_536, (ROWS, COLUMNS, 3), dtype=np.uint16)
+    build = {
+        "png": lambda: png(values, 2),
+        "tiff": lambda: tiff(values, photometric="rgb"),
+        "big-endian tiff": lambda: tiff(values, photometric="rgb", byteorder=">"),
+        "deflated tiff": lambda: tiff(values, photometric="rgb", compression="zlib"),
+    }[kind]
+    assert np.array_equal(load_radiograph(written(tmp_path / "x", build())).pixels, values >> 8)
+
+
+@pytest.mark.parametrize("kind", ["rgb png", "grey and alpha png", "rgb tiff", "deflated rgb tiff"])
+def test_16_bit_colour_that_would_turn_black_is_refused(tmp_path: Path, kind: str) -> None:
+    channels = 2 if "grey" in kind else 3
+    values = np.repeat((RAMP * 38).astype(np.uint16)[:, :, None], channels, axis=2)  # 12 bits in 16
+    if channels == 2:
+        values[:, :, 1] = 65_535
+    options = {"compression": "zlib"} if "deflated" in kind else {}
+    contents = tiff(values, photometric="rgb", **options) if "tiff" in kind else png(values, 2 if channels == 3 else 4)
+    assert "save it as 16-bit grey" in refusal(written(tmp_path / "x", contents))
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zlib"}], ids=["raw", "deflated"])
+def test_16_bit_colour_in_planes_is_refused(tmp_path: Path, options: dict[str, str]) -> None:
+    values = np.random.default_rng(3).integers(0, 65_536, (3, ROWS, COLUMNS), dtype=np.uint16)
+    path = written(tmp_path / "x", tiff(values, photometric="rgb", planarconfig="separate", **options))
+    assert "separate planes" in refusal(path)
+
+
+# ------------------------------------------------------------------------------------------
+# Orientation, frames, sizes, names
+# ------------------------------------------------------------------------------------------
+
+# How an upright picture is stored under each EXIF orientation (EXIF 2.32, 4.6.4).
+AS_STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda upright: upright,
+    2: np.fliplr,
+    3: lambda upright: np.rot90(upright, 2),
+    4: np.flipud,
+    5: lambda upright: np.swapaxes(upright, 0, 1),
+    6: np.rot90,
+    7: lambda upright: np.swapaxes(np.rot90(upright, 2), 0, 1),
+    8: lambda upright: np.rot90(upright, -1),
+}
+
+
+def oriented(values: np.ndarray, orientation: int, kind: str) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"JPEG": {"quality": 100}, "WEBP": {"lossless": True}, "TIFF deflate": {"compression": "tiff_adobe_deflate"}}.get(kind, {})
+    return encoded(Image.fromarray(np.ascontiguousarray(values)), kind.split()[0], exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", AS_STORED)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "TIFF deflate", "WEBP"])
+@pytest.mark.parametrize("shape", ["grey", "colour"])
+def test_every_exif_orientation_gives_the_same_picture(tmp_path: Path, orientation: int, kind: str, shape: str) -> None:
+    upright = np.kron(RAMP[:6, :4] * 2, np.ones((8, 8))).astype(np.uint8)  # a portrait of flat JPEG blocks
+    if shape == "colour":
+        upright = np.stack([upright, 255 - upright, upright // 2], axis=2)
+    path = written(tmp_path / "x", oriented(AS_STORED[orientation](upright), orientation, kind))
+    pixels = load_radiograph(path).pixels
+    expected = upright if upright.ndim == 3 else np.repeat(upright[:, :, None], 3, axis=2)
+    assert pixels.shape == expected.shape
+    tolerance = 0 if kind != "JPEG" else 3 if shape == "grey" else 60  # chroma is subsampled across blocks
+    assert np.abs(pixels.astype(int) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("orientation", AS_STORED)
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "<f4", "<i4", "bool"])
+@pytest.mark.parametrize("options", [{}, {"compression": "zlib"}], ids=["raw", "deflated"])
+def test_every_orientation_of_deep_tiff_gives_the_same_picture(tmp_path: Path, orientation: int, dtype: str, options: dict[str, str]) -> None:
+    upright = RAMP % 5 == 0 if dtype == "bool" else (RAMP * 7).astype(dtype)
+    stored = np.ascontiguousarray(AS_STORED[orientation](upright))
+    contents = tiff(stored, extratags=[(274, "H", 1, orientation, True)], byteorder=">" if ">" in dtype else "<", **options)
+    assert np.array_equal(grey(load_radiograph(written(tmp_path / "x", contents))), stretched(upright, 0, upright.max()))
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "WEBP", "PNG"])
+def test_of_more_frames_the_first_is_shown_and_said(tmp_path: Path, kind: str) -> None:
+    frames = [np.full((8, 8), value, np.uint8) for value in (10, 120, 250)]
+    first, *others = (Image.fromarray(frame) for frame in frames)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    path = written(tmp_path / "x", encoded(first, kind, save_all=True, append_images=others, **options))
+    radiograph = load_radiograph(path)
+    assert (grey(radiograph) == 10).all() and radiograph.notes == ("first of 3 frames",)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (2000, 40), (40, 2000), (3, 1)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_corner_sizes_are_read(tmp_path: Path, width: int, height: int, dtype: type) -> None:
+    radiograph = load_radiograph(written(tmp_path / "x", png(np.zeros((height, width), dtype), 0)))
+    assert radiograph.pixels.shape == (height, width, 3)
+    assert tool.network_input(radiograph, tool.Preprocessing()).shape == (3, 224, 224)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_20_megapixels_are_read(tmp_path: Path, dtype: type) -> None:
+    values = np.add.outer(np.arange(5000), np.arange(4000)).astype(dtype)
+    path = tmp_path / "x.png"
+    Image.fromarray(values).save(path, compress_level=1)
+    pixels = load_radiograph(path).pixels
+    assert pixels.shape == (5000, 4000, 3)
+    expected = values if dtype == np.uint8 else stretched(values, 0, 8998)
+    assert np.array_equal(pixels[:, :, 1], expected)
+
+
+@pytest.mark.parametrize("side", [10_001, 60_000])
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int) -> None:
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    contents = bytearray(png(np.zeros((1, 1), np.uint8), 0))
+    contents[16:29], contents[29:33] = header, struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
+    assert "100,000,000" in refusal(written(tmp_path / "bomb.png", bytes(contents)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["two words.png", "фрактура_骨折.png", b"bad_\xff\xfe.png", "new\nline.png", "$x_1$.png", "100%s.png",
+     "[a-z]*?.png", "-rf.png", "a.b.c.tar.png", "n" * 246 + ".png", "no_suffix", "wrong.txt", "esc\x1b[31m.png"],
+)  # fmt: skip
+def test_odd_file_names_load(tmp_path: Path, name: str | bytes) -> None:
+    path = tmp_path / os.fsdecode(name)
+    written(path, png(RAMP.astype(np.uint8), 0))
+    tool.check_image_path(path)
+    assert np.array_equal(grey(load_radiograph(path)), RAMP)
+    path.write_bytes(b"")
+    refusal(path)
+
+
+def test_a_leading_dash_and_a_relative_path_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(Path("-x.png"), png(RAMP.astype(np.uint8), 0))
+    assert np.array_equal(grey(load_radiograph(Path("-x.png"))), RAMP)
+
+
+# ------------------------------------------------------------------------------------------
+# What is refused
+# ------------------------------------------------------------------------------------------
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
+FOREIGN = {
+    "text": (b"Patient has a broken arm.\n", "a text file"),
+    "long text": ("Größe ".encode() * 1000, "a text file"),
+    "UTF-16 text": ("words".encode("utf-16"), "a text file"),
+    "html": (b"\n<!DOCTYPE html>\n<html><body>404</body></html>", "an HTML page"),
+    "xhtml": (b'<?xml version="1.0"?>\n<html xmlns="x"></html>', "an HTML page"),
+    "json": (b'{"error": "not found"}', "JSON"),
+    "json list": (b'[{"a": 1}]', "JSON"),
+    "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF document"),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"></svg>', "an SVG drawing"),
+    "svg with prolog": (b'<?xml version="1.0"?>\n<!-- made by hand -->\n<svg></svg>', "an SVG drawing"),
+    "zip": (b"PK\x03\x04" + bytes(100), "a zip archive"),
+    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
+    "eps with preview": (b"\xc5\xd0\xd3\xc6" + bytes(60), "PostScript"),
+    "heic": (HEIC, "a HEIC image"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 9\n", "a Git LFS pointer"),
+    "empty": (b"", "an empty file"),
+}
+
+
+@pytest.mark.parametrize("key", FOREIGN)
+def test_what_is_no_image_is_named(tmp_path: Path, key: str) -> None:
+    contents, name = FOREIGN[key]
+    path = written(tmp_path / "xray.png", contents)
+    assert name in refusal(path)
+    with pytest.raises(ExplainError, match=name):
+        tool.check_image_path(path)
+
+
+def test_unknown_bytes_are_refused(tmp_path: Path) -> None:
+    assert "not an image" in refusal(written(tmp_path / "x.jpg", b"\x7fELF\x02\x01\x01" + bytes(200)))
+
+
+@pytest.mark.parametrize("kind", ["ICO", "PPM", "PCX", "TGA", "JPEG2000", "ICNS"])
+def test_what_pillow_could_read_but_is_not_listed_is_refused(tmp_path: Path, kind: str) -> None:
+    image = Image.fromarray(np.zeros((32, 32, 3), np.uint8))
+    assert "not an image that can be read here" in refusal(written(tmp_path / "x.png", encoded(image, kind)))
+
+
+def test_libraries_say_nothing_of_their_own(tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture) -> None:
+    large = png(np.zeros((1, 1), np.uint8), 0, (b"IHDR", struct.pack(">IIBBBBB", 9500, 9600, 1, 0, 0, 0, 0)))  # Pillow warns from 89 million
+    odd = dicom(RAMP.astype(np.uint8), PatientID="X" * 65)  # pydicom warns and logs
+    many = bytearray(tiff(RAMP.astype(np.uint8)))
+    entry = many.index(struct.pack("<HHI", 277, 3, 1))
+    many[entry + 8 : entry + 10] = struct.pack("<H", 60_000)  # samples a pixel: Pillow logs
+    recwarn.clear()
+    caplog.clear()
+    refusal(written(tmp_path / "x", large))
+    refusal(written(tmp_path / "x", bytes(many)))
+    load_radiograph(written(tmp_path / "x", odd))
+    assert not recwarn.list and not caplog.records
+    logging.getLogger("PIL").error("heard again")
+    assert caplog.messages == ["heard again"]
+
+
+@pytest.mark.parametrize("contents", [png(RAMP.astype(np.uint8), 0), encoded(Image.fromarray(RAMP.astype(np.uint8)), "JPEG"), b"BM" + bytes(60)])
+def test_the_check_by_first_bytes_lets_images_through(tmp_path: Path, contents: bytes) -> None:
+    tool.check_image_path(written(tmp_path / "x", contents))
+
+
+@pytest.mark.parametrize("check", [tool.check_image_path, load_radiograph])
+def test_only_regular_files_are_opened(tmp_path: Path, check: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "folder.png").mkdir()
+    cases = {
+        "missing.png": "no such file",
+        "fifo": "a named pipe",
+        "broken": "a link to a file that is not there",
+        "loop": "cannot be opened",
+        "folder.png": "a directory",
+        "n" * 300: "cannot be opened",
+        "nul\0byte": "not a path",
+        "/dev/zero": "a device",
+        "missing.png/below": "no such file",
+    }
+    for name, cause in cases.items():
+        with pytest.raises(ExplainError, match=cause):
+            check(tmp_path / name)
+
+
+def test_a_socket_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # socket paths must be short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("s")
+        assert "a socket" in refusal(Path("s"))
+
+
+def test_a_pipe_slipped_in_after_the_check_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    checked = tool.check_regular
+    calls = iter([lambda mode: None, checked])
+    monkeypatch.setattr(tool, "check_regular", lambda mode: next(calls)(mode))
+    assert "a named pipe" in refusal(tmp_path / "x.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "x.png", png(RAMP.astype(np.uint8), 0))
+    path.chmod(0)
+    assert "no permission" in refusal(path)
+
+
+def noisy_image(mode: str = "L") -> Image.Image:
+    shape = (64, 48) if mode == "L" else (64, 48, 3)
+    return Image.fromarray(np.random.default_rng(4).integers(0, 256, shape, dtype=np.uint8), mode)
+
+
+WHOLE = {
+    "JPEG": lambda: encoded(noisy_image("RGB"), "JPEG"),
+    "progressive JPEG": lambda: encoded(noisy_image("RGB"), "JPEG", progressive=True),
+    "PNG": lambda: encoded(noisy_image(), "PNG"),
+    "stored PNG": lambda: encoded(noisy_image(), "PNG", compress_level=0),
+    "TIFF": lambda: tiff(np.asarray(noisy_image())),
+    "TIFF in strips": lambda: tiff(np.asarray(noisy_image()), rowsperstrip=8),
+    "TIFF in tiles": lambda: tiff(np.asarray(noisy_image()), tile=(16, 16)),
+    "deflated TIFF": lambda: tiff(np.asarray(noisy_image()), compression="zlib", rowsperstrip=8),
+    "16-bit TIFF": lambda: tiff(np.asarray(noisy_image()).astype(np.uint16) * 9),
+    "WebP": lambda: encoded(noisy_image("RGB"), "WEBP"),
+    "lossless WebP": lambda: encoded(noisy_image("RGB"), "WEBP", lossless=True),
+    "BMP": lambda: encoded(noisy_image(), "BMP"),
+    "GIF": lambda: encoded(noisy_image(), "GIF"),
+    "DICOM": lambda: dicom(np.asarray(noisy_image())),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_file_cut_short_is_refused_or_has_lost_no_pixel(tmp_path: Path, kind: str) -> None:
+    whole = WHOLE[kind]()
+    pixels = load_radiograph(written(tmp_path / "whole", whole)).pixels
+    ends = {*range(1, len(whole), max(1, len(whole) // 60)), *range(len(whole) - 20, len(whole))}
+    survivors = 0
+    for end in sorted(ends):
+        path = written(tmp_path / "cut", whole[:end])
+        try:
+            assert np.array_equal(load_radiograph(path).pixels, pixels), f"cut at {end} of {len(whole)}"
+            survivors += 1
+        except ExplainError as error:
+            assert str(error).isprintable()
+    assert survivors <= 30
+
+
+@pytest.mark.parametrize("kind", ["PNG", "stored PNG", "deflated TIFF"])
+def test_a_changed_byte_is_refused_where_the_format_has_checksums(tmp_path: Path, kind: str) -> None:
+    whole = WHOLE[kind]()
+    start = whole.index(b"IDAT") + 4 if "PNG" in kind else 600
+    pixels = load_radiograph(written(tmp_path / "whole", whole)).pixels
+    for place in range(start, len(whole) - 16, 37):
+        changed = bytearray(whole)
+        changed[place] ^= 0x10
+        with pytest.raises(ExplainError):
+            changed_pixels = load_radiograph(written(tmp_path / "changed", bytes(changed))).pixels
+            if np.array_equal(changed_pixels, pixels):
+                raise ExplainError("nothing lost")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "progressive JPEG", "deflated TIFF", "GIF"])
+def test_a_tail_of_zeros_as_of_a_broken_copy_is_refused(tmp_path: Path, kind: str) -> None:
+    whole = WHOLE[kind]()
+    half = len(whole) // 2
+    refusal(written(tmp_path / "x", whole[:half] + bytes(len(whole) - half)))
+
+
+# ------------------------------------------------------------------------------------------
+# DICOM
+# ------------------------------------------------------------------------------------------
+
+
+def test_8_bit_dicom_stays_as_it_is(tmp_path: Path) -> None:
+    values = (RAMP + 40).astype(np.uint8)
+    assert np.array_equal(grey(load_radiograph(written(tmp_path / "x", dicom(values, RescaleSlope=1, RescaleIntercept=0)))), values)
+
+
+@pytest.mark.parametrize(("bits", "peak"), [(10, 1023), (12, 4095), (14, 16_383), (16, 65_535)])
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_dicom_of_any_depth_is_scaled_and_monochrome1_inverted(tmp_path: Path, bits: int, peak: int, photometric: str) -> None:
+    values = np.linspace(3, peak, RAMP.size).reshape(RAMP.shape).astype(np.uint16)
+    path = written(tmp_path / "x", dicom(values, BitsStored=bits, PhotometricInterpretation=photometric))
+    expected = stretched(values, 3, peak)
+    assert np.array_equal(grey(load_radiograph(path)), 255 - expected if photometric == "MONOCHROME1" else expected)
+
+
+def test_bits_above_those_stored_are_ignored(tmp_path: Path) -> None:
+    values = (RAMP * 9).astype(np.uint16)
+    path = written(tmp_path / "x", dicom(values | 0xF000, BitsStored=12))
+    assert np.array_equal(grey(load_radiograph(path)), stretched(values, 0, 963))
+
+
+def test_8_bit_container_of_fewer_bits_is_scaled(tmp_path: Path) -> None:
+    values = (RAMP % 16).astype(np.uint8)
+    assert np.array_equal(grey(load_radiograph(written(tmp_path / "x", dicom(values, BitsStored=4)))), stretched(values, 0, 15))
+
+
+def test_signed_values_with_rescale_are_scaled(tmp_path: Path) -> None:
+    values = (RAMP * 20 - 1000).astype(np.int16)
+    path = written(tmp_path / "x", dicom(values, RescaleSlope=2, RescaleIntercept=-24))
+    radiograph = load_radiograph(path)
+    assert np.array_equal(grey(radiograph), stretched(values, -1000, 1140))
+    assert radiograph.notes == ("values -2024 to 2256 scaled to 8 bits",)
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID", None])
+@pytest.mark.parametrize("several", [False, True])
+def test_the_first_window_is_applied_as_pydicom_does(tmp_path: Path, function: str | None, several: bool) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    values = (RAMP * 38).astype(np.uint16)
+    tags = {"BitsStored": 12, "WindowCenter": [1500, 9] if several else 1500, "WindowWidth": [2200, 9] if several else 2200}
+    tags |= {"VOILUTFunction": function} if function else {}
+    contents = dicom(values, **tags)
+    reference = pydicom.pixels.apply_windowing(values, pydicom.dcmread(io.BytesIO(contents))) * 255 / 4095
+    radiograph = load_radiograph(written(tmp_path / "x", contents))
+    assert np.abs(grey(radiograph) - reference).max() <= 0.5 + 1e-6
+    assert radiograph.notes == ("shown through its window, centre 1500 and width 2200",)
+
+
+def test_the_window_applies_after_the_rescale_and_before_the_inversion(tmp_path: Path) -> None:
+    values = (RAMP * 10).astype(np.uint16)
+    tags = {"RescaleSlope": 2, "RescaleIntercept": -100, "WindowCenter": 500, "WindowWidth": 401}
+    path = written(tmp_path / "x", dicom(values, PhotometricInterpretation="MONOCHROME1", **tags))
+    rescaled = values * 2.0 - 100
+    assert np.array_equal(grey(load_radiograph(path)), 255 - stretched(rescaled, 299.5, 699.5))
+
+
+@pytest.mark.parametrize("window", [(500, 0), (500, -3), (500, 0.5), (500, 1), (60_000, 100), (-900, 50), (500, None), (None, 40)])
+def test_a_window_that_shows_nothing_is_ignored(tmp_path: Path, window: tuple[float, float]) -> None:
+    values = (RAMP * 9).astype(np.uint16)
+    path = written(tmp_path / "x", dicom(values, WindowCenter=window[0], WindowWidth=window[1]))
+    assert np.array_equal(grey(load_radiograph(path)), stretched(values, 0, 963))
+
+
+def lut_item(first: int, table: np.ndarray, bits: int) -> object:
+    pydicom = pytest.importorskip("pydicom")
+    item = pydicom.Dataset()
+    item.add_new("LUTDescriptor", "US", [len(table), first, bits])
+    item.add_new("LUTData", "OW", table.astype("<u2").tobytes())
+    return pydicom.Sequence([item])
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_a_voi_lut_goes_before_a_window(tmp_path: Path, bits: int) -> None:
+    values = (RAMP * 38).astype(np.uint16)
+    table = np.rint((np.arange(4000) / 3999) ** 2 * (2**bits - 1)).astype(np.uint16)
+    path = written(tmp_path / "x", dicom(values, BitsStored=12, VOILUTSequence=lut_item(50, table, bits), WindowCenter=9, WindowWidth=9))
+    through = table[np.clip(values.astype(int) - 50, 0, 3999)]
+    assert np.array_equal(grey(load_radiograph(path)), stretched(through, 0, 2**bits - 1))
+
+
+@pytest.mark.parametrize(("bits", "packed"), [(16, False), (8, False), (8, True)])
+def test_a_modality_lut_is_applied(tmp_path: Path, bits: int, packed: bool) -> None:
+    table = np.arange(400, dtype=np.uint16)[::-1] // 2
+    sequence = lut_item(0, table, bits)
+    sequence[0].ModalityLUTType = "US"
+    if packed:  # two 8-bit entries in each 16-bit word
+        sequence[0].LUTData = table.astype(np.uint8).tobytes()
+    path = written(tmp_path / "x", dicom((RAMP * 3).astype(np.uint16), ModalityLUTSequence=sequence))
+    assert np.array_equal(grey(load_radiograph(path)), stretched(table[RAMP * 3], table[321], table[0]))
+
+
+def test_big_endian_dicom_and_its_lut_are_read(tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    table = (np.arange(500, dtype=np.uint16) ** 2 // 4).astype(np.uint16)
+    dataset = pydicom.dcmread(io.BytesIO(dicom((RAMP * 4).astype(np.uint16))))
+    dataset.VOILUTSequence = lut_item(0, table.byteswap(), 16)
+    dataset.PixelData = (RAMP * 4).astype(">u2").tobytes()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRBigEndian
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset, little_endian=False, implicit_vr=False)
+    path = written(tmp_path / "x", buffer.getvalue())
+    assert np.array_equal(grey(load_radiograph(path)), stretched(table[RAMP * 4], 0, int(table.max())))
+
+
+@pytest.mark.parametrize("tags", [{"RescaleSlope": None, "RescaleIntercept": None}, {"RescaleSlope": 3}, {"RescaleIntercept": 5}])
+def test_a_rescale_that_is_not_whole_is_ignored(tmp_path: Path, tags: dict[str, object]) -> None:
+    assert np.array_equal(grey(load_radiograph(written(tmp_path / "x", dicom(RAMP.astype(np.uint8), **tags)))), RAMP)
+
+
+def test_a_constant_voi_lut_is_ignored(tmp_path: Path) -> None:
+    values = (RAMP * 9).astype(np.uint16)
+    path = written(tmp_path / "x", dicom(values, VOILUTSequence=lut_item(0, np.full(1000, 7), 16)))
+    assert np.array_equal(grey(load_radiograph(path)), stretched(values, 0, 963))
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize(("padding", "limit"), [(60_000, None), (60_000, 60_010), (60_010, 60_000)])
+def test_padding_is_black_and_does_not_count_for_the_range(tmp_path: Path, photometric: str, padding: int, limit: int | None) -> None:
+    values = (RAMP * 9 + 100).astype(np.uint16)
+    values[:, 0] = padding
+    if limit:
+        values[::2, 0] = 60_005
+    tags = {"PixelPaddingValue": padding} | ({"PixelPaddingRangeLimit": limit} if limit else {})
+    path = written(tmp_path / "x", dicom(values, PhotometricInterpretation=photometric, **tags))
+    pixels = grey(load_radiograph(path))
+    expected = stretched(values[:, 1:], 109, 1063)
+    assert (pixels[:, 0] == 0).all()
+    assert np.array_equal(pixels[:, 1:], 255 - expected if photometric == "MONOCHROME1" else expected)
+
+
+def test_signed_padding_below_all_values_is_black(tmp_path: Path) -> None:
+    values = (RAMP * 9).astype(np.int16)
+    values[0] = -2000
+    path = written(tmp_path / "x", dicom(values, PixelPaddingValue=-2000))
+    pixels = grey(load_radiograph(path))
+    assert (pixels[0] == 0).all() and np.array_equal(pixels[1:], stretched(values[1:], 81, 963))
+
+
+def test_dicom_that_is_all_padding_is_black(tmp_path: Path) -> None:
+    path = written(tmp_path / "x", dicom(np.full((4, 4), 7, np.uint16), PixelPaddingValue=7))
+    assert not load_radiograph(path).pixels.any()
+
+
+def test_dicom_colour_stays_as_it_is(tmp_path: Path) -> None:
+    values = np.random.default_rng(5).integers(0, 256, (ROWS, COLUMNS, 3), dtype=np.uint8)
+    assert np.array_equal(load_radiograph(written(tmp_path / "x", dicom(values))).pixels, values)
+
+
+def test_dicom_ybr_becomes_rgb(tmp_path: Path) -> None:
+    rgb = np.kron(np.random.default_rng(6).integers(0, 256, (3, 3, 3)), np.ones((4, 4, 1))).astype(np.uint8)
+    ybr = np.asarray(Image.fromarray(rgb).convert("YCbCr"))
+    path = written(tmp_path / "x", dicom(ybr, PhotometricInterpretation="YBR_FULL"))
+    assert np.abs(load_radiograph(path).pixels.astype(int) - rgb).max() <= 2
+
+
+def test_dicom_palette_is_looked_up(tmp_path: Path) -> None:
+    tables = np.random.default_rng(7).integers(0, 256, (3, 256), dtype=np.uint8)
+    tables[:, :2] = [[0, 255]] * 3
+    tags: dict[str, object] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for name, table in zip(("Red", "Green", "Blue"), tables):
+        tags[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 8]
+        tags[f"{name}PaletteColorLookupTableData"] = table.tobytes()
+    path = written(tmp_path / "x", dicom(RAMP.astype(np.uint8), **tags))
+    assert np.array_equal(load_radiograph(path).pixels, np.moveaxis(tables[:, RAMP], 0, 2))
+
+
+def test_of_more_dicom_frames_the_first_is_shown_and_said(tmp_path: Path) -> None:
+    values = np.stack([RAMP, RAMP * 0, RAMP * 2]).astype(np.uint8)
+    radiograph = load_radiograph(written(tmp_path / "x", dicom(values, NumberOfFrames=3)))
+    assert np.array_equal(grey(radiograph), RAMP) and radiograph.notes == ("first of 3 frames",)
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.90"], ids=["JPEG", "JPEG 2000"])
+def test_compressed_dicom_is_decoded(tmp_path: Path, syntax: str) -> None:
+    values = np.kron(RAMP[:4, :4] * 2, np.ones((8, 8))).astype(np.uint8)
+    kind, options = ("JPEG", {"quality": 100}) if syntax.endswith("50") else ("JPEG2000", {"no_jp2": True})
+    stream = encoded(Image.fromarray(values), kind, **options)
+    pixels = grey(load_radiograph(written(tmp_path / "x", compressed(values, stream, syntax))))
+    assert np.abs(pixels.astype(int) - values).max() <= (2 if syntax.endswith("50") else 0)
+
+
+def test_a_missing_decoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoders = pytest.importorskip("pydicom.pixels.decoders.base")
+    monkeypatch.setattr(decoders.Decoder, "is_available", property(lambda self: False))
+    message = refusal(written(tmp_path / "x", compressed(RAMP.astype(np.uint8), b"\0\0", "1.2.840.10008.1.2.4.70")))
+    assert "compressed as JPEG Lossless" in message and "pip install pylibjpeg" in message
+
+
+def test_compressed_pixels_that_no_decoder_takes_are_refused(tmp_path: Path) -> None:
+    message = refusal(written(tmp_path / "x", compressed(RAMP.astype(np.uint8), b"\xff\xd8\xff\xd9", "1.2.840.10008.1.2.4.50")))
+    assert "JPEG Baseline" in message
+
+
+def test_without_pydicom_the_command_to_install_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "x.dcm", dicom(RAMP.astype(np.uint8)))
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    assert "pip install pydicom" in refusal(path)
+
+
+def test_dicom_without_pixels_is_refused(tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.dcmread(io.BytesIO(dicom(RAMP.astype(np.uint8))))
+    del dataset.PixelData
+    dataset.save_as(tmp_path / "x")
+    assert "without an image" in refusal(tmp_path / "x")
+
+
+def test_a_dicom_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    assert "100,000,000" in refusal(written(tmp_path / "x", dicom(RAMP.astype(np.uint8), Rows=60_000, Columns=60_000)))
+
+
+@pytest.mark.parametrize("damage", [{"BitsAllocated": 12}, {"Rows": 500}, {"PhotometricInterpretation": "SECRET"}, {"SamplesPerPixel": 2}])
+def test_damaged_dicom_is_refused_without_a_patient_tag(tmp_path: Path, capfd: pytest.CaptureFixture[str], damage: dict[str, object]) -> None:
+    assert "SECRET" not in refusal(written(tmp_path / "x", dicom(RAMP.astype(np.uint8), **damage)))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_note_holds_a_patient_tag(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    radiograph = load_radiograph(written(tmp_path / "x", dicom(RAMP.astype(np.uint16))))
+    assert "SECRET" not in repr(radiograph.notes) and capfd.readouterr() == ("", "")
+
+
+# ------------------------------------------------------------------------------------------
+# What the networks see
+# ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (100, 500), (224, 224), (1, 1)])
+def test_network_input_equals_torchvision(shape: tuple[int, int]) -> None:
+    transforms = pytest.importorskip("torchvision.transforms")
+    pixels = np.random.default_rng(8).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    reference = transforms.Compose([
+        transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ])(Image.fromarray(pixels)).numpy()  # fmt: skip
+    ours = tool.network_input(tool.Radiograph(Path("x"), pixels), tool.Preprocessing())
+    assert ours.dtype == np.float32 and np.abs(ours - reference).max() <= 1e-6
+
+
+# ------------------------------------------------------------------------------------------
+# Anything at all
+# ------------------------------------------------------------------------------------------
+
+FUZZ = settings(
+    max_examples=150, deadline=5000, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)  # fmt: skip
+
+
+def loads_or_refuses(path: Path, contents: bytes) -> None:
+    path.write_bytes(contents)
+    try:
+        pixels = load_radiograph(path).pixels
+        assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+    except ExplainError as error:
+        assert str(error).isprintable()
+    assert path.read_bytes() == contents and [path] == list(path.parent.iterdir())
+
+
+@FUZZ
+@given(contents=st.binary(max_size=65_536))
+def test_any_bytes_load_or_are_refused(tmp_path: Path, contents: bytes) -> None:
+    loads_or_refuses(tmp_path / "x", contents)
+
+
+@FUZZ
+@given(start=st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"BM", b"GIF89a", b"RIFF\x40\0\0\0WEBP", bytes(128) + b"DICM"]),
+       rest=st.binary(max_size=2000))  # fmt: skip
+def test_any_bytes_after_a_right_start_load_or_are_refused(tmp_path: Path, start: bytes, rest: bytes) -> None:
+    loads_or_refuses(tmp_path / "x", start + rest)
+
+
+EDITS = st.lists(st.tuples(st.sampled_from(["flip", "cut", "insert"]), st.floats(0, 1), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "deflated TIFF", "DICOM", "WebP", "GIF"])
+@FUZZ
+@given(edits=EDITS)
+def test_any_changed_file_loads_or_is_refused(tmp_path: Path, kind: str, edits: list[tuple[str, float, bytes]]) -> None:
+    contents = bytearray(WHOLE[kind]())
+    for edit, place, extra in edits:
+        at = int(place**2 * len(contents))  # headers, at the start, more often
+        if edit == "cut":
+            del contents[max(1, at) :]
+        else:
+            contents[at : at + (len(extra) if edit == "flip" else 0)] = extra
+    loads_or_refuses(tmp_path / "x", bytes(contents))
