@@ -5,8 +5,11 @@ Networks here have random weights: they test the tool and say nothing about frac
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,7 +18,15 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+if TYPE_CHECKING:
+    from explainability import Classifier, Explanation
+
 TINY = {"convnext": "convnextv2_atto", "efficientnet": "tf_efficientnetv2_b0"}
+HEADS = {"convnext": "head.fc.bias", "efficientnet": "classifier.bias"}  # what the class scores start from
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: full-size or demo networks; left out by -m 'not slow'")
 
 
 def users_checkpoint(architecture: str, seed: int = 0, **extra: object) -> dict[str, object]:
@@ -41,6 +52,54 @@ def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     """A small checkpoint of each family, in users' layout; do not change the files."""
     folder = tmp_path_factory.mktemp("checkpoints")
     return {key: save(users_checkpoint(name), folder / f"{key}_best.pth") for key, name in TINY.items()}
+
+
+def leaning(key: str, to_class: int) -> dict[str, object]:
+    """A tiny users' checkpoint that predicts this class whatever it sees."""
+    contents = users_checkpoint(TINY[key])
+    contents["model_state_dict"][HEADS[key]][to_class] += 3  # random scores stay far below
+    return contents
+
+
+@pytest.fixture(scope="session")
+def tiny_classifiers(tiny_checkpoints: dict[str, Path]) -> dict[str, Classifier]:
+    """The tiny pair, loaded; copy a network before changing it."""
+    from explainability import FAMILIES, load_classifier
+
+    return {key: load_classifier(FAMILIES[key], path, "cpu") for key, path in tiny_checkpoints.items()}
+
+
+@pytest.fixture
+def tiny_arguments(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> list[str]:
+    """Options for a run over the tiny pair on the CPU, figures in tmp_path/figures."""
+    pair = [f"--{key}-checkpoint={path}" for key, path in tiny_checkpoints.items()]
+    return [*pair, "--device=cpu", f"--output-dir={tmp_path / 'figures'}"]
+
+
+def an_explanation(**changed: object) -> Explanation:
+    """What a network might have said, for what is done with it afterwards."""
+    from explainability import Explanation, normalised
+
+    raw_map = changed.pop("raw_map", np.arange(-24, 25, dtype=np.float32).reshape(7, 7))
+    usual = {
+        "title": "ConvNeXt V2",
+        "family": "convnext",
+        "architecture": "convnextv2_base.fcmae_ft_in22k_in1k",
+        "checkpoint": "convnext_v2_improved_best.pth",
+        "accuracy": "Validation accuracy: 98.32%",
+        "target_layer": "stages.3",
+        "is_demo": False,
+        "class_names": ("Comminuted Fracture", "Simple Fracture"),
+        "probabilities": np.float32([0.9694, 0.0306]),
+        "explained": 0,
+    }
+    return Explanation(**{**usual, **changed}, raw_map=raw_map, heatmap=normalised(raw_map))
+
+
+def in_new_process(*command: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run Python in the repository with these arguments."""
+    everything = {**os.environ, "PYTHONIOENCODING": "utf-8", **environment}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=everything, capture_output=True, check=False)
 
 
 @pytest.fixture

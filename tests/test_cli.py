@@ -1,0 +1,339 @@
+"""The command line: what is answered at once, what is chosen, and the exit status."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import explainability
+from conftest import ROOT, in_new_process
+from explainability import main
+
+# Runs main in a new process and fails if that imported anything heavy.
+LIGHT = """
+import sys, explainability
+try:
+    status = explainability.main(sys.argv[1:])
+except SystemExit as end:
+    status = end.code
+heavy = {"torch", "timm", "torchvision", "matplotlib"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else status)
+"""
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[explainability.Request]:
+    """What runs were asked to do; they are not done."""
+    collected: list[explainability.Request] = []
+    monkeypatch.setattr(explainability, "run", collected.append)
+    return collected
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The checkpoint folder, with empty files for an own pair."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("convnext_v2_best.pth", "efficientnetv2_s_best.pth"):
+        (folder / name).touch()
+    monkeypatch.setattr(explainability, "CHECKPOINT_FOLDER", folder)
+    return folder
+
+
+@pytest.fixture
+def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of test images: twenty, and files that are none."""
+    folder = tmp_path / "data_original" / "test"
+    for kind in ("simple_fracture", "comminuted_fracture"):
+        (folder / kind).mkdir(parents=True)
+        for number in range(10):
+            Image.new("L", (8, 8)).save(folder / kind / f"{number}.jpg")
+        (folder / kind / "notes.txt").touch()
+    monkeypatch.setattr(explainability, "TEST_IMAGES", folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------
+# Answered at once
+# ------------------------------------------------------------------------------------------
+
+
+def test_help_shows_examples_and_imports_nothing_heavy():
+    done = in_new_process("-c", LIGHT, "--help")
+    assert (done.returncode, done.stderr) == (0, b"")
+    for expected in (b"examples:", b"python3 explainability.py --image", b"--seed", b"--target-class", b"--compare"):
+        assert expected in done.stdout
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    options = "image model compare seed target-class output-dir convnext-checkpoint efficientnet-checkpoint device colormap dpi"
+    assert all(f"--{option}" in text for option in options.split())
+
+
+def test_missing_image_is_answered_before_anything_heavy_is_imported(tmp_path):
+    done = in_new_process("-c", LIGHT, "--image", str(tmp_path / "nowhere.png"), "--output-dir", str(tmp_path / "figures"))
+    (line,) = done.stderr.decode().splitlines()
+    assert done.returncode == 1
+    assert "nowhere.png: no such file" in line
+    assert done.stdout == b""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_checkpoint_is_answered_before_anything_heavy_is_imported(xray, tmp_path):
+    missing = tmp_path / "convnext_gone.pth"
+    done = in_new_process("-c", LIGHT, "--image", str(xray), "--model=convnext", f"--convnext-checkpoint={missing}")
+    (line,) = done.stderr.decode().splitlines()
+    assert done.returncode == 1
+    assert "convnext_gone.pth" in line
+    assert done.stdout == b""
+
+
+def test_folder_is_not_an_image(checkpoints, tmp_path, capsys):
+    assert main(["--image", str(tmp_path)]) == 1
+    out, error = capsys.readouterr()
+    assert "one image file" in error
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    (["--model", "resnet"], ["--dpi", "0"], ["--dpi", "ten"], ["--device", "tpu"], ["--seed", "x"], ["--imag", "x.png"], ["x.png"]),
+    ids=" ".join,
+)
+def test_wrong_command_lines_end_with_2(arguments, capsys, requests):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    out, error = capsys.readouterr()
+    assert "usage:" in error
+    assert (out, requests) == ("", [])
+
+
+def test_unknown_colormap_is_refused_by_name(xray, tiny_arguments, tmp_path, capsys):
+    try:
+        status = main([*tiny_arguments, "--image", str(xray), "--colormap", "sepia"])
+    except SystemExit as end:
+        status = end.code
+    assert status in (1, 2)
+    assert "sepia" in capsys.readouterr().err
+    assert not list(tmp_path.glob("figures/*"))
+
+
+def test_interruption_ends_with_130_and_no_traceback(checkpoints, xray, monkeypatch, capsys):
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(explainability, "run", interrupt)
+    assert main(["--image", str(xray)]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------
+# The random test image
+# ------------------------------------------------------------------------------------------
+
+
+def test_random_image_is_one_of_the_test_images(checkpoints, test_images, requests):
+    for seed in range(40):
+        assert main([f"--seed={seed}"]) == 0
+    chosen = {request.image for request in requests}
+    assert all(request.was_random for request in requests)
+    assert chosen <= set(test_images.glob("*/*.jpg"))
+    assert {path.parent.name for path in chosen} == {"simple_fracture", "comminuted_fracture"}
+
+
+def test_seed_repeats_the_random_image(checkpoints, test_images, requests):
+    for _ in range(3):
+        main(["--seed=5"])
+    assert len({request.image for request in requests}) == 1
+
+
+def test_random_image_does_not_depend_on_the_order_of_the_folder(checkpoints, test_images, requests, monkeypatch):
+    main(["--seed=5"])
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(sorted(glob(self, pattern), reverse=True)))
+    main(["--seed=5"])
+    assert requests[0].image == requests[1].image
+
+
+def test_without_test_images_the_message_names_the_option(checkpoints, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(explainability, "TEST_IMAGES", tmp_path / "nothing")
+    assert main([]) == 1
+    assert "--image" in capsys.readouterr().err
+
+
+def test_named_image_is_taken_as_it_is(checkpoints, xray, requests):
+    assert main(["--image", str(xray)]) == 0
+    assert (requests[0].image, requests[0].was_random) == (xray, False)
+
+
+# ------------------------------------------------------------------------------------------
+# Which networks
+# ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, families",
+    (
+        ([], ["convnext", "efficientnet"]),
+        (["--model=both"], ["convnext", "efficientnet"]),
+        (["--model=convnext"], ["convnext"]),
+        (["--model=efficientnet"], ["efficientnet"]),
+        (["--model=efficientnet", "--compare"], ["convnext", "efficientnet"]),
+    ),
+    ids=str,
+)
+def test_compare_overrides_model(checkpoints, xray, requests, arguments, families):
+    assert main(["--image", str(xray), *arguments]) == 0
+    assert [family.key for family, _ in requests[0].checkpoints] == families
+
+
+def test_checkpoints_are_found_in_the_folder(checkpoints, xray, requests):
+    (checkpoints / "README.md").touch()
+    main(["--image", str(xray)])
+    assert [path.name for _, path in requests[0].checkpoints] == ["convnext_v2_best.pth", "efficientnetv2_s_best.pth"]
+
+
+def test_two_candidates_are_listed_with_the_option_that_chooses(checkpoints, xray, capsys, requests):
+    (checkpoints / "convnext_v2_improved_best.pth").touch()
+    assert main(["--image", str(xray)]) == 1
+    error = capsys.readouterr().err
+    for expected in ("convnext_v2_best.pth", "convnext_v2_improved_best.pth", "--convnext-checkpoint"):
+        assert expected in error
+    assert requests == []
+
+
+def test_option_chooses_between_two_candidates(checkpoints, xray, requests):
+    wanted = checkpoints / "convnext_v2_improved_best.pth"
+    wanted.touch()
+    assert main(["--image", str(xray), f"--convnext-checkpoint={wanted}"]) == 0
+    assert requests[0].checkpoints[0][1] == wanted
+
+
+def test_candidates_of_the_other_family_do_not_matter(checkpoints, xray, requests):
+    (checkpoints / "convnext_v2_improved_best.pth").touch()
+    assert main(["--image", str(xray), "--model=efficientnet"]) == 0
+
+
+def test_demo_serves_only_where_no_other_is_there(checkpoints, xray, requests):
+    for name in ("convnext_v2", "efficientnetv2_s"):
+        (checkpoints / f"{name}_demo.pth").touch()
+    main(["--image", str(xray)])
+    for name in ("convnext_v2", "efficientnetv2_s"):
+        (checkpoints / f"{name}_best.pth").unlink()
+    main(["--image", str(xray)])
+    own, demo = ([path.name for _, path in request.checkpoints] for request in requests)
+    assert own == ["convnext_v2_best.pth", "efficientnetv2_s_best.pth"]
+    assert demo == ["convnext_v2_demo.pth", "efficientnetv2_s_demo.pth"]
+
+
+def test_own_network_is_not_compared_with_a_demo(checkpoints, xray, capsys, requests):
+    (checkpoints / "convnext_v2_best.pth").rename(checkpoints / "convnext_v2_demo.pth")
+    assert main(["--image", str(xray)]) == 1
+    error = capsys.readouterr().err
+    for expected in ("convnext_v2_demo.pth", "efficientnetv2_s_best.pth", "synthetic radiographs"):
+        assert expected in error
+    assert requests == []
+
+
+def test_own_network_alone_runs_beside_a_demo(checkpoints, xray, requests):
+    (checkpoints / "convnext_v2_best.pth").rename(checkpoints / "convnext_v2_demo.pth")
+    assert main(["--image", str(xray), "--model=efficientnet"]) == 0
+
+
+def test_without_checkpoints_the_message_names_folder_and_option(checkpoints, xray, capsys):
+    shutil.rmtree(checkpoints)
+    assert main(["--image", str(xray), "--model=efficientnet"]) == 1
+    error = capsys.readouterr().err
+    assert "--efficientnet-checkpoint" in error
+    assert str(checkpoints) in error
+
+
+# ------------------------------------------------------------------------------------------
+# Paths and terminals
+# ------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_relative_to_the_script():
+    elsewhere = "import os, sys; os.chdir('/'); sys.path.insert(0, sys.argv[1]); import explainability as e; "
+    wanted = "print(e.CHECKPOINT_FOLDER, e.TEST_IMAGES, e.argument_parser().parse_args([]).output_dir, sep='\\n')"
+    done = in_new_process("-c", elsewhere + wanted, str(ROOT))
+    folders = [ROOT / "checkpoints", ROOT / "data_original" / "test", ROOT / "explainability_outputs"]
+    assert done.stdout.decode().splitlines() == [str(folder) for folder in folders]
+
+
+def test_paths_given_are_relative_to_the_working_directory(xray, tiny_arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*tiny_arguments, "--image", "xray.png", "--model=convnext", "--output-dir", "here/and/there"]) == 0
+    assert (tmp_path / "here/and/there/gradcam_convnext_xray.png").is_file()
+    assert "saved: here/and/there/gradcam_convnext_xray.png" in capsys.readouterr().out
+
+
+def test_figures_carry_the_name_of_the_image(xray, tiny_arguments, tmp_path):
+    renamed = xray.rename(xray.with_name("left wrist.v2.png"))
+    assert main([*tiny_arguments, "--image", str(renamed)]) == 0
+    names = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert names == [f"{start}_left wrist.v2.png" for start in ("comparison", "gradcam_convnext", "gradcam_efficientnet")]
+
+
+def test_output_folder_that_is_a_file_is_refused(xray, tiny_arguments, tmp_path, capsys):
+    (tmp_path / "figures").write_text("taken")
+    assert main([*tiny_arguments, "--image", str(xray), "--model=efficientnet"]) == 1
+    assert "figures" in capsys.readouterr().err
+    assert (tmp_path / "figures").read_text() == "taken"
+
+
+def test_terminal_without_emoji_gets_the_rest(xray, tiny_arguments, tmp_path):
+    arguments = [*tiny_arguments, "--image", str(xray), "--model=efficientnet"]
+    done = in_new_process("explainability.py", *arguments, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"Visualization saved: " in done.stdout
+    assert done.stdout.isascii()
+    assert (tmp_path / "figures" / "gradcam_efficientnet_xray.png").is_file()
+
+
+def test_message_on_a_terminal_without_emoji(tmp_path):
+    done = in_new_process("explainability.py", "--image", str(tmp_path / "röntgen.png"), PYTHONIOENCODING="ascii")
+    assert done.returncode == 1
+    assert b"no such file" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_closed_pipe_ends_without_a_traceback(xray, tiny_arguments):
+    command = [sys.executable, "explainability.py", *tiny_arguments, "--image", str(xray), "--model=efficientnet"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as `| head -0` does
+        assert b"Traceback" not in process.stderr.read()
+
+
+def test_target_class_reaches_the_figures_and_the_console(xray, tiny_arguments, capsys):
+    for wanted in ("0", "Simple Fracture"):
+        assert main([*tiny_arguments, "--image", str(xray), "--model=efficientnet", "--target-class", wanted]) == 0
+    assert capsys.readouterr().out.count("Explained class: ") == 1  # one of the two is the predicted one
+
+
+def test_unknown_target_class_is_refused_without_figures(xray, tiny_arguments, tmp_path, capsys):
+    assert main([*tiny_arguments, "--image", str(xray), "--target-class", "Greenstick"]) == 1
+    assert "0 = Comminuted Fracture, 1 = Simple Fracture" in capsys.readouterr().err
+    assert not list(tmp_path.glob("figures/*"))
+
+
+def test_damaged_image_is_refused_without_figures(tiny_arguments, tmp_path, capsys):
+    image = tmp_path / "half.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)).save(image)
+    image.write_bytes(image.read_bytes()[:500])
+    assert main([*tiny_arguments, "--image", str(image)]) == 1
+    out, error = capsys.readouterr()
+    assert "half.png" in error
+    assert "✅" not in out
+    assert not list(tmp_path.glob("figures/*"))

@@ -1,0 +1,328 @@
+"""The Grad-CAM maps: arithmetic by hand, two independent libraries, and what must never happen."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+import explainability
+from conftest import save, users_checkpoint
+from explainability import FAMILIES, Classifier, ExplainError, Preprocessing, Radiograph, explain, grad_cam, normalised
+
+torch = pytest.importorskip("torch")
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+CLASSES = ("Comminuted Fracture", "Simple Fracture")
+
+
+def noise(seed: int, height: int = 90, width: int = 120) -> Radiograph:
+    """A radiograph that is different everywhere."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Radiograph(Path(f"noise{seed}.png"), pixels)
+
+
+def toy(head: Sequence[Sequence[float]], kernel: float = 1.0) -> Classifier:
+    """Two channels of a 7x7 grid, both kernel * mean of the patch + 1, then pooling and a head."""
+    network = torch.nn.Sequential()
+    network.add_module("grid", torch.nn.Conv2d(3, 2, 32, stride=32))
+    network.add_module("pool", torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()))
+    network.add_module("head", torch.nn.Linear(2, 2, bias=False))
+    network.grid.weight.data.fill_(kernel / (3 * 32 * 32))
+    network.grid.bias.data.fill_(1)
+    network.head.weight.data = torch.tensor(head)
+    plain = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # activations stay positive
+    family = dataclasses.replace(FAMILIES["convnext"], target_layer="grid")
+    network.eval().requires_grad_(False)
+    return Classifier(family, "Toy", "toy", Path("toy.pth"), "", CLASSES, plain, network)
+
+
+def changed(classifier: Classifier) -> Classifier:
+    """A copy whose network may be damaged."""
+    return dataclasses.replace(classifier, network=copy.deepcopy(classifier.network))
+
+
+def target_layer(classifier: Classifier) -> torch.nn.Module:
+    return classifier.network.get_submodule(classifier.family.target_layer)
+
+
+# ------------------------------------------------------------------------------------------
+# Arithmetic by hand
+# ------------------------------------------------------------------------------------------
+
+
+def test_raw_map_is_the_sum_of_activations_weighted_by_mean_gradients():
+    generator = np.random.default_rng(0)
+    activations, gradients = generator.normal(size=(2, 2, 3, 4, 5)).astype(np.float32)
+    expected = np.zeros((2, 4, 5))
+    for image in range(2):
+        for channel in range(3):
+            alpha = sum(gradients[image, channel].ravel().tolist()) / 20
+            expected[image] += alpha * activations[image, channel]
+    raw = grad_cam(torch.from_numpy(activations), torch.from_numpy(gradients)).numpy()
+    np.testing.assert_allclose(raw, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_toy_network_gives_the_map_worked_out_by_hand():
+    radiograph = Radiograph(Path("steps.png"), np.zeros((224, 224, 3), np.uint8))
+    radiograph.pixels[:32, 32:64] = 255  # cell (0, 1) is white, all others are black
+    (explanation,) = explain(toy([[2.0, 1.0], [0.0, 0.0]]), [radiograph])
+    expected = np.full((7, 7), 3 * 1 / 49)  # both channels are 1 where black, 2 where white
+    expected[0, 1] = 3 * 2 / 49
+    np.testing.assert_allclose(explanation.raw_map, expected, rtol=1e-4)
+    np.testing.assert_allclose(explanation.heatmap, expected * 49 / 6, rtol=1e-4)
+
+
+def test_normalised_drops_negatives_and_divides_by_the_maximum():
+    heatmap = normalised(np.float32([[-3, 0], [1, 4]]))
+    assert heatmap.tolist() == [[0, 0], [0.25, 1]]
+    assert heatmap.dtype == np.float32
+
+
+def test_map_without_positive_values_stays_blank():
+    assert not normalised(np.float32([[-3, -1], [-2, 0]])).any()
+    assert not normalised(np.zeros((2, 2), np.float32)).any()
+
+
+# ------------------------------------------------------------------------------------------
+# Independent implementations
+# ------------------------------------------------------------------------------------------
+
+
+def map_of_grad_cam_package(classifier: Classifier, pixels: torch.Tensor, target: int) -> np.ndarray:
+    """The map of pytorch-grad-cam before its own ReLU and scaling: (h, w)."""
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    class RawGradCAM(GradCAM):
+        def get_cam_image(self, *args: object) -> np.ndarray:
+            self.raw = super().get_cam_image(*args)
+            return self.raw
+
+    with RawGradCAM(classifier.network, [target_layer(classifier)]) as method:
+        method(pixels, [ClassifierOutputTarget(target)])
+    return method.raw[0]
+
+
+def map_of_captum(classifier: Classifier, pixels: torch.Tensor, target: int) -> np.ndarray:
+    from captum.attr import LayerGradCam
+
+    method = LayerGradCam(classifier.network, target_layer(classifier))
+    return method.attribute(pixels, target, relu_attributions=False)[0, 0].detach().numpy()
+
+
+def check_against_others(classifier: Classifier, target: int) -> None:
+    (explanation,) = explain(classifier, [noise(1)], target)
+    other = changed(classifier)
+    other.network.requires_grad_(True)
+    pixels = torch.from_numpy(explainability.network_input(noise(1), classifier.preprocessing))[None]
+    for raw in (map_of_grad_cam_package(other, pixels, target), map_of_captum(other, pixels, target)):
+        assert raw.shape == explanation.raw_map.shape == (7, 7)
+        np.testing.assert_allclose(explanation.raw_map, raw, rtol=0, atol=1e-4 * np.abs(raw).max())
+        np.testing.assert_allclose(explanation.heatmap, normalised(raw), rtol=0, atol=1e-3)
+
+
+def test_target_layers_are_the_last_stage_and_the_last_convolution(tiny_classifiers):
+    convnext, efficientnet = tiny_classifiers.values()
+    assert target_layer(convnext) is convnext.network.stages[-1]
+    assert target_layer(efficientnet) is efficientnet.network.conv_head
+
+
+@pytest.mark.parametrize("target", (0, 1))
+@pytest.mark.parametrize("key", FAMILIES)
+def test_tiny_networks_give_the_maps_of_pytorch_grad_cam_and_captum(tiny_classifiers, key, target):
+    check_against_others(tiny_classifiers[key], target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", FAMILIES)
+def test_full_size_networks_give_the_maps_of_pytorch_grad_cam_and_captum(tmp_path, key):
+    path = save(users_checkpoint(FAMILIES[key].full_size), tmp_path / f"{key}.pth")
+    classifier = explainability.load_classifier(FAMILIES[key], path, "cpu")
+    for target in (0, 1):
+        check_against_others(classifier, target)
+    path.unlink()  # 350 MB
+
+
+# ------------------------------------------------------------------------------------------
+# Maps that say nothing
+# ------------------------------------------------------------------------------------------
+
+
+def test_blank_map_stays_blank_and_is_named():
+    classifier = toy([[-1.0, -2.0], [1.0, 2.0]])
+    blank, full = (explain(classifier, [noise(1)], target)[0] for target in (0, 1))
+    assert blank.raw_map.max() < 0
+    assert not blank.heatmap.any()
+    assert blank.remark == "Blank map: no positive evidence for Comminuted Fracture"
+    assert full.heatmap.max() == 1
+    assert full.remark == ""
+
+
+def test_constant_map_is_named():
+    (explanation,) = explain(toy([[1.0, 2.0], [0.0, 0.0]], kernel=0.0), [noise(1)])
+    assert (explanation.heatmap == 1).all()
+    assert explanation.remark.startswith("Constant map")
+
+
+def test_rounding_noise_is_not_stretched_to_a_heatmap():
+    activations = torch.rand((1, 1, 7, 7), generator=torch.Generator().manual_seed(0)).expand(1, 3, 7, 7)
+    gradients = torch.tensor([0.1, 0.2, -0.3]).view(1, 3, 1, 1).expand(1, 3, 7, 7)
+    noisy = (gradients * activations).sum(dim=1)
+    assert noisy.abs().max() > 0  # the exact sum is 0: this is rounding
+    assert not grad_cam(activations, gradients).any()
+
+
+def test_rounding_noise_of_many_channels_is_not_stretched_to_a_heatmap():
+    half = torch.randn((1, 640, 1, 1), generator=torch.Generator().manual_seed(0))
+    gradients = torch.cat([half, -half.flip(1)], dim=1).expand(1, 1280, 7, 7)
+    activations = torch.full((1, 1280, 7, 7), 0.7)
+    assert not grad_cam(activations, gradients).any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_noise_behind_a_layer_norm_is_not_stretched_to_a_heatmap(seed):
+    torch.manual_seed(seed)
+    activations = torch.randn((1, 64, 1, 1)).expand(1, 64, 7, 7).clone().requires_grad_()
+    score = torch.nn.Linear(64, 1)(torch.nn.LayerNorm(64, eps=0)(activations.mean(dim=(2, 3))))
+    (gradients,) = torch.autograd.grad(score.sum(), activations)  # blind to scale, so the map is 0
+    assert not grad_cam(activations.detach(), gradients).any()
+
+
+def test_small_evidence_is_kept():
+    activations = torch.full((1, 2, 7, 7), 1e-8)
+    assert grad_cam(activations, activations).min() > 0
+
+
+# ------------------------------------------------------------------------------------------
+# Hooks and gradients
+# ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_hook_is_gone_after_an_explanation(tiny_classifiers, key):
+    explain(tiny_classifiers[key], [noise(1)])
+    modules = list(tiny_classifiers[key].network.modules())
+    assert not any(module._forward_hooks or module._backward_hooks for module in modules)
+
+
+@pytest.mark.parametrize("failing", ("conv_head", "classifier"))
+def test_hook_is_gone_after_an_exception_in_the_network(tiny_classifiers, monkeypatch, failing):
+    network = tiny_classifiers["efficientnet"].network
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(network.get_submodule(failing), "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        explain(tiny_classifiers["efficientnet"], [noise(1)])
+    assert not network.conv_head._forward_hooks
+
+
+def test_hook_is_there_while_captured():
+    layer = torch.nn.Identity()
+    with pytest.raises(KeyError), explainability.captured_activations(layer):
+        assert layer._forward_hooks
+        raise KeyError
+    assert not layer._forward_hooks
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_nothing_is_recorded_before_the_target_layer(tiny_classifiers, key):
+    classifier, seen = tiny_classifiers[key], []
+    layer = target_layer(classifier)
+    handle = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
+    explain(classifier, [noise(1)])
+    handle.remove()
+    assert seen == [False]
+    assert all(weight.grad is None for weight in classifier.network.parameters())
+
+
+def test_explanations_work_inside_no_grad(tiny_classifiers):
+    with torch.no_grad():
+        (explanation,) = explain(tiny_classifiers["efficientnet"], [noise(1)])
+    assert np.isfinite(explanation.raw_map).all()
+
+
+# ------------------------------------------------------------------------------------------
+# Same input, same map
+# ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_batch_gives_the_maps_of_single_runs(tiny_classifiers, key):
+    radiographs = [noise(1), noise(2, 60, 200), noise(3, 224, 224)]
+    together = explain(tiny_classifiers[key], radiographs)
+    for radiograph, batched in zip(radiographs, together, strict=True):
+        (single,) = explain(tiny_classifiers[key], [radiograph])
+        np.testing.assert_allclose(batched.raw_map, single.raw_map, rtol=0, atol=1e-5 * np.abs(single.raw_map).max())
+        np.testing.assert_allclose(batched.probabilities, single.probabilities, atol=1e-5)
+        assert batched.explained == single.explained
+    assert not np.allclose(together[0].raw_map, together[1].raw_map)
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_repeated_runs_are_identical_to_the_bit(tiny_classifiers, key):
+    first, second = (explain(tiny_classifiers[key], [noise(1)])[0] for _ in range(2))
+    assert first.raw_map.tobytes() == second.raw_map.tobytes()
+    assert first.probabilities.tobytes() == second.probabilities.tobytes()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("key", FAMILIES)
+def test_cuda_gives_the_maps_of_the_cpu(tiny_classifiers, tiny_checkpoints, key):
+    explainability.use_exact_float32()
+    on_gpu = explainability.load_classifier(FAMILIES[key], tiny_checkpoints[key], "cuda")
+    (cpu,), (cuda,) = (explain(classifier, [noise(1)], 0) for classifier in (tiny_classifiers[key], on_gpu))
+    np.testing.assert_allclose(cuda.raw_map, cpu.raw_map, rtol=0, atol=1e-3 * np.abs(cpu.raw_map).max())
+
+
+# ------------------------------------------------------------------------------------------
+# Which class, and networks that cannot be explained
+# ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wanted, index",
+    ((None, None), ("0", 0), ("1", 1), ("Simple Fracture", 1), ("simple fracture", 1), (" COMMINUTED FRACTURE ", 0)),
+)
+def test_target_class_is_a_name_or_an_index(wanted, index):
+    assert explainability.target_index(wanted, CLASSES) == index
+
+
+@pytest.mark.parametrize("wanted", ("2", "-1", "", "Fracture", "1.0", "²"))
+def test_unknown_target_class_is_refused_with_the_choices(wanted):
+    with pytest.raises(ExplainError, match="0 = Comminuted Fracture, 1 = Simple Fracture"):
+        explainability.target_index(wanted, CLASSES)
+
+
+def test_the_predicted_class_is_explained_unless_another_is_asked_for(tiny_classifiers):
+    classifier = tiny_classifiers["convnext"]
+    (usual,) = explain(classifier, [noise(1)])
+    (other,) = explain(classifier, [noise(1)], 1 - usual.predicted)
+    assert usual.explained == usual.predicted == other.predicted
+    assert other.explained == 1 - usual.predicted
+    assert not np.allclose(other.raw_map, usual.raw_map)
+
+
+def test_probabilities_are_the_softmax_of_the_scores(tiny_classifiers):
+    classifier = tiny_classifiers["efficientnet"]
+    (explanation,) = explain(classifier, [noise(1)])
+    pixels = explainability.network_input(noise(1), classifier.preprocessing)
+    with torch.inference_mode():
+        scores = np.exp(classifier.network(torch.from_numpy(pixels)[None])[0].double().numpy())
+    np.testing.assert_allclose(explanation.probabilities, scores / scores.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_scores_that_are_not_finite_are_refused(tiny_classifiers, value):
+    classifier = changed(tiny_classifiers["efficientnet"])
+    classifier.network.classifier.bias.data[0] = value
+    with pytest.raises(ExplainError, match="efficientnet_best.pth.*not finite"):
+        explain(classifier, [noise(1)])
+    assert not target_layer(classifier)._forward_hooks
