@@ -1026,7 +1026,7 @@ class Panel:
         (height, width), dpi = pixels.shape[:2], self.figure.dpi
         left = round((self.left + self.width / 2) * dpi - width / 2)
         bottom = round((self.bottom + self.height / 2) * dpi - height / 2)
-        self.figure.add_artist(picture_class()(pixels, left, bottom))
+        self.figure.add_artist(picture_class()(pixels, left, bottom, title))
         # The title sits on its picture, not on the top of a panel that a wide picture leaves empty.
         top = (bottom + height) / dpi - self.bottom
         self.write(0.5, top / self.height + 0.02, title, BODY, self.width, ha="center", va="bottom")
@@ -1038,13 +1038,15 @@ def picture_class() -> type[Artist]:
     from matplotlib.artist import Artist
 
     class Picture(Artist):
-        def __init__(self, pixels: np.ndarray, left: int, bottom: int) -> None:
+        def __init__(self, pixels: np.ndarray, left: int, bottom: int, title: str) -> None:
             super().__init__()
-            opaque = np.full((*pixels.shape[:2], 1), 255, np.uint8)
-            self.arguments = left, bottom, np.concatenate([pixels, opaque], axis=2)[::-1]  # Agg draws upwards
+            self.pixels, self.left, self.bottom = pixels, left, bottom
+            self.set_label(title)
 
         def draw(self, renderer: Any) -> None:
-            renderer.draw_image(renderer.new_gc(), *self.arguments)
+            opaque = np.full((*self.pixels.shape[:2], 1), 255, np.uint8)
+            upwards = np.concatenate([self.pixels, opaque], axis=2)[::-1]  # as Agg draws
+            renderer.draw_image(renderer.new_gc(), self.left, self.bottom, upwards)
 
     return Picture
 
