@@ -420,7 +420,9 @@ def to_8_bits(values: np.ndarray, left_out: np.ndarray | None = None) -> tuple[n
     counted = values if left_out is None else values[~left_out]
     if not np.isfinite(counted).all():
         raise ExplainError("NaN or infinite pixel values; export it again")
-    lowest, highest = (float(counted.min()), float(counted.max())) if counted.size else (0.0, 0.0)
+    if not counted.size:
+        return np.zeros(values.shape, np.uint8), ["no pixel holds a value: shown black"]
+    lowest, highest = float(counted.min()), float(counted.max())
     if lowest == highest:
         return np.full(values.shape, 127, np.uint8), [f"every value is {lowest:g}: shown as mid grey"]
     low, high = (float(end) for end in np.percentile(counted, (1, 99), method="nearest"))
@@ -463,10 +465,11 @@ def read_picture(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
             if deep_colour and pixels.max() < 64:  # Pillow keeps only the upper 8 of 16 bits
                 raise ExplainError("16-bit colour that uses only its lower bits; save it as 16-bit grey")
             return pixels, notes
-    pixels, scaling = to_8_bits(values)
+    hidden = values == upright.info.get("transparency", np.nan)  # the one value that a PNG may hide
+    pixels, scaling = to_8_bits(values, hidden)
     if tags.get(PHOTOMETRIC) == 0:  # white is zero; Pillow inverts 8 bits and fewer only
         pixels = 255 - pixels
-    return pixels, notes + scaling
+    return np.where(hidden, np.uint8(0), pixels), notes + scaling
 
 
 def open_picture(file: BinaryIO) -> Image.Image:
@@ -610,15 +613,15 @@ def windowed(dataset: Dataset, values: np.ndarray) -> tuple[np.ndarray, list[str
     shape = dataset.get("VOILUTFunction") or "LINEAR"
     if centre is None or width is None or not width > (shape == "LINEAR"):
         return None
-    note = f"shown through its window, centre {centre:g} and width {width:g}"
-    if shape == "SIGMOID":
-        return scaled(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1), [note]
-    if shape == "LINEAR":  # PS3.3 C.11.2.1.2.1; LINEAR_EXACT has neither shift
+    notes = [f"shown through its window, centre {centre:g} and width {width:g}"]
+    if shape == "LINEAR":  # PS3.3 C.11.2.1.2.1; the others have neither shift
         centre, width = centre - 0.5, width - 1
     low, high = centre - width / 2, centre + width / 2
-    if high <= values.min() or values.max() <= low:
-        return None  # a window beside all values shows nothing
-    return scaled(values, low, high), [note]
+    if not (np.isfinite(width) and low < values.max() and high > values.min()):
+        return None  # beside all values; or a value is NaN, which to_8_bits refuses
+    if shape == "SIGMOID":
+        return scaled(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1), notes
+    return scaled(values, low, high), notes
 
 
 def looked_up(item: Dataset, values: np.ndarray) -> tuple[np.ndarray, int, int]:

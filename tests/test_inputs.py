@@ -169,7 +169,7 @@ def test_16_bit_is_scaled_from_its_real_range(tmp_path: Path, kind: str, low: in
 )
 def test_other_deep_tiff_is_scaled_from_its_real_range(tmp_path: Path, dtype: str, low: float, high: float, byteorder: str) -> None:
     if (dtype, byteorder) == ("u4", ">"):
-        pytest.skip("not read by Pillow: refused, see below")
+        pytest.skip("Pillow does not read these; the next test shows that they are refused")
     values = np.linspace(low, high, RAMP.size).reshape(RAMP.shape).astype(dtype)
     path = written(tmp_path / "x", tiff(values, byteorder=byteorder))
     assert np.array_equal(grey(load_radiograph(path)), stretched(values, float(values.min()), float(values.max())))
@@ -263,6 +263,14 @@ def test_transparent_palette_entry_is_laid_over_black(tmp_path: Path, kind: str)
     image.putpalette(palette.tobytes())
     path = written(tmp_path / "x", encoded(image, kind, transparency=7))
     assert np.array_equal(grey(load_radiograph(path)), np.where(RAMP == 7, 0, 255 - RAMP))
+
+
+def test_the_transparent_value_of_a_16_bit_png_is_black_and_does_not_count(tmp_path: Path) -> None:
+    values = (RAMP * 100 + 5000).astype(np.uint16)
+    values[0] = 65_535
+    path = written(tmp_path / "x", png(values, 0, (b"tRNS", b"\xff\xff")))
+    pixels = grey(load_radiograph(path))
+    assert (pixels[0] == 0).all() and np.array_equal(pixels[1:], stretched(values[1:], 5900, 15_700))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -740,7 +748,23 @@ def test_signed_padding_below_all_values_is_black(tmp_path: Path) -> None:
 
 def test_dicom_that_is_all_padding_is_black(tmp_path: Path) -> None:
     path = written(tmp_path / "x", dicom(np.full((4, 4), 7, np.uint16), PixelPaddingValue=7))
-    assert not load_radiograph(path).pixels.any()
+    radiograph = load_radiograph(path)
+    assert not radiograph.pixels.any() and radiograph.notes == ("no pixel holds a value: shown black",)
+
+
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": 50, "WindowWidth": 60}, {"WindowCenter": 50, "WindowWidth": 60, "VOILUTFunction": "SIGMOID"}])
+def test_nan_in_float_dicom_is_refused(tmp_path: Path, window: dict[str, object]) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    values = RAMP.astype(np.float32)
+    dataset = pydicom.dcmread(io.BytesIO(dicom(RAMP.astype(np.uint32), **window)))
+    del dataset.PixelData, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation
+    dataset.FloatPixelData = values.tobytes()
+    dataset.save_as(tmp_path / "x")
+    load_radiograph(tmp_path / "x")
+    values[2, 2] = np.nan
+    dataset.FloatPixelData = values.tobytes()
+    dataset.save_as(tmp_path / "x")
+    assert "NaN" in refusal(tmp_path / "x")
 
 
 def test_dicom_colour_stays_as_it_is(tmp_path: Path) -> None:
