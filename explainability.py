@@ -114,6 +114,8 @@ NOT_IMAGES = tuple(  # start of the file, what it is, remedy; the first that fit
     )
 )
 
+ROUNDING = 8 * float(np.finfo(np.float32).eps)  # relative error of a few float32 operations
+
 PANEL_INCHES = 4.1  # a side of a panel; a radiograph's longer side fills it
 MAX_LISTED_CLASSES = 3  # probabilities that the details panel has room for
 OVERLAY_WEIGHT = 0.45  # share of the heatmap's colour in the overlay
@@ -828,7 +830,7 @@ def grad_cam(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor
     weights = gradients.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
     terms = weights * activations  # (B, C, h, w)
     raw = terms.sum(dim=1)
-    rounding = terms.abs().sum(dim=1) * float(np.finfo(np.float32).eps)
+    rounding = terms.abs().sum(dim=1) * ROUNDING
     return raw.where(raw.abs() > rounding, 0)
 
 
@@ -877,22 +879,21 @@ def explain_inputs(classifier: Classifier, inputs: torch.Tensor, target: int | N
     layer = classifier.network.get_submodule(classifier.family.target_layer)
     with captured_activations(layer) as captured, torch.enable_grad():
         logits = classifier.network(inputs)  # (B, K)
-    (activations,) = captured
-    if not torch.isfinite(logits).all():
-        raise ExplainError(f"{shown(classifier.checkpoint)}: the network's output is not finite; its weights are damaged")
-    explained = logits.argmax(dim=1) if target is None else torch.full_like(logits[:, 0], target, dtype=torch.long)
-    # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
-    score = logits.gather(1, explained[:, None]).sum()
-    (gradients,) = torch.autograd.grad(score, activations)
+        (activations,) = captured
+        if not torch.isfinite(logits).all():
+            raise ExplainError(f"{shown(classifier.checkpoint)}: the network's output is not finite; its weights are damaged")
+        explained = logits.argmax(dim=1) if target is None else torch.full_like(logits[:, 0], target, dtype=torch.long)
+        # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
+        score = logits.gather(1, explained[:, None]).sum()
+        (gradients,) = torch.autograd.grad(score, activations)
     return logits.detach().softmax(dim=1), explained, grad_cam(activations.detach(), gradients)
 
 
-def explain(classifier: Classifier, radiographs: Sequence[Radiograph], target_class: str | None = None) -> list[Explanation]:
-    """Explain a batch of radiographs: the class that `target_class` names, or each one's predicted class.
+def explain(classifier: Classifier, radiographs: Sequence[Radiograph], target: int | None = None) -> list[Explanation]:
+    """Explain a batch of radiographs: class `target`, or each one's predicted class.
 
-    Raises ExplainError where there is no such class or the network's output is not finite.
+    Raises ExplainError where the network's output is not finite.
     """
-    target = target_index(target_class, classifier.class_names)
     tensors = explain_inputs(classifier, input_batch(classifier, radiographs), target)
     probabilities, explained, raw_maps = (tensor.cpu().numpy() for tensor in tensors)
     return [explanation(classifier, *each) for each in zip(probabilities, explained.tolist(), raw_maps)]
@@ -1553,7 +1554,7 @@ def run_single(request: Request) -> tuple[list[str], int]:
     classifiers, explanations = load_models(request), []
     for index, classifier in enumerate(classifiers):
         say(f"{classifier.family.bullet} Generating {classifier.title} Grad-CAM...")
-        explanations += explain(classifier, [radiograph], request.target_class)
+        explanations += explain(classifier, [radiograph], target_index(request.target_class, classifier.class_names))
         for path in job.figures[index : index + 1]:
             write_page(explanation_figure(picture, job.image.name, explanations[-1], request.style), path)
             say(f"✅ Visualization saved: {shown(path)}", "")
@@ -1581,7 +1582,8 @@ def explain_jobs(jobs: Sequence[Job], classifiers: Sequence[Classifier], request
     for start in range(0, len(jobs), size):
         loaded = [(job, load_or_error(job.image)) for job in jobs[start : start + size]]
         radiographs = [radiograph for _, radiograph in loaded if isinstance(radiograph, Radiograph)]
-        explained = zip(*(explain(each, radiographs, request.target_class) for each in classifiers)) if radiographs else iter(())
+        targets = [target_index(request.target_class, classifier.class_names) for classifier in classifiers]
+        explained = zip(*map(explain, classifiers, itertools.repeat(radiographs), targets)) if radiographs else iter(())
         for job, radiograph in loaded:
             if isinstance(radiograph, Radiograph):
                 yield Result(job, next(explained), panel_picture(radiograph, request.style))
@@ -1710,6 +1712,16 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def colormap_name(text: str) -> str:
+    """An argparse type: the name of a colormap of matplotlib, which is imported only for other names than jet."""
+    if text != "jet":
+        from matplotlib import colormaps
+
+        if text not in colormaps:
+            raise argparse.ArgumentTypeError(f"matplotlib has no colormap {text!r}; viridis, magma, gray ... are there")
+    return text
+
+
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Show where bone-fracture classifiers look, with Grad-CAM.",
@@ -1725,7 +1737,7 @@ def argument_parser() -> argparse.ArgumentParser:
     for family in FAMILIES.values():
         add(f"--{family.key}-checkpoint", type=Path, metavar="FILE", help=f"default: checkpoints/{family.key}*")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: auto)")
-    add("--colormap", default="jet", metavar="NAME", help="any matplotlib colormap (default: jet; viridis is perceptually uniform)")
+    add("--colormap", type=colormap_name, default="jet", metavar="NAME", help="any matplotlib colormap (default: jet; viridis is perceptually uniform)")
     add("--dpi", type=whole_number(30, 1200), default=150, metavar="N", help="resolution of the figures (default: 150)")
     add("--batch-size", type=whole_number(1, 4096), metavar="N", help="images computed at once (default: 8, on a GPU 32)")
     add("--skip-existing", action="store_true", help="of many images, leave those alone that an earlier run finished")
