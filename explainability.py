@@ -27,11 +27,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import re
+import stat
 import sys
 import tempfile
+import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +65,48 @@ INPUT_SIZE = 224  # pixels a side: both networks were trained on squashed square
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; EfficientNetV2 too was trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)  # these, although timm's default for it says 0.5
 
-CHECKPOINT_SUFFIXES = (".pth", ".pt")
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
+MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net")  # where trainers put the weights, in order
+EMA_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema")  # the same, averaged over the training
+WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")  # of DataParallel and of torch.compile
+FLOAT_TYPES = ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64")
+INPUT_SIZES = range(64, 1025, 32)  # pixels a side: both families halve it five times
+MAX_CLASSES = 100
+MAX_NAME = 200  # characters of a class name
 DEMO_SUFFIX = "_demo.pth"
 DEMO_NOTICE = "trained on synthetic radiographs; shows how the tool works; says nothing about real patients"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # what Pillow may decode; never EPS
+
+SPECIAL_FILES = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+SIGNATURES = (  # first bytes -> what such a file is
+    (LFS_POINTER, "a Git LFS pointer"),
+    (b"\x89PNG\r\n\x1a\n", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"II*\0", "a TIFF image"),
+    (b"MM\0*", "a TIFF image"),
+    (b"GIF8", "a GIF image"),
+    (b"RIFF", "a WebP image or a sound"),
+    (b"%PDF-", "a PDF document"),
+    (b"%!PS", "a PostScript document"),
+    (b"<!DOCTYPE html", "an HTML page"),
+    (b"<!doctype html", "an HTML page"),
+    (b"<html", "an HTML page"),
+    (b"<svg", "an SVG drawing"),
+    (b"<?xml", "an XML document"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes"),
+    (b"\x93NUMPY", "a NumPy array"),
+)
+CONTROL_BYTES = frozenset(range(32)) - set(b"\t\n\f\r\x1b")  # none of which a text holds
 
 DEFAULT_DPI = 150
 OVERLAY_WEIGHT = 0.45  # share of the heatmap's colour in the overlay
@@ -89,7 +130,9 @@ class Family:
     key: str  # value of --model, start of the checkpoint's name, part of the figure's name
     title: str  # {size} stands for the size in the architecture's name
     full_size: str  # timm name of what a checkpoint without a name holds
-    names: re.Pattern[str]  # timm architectures accepted from a checkpoint
+    names: re.Pattern[str]  # timm names accepted from a checkpoint; group 1 is the size
+    landmark: str  # a key that weights of this family have and of others have not
+    head: str  # dotted path of the last layer, one output a class
     target_layer: str  # dotted path for torch.nn.Module.get_submodule
     bullet: str
 
@@ -101,7 +144,9 @@ FAMILIES = {
             key="convnext",
             title="ConvNeXt V2",
             full_size="convnextv2_base.fcmae_ft_in22k_in1k",
-            names=re.compile(r"convnextv2_(atto|femto|pico|nano|tiny|small|base|large|huge)"),
+            names=re.compile(r"convnextv2_(atto|femto|pico|nano|tiny|small|base|large|huge)(\.[a-z0-9_]{1,60})?"),
+            landmark="stages.0.blocks.0.mlp.grn.weight",
+            head="head.fc",
             target_layer="stages.3",  # the last stage
             bullet="🔵",
         ),
@@ -109,7 +154,9 @@ FAMILIES = {
             key="efficientnet",
             title="EfficientNetV2-{size}",
             full_size="tf_efficientnetv2_s.in21k_ft_in1k",
-            names=re.compile(r"tf_efficientnetv2_(s|m|l|xl|b[0-3])"),
+            names=re.compile(r"tf_efficientnetv2_(s|m|l|xl|b[0-3])(\.[a-z0-9_]{1,60})?"),
+            landmark="conv_stem.weight",
+            head="classifier",
             target_layer="conv_head",
             bullet="🟢",
         ),
@@ -146,6 +193,7 @@ class Classifier:
     class_names: tuple[str, ...]  # K
     preprocessing: Preprocessing
     network: torch.nn.Module  # float32, eval mode, no parameter requires a gradient
+    notes: tuple[str, ...] = ()  # what was done in loading, beyond the ordinary
 
 
 @dataclass(frozen=True)
@@ -300,60 +348,382 @@ def check_not_mixed(checkpoints: Sequence[Path]) -> None:
         )
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint file, memory-mapped, without running code from it.
+def refusal(path: Path, cause: str, remedy: str) -> ExplainError:
+    return ExplainError(f"{shown(path)}: {cause}; {remedy}")
+
+
+def brief(value: object) -> str:
+    """An untrusted value for a message: short, on one line, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 64:  # Python cannot print every one of them
+        return "a number of more than 19 digits"
+    if isinstance(value, (str, int, float)):
+        return printable(repr(value[:80] if isinstance(value, str) else value))
+    return f"a {type(value).__name__}"
+
+
+def listed(items: Sequence[str]) -> str:
+    """How many, and the first three."""
+    return f"{len(items)} ({', '.join(printable(item[:160]) for item in items[:3])}{', …' if len(items) > 3 else ''})"
+
+
+def first_bytes(path: Path) -> bytes:
+    """The start of a regular file. Nothing else is opened: a pipe or a device may block for ever.
+
+    Raises ExplainError where there is no such file or it cannot be read.
+    """
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            kind = SPECIAL_FILES.get(stat.S_IFMT(mode), "not a regular file")
+            raise refusal(path, f"{kind}, not a checkpoint", "name one checkpoint file")
+        with open(path, "rb") as file:
+            return file.read(512)
+    except PermissionError as error:
+        raise refusal(path, "no permission to read it", "change its permissions or choose another checkpoint") from error
+    except FileNotFoundError as error:
+        cause = "a broken link" if os.path.islink(path) else "no such file"
+        raise refusal(path, cause, "check the path of the checkpoint") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise refusal(path, f"cannot be opened ({reason})", "check the path of the checkpoint") from error
+
+
+def kind_of(head: bytes) -> str:
+    """What a file is that starts with `head`, in words."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    for signature, kind in SIGNATURES:
+        if start.startswith(signature):
+            return kind
+    return "a file of an unknown kind" if CONTROL_BYTES & set(head) else "a text file"
+
+
+def container_of(head: bytes) -> str:
+    """The container that a checkpoint starting with `head` has; empty for what is no checkpoint."""
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    if head.startswith(b"\x80"):  # what torch.save wrote before version 1.6
+        return "pickle"
+    # The length of the header, which safetensors limits to 100 MB, then a JSON object.
+    is_safetensors = head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000
+    return "safetensors" if is_safetensors else ""
+
+
+def check_checkpoint_path(path: Path) -> str:
+    """The container of a checkpoint file, as far as can be told without torch.
+
+    Raises ExplainError where the file cannot be a checkpoint, and says what it is instead.
+    """
+    head = first_bytes(path)
+    container = container_of(head)
+    if not head:
+        raise refusal(path, "an empty file", "copy or download the checkpoint again")
+    if head.startswith(LFS_POINTER):
+        raise refusal(
+            path, "a Git LFS pointer, not the weights: the repository was cloned without Git LFS", "run `git lfs pull`"
+        )
+    if not container:
+        raise refusal(path, f"{kind_of(head)}, not a checkpoint", "give a file that torch.save wrote, or a .safetensors file")
+    if container == "zip":
+        check_archive(path)
+    return container
+
+
+def check_archive(path: Path) -> None:
+    """Raise ExplainError where a zip archive is not one of uncompressed weights from torch.save."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception as error:  # zipfile lets out more than BadZipFile on damaged archives
+        raise refusal(path, "an incomplete or damaged archive", "copy or download the checkpoint again") from error
+    names = {entry.filename.partition("/")[2] for entry in entries}
+    if "constants.pkl" in names:
+        raise refusal(path, "a TorchScript archive, which holds code", "save the network's state_dict() with torch.save instead")
+    if "data.pkl" not in names:
+        raise refusal(path, "a zip archive without weights", "give a file that torch.save wrote, or a .safetensors file")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could unpack to any size
+        raise refusal(path, "a compressed archive, which torch.save never writes", "save the checkpoint again with torch.save")
+
+
+def read_checkpoint(path: Path) -> tuple[dict[Any, Any], list[str]]:
+    """Load a checkpoint file without running code from it: its contents, and what was done.
 
     Raises ExplainError where it is not a checkpoint or holds more than tensors and plain values.
     """
+    container = check_checkpoint_path(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about tensors that are refused below
+            contents, notes = read_safetensors(path) if container == "safetensors" else read_torch(path, container)
+    except UnicodeEncodeError as error:
+        raise refusal(path, "the file name is not valid Unicode, so torch cannot open it", "rename it") from error
+    except MemoryError as error:
+        raise refusal(path, "asks for more memory than there is", "copy or download the checkpoint again") from error
+    except Exception as error:  # torch lets out KeyError, EOFError, UnpicklingError; damaged files anything
+        raise ExplainError(f"{shown(path)}: {why_unreadable(error)}") from error
+    if not isinstance(contents, dict):
+        raise refusal(path, f"holds {brief(contents)}, not a dictionary of weights", "save the network's state_dict()")
+    return contents, notes
+
+
+def why_unreadable(error: Exception) -> str:
+    """Cause and remedy for a file that torch rejects; not in its words, which advise to run the code."""
+    found = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
+    if not found:
+        return f"damaged, or not written by torch.save ({type(error).__name__}); copy or download the checkpoint again"
+    remedy = "save it again with state_dict() and plain values only"
+    if found.group(1).startswith("numpy"):
+        remedy = "save it again with plain numbers, such as float(val_acc), in place of NumPy's"
+    return f"holds an object ({found.group(1)}) that only code from the file could restore, and none is run; {remedy}"
+
+
+def read_torch(path: Path, container: str) -> tuple[Any, list[str]]:
+    """What torch.save wrote; memory-mapped where it can be, so that the optimizer's state is never read."""
     import torch
 
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch lets out KeyError, EOFError, UnpicklingError and more
-        raise ExplainError(f"{shown(path)}: not a checkpoint that can be loaded safely ({type(error).__name__})") from error
-    if not isinstance(contents, dict):
-        raise ExplainError(f"{shown(path)}: holds {type(contents).__name__}, not a dictionary of weights")
-    return contents
+    origins = set()
+
+    def on_cpu(storage: Any, origin: str) -> Any:
+        origins.add(origin)
+        return storage
+
+    contents = torch.load(path, map_location=on_cpu, weights_only=True, mmap=container == "zip")
+    notes = ["container of PyTorch before 1.6 read whole"] if container == "pickle" else []
+    elsewhere = sorted(printable(origin) for origin in origins if origin != "cpu")
+    return contents, notes + [f"tensors saved on {origin} read on the CPU" for origin in elsewhere[:3]]
 
 
-def architecture_of(family: Family, contents: dict[str, Any], path: Path) -> str:
+def read_safetensors(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Weights from a .safetensors file, with its metadata (texts; JSON where they are that)."""
+    from safetensors import safe_open
+
+    def plain(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    with safe_open(path, framework="pt", device="cpu") as file:
+        weights = {key: file.get_tensor(key) for key in file.keys()}
+        metadata = {key: plain(text) for key, text in (file.metadata() or {}).items()}
+    return {**metadata, MODEL_KEYS[0]: weights}, ["weights read from a safetensors file"]
+
+
+def recorded(contents: dict[Any, Any], name: str) -> Any:
+    """What a checkpoint records under a name, itself or in its config; None where it does not."""
+    config = contents.get("config")
+    found = contents.get(name)
+    return config.get(name) if found is None and isinstance(config, dict) else found
+
+
+def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The network's tensors from wherever trainers put them, and what was done to get them.
+
+    Raises ExplainError where there are none.
+    """
+    import torch
+
+    def tensors(value: object) -> dict[str, torch.Tensor]:
+        items = value.items() if isinstance(value, dict) else ()
+        return {key: item for key, item in items if isinstance(key, str) and isinstance(item, torch.Tensor)}
+
+    places = {key: tensors(contents.get(key)) for key in MODEL_KEYS}
+    places["top level"] = tensors(contents)
+    places |= {key: tensors(contents.get(key)) for key in EMA_KEYS}
+    filled = [place for place, weights in places.items() if weights]
+    if not filled:
+        raise refusal(path, f"holds no weights under {', '.join(MODEL_KEYS)} or at its top level", "save the network's state_dict()")
+    taken, *others = filled
+    notes = [] if taken == MODEL_KEYS[0] else [f"weights taken from {taken}"]
+    if taken in EMA_KEYS:
+        notes = [f"weights taken from {taken}: averaged ones (EMA), the only ones in the file"]
+    if taken == "top level":
+        notes = ["bare state dict: weights taken from the top level"]
+    notes += [f"EMA weights beside them ({key}) not used" for key in others if key in EMA_KEYS]
+    notes += [f"other weights beside them ({key}) not used" for key in others if key in MODEL_KEYS]
+    weights, prefix_notes = without_prefixes(places[taken], path)
+    return weights, notes + prefix_notes
+
+
+def without_prefixes(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Keys as the network names them, without what torch's wrappers put before them.
+
+    Raises ExplainError where two keys become one.
+    """
+    prefixes = [found.group() for key in weights if (found := WRAPPER_PREFIX.match(key))]
+    bare = {WRAPPER_PREFIX.sub("", key): tensor for key, tensor in weights.items()}
+    if len(bare) < len(weights):
+        raise refusal(path, "holds weights twice, with and without a prefix such as module.", "save one state_dict() alone")
+    bare.pop("n_averaged", None)  # the counter that torch.optim.swa_utils.AveragedModel keeps
+    names = ", ".join(sorted(set(prefixes))[:3])
+    return bare, [f"prefix {names[:80]} removed from {len(prefixes)} keys"] if prefixes else []
+
+
+def check_tensors(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise ExplainError where tensors are not plain arrays with values."""
+    import torch
+
+    defects = (
+        ("quantised", [key for key, tensor in weights.items() if tensor.is_quantized]),
+        ("sparse", [key for key, tensor in weights.items() if tensor.layout != torch.strided]),
+        ("without values (meta)", [key for key, tensor in weights.items() if tensor.is_meta]),
+    )
+    for defect, keys in defects:
+        if keys:
+            raise refusal(path, f"tensors that are {defect}: {listed(keys)}", "save the trained weights as dense floats")
+
+
+def check_family(family: Family, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise ExplainError where the keys are those of another family."""
+    for other in FAMILIES.values():
+        if other.landmark in weights and family.landmark not in weights:
+            cause = f"holds weights of the {other.key} family (key {other.landmark}), not of {family.key}"
+            raise refusal(path, cause, f"give it to --{other.key}-checkpoint")
+
+
+def architecture_of(family: Family, contents: dict[Any, Any], path: Path) -> str:
     """The timm name that the checkpoint records, or the family's full-size network.
 
     The name is checked against the family's own: a foreign one could send timm to the network.
     """
-    config = contents.get("config")
-    name = config.get("model_name") if isinstance(config, dict) else None
+    name = recorded(contents, "model_name")
     if name is None:
         return family.full_size
-    if not isinstance(name, str) or not family.names.fullmatch(name.partition(".")[0]):
-        raise ExplainError(
-            f"{shown(path)}: records the network {printable(str(name)[:80])!r}, which is not of the family of "
-            f"{family.full_size}; give it to the option of its own family"
-        )
+    if not isinstance(name, str) or not family.names.fullmatch(name):
+        cause = f"records the network {brief(name)}, which is not of the family of {family.full_size}"
+        raise refusal(path, cause, "give it to the option of its own family")
     return name
 
 
-def accuracy_text(contents: dict[str, Any]) -> str:
-    """What a checkpoint says about its accuracy, under the name it uses."""
+def class_names_of(family: Family, contents: dict[Any, Any], weights: dict[str, torch.Tensor], path: Path) -> tuple[str, ...]:
+    """The names of the classes, one for each output of the network's head.
+
+    Raises ExplainError where names, head and config do not agree. The head alone tells the number
+    of outputs; a number in config is never built from.
+    """
+    names = recorded(contents, "class_names")
+    if names is None:
+        names = CLASS_NAMES
+    elif not are_class_names(names):
+        cause = f"class_names is {brief(names)}, not a list of 2 to {MAX_CLASSES} different names of at most {MAX_NAME} characters"
+        raise refusal(path, cause, "correct class_names in the checkpoint")
+    head = weights.get(f"{family.head}.weight")
+    if head is None or head.ndim != 2:
+        return tuple(names)  # the comparison with the network names what is missing
+    outputs, claimed = head.shape[0], recorded(contents, "num_classes")
+    if claimed is not None and (type(claimed) is not int or claimed != outputs):
+        cause = f"records num_classes {brief(claimed)}, but its head ({family.head}) has {outputs} outputs"
+        raise refusal(path, cause, "correct num_classes in the checkpoint")
+    if outputs != len(names):
+        cause = f"its head ({family.head}) has {outputs} outputs, but the class names are {listed(names)}"
+        raise refusal(path, cause, "save class_names in the checkpoint, one for each output")
+    return tuple(names)
+
+
+def are_class_names(value: object) -> bool:
+    """Whether these are names that can be told apart, also by --target-class, which ignores case."""
+    if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= MAX_CLASSES:
+        return False
+    if not all(isinstance(name, str) and name.strip() and len(name) <= MAX_NAME for name in value):
+        return False
+    return len({name.strip().casefold() for name in value}) == len(value)
+
+
+def preprocessing_of(contents: dict[Any, Any], path: Path) -> tuple[Preprocessing, list[str]]:
+    """How the checkpoint says images are prepared, else as both networks were trained.
+
+    Raises ExplainError where it says something unusable.
+    """
+    side = recorded(contents, "img_size")
+    sides = side if isinstance(side, (list, tuple)) else [INPUT_SIZE if side is None else side] * 2
+    if len(sides) != 2 or any(type(side) is not int or side not in INPUT_SIZES for side in sides) or sides[0] != sides[1]:
+        cause = f"img_size is {brief(side)}, not one multiple of 32 from {INPUT_SIZES[0]} to {INPUT_SIZES[-1]}"
+        raise refusal(path, cause, "correct img_size in the checkpoint")
+    mean = channel_values(contents, "mean", IMAGENET_MEAN, 0, path)
+    std = channel_values(contents, "std", IMAGENET_STD, 0.001, path)
+    preprocessing = Preprocessing(sides[0], mean, std)
+    if preprocessing == Preprocessing():
+        return preprocessing, []
+    return preprocessing, [f"preprocessing as the checkpoint says: {sides[0]} pixels a side, mean {mean}, std {std}"]
+
+
+def channel_values(contents: dict[Any, Any], name: str, default: tuple[float, ...], least: float, path: Path) -> tuple[float, ...]:
+    """Three numbers, one for each of RGB in [0, 1]. Raises ExplainError for anything else."""
+    values = recorded(contents, name)
+    if values is None:
+        return default
+    numbers = isinstance(values, (list, tuple)) and len(values) == 3 and all(type(value) in (int, float) for value in values)
+    if not numbers or not all(least <= value <= 1 for value in values):
+        raise refusal(
+            path,
+            f"{name} is {brief(values)}, not three numbers from {least} to 1 for pixels in [0, 1]",
+            f"correct {name} in the checkpoint",
+        )
+    return tuple(float(value) for value in values)
+
+
+def accuracy_text(contents: dict[Any, Any]) -> str:
+    """What a checkpoint says about its accuracy, under the name it uses.
+
+    Trainers record percent; whether a number up to 1 is meant as a share, the file does not say.
+    """
     for key, label in (("test_acc", "Test accuracy"), ("val_acc", "Validation accuracy")):
-        if isinstance(contents.get(key), (int, float)):
-            return f"{label}: {contents[key]:.2f}%"
+        value = contents.get(key)
+        if type(value) in (int, float) and 0 <= value <= 100:
+            return f"{label}: {value:.2f}%" if value > 1 else f"{label}: {value:.4g} as recorded"
     return "Accuracy: not recorded in the checkpoint"
 
 
-def build_network(architecture: str, weights: dict[str, torch.Tensor], path: Path) -> torch.nn.Module:
-    """The timm network with these weights, every key matched; no random initialisation first."""
+def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], name: str, path: Path) -> None:
+    """Raise ExplainError unless the weights have the network's keys, shapes and kinds of number.
+
+    `name` says which network that is and why.
+    """
+    expected = network.state_dict()
+    missing = [key for key in expected if key not in weights]
+    unexpected = [key for key in weights if key not in expected]
+    both = [(key, weights[key], tensor) for key, tensor in expected.items() if key in weights]
+    shapes = [f"{key} is {size(w)} in the file, {size(e)} in the network" for key, w, e in both if w.shape != e.shape]
+    faults = (("keys missing", missing), ("keys not in the network", unexpected), ("other shapes", shapes))
+    found = [f"{what} {listed(items)}" for what, items in faults if items]
+    if found:
+        cause = f"its {len(weights)} weights do not fit the {len(expected)} of {name}: {', '.join(found)}"
+        raise refusal(path, cause, "set model_name in its config to the network that was trained")
+    types = [f"{key} is {str(w.dtype).removeprefix('torch.')}" for key, w, e in both if not same_kind(w, e)]
+    if types:
+        raise refusal(path, f"other numbers than the network's: {listed(types)}", "save the trained weights as floats")
+
+
+def size(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "one number"
+
+
+def same_kind(tensor: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether a tensor can be computed in the expected one's type without a guess."""
+    return str(tensor.dtype) in FLOAT_TYPES if expected.is_floating_point() else tensor.dtype == expected.dtype
+
+
+def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The weights as they are computed with. Raises ExplainError where some are NaN or infinite."""
+    ready = {key: tensor.detach().float() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
+    bad = [key for key, tensor in ready.items() if not is_finite(tensor)]
+    if bad:
+        raise refusal(path, f"NaN or infinite weights in {listed(bad)}", "use a checkpoint from before the training diverged")
+    types = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values() if tensor.is_floating_point()}
+    return ready, [f"{name} weights computed in float32" for name in sorted(types - {"float32"})]
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Exact, and ten times faster than isfinite alone, which decides only where a sum overflows."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def build_network(architecture: str, classes: int) -> torch.nn.Module:
+    """The timm network without memory for its weights, so without random initialisation."""
     import timm
     import torch
 
     with torch.device("meta"):
-        network = timm.create_model(architecture.partition(".")[0], pretrained=False, num_classes=len(CLASS_NAMES))
-    try:
-        network.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ExplainError(f"{shown(path)}: does not fit {architecture} ({reason})") from error
-    return network.float().eval().requires_grad_(False)
+        return timm.create_model(architecture.partition(".")[0], pretrained=False, num_classes=classes)
 
 
 def load_classifier(family: Family, path: Path, device: str) -> Classifier:
@@ -361,19 +731,32 @@ def load_classifier(family: Family, path: Path, device: str) -> Classifier:
 
     Raises ExplainError where the file is no checkpoint of this family.
     """
-    contents = read_checkpoint(path)
+    contents, notes = read_checkpoint(path)
+    weights, weight_notes = weights_of(contents, path)
+    check_tensors(weights, path)
+    check_family(family, weights, path)
     architecture = architecture_of(family, contents, path)
-    weights = contents.get("model_state_dict", contents)
-    size = family.names.fullmatch(architecture.partition(".")[0]).group(1)
+    class_names = class_names_of(family, contents, weights, path)
+    preprocessing, preprocessing_notes = preprocessing_of(contents, path)
+    try:
+        network = build_network(architecture, len(class_names))
+        origin = "assumed, as its config names none" if recorded(contents, "model_name") is None else "which its config names"
+        check_fit(network, weights, f"{architecture} ({origin})", path)
+        weights, type_notes = in_float32(weights, path)
+        network.load_state_dict(weights, strict=True, assign=True)
+        network = network.eval().requires_grad_(False).to(device)
+    except (MemoryError, RuntimeError) as error:  # torch reports a lack of memory as either
+        raise refusal(path, f"cannot be put on {device} ({type(error).__name__})", "free memory, or choose --device cpu") from error
     return Classifier(
         family=family,
-        title=family.title.format(size=size.upper()),
+        title=family.title.format(size=family.names.fullmatch(architecture).group(1).upper()),
         architecture=architecture,
         checkpoint=path,
         accuracy=accuracy_text(contents),
-        class_names=CLASS_NAMES,
-        preprocessing=Preprocessing(),
-        network=build_network(architecture, weights, path).to(device),
+        class_names=class_names,
+        preprocessing=preprocessing,
+        network=network,
+        notes=(*notes, *weight_notes, *type_notes, *preprocessing_notes),
     )
 
 
@@ -857,6 +1240,8 @@ def checked_request(args: argparse.Namespace) -> Request:
     named = {"convnext": args.convnext_checkpoint, "efficientnet": args.efficientnet_checkpoint}
     checkpoints = tuple((FAMILIES[key], named[key] or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER)) for key in keys)
     check_not_mixed([path for _, path in checkpoints])
+    for _, path in checkpoints:
+        check_checkpoint_path(path)
     return Request(
         image=image,
         was_random=args.image is None,
