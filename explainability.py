@@ -69,7 +69,7 @@ CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net")  # where trainers put the weights, in order
 EMA_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema")  # the same, averaged over the training
 WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")  # of DataParallel and of torch.compile
-FLOAT_TYPES = ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64")
+NUMBER_KINDS = ("float32", "float16", "bfloat16", "float64", "int64")  # int64: counters of batches
 INPUT_SIZES = range(64, 1025, 32)  # pixels a side: both families halve it five times
 MAX_CLASSES = 100
 MAX_NAME = 200  # characters of a class name
@@ -378,14 +378,13 @@ def first_bytes(path: Path) -> bytes:
             raise refusal(path, f"{kind}, not a checkpoint", "name one checkpoint file")
         with open(path, "rb") as file:
             return file.read(512)
-    except PermissionError as error:
-        raise refusal(path, "no permission to read it", "change its permissions or choose another checkpoint") from error
-    except FileNotFoundError as error:
+    except PermissionError:
+        cause = "no permission to read it"
+    except FileNotFoundError:
         cause = "a broken link" if os.path.islink(path) else "no such file"
-        raise refusal(path, cause, "check the path of the checkpoint") from error
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise refusal(path, f"cannot be opened ({reason})", "check the path of the checkpoint") from error
+        cause = f"cannot be opened ({getattr(error, 'strerror', None) or type(error).__name__})"
+    raise refusal(path, cause, "check the path of the checkpoint and its permissions")
 
 
 def kind_of(head: bytes) -> str:
@@ -454,26 +453,24 @@ def read_checkpoint(path: Path) -> tuple[dict[Any, Any], list[str]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about tensors that are refused below
             contents, notes = read_safetensors(path) if container == "safetensors" else read_torch(path, container)
-    except UnicodeEncodeError as error:
-        raise refusal(path, "the file name is not valid Unicode, so torch cannot open it", "rename it") from error
-    except MemoryError as error:
-        raise refusal(path, "asks for more memory than there is", "copy or download the checkpoint again") from error
     except Exception as error:  # torch lets out KeyError, EOFError, UnpicklingError; damaged files anything
-        raise ExplainError(f"{shown(path)}: {why_unreadable(error)}") from error
+        raise refusal(path, *why_unreadable(error)) from error
     if not isinstance(contents, dict):
         raise refusal(path, f"holds {brief(contents)}, not a dictionary of weights", "save the network's state_dict()")
     return contents, notes
 
 
-def why_unreadable(error: Exception) -> str:
+def why_unreadable(error: Exception) -> tuple[str, str]:
     """Cause and remedy for a file that torch rejects; not in its words, which advise to run the code."""
+    if isinstance(error, UnicodeEncodeError):
+        return "its name is not valid Unicode, so that torch cannot open it", "rename it"
     found = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
     if not found:
-        return f"damaged, or not written by torch.save ({type(error).__name__}); copy or download the checkpoint again"
-    remedy = "save it again with state_dict() and plain values only"
+        return f"damaged, or not written by torch.save ({type(error).__name__})", "copy or download the checkpoint again"
+    cause = f"holds an object ({found.group(1)}) that only code from the file could restore, and none is run"
     if found.group(1).startswith("numpy"):
-        remedy = "save it again with plain numbers, such as float(val_acc), in place of NumPy's"
-    return f"holds an object ({found.group(1)}) that only code from the file could restore, and none is run; {remedy}"
+        return cause, "save it again with plain numbers, such as float(val_acc), in place of NumPy's"
+    return cause, "save it again with state_dict() and plain values only"
 
 
 def read_torch(path: Path, container: str) -> tuple[Any, list[str]]:
@@ -486,10 +483,20 @@ def read_torch(path: Path, container: str) -> tuple[Any, list[str]]:
         origins.add(origin)
         return storage
 
+    if b"bytearray\n" in pickled_part(path, container):  # the call that torch permits and that fills any memory
+        raise ValueError("GLOBAL bytearray")
     contents = torch.load(path, map_location=on_cpu, weights_only=True, mmap=container == "zip")
     notes = ["container of PyTorch before 1.6 read whole"] if container == "pickle" else []
     elsewhere = sorted(printable(origin) for origin in origins if origin != "cpu")
     return contents, notes + [f"tensors saved on {origin} read on the CPU" for origin in elsewhere[:3]]
+
+
+def pickled_part(path: Path, container: str) -> bytes:
+    """The bytes of a file from torch.save that hold its structure; the older container does not part them."""
+    if container == "pickle":
+        return path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        return b"".join(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -527,7 +534,7 @@ def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Te
         return {key: item for key, item in items if isinstance(key, str) and isinstance(item, torch.Tensor)}
 
     places = {key: tensors(contents.get(key)) for key in MODEL_KEYS}
-    places["top level"] = tensors(contents)
+    places["the top level"] = tensors(contents)
     places |= {key: tensors(contents.get(key)) for key in EMA_KEYS}
     filled = [place for place, weights in places.items() if weights]
     if not filled:
@@ -535,9 +542,7 @@ def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Te
     taken, *others = filled
     notes = [] if taken == MODEL_KEYS[0] else [f"weights taken from {taken}"]
     if taken in EMA_KEYS:
-        notes = [f"weights taken from {taken}: averaged ones (EMA), the only ones in the file"]
-    if taken == "top level":
-        notes = ["bare state dict: weights taken from the top level"]
+        notes = [f"EMA weights taken from {taken}: the only ones in the file"]
     notes += [f"EMA weights beside them ({key}) not used" for key in others if key in EMA_KEYS]
     notes += [f"other weights beside them ({key}) not used" for key in others if key in MODEL_KEYS]
     weights, prefix_notes = without_prefixes(places[taken], path)
@@ -556,20 +561,6 @@ def without_prefixes(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict
     bare.pop("n_averaged", None)  # the counter that torch.optim.swa_utils.AveragedModel keeps
     names = ", ".join(sorted(set(prefixes))[:3])
     return bare, [f"prefix {names[:80]} removed from {len(prefixes)} keys"] if prefixes else []
-
-
-def check_tensors(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise ExplainError where tensors are not plain arrays with values."""
-    import torch
-
-    defects = (
-        ("quantised", [key for key, tensor in weights.items() if tensor.is_quantized]),
-        ("sparse", [key for key, tensor in weights.items() if tensor.layout != torch.strided]),
-        ("without values (meta)", [key for key, tensor in weights.items() if tensor.is_meta]),
-    )
-    for defect, keys in defects:
-        if keys:
-            raise refusal(path, f"tensors that are {defect}: {listed(keys)}", "save the trained weights as dense floats")
 
 
 def check_family(family: Family, weights: dict[str, torch.Tensor], path: Path) -> None:
@@ -594,7 +585,7 @@ def architecture_of(family: Family, contents: dict[Any, Any], path: Path) -> str
     return name
 
 
-def class_names_of(family: Family, contents: dict[Any, Any], weights: dict[str, torch.Tensor], path: Path) -> tuple[str, ...]:
+def class_names_of(family: Family, contents: dict[Any, Any], weights: dict[str, Any], path: Path) -> tuple[str, ...]:
     """The names of the classes, one for each output of the network's head.
 
     Raises ExplainError where names, head and config do not agree. The head alone tells the number
@@ -679,27 +670,33 @@ def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], name: 
     `name` says which network that is and why.
     """
     expected = network.state_dict()
+    kinds = [f"{key} is {kind}" for key, tensor in weights.items() if (kind := number_kind(tensor)) not in NUMBER_KINDS]
+    floats = [key for key, tensor in expected.items() if tensor.is_floating_point()]
+    kinds += [f"{key} is int64" for key in floats if key in weights and number_kind(weights[key]) == "int64"]
+    if kinds:
+        raise refusal(path, f"not the floats of a network: {listed(kinds)}", "save the trained weights as dense floats")
     missing = [key for key in expected if key not in weights]
     unexpected = [key for key in weights if key not in expected]
-    both = [(key, weights[key], tensor) for key, tensor in expected.items() if key in weights]
-    shapes = [f"{key} is {size(w)} in the file, {size(e)} in the network" for key, w, e in both if w.shape != e.shape]
+    pairs = [(key, weights[key], tensor) for key, tensor in expected.items() if key in weights]
+    shapes = [f"{key} is {size(w)} in the file, {size(e)} in the network" for key, w, e in pairs if w.shape != e.shape]
     faults = (("keys missing", missing), ("keys not in the network", unexpected), ("other shapes", shapes))
     found = [f"{what} {listed(items)}" for what, items in faults if items]
     if found:
         cause = f"its {len(weights)} weights do not fit the {len(expected)} of {name}: {', '.join(found)}"
         raise refusal(path, cause, "set model_name in its config to the network that was trained")
-    types = [f"{key} is {str(w.dtype).removeprefix('torch.')}" for key, w, e in both if not same_kind(w, e)]
-    if types:
-        raise refusal(path, f"other numbers than the network's: {listed(types)}", "save the trained weights as floats")
 
 
 def size(tensor: torch.Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "one number"
 
 
-def same_kind(tensor: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether a tensor can be computed in the expected one's type without a guess."""
-    return str(tensor.dtype) in FLOAT_TYPES if expected.is_floating_point() else tensor.dtype == expected.dtype
+def number_kind(tensor: torch.Tensor) -> str:
+    """The type of a tensor's numbers, and what else keeps it from being a plain array."""
+    import torch
+
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    words = {"meta": tensor.is_meta, "sparse": tensor.layout != torch.strided, "quantised": tensor.is_quantized}
+    return " ".join([*(word for word, holds in words.items() if holds), dtype])
 
 
 def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -708,8 +705,8 @@ def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, 
     bad = [key for key, tensor in ready.items() if not is_finite(tensor)]
     if bad:
         raise refusal(path, f"NaN or infinite weights in {listed(bad)}", "use a checkpoint from before the training diverged")
-    types = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values() if tensor.is_floating_point()}
-    return ready, [f"{name} weights computed in float32" for name in sorted(types - {"float32"})]
+    kinds = {number_kind(tensor) for tensor in weights.values()} - {"float32", "int64"}
+    return ready, [f"{kind} weights computed in float32" for kind in sorted(kinds)]
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -731,9 +728,8 @@ def load_classifier(family: Family, path: Path, device: str) -> Classifier:
 
     Raises ExplainError where the file is no checkpoint of this family.
     """
-    contents, notes = read_checkpoint(path)
+    contents, file_notes = read_checkpoint(path)
     weights, weight_notes = weights_of(contents, path)
-    check_tensors(weights, path)
     check_family(family, weights, path)
     architecture = architecture_of(family, contents, path)
     class_names = class_names_of(family, contents, weights, path)
@@ -746,7 +742,8 @@ def load_classifier(family: Family, path: Path, device: str) -> Classifier:
         network.load_state_dict(weights, strict=True, assign=True)
         network = network.eval().requires_grad_(False).to(device)
     except (MemoryError, RuntimeError) as error:  # torch reports a lack of memory as either
-        raise refusal(path, f"cannot be put on {device} ({type(error).__name__})", "free memory, or choose --device cpu") from error
+        cause = f"cannot be put on {device} ({type(error).__name__})"
+        raise refusal(path, cause, "free memory, or choose --device cpu") from error
     return Classifier(
         family=family,
         title=family.title.format(size=family.names.fullmatch(architecture).group(1).upper()),
@@ -756,7 +753,7 @@ def load_classifier(family: Family, path: Path, device: str) -> Classifier:
         class_names=class_names,
         preprocessing=preprocessing,
         network=network,
-        notes=(*notes, *weight_notes, *type_notes, *preprocessing_notes),
+        notes=(*file_notes, *weight_notes, *type_notes, *preprocessing_notes),
     )
 
 

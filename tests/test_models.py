@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -55,6 +56,14 @@ def pristine() -> dict[str, dict[str, Any]]:
 def checkpoint(pristine: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """A ConvNeXt V2 checkpoint that a test may change: its dictionaries are copies."""
     return copied(pristine["convnext"])
+
+
+@pytest.fixture
+def stub(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The same with the head alone, and so quick to save: for what is refused before weights are compared."""
+    weights = checkpoint["model_state_dict"]
+    checkpoint["model_state_dict"] = {name: tensor.clone() for name, tensor in weights.items() if name.startswith("head.")}
+    return checkpoint
 
 
 def copied(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +169,7 @@ def test_bare_state_dict(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     classifier = load(save({**weights, "config": checkpoint["config"], "epoch": 3}, tmp_path / "bare.pth"))
     assert_same_weights(classifier, weights)
     assert classifier.accuracy == "Accuracy: not recorded in the checkpoint"
-    assert "bare state dict" in classifier.notes[0]
+    assert classifier.notes == ("weights taken from the top level",)
 
 
 @pytest.mark.slow
@@ -290,15 +299,15 @@ def test_three_classes_with_three_names(checkpoint: dict[str, Any], tmp_path: Pa
 
 
 @pytest.mark.parametrize("count", [1, 3, 1000])
-def test_head_without_enough_names_is_refused(checkpoint: dict[str, Any], tmp_path: Path, count: int) -> None:
-    path = save(with_classes(checkpoint, count), tmp_path / "head.pth")
+def test_head_without_enough_names_is_refused(stub: dict[str, Any], tmp_path: Path, count: int) -> None:
+    path = save(with_classes(stub, count), tmp_path / "head.pth")
     refused(path, f"head.fc) has {count} outputs", "class names are 2 (Comminuted Fracture, Simple Fracture)", "class_names")
 
 
 @pytest.mark.parametrize("claimed", [3, 0, -2, 10**9, HUGE, "2", True, 2.0, [2], {}])
-def test_num_classes_that_contradicts_the_head_is_refused(checkpoint: dict[str, Any], tmp_path: Path, claimed: object) -> None:
-    checkpoint["config"]["num_classes"] = claimed
-    refused(save(checkpoint, tmp_path / "claim.pth"), "num_classes", "2 outputs")
+def test_num_classes_that_contradicts_the_head_is_refused(stub: dict[str, Any], tmp_path: Path, claimed: object) -> None:
+    stub["config"]["num_classes"] = claimed
+    refused(save(stub, tmp_path / "claim.pth"), "num_classes", "2 outputs")
 
 
 @pytest.mark.parametrize(
@@ -308,12 +317,12 @@ def test_num_classes_that_contradicts_the_head_is_refused(checkpoint: dict[str, 
         ["a", "x" * 201], [str(number) for number in range(101)], [["a"], ["b"]],
     ],
 )  # fmt: skip
-def test_unusable_class_names_are_refused(checkpoint: dict[str, Any], tmp_path: Path, names: object) -> None:
-    refused(save({**checkpoint, "class_names": names}, tmp_path / "names.pth"), "class_names", "correct class_names")
+def test_unusable_class_names_are_refused(stub: dict[str, Any], tmp_path: Path, names: object) -> None:
+    refused(save({**stub, "class_names": names}, tmp_path / "names.pth"), "class_names", "correct class_names")
 
 
-def test_names_that_do_not_match_the_head_are_refused(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    path = save({**checkpoint, "class_names": ["a", "b\n", "c", "d"]}, tmp_path / "names.pth")
+def test_names_that_do_not_match_the_head_are_refused(stub: dict[str, Any], tmp_path: Path) -> None:
+    path = save({**stub, "class_names": ["a", "b\n", "c", "d"]}, tmp_path / "names.pth")
     refused(path, "2 outputs", "class names are 4 (a, b\\n, c, …)")
 
 
@@ -332,9 +341,9 @@ def test_img_size_is_honoured(checkpoint: dict[str, Any], tmp_path: Path, size: 
     [0, -224, 32, 63, 225, 1056, 10**9, HUGE, 224.0, "224", True, [224], [224, 256], [224, 224, 3], [[224], [224]],
      {}, float("nan"), torch.ones(2), [torch.ones(2), torch.ones(2)]],
 )  # fmt: skip
-def test_absurd_img_size_is_refused(checkpoint: dict[str, Any], tmp_path: Path, size: object) -> None:
-    checkpoint["config"]["img_size"] = size
-    refused(save(checkpoint, tmp_path / "size.pth"), "img_size", "multiple of 32 from 64 to 1024")
+def test_absurd_img_size_is_refused(stub: dict[str, Any], tmp_path: Path, size: object) -> None:
+    stub["config"]["img_size"] = size
+    refused(save(stub, tmp_path / "size.pth"), "img_size", "multiple of 32 from 64 to 1024")
 
 
 def test_mean_and_std_are_honoured(checkpoint: dict[str, Any], tmp_path: Path) -> None:
@@ -350,12 +359,12 @@ def test_mean_and_std_are_honoured(checkpoint: dict[str, Any], tmp_path: Path) -
     [0.5, [0.5], [0.5] * 4, ["a"] * 3, [True] * 3, [float("nan")] * 3, [float("inf")] * 3, [123.7, 116.3, 103.5], [-1, 0.5, 0.5],
      pytest.param([10**600] * 3, id="huge"), {}, [None] * 3, torch.ones(3), "abc"],
 )  # fmt: skip
-def test_unusable_mean_or_std_is_refused(checkpoint: dict[str, Any], tmp_path: Path, name: str, values: object) -> None:
-    refused(save({**checkpoint, name: values}, tmp_path / "mean.pth"), f"{name} is", "three numbers")
+def test_unusable_mean_or_std_is_refused(stub: dict[str, Any], tmp_path: Path, name: str, values: object) -> None:
+    refused(save({**stub, name: values}, tmp_path / "mean.pth"), f"{name} is", "three numbers")
 
 
-def test_zero_std_is_refused(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    refused(save({**checkpoint, "std": [0, 0.2, 0.2]}, tmp_path / "std.pth"), "std is", "0.001")
+def test_zero_std_is_refused(stub: dict[str, Any], tmp_path: Path) -> None:
+    refused(save({**stub, "std": [0, 0.2, 0.2]}, tmp_path / "std.pth"), "std is", "0.001")
 
 
 @pytest.mark.parametrize(
@@ -425,9 +434,9 @@ def test_other_family_is_recognised_by_its_keys(key: str, pristine: dict[str, An
         "convnextv2_atto\n", 7, HUGE, ["convnextv2_atto"], {"a": 1}, True, torch.ones(3),
     ],
 )  # fmt: skip
-def test_foreign_network_name_is_refused(checkpoint: dict[str, Any], tmp_path: Path, name: object) -> None:
-    checkpoint["config"]["model_name"] = name
-    refused(save(checkpoint, tmp_path / "name.pth"), "records the network", "not of the family")
+def test_foreign_network_name_is_refused(stub: dict[str, Any], tmp_path: Path, name: object) -> None:
+    stub["config"]["model_name"] = name
+    refused(save(stub, tmp_path / "name.pth"), "records the network", "not of the family")
 
 
 def test_every_size_that_is_accepted_exists_in_timm() -> None:
@@ -493,9 +502,9 @@ class Bomb:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_checkpoint_is_never_run(checkpoint: dict[str, Any], tmp_path: Path, zipped: bool) -> None:
+def test_code_in_a_checkpoint_is_never_run(stub: dict[str, Any], tmp_path: Path, zipped: bool) -> None:
     path, trace = tmp_path / "bomb.pth", tmp_path / "ran"
-    torch.save({**checkpoint, "extra": Bomb(trace)}, path, _use_new_zipfile_serialization=zipped)
+    torch.save({**stub, "extra": Bomb(trace)}, path, _use_new_zipfile_serialization=zipped)
     refused(path, "system", "none is run")
     assert not trace.exists()
 
@@ -521,8 +530,36 @@ def test_plain_pickle_is_refused(tmp_path: Path) -> None:
         (torch.nn.Linear(2, 2), ("torch.nn.modules.linear.Linear", "state_dict()")),
     ],
 )
-def test_objects_are_named_with_their_remedy(checkpoint: dict[str, Any], tmp_path: Path, value: object, words: tuple) -> None:
-    refused(save({**checkpoint, "val_acc": value}, tmp_path / "object.pth"), *words)
+def test_objects_are_named_with_their_remedy(stub: dict[str, Any], tmp_path: Path, value: object, words: tuple) -> None:
+    refused(save({**stub, "val_acc": value}, tmp_path / "object.pth"), *words)
+
+
+def fill_memory(path: Path, zipped: bool) -> Path:
+    """A file that asks torch for a bytearray of 1 GiB, a call that torch permits."""
+    call = b"c__builtin__\nbytearray\nJ\x00\x00\x00\x40\x85R."
+    buffer = io.BytesIO()
+    torch.save(None, buffer, _use_new_zipfile_serialization=False)
+    path.write_bytes(buffer.getvalue().replace(b"\x80\x02N.", b"\x80\x02" + call))
+    if zipped:
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("archive/data.pkl", b"\x80\x02" + call)
+            file.writestr("archive/version", "3\n")
+    return path
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_memory_is_not_filled_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool) -> None:
+    path = fill_memory(tmp_path / "memory.pth", zipped)
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch was asked"))
+    refused(path, "bytearray")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("place", ["head.fc.weight", "beside"])
+def test_claimed_sizes_are_not_allocated(checkpoint: dict[str, Any], tmp_path: Path, zipped: bool, place: str) -> None:
+    checkpoint["model_state_dict"][place] = torch.ones(1, 1).expand(2, 10**12)
+    torch.save(checkpoint, tmp_path / "claims.pth", _use_new_zipfile_serialization=zipped)
+    refused(tmp_path / "claims.pth", place, "do not fit")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -554,7 +591,7 @@ def test_lack_of_memory_is_one_line(tiny_checkpoints: dict[str, Path], monkeypat
     for module, name in ((torch, "load"), (timm, "create_model")):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, exhausted)
-            refused(tiny_checkpoints["convnext"], "memory")
+            refused(tiny_checkpoints["convnext"], "MemoryError")
 
 
 def test_interruption_is_not_swallowed(tiny_checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -684,13 +721,19 @@ def test_path_check_accepts_checkpoints_without_torch(checkpoint: dict[str, Any]
 # Any bytes
 # ------------------------------------------------------------------------------------------
 
-SMALL = {"epoch": 1, "model_state_dict": {"a.weight": torch.ones(3, 2), "b": torch.zeros(1)}, "val_acc": 90.0, "config": {"img_size": 224}}
+SMALL = {
+    "epoch": 1,
+    "model_state_dict": {"head.fc.weight": torch.ones(2, 3), "b": torch.zeros(1)},
+    "val_acc": 90.0,
+    "config": {"model_name": "convnextv2_atto", "img_size": 224},
+}
 
 
+@functools.cache
 def small_files() -> list[bytes]:
     from safetensors.torch import save as safetensors_bytes
 
-    files = [safetensors_bytes(SMALL["model_state_dict"], {"config": '{"img_size": 224}'})]
+    files = [safetensors_bytes(SMALL["model_state_dict"], {"config": json.dumps(SMALL["config"])})]
     for zipped in (True, False):
         buffer = io.BytesIO()
         torch.save(SMALL, buffer, _use_new_zipfile_serialization=zipped)
@@ -718,14 +761,16 @@ def mutations(draw: st.DrawFn) -> bytes:
 
 def loads_or_is_refused(path: Path, data: bytes) -> None:
     path.write_bytes(data)
-    for key in TINY:
-        try:
-            contents, _ = tool.read_checkpoint(path)
-            weights, _ = tool.weights_of(contents, path)
-            tool.in_float32(weights, path)
-            load(path, key)
-        except tool.ExplainError as error:
-            one_line(error, path)
+    try:
+        contents, _ = tool.read_checkpoint(path)
+        weights, _ = tool.weights_of(contents, path)
+        tool.in_float32(weights, path)
+    except tool.ExplainError as error:
+        one_line(error, path)
+    try:
+        load(path)
+    except tool.ExplainError as error:
+        one_line(error, path)
 
 
 @settings(FUZZ, max_examples=150)
@@ -751,6 +796,9 @@ PLAIN = st.recursive(
 FIELDS = ("config", "class_names", "img_size", "mean", "std", "num_classes", "model_name", "val_acc", "test_acc", "ema", "state_dict")
 
 
+EMPTY_NETWORK = functools.cache(tool.build_network)  # loading replaces every weight of it
+
+
 @settings(FUZZ, max_examples=120)
 @given(top=st.dictionaries(st.sampled_from(FIELDS), PLAIN, max_size=3), config=st.dictionaries(st.sampled_from(FIELDS), PLAIN, max_size=3))
 @pytest.mark.slow
@@ -759,6 +807,7 @@ def test_any_metadata_loads_or_is_refused(
 ) -> None:
     contents = copied(pristine["convnext"])
     contents["config"] = {**contents["config"], **config}
+    monkeypatch.setattr(tool, "build_network", EMPTY_NETWORK)
     monkeypatch.setattr(tool, "read_checkpoint", lambda path: ({**contents, **top}, []))
     try:
         assert load(Path("any.pth")).accuracy.isprintable()
