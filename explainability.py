@@ -47,6 +47,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
@@ -81,7 +82,14 @@ INPUT_SIZE = 224  # pixels a side: both networks were trained on squashed square
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; EfficientNetV2 too was trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)  # these, although timm's default for it says 0.5
 
-CHECKPOINT_SUFFIXES = (".pth", ".pt")
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
+MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net")  # where trainers put the weights, in order
+EMA_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema")  # the same, averaged over the training
+WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")  # of DataParallel and of torch.compile
+NUMBER_KINDS = ("float32", "float16", "bfloat16", "float64", "int64")  # int64: counters of batches
+INPUT_SIZES = range(64, 1025, 32)  # pixels a side: both families halve it five times
+MAX_CLASSES = 100
+MAX_NAME = 200  # characters of a class name
 DEMO_SUFFIX = "_demo.pth"
 DEMO_NOTICE = "trained on synthetic radiographs; shows how the tool works; says nothing about real patients"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".dcm")
@@ -100,10 +108,11 @@ FILE_KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 NOT_IMAGES = tuple(  # start of the file, what it is, remedy; the first that fits counts
     (re.compile(start, re.IGNORECASE | re.DOTALL), what, remedy)
     for start, what, remedy in (
-        (rb"version https://git-lfs", "a Git LFS pointer, not the image itself", "fetch the image with git lfs pull"),
+        (LFS_POINTER, "a Git LFS pointer: the repository was cloned without Git LFS", "run git lfs pull"),
         (rb"%PDF-", "a PDF document", "export its page as PNG"),
         (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript (EPS) file", "export it as PNG"),
         (rb"PK[\x03\x05]", "a zip archive", "unpack it and give one image"),
@@ -112,6 +121,19 @@ NOT_IMAGES = tuple(  # start of the file, what it is, remedy; the first that fit
         (rb"(<\?xml.*|<!--.*)?<(!doctype html|html|head|body)", "an HTML page", "download the image itself"),
         (rb"(\{\s*[\"}]|\[\s*[\[{\"\d\]-])[^\x00]*$", "JSON", "give an image file"),
     )
+)
+NOT_CHECKPOINTS = (  # start of the file, what it is; beside those above
+    (b"\x89PNG\r\n\x1a\n", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"II*\0", "a TIFF image"),
+    (b"MM\0*", "a TIFF image"),
+    (b"GIF8", "a GIF image"),
+    (b"RIFF", "a WebP image or a sound"),
+    (b"<?xml", "an XML document"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes"),
+    (b"\x93NUMPY", "a NumPy array"),
 )
 
 ROUNDING = 8 * float(np.finfo(np.float32).eps)  # relative error of a few float32 operations
@@ -145,7 +167,9 @@ class Family:
     key: str  # value of --model, start of the checkpoint's name, part of the figure's name
     title: str  # {size} stands for the size in the architecture's name
     full_size: str  # timm name of what a checkpoint without a name holds
-    names: re.Pattern[str]  # timm architectures accepted from a checkpoint
+    names: re.Pattern[str]  # timm names accepted from a checkpoint; group 1 is the size
+    landmark: str  # a key that weights of this family have and of others have not
+    head: str  # dotted path of the last layer, one output a class
     target_layer: str  # dotted path for torch.nn.Module.get_submodule
     bullet: str
 
@@ -157,7 +181,9 @@ FAMILIES = {
             key="convnext",
             title="ConvNeXt V2",
             full_size="convnextv2_base.fcmae_ft_in22k_in1k",
-            names=re.compile(r"convnextv2_(atto|femto|pico|nano|tiny|small|base|large|huge)"),
+            names=re.compile(r"convnextv2_(atto|femto|pico|nano|tiny|small|base|large|huge)(\.[a-z0-9_]{1,60})?"),
+            landmark="stages.0.blocks.0.mlp.grn.weight",
+            head="head.fc",
             target_layer="stages.3",  # the last stage
             bullet="🔵",
         ),
@@ -165,7 +191,9 @@ FAMILIES = {
             key="efficientnet",
             title="EfficientNetV2-{size}",
             full_size="tf_efficientnetv2_s.in21k_ft_in1k",
-            names=re.compile(r"tf_efficientnetv2_(s|m|l|xl|b[0-3])"),
+            names=re.compile(r"tf_efficientnetv2_(s|m|l|xl|b[0-3])(\.[a-z0-9_]{1,60})?"),
+            landmark="conv_stem.weight",
+            head="classifier",
             target_layer="conv_head",
             bullet="🟢",
         ),
@@ -203,7 +231,7 @@ class Classifier:
     class_names: tuple[str, ...]  # K
     preprocessing: Preprocessing
     network: torch.nn.Module  # float32, eval mode, no parameter requires a gradient
-    notes: tuple[str, ...] = ()  # what loading changed
+    notes: tuple[str, ...] = ()  # what was done in loading, beyond the ordinary
 
     @property
     def device(self) -> torch.device:
@@ -347,7 +375,12 @@ def open_regular(path: Path) -> BinaryIO:
 def check_regular(mode: int) -> None:
     """Raise ExplainError unless a file's st_mode is that of a regular file."""
     if not stat.S_ISREG(mode):
-        raise ExplainError(f"{FILE_KINDS.get(stat.S_IFMT(mode), 'a special file')}; give one image file")
+        raise ExplainError(f"{FILE_KINDS.get(stat.S_IFMT(mode), 'a special file')}; give one file")
+
+
+def content_start(head: bytes) -> bytes:
+    """A file's first bytes from where its content begins."""
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip()
 
 
 def check_head(head: bytes) -> None:
@@ -356,9 +389,8 @@ def check_head(head: bytes) -> None:
         raise ExplainError("an empty file; copy it again from where it came")
     if head[DICOM_MARK] == b"DICM":
         return
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     for pattern, what, remedy in NOT_IMAGES:
-        if pattern.match(start):
+        if pattern.match(content_start(head)):
             raise ExplainError(f"{what}; {remedy}")
     if is_text(head):
         raise ExplainError("a text file; give an image file")
@@ -698,60 +730,358 @@ def check_not_mixed(checkpoints: Sequence[Path]) -> None:
         )
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint file, memory-mapped, without running code from it.
+def refusal(path: Path, cause: str, remedy: str) -> ExplainError:
+    return ExplainError(f"{shown(path)}: {cause}; {remedy}")
+
+
+def brief(value: object) -> str:
+    """An untrusted value for a message: short, on one line, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 64:  # Python cannot print every one of them
+        return "a number of more than 19 digits"
+    if isinstance(value, (str, int, float)):
+        return printable(repr(value[:80] if isinstance(value, str) else value))
+    return f"a {type(value).__name__}"
+
+
+def listed(items: Sequence[str]) -> str:
+    """How many, and the first three."""
+    return f"{len(items)} ({', '.join(printable(item[:160]) for item in items[:3])}{', …' if len(items) > 3 else ''})"
+
+
+def kind_of(head: bytes) -> str:
+    """What a file is that starts with `head` and is no checkpoint, in words."""
+    start = content_start(head)
+    kinds = [what for pattern, what, _ in NOT_IMAGES if pattern.match(start)]
+    kinds += [what for signature, what in NOT_CHECKPOINTS if start.startswith(signature)]
+    return (kinds + ["a text file" if is_text(head) else "a file of an unknown kind"])[0]
+
+
+def container_of(head: bytes) -> str:
+    """The container that a checkpoint starting with `head` has; empty for what is no checkpoint."""
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    if head.startswith(b"\x80"):  # what torch.save wrote before version 1.6
+        return "pickle"
+    # The length of the header, which safetensors limits to 100 MB, then a JSON object.
+    is_safetensors = head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000
+    return "safetensors" if is_safetensors else ""
+
+
+def check_checkpoint_path(path: Path) -> str:
+    """The container of a checkpoint file, as far as can be told without torch.
+
+    Raises ExplainError where the file cannot be a checkpoint, and says what it is instead.
+    """
+    try:
+        with open_regular(path) as file:
+            head = file.read(HEAD_BYTES)
+    except ExplainError as error:
+        raise ExplainError(f"{shown(path)}: {error}") from error
+    container = container_of(head)
+    if not head:
+        raise refusal(path, "an empty file", "copy or download the checkpoint again")
+    if not container:
+        remedy = "run git lfs pull" if head.startswith(LFS_POINTER) else "give a file that torch.save wrote, or a .safetensors file"
+        raise refusal(path, f"{kind_of(head)}, not a checkpoint", remedy)
+    if container == "zip":
+        check_archive(path)
+    return container
+
+
+def check_archive(path: Path) -> None:
+    """Raise ExplainError where a zip archive is not one of uncompressed weights from torch.save."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception as error:  # zipfile lets out more than BadZipFile on damaged archives
+        raise refusal(path, "an incomplete or damaged archive", "copy or download the checkpoint again") from error
+    names = {entry.filename.partition("/")[2] for entry in entries}
+    if "constants.pkl" in names:
+        raise refusal(path, "a TorchScript archive, which holds code", "save the network's state_dict() with torch.save instead")
+    if "data.pkl" not in names:
+        raise refusal(path, "a zip archive without weights", "give a file that torch.save wrote, or a .safetensors file")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could unpack to any size
+        raise refusal(path, "a compressed archive, which torch.save never writes", "save the checkpoint again with torch.save")
+
+
+def read_checkpoint(path: Path) -> tuple[dict[Any, Any], list[str]]:
+    """Load a checkpoint file without running code from it: its contents, and what was done.
 
     Raises ExplainError where it is not a checkpoint or holds more than tensors and plain values.
     """
+    container = check_checkpoint_path(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about tensors that are refused below
+            contents, notes = read_safetensors(path) if container == "safetensors" else read_torch(path, container)
+    except Exception as error:  # torch lets out KeyError, EOFError, UnpicklingError; damaged files anything
+        raise refusal(path, *why_unreadable(error)) from error
+    if not isinstance(contents, dict):
+        raise refusal(path, f"holds {brief(contents)}, not a dictionary of weights", "save the network's state_dict()")
+    return contents, notes
+
+
+def why_unreadable(error: Exception) -> tuple[str, str]:
+    """Cause and remedy for a file that torch rejects; not in its words, which advise to run the code."""
+    if isinstance(error, UnicodeEncodeError):
+        return "its name is not valid Unicode, so that torch cannot open it", "rename it"
+    found = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
+    if not found:
+        return f"damaged, or not written by torch.save ({type(error).__name__})", "copy or download the checkpoint again"
+    cause = f"holds an object ({found.group(1)}) that only code from the file could restore, and none is run"
+    if found.group(1).startswith("numpy"):
+        return cause, "save it again with plain numbers, such as float(val_acc), in place of NumPy's"
+    return cause, "save it again with state_dict() and plain values only"
+
+
+def read_torch(path: Path, container: str) -> tuple[Any, list[str]]:
+    """What torch.save wrote; memory-mapped where it can be, so that the optimizer's state is never read."""
     import torch
 
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch lets out KeyError, EOFError, UnpicklingError and more
-        raise ExplainError(f"{shown(path)}: not a checkpoint that can be loaded safely ({type(error).__name__})") from error
-    if not isinstance(contents, dict):
-        raise ExplainError(f"{shown(path)}: holds {type(contents).__name__}, not a dictionary of weights")
-    return contents
+    origins = set()
+
+    def on_cpu(storage: Any, origin: str) -> Any:
+        origins.add(origin)
+        return storage
+
+    if b"bytearray\n" in pickled_part(path, container):  # the call that torch permits and that fills any memory
+        raise ValueError("GLOBAL bytearray")
+    contents = torch.load(path, map_location=on_cpu, weights_only=True, mmap=container == "zip")
+    notes = ["container of PyTorch before 1.6 read whole"] if container == "pickle" else []
+    elsewhere = sorted(printable(origin) for origin in origins if origin != "cpu")
+    return contents, notes + [f"tensors saved on {origin} read on the CPU" for origin in elsewhere[:3]]
 
 
-def architecture_of(family: Family, contents: dict[str, Any], path: Path) -> str:
+def pickled_part(path: Path, container: str) -> bytes:
+    """The bytes of a file from torch.save that hold its structure; the older container does not part them."""
+    if container == "pickle":
+        return path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        return b"".join(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Weights from a .safetensors file, with its metadata (texts; JSON where they are that)."""
+    from safetensors import safe_open
+
+    def plain(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    with safe_open(path, framework="pt", device="cpu") as file:
+        weights = {key: file.get_tensor(key) for key in file.keys()}
+        metadata = {key: plain(text) for key, text in (file.metadata() or {}).items()}
+    return {**metadata, MODEL_KEYS[0]: weights}, ["weights read from a safetensors file"]
+
+
+def recorded(contents: dict[Any, Any], name: str) -> Any:
+    """What a checkpoint records under a name, itself or in its config; None where it does not."""
+    config = contents.get("config")
+    found = contents.get(name)
+    return config.get(name) if found is None and isinstance(config, dict) else found
+
+
+def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The network's tensors from wherever trainers put them, and what was done to get them.
+
+    Raises ExplainError where there are none.
+    """
+    import torch
+
+    def tensors(value: object) -> dict[str, torch.Tensor]:
+        items = value.items() if isinstance(value, dict) else ()
+        return {key: item for key, item in items if isinstance(key, str) and isinstance(item, torch.Tensor)}
+
+    places = {key: tensors(contents.get(key)) for key in MODEL_KEYS}
+    places["the top level"] = tensors(contents)
+    places |= {key: tensors(contents.get(key)) for key in EMA_KEYS}
+    filled = [place for place, weights in places.items() if weights]
+    if not filled:
+        raise refusal(path, f"holds no weights under {', '.join(MODEL_KEYS)} or at its top level", "save the network's state_dict()")
+    taken, *others = filled
+    notes = [] if taken == MODEL_KEYS[0] else [f"weights taken from {taken}"]
+    if taken in EMA_KEYS:
+        notes = [f"EMA weights taken from {taken}: the only ones in the file"]
+    notes += [f"EMA weights beside them ({key}) not used" for key in others if key in EMA_KEYS]
+    notes += [f"other weights beside them ({key}) not used" for key in others if key in MODEL_KEYS]
+    weights, prefix_notes = without_prefixes(places[taken], path)
+    return weights, notes + prefix_notes
+
+
+def without_prefixes(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Keys as the network names them, without what torch's wrappers put before them.
+
+    Raises ExplainError where two keys become one.
+    """
+    prefixes = [found.group() for key in weights if (found := WRAPPER_PREFIX.match(key))]
+    bare = {WRAPPER_PREFIX.sub("", key): tensor for key, tensor in weights.items()}
+    if len(bare) < len(weights):
+        raise refusal(path, "holds weights twice, with and without a prefix such as module.", "save one state_dict() alone")
+    bare.pop("n_averaged", None)  # the counter that torch.optim.swa_utils.AveragedModel keeps
+    names = ", ".join(sorted(set(prefixes))[:3])
+    return bare, [f"prefix {names[:80]} removed from {len(prefixes)} keys"] if prefixes else []
+
+
+def check_family(family: Family, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise ExplainError where the keys are those of another family."""
+    for other in FAMILIES.values():
+        if other.landmark in weights and family.landmark not in weights:
+            cause = f"holds weights of the {other.key} family (key {other.landmark}), not of {family.key}"
+            raise refusal(path, cause, f"give it to --{other.key}-checkpoint")
+
+
+def architecture_of(family: Family, contents: dict[Any, Any], path: Path) -> str:
     """The timm name that the checkpoint records, or the family's full-size network.
 
     The name is checked against the family's own: a foreign one could send timm to the network.
     """
-    config = contents.get("config")
-    name = config.get("model_name") if isinstance(config, dict) else None
+    name = recorded(contents, "model_name")
     if name is None:
         return family.full_size
-    if not isinstance(name, str) or not family.names.fullmatch(name.partition(".")[0]):
-        raise ExplainError(
-            f"{shown(path)}: records the network {printable(str(name)[:80])!r}, which is not of the family of "
-            f"{family.full_size}; give it to the option of its own family"
-        )
+    if not isinstance(name, str) or not family.names.fullmatch(name):
+        cause = f"records the network {brief(name)}, which is not of the family of {family.full_size}"
+        raise refusal(path, cause, "give it to the option of its own family")
     return name
 
 
-def accuracy_text(contents: dict[str, Any]) -> str:
-    """What a checkpoint says about its accuracy, under the name it uses."""
+def class_names_of(family: Family, contents: dict[Any, Any], weights: dict[str, Any], path: Path) -> tuple[str, ...]:
+    """The names of the classes, one for each output of the network's head.
+
+    Raises ExplainError where names, head and config do not agree. The head alone tells the number
+    of outputs; a number in config is never built from.
+    """
+    names = recorded(contents, "class_names")
+    if names is None:
+        names = CLASS_NAMES
+    elif not are_class_names(names):
+        cause = f"class_names is {brief(names)}, not a list of 2 to {MAX_CLASSES} different names of at most {MAX_NAME} characters"
+        raise refusal(path, cause, "correct class_names in the checkpoint")
+    head = weights.get(f"{family.head}.weight")
+    if head is None or head.ndim != 2:
+        return tuple(names)  # the comparison with the network names what is missing
+    outputs, claimed = head.shape[0], recorded(contents, "num_classes")
+    if claimed is not None and (type(claimed) is not int or claimed != outputs):
+        cause = f"records num_classes {brief(claimed)}, but its head ({family.head}) has {outputs} outputs"
+        raise refusal(path, cause, "correct num_classes in the checkpoint")
+    if outputs != len(names):
+        cause = f"its head ({family.head}) has {outputs} outputs, but the class names are {listed(names)}"
+        raise refusal(path, cause, "save class_names in the checkpoint, one for each output")
+    return tuple(names)
+
+
+def are_class_names(value: object) -> bool:
+    """Whether these are names that can be told apart, also by --target-class, which ignores case."""
+    if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= MAX_CLASSES:
+        return False
+    if not all(isinstance(name, str) and name.strip() and len(name) <= MAX_NAME for name in value):
+        return False
+    return len({name.strip().casefold() for name in value}) == len(value)
+
+
+def preprocessing_of(contents: dict[Any, Any], path: Path) -> tuple[Preprocessing, list[str]]:
+    """How the checkpoint says images are prepared, else as both networks were trained.
+
+    Raises ExplainError where it says something unusable.
+    """
+    side = recorded(contents, "img_size")
+    sides = side if isinstance(side, (list, tuple)) else [INPUT_SIZE if side is None else side] * 2
+    if len(sides) != 2 or any(type(side) is not int or side not in INPUT_SIZES for side in sides) or sides[0] != sides[1]:
+        cause = f"img_size is {brief(side)}, not one multiple of 32 from {INPUT_SIZES[0]} to {INPUT_SIZES[-1]}"
+        raise refusal(path, cause, "correct img_size in the checkpoint")
+    mean = channel_values(contents, "mean", IMAGENET_MEAN, 0, path)
+    std = channel_values(contents, "std", IMAGENET_STD, 0.001, path)
+    preprocessing = Preprocessing(sides[0], mean, std)
+    if preprocessing == Preprocessing():
+        return preprocessing, []
+    return preprocessing, [f"preprocessing as the checkpoint says: {sides[0]} pixels a side, mean {mean}, std {std}"]
+
+
+def channel_values(contents: dict[Any, Any], name: str, default: tuple[float, ...], least: float, path: Path) -> tuple[float, ...]:
+    """Three numbers, one for each of RGB in [0, 1]. Raises ExplainError for anything else."""
+    values = recorded(contents, name)
+    if values is None:
+        return default
+    numbers = isinstance(values, (list, tuple)) and len(values) == 3 and all(type(value) in (int, float) for value in values)
+    if not numbers or not all(least <= value <= 1 for value in values):
+        raise refusal(
+            path,
+            f"{name} is {brief(values)}, not three numbers from {least} to 1 for pixels in [0, 1]",
+            f"correct {name} in the checkpoint",
+        )
+    return tuple(float(value) for value in values)
+
+
+def accuracy_text(contents: dict[Any, Any]) -> str:
+    """What a checkpoint says about its accuracy, under the name it uses.
+
+    Trainers record percent; whether a number up to 1 is meant as a share, the file does not say.
+    """
     for key, label in (("test_acc", "Test accuracy"), ("val_acc", "Validation accuracy")):
-        if isinstance(contents.get(key), (int, float)):
-            return f"{label}: {contents[key]:.2f}%"
+        value = contents.get(key)
+        if type(value) in (int, float) and 0 <= value <= 100:
+            return f"{label}: {value:.2f}%" if value > 1 else f"{label}: {value:.4g} as recorded"
     return "Accuracy: not recorded in the checkpoint"
 
 
-def build_network(architecture: str, weights: dict[str, torch.Tensor], path: Path) -> torch.nn.Module:
-    """The timm network with these weights, every key matched; no random initialisation first."""
+def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], name: str, path: Path) -> None:
+    """Raise ExplainError unless the weights have the network's keys, shapes and kinds of number.
+
+    `name` says which network that is and why.
+    """
+    expected = network.state_dict()
+    kinds = [f"{key} is {kind}" for key, tensor in weights.items() if (kind := number_kind(tensor)) not in NUMBER_KINDS]
+    floats = [key for key, tensor in expected.items() if tensor.is_floating_point()]
+    kinds += [f"{key} is int64" for key in floats if key in weights and number_kind(weights[key]) == "int64"]
+    if kinds:
+        raise refusal(path, f"not the floats of a network: {listed(kinds)}", "save the trained weights as dense floats")
+    missing = [key for key in expected if key not in weights]
+    unexpected = [key for key in weights if key not in expected]
+    pairs = [(key, weights[key], tensor) for key, tensor in expected.items() if key in weights]
+    shapes = [f"{key} is {size(w)} in the file, {size(e)} in the network" for key, w, e in pairs if w.shape != e.shape]
+    faults = (("keys missing", missing), ("keys not in the network", unexpected), ("other shapes", shapes))
+    found = [f"{what} {listed(items)}" for what, items in faults if items]
+    if found:
+        cause = f"its {len(weights)} weights do not fit the {len(expected)} of {name}: {', '.join(found)}"
+        raise refusal(path, cause, "set model_name in its config to the network that was trained")
+
+
+def size(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "one number"
+
+
+def number_kind(tensor: torch.Tensor) -> str:
+    """The type of a tensor's numbers, and what else keeps it from being a plain array."""
+    import torch
+
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    words = {"meta": tensor.is_meta, "sparse": tensor.layout != torch.strided, "quantised": tensor.is_quantized}
+    return " ".join([*(word for word, holds in words.items() if holds), dtype])
+
+
+def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The weights as they are computed with. Raises ExplainError where some are NaN or infinite."""
+    ready = {key: tensor.detach().float() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
+    bad = [key for key, tensor in ready.items() if not is_finite(tensor)]
+    if bad:
+        raise refusal(path, f"NaN or infinite weights in {listed(bad)}", "use a checkpoint from before the training diverged")
+    kinds = {number_kind(tensor) for tensor in weights.values()} - {"float32", "int64"}
+    return ready, [f"{kind} weights computed in float32" for kind in sorted(kinds)]
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Exact, and ten times faster than isfinite alone, which decides only where a sum overflows."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def build_network(architecture: str, classes: int) -> torch.nn.Module:
+    """The timm network without memory for its weights, so without random initialisation."""
     import timm
     import torch
 
     with torch.device("meta"):
-        network = timm.create_model(architecture.partition(".")[0], pretrained=False, num_classes=len(CLASS_NAMES))
-    try:
-        network.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ExplainError(f"{shown(path)}: does not fit {architecture} ({reason})") from error
-    return network.float().eval().requires_grad_(False)
+        return timm.create_model(architecture.partition(".")[0], pretrained=False, num_classes=classes)
 
 
 def load_classifier(family: Family, path: Path, device: str) -> Classifier:
@@ -759,19 +1089,32 @@ def load_classifier(family: Family, path: Path, device: str) -> Classifier:
 
     Raises ExplainError where the file is no checkpoint of this family.
     """
-    contents = read_checkpoint(path)
+    contents, file_notes = read_checkpoint(path)
+    weights, weight_notes = weights_of(contents, path)
+    check_family(family, weights, path)
     architecture = architecture_of(family, contents, path)
-    weights = contents.get("model_state_dict", contents)
-    size = family.names.fullmatch(architecture.partition(".")[0]).group(1)
+    class_names = class_names_of(family, contents, weights, path)
+    preprocessing, preprocessing_notes = preprocessing_of(contents, path)
+    try:
+        network = build_network(architecture, len(class_names))
+        origin = "assumed, as its config names none" if recorded(contents, "model_name") is None else "which its config names"
+        check_fit(network, weights, f"{architecture} ({origin})", path)
+        weights, type_notes = in_float32(weights, path)
+        network.load_state_dict(weights, strict=True, assign=True)
+        network = network.eval().requires_grad_(False).to(device)
+    except (MemoryError, RuntimeError) as error:  # torch reports a lack of memory as either
+        cause = f"cannot be put on {device} ({type(error).__name__})"
+        raise refusal(path, cause, "free memory, or choose --device cpu") from error
     return Classifier(
         family=family,
-        title=family.title.format(size=size.upper()),
+        title=family.title.format(size=family.names.fullmatch(architecture).group(1).upper()),
         architecture=architecture,
         checkpoint=path,
         accuracy=accuracy_text(contents),
-        class_names=CLASS_NAMES,
-        preprocessing=Preprocessing(),
-        network=build_network(architecture, weights, path).to(device),
+        class_names=class_names,
+        preprocessing=preprocessing,
+        network=network,
+        notes=(*file_notes, *weight_notes, *type_notes, *preprocessing_notes),
     )
 
 
@@ -1778,6 +2121,8 @@ def checked_request(args: argparse.Namespace) -> Request:
     named = {"convnext": args.convnext_checkpoint, "efficientnet": args.efficientnet_checkpoint}
     checkpoints = tuple((FAMILIES[key], named[key] or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER)) for key in keys)
     check_not_mixed([path for _, path in checkpoints])
+    for _, path in checkpoints:
+        check_checkpoint_path(path)
     check_output_folder(args.output_dir)
     return Request(
         jobs=tuple(make_jobs(images, keys, args.output_dir, figures=not args.no_figures, maps=args.save_maps)),

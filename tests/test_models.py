@@ -1,0 +1,815 @@
+"""Checkpoints: every layout that trainers write loads as saved, and everything else is one clear line."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import json
+import os
+import pickle
+import socket
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import TINY, save, users_checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import explainability as tool
+
+HUGE = pytest.param(10**600, id="huge")  # among the largest numbers that torch's unpickler takes
+
+FUZZ = settings(
+    derandomize=True, deadline=None, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        pytest.fail("tried to reach the network")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+
+
+@pytest.fixture(params=TINY)
+def key(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pristine() -> dict[str, dict[str, Any]]:
+    return {key: users_checkpoint(name) for key, name in TINY.items()}
+
+
+@pytest.fixture
+def checkpoint(pristine: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A ConvNeXt V2 checkpoint that a test may change: its dictionaries are copies."""
+    return copied(pristine["convnext"])
+
+
+@pytest.fixture
+def stub(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The same with the head alone, and so quick to save: for what is refused before weights are compared."""
+    weights = checkpoint["model_state_dict"]
+    checkpoint["model_state_dict"] = {name: tensor.clone() for name, tensor in weights.items() if name.startswith("head.")}
+    return checkpoint
+
+
+def copied(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    return {key: dict(value) if isinstance(value, dict) else value for key, value in checkpoint.items()}
+
+
+def load(path: Path, key: str = "convnext") -> tool.Classifier:
+    return tool.load_classifier(tool.FAMILIES[key], path, "cpu")
+
+
+def refused(path: Path, *words: str, key: str = "convnext") -> str:
+    """Loading must fail with one line that names the path and holds the words."""
+    with pytest.raises(tool.ExplainError) as caught:
+        load(path, key)
+    return one_line(caught.value, path, *words)
+
+
+def one_line(error: Exception, path: Path, *words: str) -> str:
+    text = str(error)
+    assert text.startswith(tool.shown(path) + ": ") and "; " in text
+    assert text.isprintable() and len(text) < 1200
+    assert "weights_only" not in text
+    for word in words:
+        assert word in text
+    return text
+
+
+def assert_same_weights(classifier: tool.Classifier, weights: dict[str, torch.Tensor]) -> None:
+    loaded = classifier.network.state_dict()
+    assert loaded.keys() == weights.keys()
+    for name, tensor in weights.items():
+        expected = tensor.float() if tensor.is_floating_point() else tensor
+        assert loaded[name].dtype == expected.dtype
+        assert torch.equal(loaded[name], expected), name
+
+
+# ------------------------------------------------------------------------------------------
+# What loads
+# ------------------------------------------------------------------------------------------
+
+
+def test_loads_users_checkpoint_exactly(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
+    path = save(pristine[key], tmp_path / "best.pth")
+    classifier = load(path, key)
+    assert_same_weights(classifier, pristine[key]["model_state_dict"])
+    assert classifier.architecture == TINY[key]
+    assert classifier.accuracy == "Validation accuracy: 98.32%"
+    assert classifier.class_names == tool.CLASS_NAMES
+    assert classifier.preprocessing == tool.Preprocessing()
+    assert classifier.notes == ()
+    assert not classifier.network.training
+    tensors = [*classifier.network.parameters(), *classifier.network.buffers()]
+    assert not any(tensor.is_meta or tensor.requires_grad for tensor in tensors)
+    assert not list(classifier.network.buffers()) or key == "efficientnet"
+    classifier.network(torch.zeros(1, 3, 64, 64))
+
+
+def test_random_numbers_are_not_drawn(tiny_checkpoints: dict[str, Path], key: str) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    load(tiny_checkpoints[key], key)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."])
+def test_wrapper_prefixes_are_removed(key: str, pristine: dict[str, Any], tmp_path: Path, prefix: str) -> None:
+    weights = pristine[key]["model_state_dict"]
+    contents = {**pristine[key], "model_state_dict": {prefix + name: tensor for name, tensor in weights.items()}}
+    classifier = load(save(contents, tmp_path / "p.pth"), key)
+    assert_same_weights(classifier, weights)
+    assert classifier.notes == (f"prefix {prefix} removed from {len(weights)} keys",)
+
+
+def test_keys_that_differ_only_in_prefix_are_refused(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    weights = checkpoint["model_state_dict"]
+    weights["module.head.fc.bias"] = weights["head.fc.bias"] + 1
+    refused(save(checkpoint, tmp_path / "twice.pth"), "twice", "prefix")
+
+
+@pytest.mark.parametrize("place", ["state_dict", "model", "net"])
+def test_weights_are_found_under_other_keys(checkpoint: dict[str, Any], tmp_path: Path, place: str) -> None:
+    weights = checkpoint.pop("model_state_dict")
+    classifier = load(save({**checkpoint, place: weights}, tmp_path / "w.pth"))
+    assert_same_weights(classifier, weights)
+    assert classifier.notes == (f"weights taken from {place}",)
+
+
+def test_a_name_under_model_is_not_taken_for_weights(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    weights = checkpoint.pop("model_state_dict")
+    classifier = load(save({"model": "convnextv2_atto", "net": weights, **checkpoint}, tmp_path / "w.pth"))
+    assert_same_weights(classifier, weights)
+
+
+def test_first_place_wins_and_the_others_are_named(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    other = {name: tensor + 1 for name, tensor in checkpoint["model_state_dict"].items()}
+    classifier = load(save({"net": other, **checkpoint}, tmp_path / "two.pth"))
+    assert_same_weights(classifier, checkpoint["model_state_dict"])
+    assert classifier.notes == ("other weights beside them (net) not used",)
+
+
+def test_bare_state_dict(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    weights = checkpoint["model_state_dict"]
+    classifier = load(save({**weights, "config": checkpoint["config"], "epoch": 3}, tmp_path / "bare.pth"))
+    assert_same_weights(classifier, weights)
+    assert classifier.accuracy == "Accuracy: not recorded in the checkpoint"
+    assert classifier.notes == ("weights taken from the top level",)
+
+
+@pytest.mark.slow
+def test_bare_state_dict_without_config_is_the_full_size_network(tmp_path: Path) -> None:
+    weights = users_checkpoint("tf_efficientnetv2_s")["model_state_dict"]
+    classifier = load(save(weights, tmp_path / "bare.pth"), "efficientnet")
+    assert classifier.architecture == "tf_efficientnetv2_s.in21k_ft_in1k"
+    assert classifier.title == "EfficientNetV2-S"
+    assert_same_weights(classifier, weights)
+
+
+@pytest.mark.parametrize("place", ["model_ema", "ema_state_dict", "state_dict_ema", "ema"])
+def test_averaged_weights_beside_the_model_are_named_and_not_used(checkpoint: dict[str, Any], tmp_path: Path, place: str) -> None:
+    averaged = {name: tensor + 1 for name, tensor in checkpoint["model_state_dict"].items()}
+    classifier = load(save({place: averaged, **checkpoint}, tmp_path / "ema.pth"))
+    assert_same_weights(classifier, checkpoint["model_state_dict"])
+    assert classifier.notes == (f"EMA weights beside them ({place}) not used",)
+
+
+@pytest.mark.parametrize("place", ["model_ema", "ema"])
+def test_averaged_weights_alone_are_used_and_named(checkpoint: dict[str, Any], tmp_path: Path, place: str) -> None:
+    weights = checkpoint.pop("model_state_dict")
+    averaged = {"n_averaged": torch.tensor(5), **{f"module.{name}": tensor for name, tensor in weights.items()}}
+    classifier = load(save({place: averaged, **checkpoint}, tmp_path / "ema.pth"))
+    assert_same_weights(classifier, weights)
+    assert place in classifier.notes[0] and "only ones" in classifier.notes[0]
+
+
+def test_bookkeeping_of_trainers_is_ignored(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    network = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    extra = {"optimizer_state_dict": optimizer.state_dict(), "scheduler": {"last_epoch": 3}, "history": [0.5, 0.4], 7: "x"}
+    classifier = load(save({**checkpoint, **extra}, tmp_path / "more.pth"))
+    assert_same_weights(classifier, checkpoint["model_state_dict"])
+    assert classifier.notes == ()
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_computed_in_float32(key: str, pristine: dict[str, Any], tmp_path: Path, kind: torch.dtype) -> None:
+    weights = {n: t.to(kind) if t.is_floating_point() else t for n, t in pristine[key]["model_state_dict"].items()}
+    classifier = load(save({**pristine[key], "model_state_dict": weights}, tmp_path / "h.pth"), key)
+    assert_same_weights(classifier, weights)
+    assert classifier.notes == (f"{str(kind).removeprefix('torch.')} weights computed in float32",)
+
+
+def test_parameters_that_require_gradients(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    weights = {name: torch.nn.Parameter(tensor) for name, tensor in checkpoint["model_state_dict"].items()}
+    classifier = load(save({**checkpoint, "model_state_dict": weights}, tmp_path / "g.pth"))
+    assert_same_weights(classifier, checkpoint["model_state_dict"])
+    assert not any(tensor.requires_grad for tensor in classifier.network.parameters())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_saved_on_a_gpu(
+    checkpoint: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(checkpoint, tmp_path / "gpu.pth", _use_new_zipfile_serialization=zipped)
+    assert b"cuda:0" in (tmp_path / "gpu.pth").read_bytes()
+    classifier = load(tmp_path / "gpu.pth")
+    assert_same_weights(classifier, checkpoint["model_state_dict"])
+    assert "tensors saved on cuda:0 read on the CPU" in classifier.notes
+    assert all(tensor.device.type == "cpu" for tensor in classifier.network.parameters())
+
+
+def test_container_from_before_zip(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(pristine[key], tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    classifier = load(tmp_path / "old.pth", key)
+    assert_same_weights(classifier, pristine[key]["model_state_dict"])
+    assert "before 1.6" in classifier.notes[0]
+
+
+def test_safetensors_with_metadata(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    metadata = {"format": "pt", "config": json.dumps(checkpoint["config"]), "val_acc": "97.5", "class_names": '["a", "b"]'}
+    save_file(checkpoint["model_state_dict"], tmp_path / "convnext.safetensors", metadata)
+    classifier = load(tmp_path / "convnext.safetensors")
+    assert_same_weights(classifier, checkpoint["model_state_dict"])
+    assert classifier.class_names == ("a", "b") and classifier.accuracy == "Validation accuracy: 97.50%"
+    assert classifier.notes == ("weights read from a safetensors file",)
+    assert tool.find_checkpoint(tool.FAMILIES["convnext"], tmp_path).name == "convnext.safetensors"
+
+
+@pytest.mark.parametrize("text", ['{"model_name": "hf-hub:a/b"}', '{"model_name": ["convnextv2_atto"]}', "[" * 20_000, "1" * 5000])
+def test_safetensors_metadata_is_not_trusted(checkpoint: dict[str, Any], tmp_path: Path, text: str) -> None:
+    from safetensors.torch import save_file
+
+    save_file(checkpoint["model_state_dict"], tmp_path / "c.safetensors", {"config": text})
+    refused(tmp_path / "c.safetensors")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not list mappings")
+def test_file_is_mapped_not_copied(tiny_checkpoints: dict[str, Path], key: str) -> None:
+    classifier = load(tiny_checkpoints[key], key)
+    address = next(classifier.network.parameters()).data_ptr()
+    mappings = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    (holder,) = (m for m in mappings if int(m[0].split("-")[0], 16) <= address < int(m[0].split("-")[1], 16))
+    assert holder[-1] == str(tiny_checkpoints[key])
+
+
+# ------------------------------------------------------------------------------------------
+# Classes, preprocessing, accuracy
+# ------------------------------------------------------------------------------------------
+
+
+def with_classes(checkpoint: dict[str, Any], count: int) -> dict[str, Any]:
+    """The same checkpoint with a head of `count` outputs, and num_classes to match."""
+    weights = checkpoint["model_state_dict"]
+    weights["head.fc.weight"] = torch.ones(count, weights["head.fc.weight"].shape[1])
+    weights["head.fc.bias"] = torch.zeros(count)
+    checkpoint["config"]["num_classes"] = count
+    return checkpoint
+
+
+@pytest.mark.parametrize("in_config", [True, False])
+def test_three_classes_with_three_names(checkpoint: dict[str, Any], tmp_path: Path, in_config: bool) -> None:
+    names = ["simple", "comminuted", "none"]
+    with_classes(checkpoint, 3)
+    (checkpoint["config"] if in_config else checkpoint)["class_names"] = names
+    classifier = load(save(checkpoint, tmp_path / "three.pth"))
+    assert classifier.class_names == tuple(names)
+    assert classifier.network(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("count", [1, 3, 1000])
+def test_head_without_enough_names_is_refused(stub: dict[str, Any], tmp_path: Path, count: int) -> None:
+    path = save(with_classes(stub, count), tmp_path / "head.pth")
+    refused(path, f"head.fc) has {count} outputs", "class names are 2 (Comminuted Fracture, Simple Fracture)", "class_names")
+
+
+@pytest.mark.parametrize("claimed", [3, 0, -2, 10**9, HUGE, "2", True, 2.0, [2], {}])
+def test_num_classes_that_contradicts_the_head_is_refused(stub: dict[str, Any], tmp_path: Path, claimed: object) -> None:
+    stub["config"]["num_classes"] = claimed
+    refused(save(stub, tmp_path / "claim.pth"), "num_classes", "2 outputs")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "ab", [], ["a"], ["a", "a"], ["a", "A "], ["a", ""], ["a", " "], ["a", 1], ["a", None], {"a": 0, "b": 1}, 7,
+        ["a", "x" * 201], [str(number) for number in range(101)], [["a"], ["b"]],
+    ],
+)  # fmt: skip
+def test_unusable_class_names_are_refused(stub: dict[str, Any], tmp_path: Path, names: object) -> None:
+    refused(save({**stub, "class_names": names}, tmp_path / "names.pth"), "class_names", "correct class_names")
+
+
+def test_names_that_do_not_match_the_head_are_refused(stub: dict[str, Any], tmp_path: Path) -> None:
+    path = save({**stub, "class_names": ["a", "b\n", "c", "d"]}, tmp_path / "names.pth")
+    refused(path, "2 outputs", "class names are 4 (a, b\\n, c, …)")
+
+
+@pytest.mark.parametrize("size", [64, 384, [256, 256], (1024, 1024)])
+@pytest.mark.parametrize("in_config", [True, False])
+def test_img_size_is_honoured(checkpoint: dict[str, Any], tmp_path: Path, size: Any, in_config: bool) -> None:
+    checkpoint["config"].pop("img_size")
+    (checkpoint["config"] if in_config else checkpoint)["img_size"] = size
+    classifier = load(save(checkpoint, tmp_path / "size.pth"))
+    assert classifier.preprocessing.size == (size if isinstance(size, int) else size[0])
+    assert f"{classifier.preprocessing.size} pixels a side" in classifier.notes[-1]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [0, -224, 32, 63, 225, 1056, 10**9, HUGE, 224.0, "224", True, [224], [224, 256], [224, 224, 3], [[224], [224]],
+     {}, float("nan"), torch.ones(2), [torch.ones(2), torch.ones(2)]],
+)  # fmt: skip
+def test_absurd_img_size_is_refused(stub: dict[str, Any], tmp_path: Path, size: object) -> None:
+    stub["config"]["img_size"] = size
+    refused(save(stub, tmp_path / "size.pth"), "img_size", "multiple of 32 from 64 to 1024")
+
+
+def test_mean_and_std_are_honoured(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint["config"]["std"] = [0.25, 0.5, 1]
+    classifier = load(save({**checkpoint, "mean": (0.5, 0, 0.25)}, tmp_path / "mean.pth"))
+    assert classifier.preprocessing == tool.Preprocessing(224, (0.5, 0.0, 0.25), (0.25, 0.5, 1.0))
+    assert "mean (0.5, 0.0, 0.25)" in classifier.notes[-1]
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+@pytest.mark.parametrize(
+    "values",
+    [0.5, [0.5], [0.5] * 4, ["a"] * 3, [True] * 3, [float("nan")] * 3, [float("inf")] * 3, [123.7, 116.3, 103.5], [-1, 0.5, 0.5],
+     pytest.param([10**600] * 3, id="huge"), {}, [None] * 3, torch.ones(3), "abc"],
+)  # fmt: skip
+def test_unusable_mean_or_std_is_refused(stub: dict[str, Any], tmp_path: Path, name: str, values: object) -> None:
+    refused(save({**stub, name: values}, tmp_path / "mean.pth"), f"{name} is", "three numbers")
+
+
+def test_zero_std_is_refused(stub: dict[str, Any], tmp_path: Path) -> None:
+    refused(save({**stub, "std": [0, 0.2, 0.2]}, tmp_path / "std.pth"), "std is", "0.001")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "text"),
+    [
+        ({"val_acc": 99.16}, "Validation accuracy: 99.16%"),
+        ({"test_acc": 97, "val_acc": 99.16}, "Test accuracy: 97.00%"),
+        ({"val_acc": 0.9832}, "Validation accuracy: 0.9832 as recorded"),
+        ({"test_acc": True, "val_acc": 90.0}, "Validation accuracy: 90.00%"),
+        *(({"val_acc": bad}, "Accuracy: not recorded in the checkpoint")
+          for bad in (float("nan"), float("inf"), -1, 101, 1e308, 10**600, "99", [99], None, True)),
+        ({}, "Accuracy: not recorded in the checkpoint"),
+    ],
+)  # fmt: skip
+def test_accuracy_is_named_as_the_file_names_it(recorded: dict[str, Any], text: str) -> None:
+    assert tool.accuracy_text(recorded) == text
+
+
+# ------------------------------------------------------------------------------------------
+# What is refused
+# ------------------------------------------------------------------------------------------
+
+
+def test_missing_and_unexpected_keys_are_named_and_counted(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    weights = checkpoint["model_state_dict"]
+    for name in ("stem.0.weight", "stem.0.bias", "head.norm.weight", "head.norm.bias"):
+        weights[f"my_{name}\n"] = weights.pop(name)
+    path = save(checkpoint, tmp_path / "renamed.pth")
+    text = refused(path, "140 weights", "140 of convnextv2_atto (which its config names)", "model_name")
+    assert "keys missing 4 (stem.0.weight, stem.0.bias, head.norm.weight, …)" in text
+    assert "keys not in the network 4 (my_stem.0.weight\\n, " in text
+
+
+def test_other_shape_is_named_with_both_sides(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint["model_state_dict"]["stem.0.weight"] = torch.zeros(40, 1, 4, 4)
+    path = save(checkpoint, tmp_path / "grey.pth")
+    refused(path, "other shapes 1 (stem.0.weight is 40x1x4x4 in the file, 40x3x4x4 in the network)")
+
+
+def test_size_that_differs_from_config_is_refused(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
+    larger = {"convnext": "convnextv2_femto", "efficientnet": "tf_efficientnetv2_b1"}[key]
+    contents = copied(pristine[key])
+    contents["config"]["model_name"] = larger
+    found, needed = (len(tool.build_network(name, 2).state_dict()) for name in (TINY[key], larger))
+    wrong = {"convnext": "other shapes", "efficientnet": "keys missing"}[key]
+    path = save(contents, tmp_path / "size.pth")
+    refused(path, f"its {found} weights do not fit the {needed} of {larger} (which its config names)", wrong, key=key)
+
+
+def test_size_assumed_without_config_is_said(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    path = save(checkpoint["model_state_dict"], tmp_path / "bare.pth")
+    refused(path, "convnextv2_base.fcmae_ft_in22k_in1k (assumed, as its config names none)", "other shapes", "model_name")
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_other_family_is_recognised_by_its_keys(key: str, pristine: dict[str, Any], tmp_path: Path, with_config: bool) -> None:
+    (other,) = set(TINY) - {key}
+    path = save(pristine[other] if with_config else pristine[other]["model_state_dict"], tmp_path / "other.pth")
+    refused(path, f"of the {other} family", f"--{other}-checkpoint", key=key)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf-hub:timm/convnextv2_atto", "hf_hub:x/y", "local-dir:/tmp", "convnextv2_atto/../x", "https://example.org/convnextv2_atto",
+        "resnet18", "tf_efficientnetv2_b0", "convnextv2_gigantic", "", "convnextv2_atto.a\nb", "convnextv2_atto." + "x" * 500,
+        "convnextv2_atto\n", 7, HUGE, ["convnextv2_atto"], {"a": 1}, True, torch.ones(3),
+    ],
+)  # fmt: skip
+def test_foreign_network_name_is_refused(stub: dict[str, Any], tmp_path: Path, name: object) -> None:
+    stub["config"]["model_name"] = name
+    refused(save(stub, tmp_path / "name.pth"), "records the network", "not of the family")
+
+
+def test_every_size_that_is_accepted_exists_in_timm() -> None:
+    sizes = {"convnext": "atto femto pico nano tiny small base large huge", "efficientnet": "s m l xl b0 b1 b2 b3"}
+    stems = {"convnext": "convnextv2_", "efficientnet": "tf_efficientnetv2_"}
+    names = {key: [stems[key] + size for size in sizes[key].split()] for key in sizes}
+    for key, family in tool.FAMILIES.items():
+        assert all(family.names.fullmatch(name) and timm.is_model(name) for name in names[key])
+        keys = tool.build_network(names[key][0], 2).state_dict()
+        assert family.landmark in keys and f"{family.head}.weight" in keys
+        assert not any(other.landmark in keys for other in tool.FAMILIES.values() if other is not family)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_weights_that_are_not_finite_are_refused(
+    checkpoint: dict[str, Any], tmp_path: Path, value: float, kind: torch.dtype
+) -> None:
+    weights = {name: tensor.to(kind, copy=True) for name, tensor in checkpoint["model_state_dict"].items()}
+    weights["stages.2.blocks.0.mlp.fc1.weight"][3, 5] = value
+    path = save({**checkpoint, "model_state_dict": weights}, tmp_path / "nan.pth")
+    refused(path, "NaN or infinite", "1 (stages.2.blocks.0.mlp.fc1.weight)")
+
+
+def test_doubles_beyond_float32_are_refused(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint["model_state_dict"]["head.fc.bias"] = torch.tensor([1e300, 0], dtype=torch.float64)
+    refused(save(checkpoint, tmp_path / "huge.pth"), "infinite", "head.fc.bias")
+
+
+def test_large_finite_weights_load(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint["model_state_dict"]["head.fc.bias"] = torch.tensor([3e38, 3e38])  # whose sum is infinite
+    assert_same_weights(load(save(checkpoint, tmp_path / "large.pth")), checkpoint["model_state_dict"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "quantised"),
+        (lambda tensor: tensor.to_sparse(), "sparse"),
+        (lambda tensor: tensor.to_sparse_csr(), "sparse"),
+        (lambda tensor: tensor.to("meta"), "meta"),
+        (lambda tensor: tensor.to(torch.complex64), "complex64"),
+        (lambda tensor: tensor.to(torch.int32), "int32"),
+        (lambda tensor: tensor.to(torch.bool), "bool"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+    ],
+)
+def test_tensors_of_other_kinds_are_refused(checkpoint: dict[str, Any], tmp_path: Path, change: Callable, word: str) -> None:
+    weights = checkpoint["model_state_dict"]
+    weights["head.fc.weight"] = change(weights["head.fc.weight"])
+    refused(save(checkpoint, tmp_path / "kind.pth"), word, "1 (head.fc.weight", "floats")
+
+
+class Bomb:
+    """Touches a file when it is unpickled without care."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_checkpoint_is_never_run(stub: dict[str, Any], tmp_path: Path, zipped: bool) -> None:
+    path, trace = tmp_path / "bomb.pth", tmp_path / "ran"
+    torch.save({**stub, "extra": Bomb(trace)}, path, _use_new_zipfile_serialization=zipped)
+    refused(path, "system", "none is run")
+    assert not trace.exists()
+
+
+def test_the_bomb_would_go_off(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()
+
+
+def test_plain_pickle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"a": Bomb(tmp_path / "ran")}))
+    refused(tmp_path / "plain.pth", "not written by torch.save")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (np.float64(99.1), ("numpy", "float(val_acc)")),
+        (np.ones(3), ("numpy", "plain numbers")),
+        (Path("/data"), ("pathlib", "plain values")),
+        (argparse.Namespace(a=1), ("argparse.Namespace", "plain values")),
+        (torch.nn.Linear(2, 2), ("torch.nn.modules.linear.Linear", "state_dict()")),
+    ],
+)
+def test_objects_are_named_with_their_remedy(stub: dict[str, Any], tmp_path: Path, value: object, words: tuple) -> None:
+    refused(save({**stub, "val_acc": value}, tmp_path / "object.pth"), *words)
+
+
+def fill_memory(path: Path, zipped: bool) -> Path:
+    """A file that asks torch for a bytearray of 1 GiB, a call that torch permits."""
+    call = b"c__builtin__\nbytearray\nJ\x00\x00\x00\x40\x85R."
+    buffer = io.BytesIO()
+    torch.save(None, buffer, _use_new_zipfile_serialization=False)
+    path.write_bytes(buffer.getvalue().replace(b"\x80\x02N.", b"\x80\x02" + call))
+    if zipped:
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("archive/data.pkl", b"\x80\x02" + call)
+            file.writestr("archive/version", "3\n")
+    return path
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_memory_is_not_filled_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool) -> None:
+    path = fill_memory(tmp_path / "memory.pth", zipped)
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch was asked"))
+    refused(path, "bytearray")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("place", ["head.fc.weight", "beside"])
+def test_claimed_sizes_are_not_allocated(checkpoint: dict[str, Any], tmp_path: Path, zipped: bool, place: str) -> None:
+    checkpoint["model_state_dict"][place] = torch.ones(1, 1).expand(2, 10**12)
+    torch.save(checkpoint, tmp_path / "claims.pth", _use_new_zipfile_serialization=zipped)
+    refused(tmp_path / "claims.pth", place, "do not fit")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_module_is_refused(tmp_path: Path, zipped: bool) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth", _use_new_zipfile_serialization=zipped)
+    refused(tmp_path / "module.pth", "torch.nn.modules.linear.Linear", "state_dict()")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_is_refused(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
+    refused(tmp_path / "script.pt", "TorchScript", "state_dict()")
+
+
+@pytest.mark.parametrize(("contents", "word"), [([1, 2], "a list"), (torch.ones(2), "a Tensor"), (7, "holds 7"), ("x\n", r"'x\n'")])
+def test_what_is_no_dictionary_is_refused(tmp_path: Path, contents: object, word: str) -> None:
+    refused(save(contents, tmp_path / "no.pth"), word, "not a dictionary of weights")
+
+
+@pytest.mark.parametrize("contents", [{}, {"epoch": 3, "config": {}}, {"model_state_dict": {}}, {"model": {3: torch.ones(2)}}])
+def test_a_dictionary_without_weights_is_refused(tmp_path: Path, contents: dict[str, Any]) -> None:
+    refused(save(contents, tmp_path / "none.pth"), "holds no weights", "model_state_dict")
+
+
+def test_lack_of_memory_is_one_line(tiny_checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    for module, name in ((torch, "load"), (timm, "create_model")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, exhausted)
+            refused(tiny_checkpoints["convnext"], "MemoryError")
+
+
+def test_interruption_is_not_swallowed(tiny_checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "load", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load(tiny_checkpoints["convnext"])
+
+
+# ------------------------------------------------------------------------------------------
+# Files that are no checkpoints
+# ------------------------------------------------------------------------------------------
+
+
+def picture(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def archive(*names: str, compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as file:
+        for name in names:
+            file.writestr(name, b"x" * 100)
+    return buffer.getvalue()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 1052814323\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ("an empty file",)),
+        (b"just text\n", ("a text file", "torch.save")),
+        ("Gr\u00fc\u00dfe\n".encode(), ("a text file",)),
+        (b'{"json": 1}', ("JSON",)),
+        (b"\n<!DOCTYPE html><html></html>", ("an HTML page",)),
+        (b"<html><body>404</body></html>", ("an HTML page",)),
+        (LFS, ("Git LFS pointer", "cloned without Git LFS", "git lfs pull")),
+        (b"%PDF-1.7\n%\xe2\xe3", ("a PDF document",)),
+        *((picture(kind), (f"a {kind} image",)) for kind in ("PNG", "JPEG", "TIFF", "GIF")),
+        (picture("WEBP"), ("WebP",)),
+        (b"\x1f\x8b\x08\x00abc", ("a gzip archive",)),
+        (b"\x00\x01\x02\x03" * 50, ("unknown kind",)),
+        (archive("word/document.xml"), ("a zip archive without weights",)),
+        (archive("x/data.pkl", compression=zipfile.ZIP_DEFLATED), ("a compressed archive",)),
+        (b"PK\x03\x04" + b"\x00" * 60, ("incomplete or damaged archive", "copy or download")),
+        (b"\x80\x02", ("damaged",)),
+        ((20).to_bytes(8, "little") + b"{", ("damaged",)),
+        ((90_000_000).to_bytes(8, "little") + b'{"a":', ("damaged",)),
+    ],
+)  # fmt: skip
+def test_other_files_are_named_as_what_they_are(tmp_path: Path, content: bytes, words: tuple[str, ...]) -> None:
+    path = tmp_path / "convnext_best.pth"
+    path.write_bytes(content)
+    refused(path, *words)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_truncated_checkpoint_is_refused(checkpoint: dict[str, Any], tmp_path: Path, zipped: bool, share: float) -> None:
+    path = tmp_path / "half.pth"
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
+    os.truncate(path, int(path.stat().st_size * share))
+    refused(path, "damaged", "copy or download")
+
+
+def path_errors(tmp_path: Path) -> dict[str, tuple[Path, str]]:
+    (tmp_path / "broken.pth").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder.pth").mkdir()
+    (tmp_path / "file").write_text("x")
+    os.mkfifo(tmp_path / "pipe.pth")
+    (tmp_path / "to_pipe.pth").symlink_to(tmp_path / "pipe.pth")
+    return {
+        "missing": (tmp_path / "missing.pth", "no such file"),
+        "broken link": (tmp_path / "broken.pth", "a link to a file that is not there"),
+        "folder": (tmp_path / "folder.pth", "a directory"),
+        "below a file": (tmp_path / "file" / "x.pth", "cannot be opened"),
+        "pipe": (tmp_path / "pipe.pth", "a named pipe"),
+        "link to a pipe": (tmp_path / "to_pipe.pth", "a named pipe"),
+        "device": (Path("/dev/zero"), "a device"),
+        "long name": (tmp_path / ("x" * 300), "cannot be opened"),
+        "null byte": (tmp_path / "a\0b", "not a path that a file can have"),
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("case", ["missing", "broken link", "folder", "below a file", "pipe", "link to a pipe", "device", "long name", "null byte"])
+def test_paths_that_are_no_files_are_named_at_once(tmp_path: Path, case: str) -> None:
+    path, words = path_errors(tmp_path)[case]
+    start = time.monotonic()
+    with pytest.raises(tool.ExplainError) as caught:
+        tool.check_checkpoint_path(path)
+    one_line(caught.value, path, words)
+    assert time.monotonic() - start < 2
+
+
+def test_no_permission_is_named(tiny_checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", denied)  # the tests may run as root, who may read everything
+    with pytest.raises(tool.ExplainError, match="no permission to read it; "):
+        tool.check_checkpoint_path(tiny_checkpoints["convnext"])
+
+
+def test_file_name_that_is_not_unicode_is_named(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/best\xff.pth"))
+    try:
+        path.write_bytes(tiny_checkpoints["convnext"].read_bytes())
+    except OSError:
+        pytest.skip("the file system takes only Unicode names")
+    refused(path, "rename it")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_path_check_accepts_checkpoints_without_torch(checkpoint: dict[str, Any], tmp_path: Path, zipped: bool) -> None:
+    torch.save(checkpoint, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
+    assert tool.check_checkpoint_path(tmp_path / "c.pth") == ("zip" if zipped else "pickle")
+
+
+# ------------------------------------------------------------------------------------------
+# Any bytes
+# ------------------------------------------------------------------------------------------
+
+SMALL = {
+    "epoch": 1,
+    "model_state_dict": {"head.fc.weight": torch.ones(2, 3), "b": torch.zeros(1)},
+    "val_acc": 90.0,
+    "config": {"model_name": "convnextv2_atto", "img_size": 224},
+}
+
+
+@functools.cache
+def small_files() -> list[bytes]:
+    from safetensors.torch import save as safetensors_bytes
+
+    files = [safetensors_bytes(SMALL["model_state_dict"], {"config": json.dumps(SMALL["config"])})]
+    for zipped in (True, False):
+        buffer = io.BytesIO()
+        torch.save(SMALL, buffer, _use_new_zipfile_serialization=zipped)
+        files.append(buffer.getvalue())
+    return files
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> bytes:
+    """One of the small files with some bytes flipped, left out, put in, or its end cut off."""
+    data = bytearray(draw(st.sampled_from(small_files())))
+    for _ in range(draw(st.integers(1, 4))):
+        place = draw(st.integers(0, len(data)))
+        action = draw(st.sampled_from(["flip", "remove", "insert", "truncate"]))
+        if action == "flip" and place < len(data):
+            data[place] ^= draw(st.integers(1, 255))
+        elif action == "remove":
+            del data[place : place + draw(st.integers(1, 16))]
+        elif action == "insert":
+            data[place:place] = draw(st.binary(min_size=1, max_size=16))
+        elif action == "truncate":
+            del data[place:]
+    return bytes(data)
+
+
+def loads_or_is_refused(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    try:
+        contents, _ = tool.read_checkpoint(path)
+        weights, _ = tool.weights_of(contents, path)
+        tool.in_float32(weights, path)
+    except tool.ExplainError as error:
+        one_line(error, path)
+    try:
+        load(path)
+    except tool.ExplainError as error:
+        one_line(error, path)
+
+
+@settings(FUZZ, max_examples=150)
+@given(data=st.binary(max_size=65_536))
+@pytest.mark.slow
+def test_any_bytes_load_or_are_refused(tmp_path: Path, data: bytes) -> None:
+    for start in (b"", b"PK\x03\x04", b"\x80\x02", (64).to_bytes(8, "little") + b"{"):
+        loads_or_is_refused(tmp_path / "fuzz.pth", start + data)
+
+
+@settings(FUZZ, max_examples=400)
+@given(data=mutations())
+@pytest.mark.slow
+def test_any_mutation_loads_or_is_refused(tmp_path: Path, data: bytes) -> None:
+    loads_or_is_refused(tmp_path / "fuzz.pth", data)
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.builds(lambda: 10**5000) | st.builds(lambda: torch.ones(2)),
+    lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+FIELDS = ("config", "class_names", "img_size", "mean", "std", "num_classes", "model_name", "val_acc", "test_acc", "ema", "state_dict")
+
+
+EMPTY_NETWORK = functools.cache(tool.build_network)  # loading replaces every weight of it
+
+
+@settings(FUZZ, max_examples=120)
+@given(top=st.dictionaries(st.sampled_from(FIELDS), PLAIN, max_size=3), config=st.dictionaries(st.sampled_from(FIELDS), PLAIN, max_size=3))
+@pytest.mark.slow
+def test_any_metadata_loads_or_is_refused(
+    pristine: dict[str, Any], monkeypatch: pytest.MonkeyPatch, top: dict[str, Any], config: dict[str, Any]
+) -> None:
+    contents = copied(pristine["convnext"])
+    contents["config"] = {**contents["config"], **config}
+    monkeypatch.setattr(tool, "build_network", EMPTY_NETWORK)
+    monkeypatch.setattr(tool, "read_checkpoint", lambda path: ({**contents, **top}, []))
+    try:
+        assert load(Path("any.pth")).accuracy.isprintable()
+    except tool.ExplainError as error:
+        one_line(error, Path("any.pth"))
