@@ -1484,7 +1484,7 @@ def new_figure(width: float, height: float, style: FigureStyle, title: str, name
     figure = Figure(figsize=(width, height), dpi=style.dpi, facecolor="white")
     write = functools.partial(figure.text, ha="center", va="center", parse_math=False)
     write(0.5, 1 - 0.32 / height, elided(title, LARGE, width - 0.6, bold=True), fontsize=LARGE, weight="bold", color=INK)
-    write(0.5, 1 - 0.6 / height, elided(name, BODY, width - 0.6), fontsize=BODY, color=MUTED)
+    write(0.5, 1 - 0.62 / height, elided(name, BODY, width - 0.6), fontsize=BODY, color=MUTED)
     write(0.5, 0.2 / height, footer, fontsize=SMALL, color=MUTED)
     return figure
 
@@ -1492,7 +1492,7 @@ def new_figure(width: float, height: float, style: FigureStyle, title: str, name
 def explanation_figure(picture: np.ndarray, name: str, explanation: Explanation, style: FigureStyle) -> Figure:
     """The 4-panel figure: radiograph, heatmap, overlay, prediction details."""
     figure = new_figure(10, 10, style, f"Grad-CAM: {explanation.title}", name, footer_text([explanation]))
-    side, top, bottom = PANEL_INCHES, 4.95, 0.45
+    side, top, bottom = PANEL_INCHES, 4.9, 0.45
     Panel(figure, 0.4, top, side, side).show(picture, "Original X-ray")
     draw_heatmap(Panel(figure, 4.9, top, side, side), picture, explanation, style, "Grad-CAM Heatmap")
     draw_colour_bar(Panel(figure, 9.15, top, 0.15, side), style)
@@ -1766,8 +1766,9 @@ def say(*lines: str) -> None:
     print(*lines, sep="\n", flush=True)
 
 
-def warn(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def warn(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
 
 
 def prediction_lines(explanation: Explanation) -> list[str]:
@@ -1865,21 +1866,21 @@ def load_models(request: Request) -> list[Classifier]:
     for family, path in request.checkpoints:
         say(f"📦 Loading {family.key.upper()} model...")
         classifier = load_classifier(family, path, device)
-        for note in classifier.notes:
-            warn(f"ℹ️  {shown(path)}: {note}")
+        warn(*note_lines(path, classifier.notes))
         target_index(request.target_class, classifier.class_names)
         say(f"✅ Model loaded: {classifier.architecture}", f"   {classifier.accuracy}", "")
         classifiers.append(classifier)
-    if is_demo(request.checkpoints[0][1]):
-        say(f"⚠️  Demo {'networks' if len(classifiers) > 1 else 'network'}: {DEMO_NOTICE}", "")
     return classifiers
 
 
-def load_with_notes(image: Path) -> Radiograph:
-    radiograph = load_radiograph(image)
-    for note in radiograph.notes:
-        warn(f"ℹ️  {shown(image)}: {note}")
-    return radiograph
+def demo_lines(checkpoints: Sequence[Path]) -> list[str]:
+    """What every run with demo networks ends in, also a quiet one."""
+    noun = "networks" if len(checkpoints) > 1 else "network"
+    return ["", f"⚠️  Demo {noun}: {DEMO_NOTICE}"] if is_demo(checkpoints[0]) else []
+
+
+def note_lines(path: Path, notes: Sequence[str]) -> list[str]:
+    return [f"ℹ️  {shown(path)}: {note}" for note in notes]
 
 
 def panel_picture(radiograph: Radiograph, style: FigureStyle) -> np.ndarray:
@@ -1892,7 +1893,8 @@ def run_single(request: Request) -> tuple[list[str], int]:
     if request.is_random:
         say("🎲 No image specified. Using random test image:", f"   {shown(job.image)}", "")
     say(f"🔍 {'Comparing' if both else 'Analyzing'} explainability for: {printable(job.image.name)}", RULE)
-    radiograph = load_with_notes(job.image)
+    radiograph = load_radiograph(job.image)
+    warn(*note_lines(job.image, radiograph.notes))
     picture = panel_picture(radiograph, request.style)
     classifiers, explanations = load_models(request), []
     for index, classifier in enumerate(classifiers):
@@ -1916,52 +1918,49 @@ class Result:
     job: Job
     explanations: tuple[Explanation, ...] = ()
     picture: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
     error: str = ""
 
 
 def explain_jobs(jobs: Sequence[Job], classifiers: Sequence[Classifier], request: Request) -> Iterator[Result]:
     """Explain many images, a batch at a time; an image that cannot be read does not stop the others."""
     size = request.batch_size or DEFAULT_BATCH[classifiers[0].device.type]
+    targets = [target_index(request.target_class, classifier.class_names) for classifier in classifiers]
     for start in range(0, len(jobs), size):
         loaded = [(job, load_or_error(job.image)) for job in jobs[start : start + size]]
         radiographs = [radiograph for _, radiograph in loaded if isinstance(radiograph, Radiograph)]
-        targets = [target_index(request.target_class, classifier.class_names) for classifier in classifiers]
-        explained = zip(*map(explain, classifiers, itertools.repeat(radiographs), targets)) if radiographs else iter(())
+        pairs = zip(classifiers, targets) if radiographs else ()
+        by_image = zip(*(explain(classifier, radiographs, target) for classifier, target in pairs))
         for job, radiograph in loaded:
             if isinstance(radiograph, Radiograph):
-                yield Result(job, next(explained), panel_picture(radiograph, request.style))
+                yield Result(job, next(by_image), panel_picture(radiograph, request.style), radiograph.notes)
             else:
                 yield Result(job, error=str(radiograph))
 
 
 def load_or_error(image: Path) -> Radiograph | ExplainError:
     try:
-        check_image_path(image)
-        return load_with_notes(image)
+        return load_radiograph(image)
     except ExplainError as error:
         return error
-
-
-def drawing_processes(device: str) -> int:
-    """How many processes draw while this one computes: all cores beside a GPU, half of them beside a CPU."""
-    cores = os.cpu_count() or 1
-    return min(MAX_DRAWING_PROCESSES, max(1, cores // 2) if device == "cpu" else cores)
 
 
 @contextlib.contextmanager
 def drawing_pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
     """Processes that draw figures, None for none of them; they import matplotlib and never torch.
 
-    They leave Ctrl-C to this process: what they have begun they finish, what waits is dropped.
     Raises ExplainError where one of them is killed.
     """
     if not processes:
         yield None
         return
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    # They inherit that Ctrl-C is not for them: what they have begun they finish, what waits is dropped.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for _ in range(processes):
+        pool.submit(drawable_characters)  # so they start now, while the networks are loaded
+    signal.signal(signal.SIGINT, handler)
     try:
-        for _ in range(processes):  # they start while the networks are loaded
-            pool.submit(drawable_characters)
         yield pool
     except BrokenExecutor as error:
         raise ExplainError("drawing: a process that draws figures was killed; free some memory, then go on with --skip-existing") from error
@@ -1971,7 +1970,7 @@ def drawing_pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
 
 def run_many(request: Request) -> tuple[list[str], int]:
     """Explain many images in batches, with a row of the table for each; returns as run_single."""
-    processes = drawing_processes(request.device) if request.jobs[0].figures else 0
+    processes = min(MAX_DRAWING_PROCESSES, os.cpu_count() or 1) if request.jobs[0].figures else 0
     with drawing_pool(processes) as pool:
         say(f"🔍 {'Comparing' if len(request.checkpoints) > 1 else 'Analyzing'} explainability for {len(request.jobs)} images", RULE)
         classifiers = load_models(request)
@@ -1982,10 +1981,13 @@ def run_many(request: Request) -> tuple[list[str], int]:
             say(f"⏭️  Finished earlier, left alone: {len(kept)} images", "")
         started, rows = time.monotonic(), list(kept.values())
         with open_table(request.output_folder, columns, rows) as add, progress_bar(len(jobs), request.quiet) as bar:
-            for row, line in finished_jobs(pool, jobs, classifiers, request):
+            for result, row in finished_jobs(pool, jobs, classifiers, request):
                 add(row)
                 rows.append(row)
-                bar.write(line, file=sys.stderr if row["error"] else sys.stdout)
+                for line in note_lines(result.job.image, result.notes) + [f"❌ {row['error']}"] * bool(row["error"]):
+                    bar.write(line, file=sys.stderr)
+                if not row["error"]:
+                    bar.write(result_line(result.job, result.explanations), file=sys.stdout)
                 bar.update()
     lines = run_lines(rows, classifiers, len(kept), time.monotonic() - started)
     return [*lines, f"Table: {shown(request.output_folder / TABLE_NAME)}"], int(any(row["error"] for row in rows))
@@ -1993,8 +1995,8 @@ def run_many(request: Request) -> tuple[list[str], int]:
 
 def finished_jobs(
     pool: ProcessPoolExecutor | None, jobs: Sequence[Job], classifiers: Sequence[Classifier], request: Request
-) -> Iterator[tuple[dict[str, str], str]]:
-    """The table's row and the console's line of each job, once its files are written.
+) -> Iterator[tuple[Result, dict[str, str]]]:
+    """Each job's result and its row of the table, once its files are written.
 
     The networks run ahead of the drawing by a few images only, so that memory does not grow.
     """
@@ -2009,18 +2011,18 @@ def finished_jobs(
         yield finished_job(result, drawn, classifiers)
 
 
-def finished_job(result: Result, drawn: Future[None] | None, classifiers: Sequence[Classifier]) -> tuple[dict[str, str], str]:
-    """Wait for a job's figures, write its maps; its row and its line, whether it worked or not."""
+def finished_job(result: Result, drawn: Future[None] | None, classifiers: Sequence[Classifier]) -> tuple[Result, dict[str, str]]:
+    """Wait for a job's figures and write its maps; its row says whether that worked."""
     try:
         if result.error:
             raise ExplainError(result.error)
         if drawn is not None:
             drawn.result()
         write_maps(result.job, classifiers, result.explanations)
-        return table_row(result.job, result.explanations), result_line(result.job, result.explanations)
+        return result, table_row(result.job, result.explanations)
     except ExplainError as error:
         truth = true_class(result.job.image, classifiers[0].class_names)
-        return {"file": str(result.job.image), "true_class": truth, "error": str(error)}, f"❌ {error}"
+        return result, {"file": str(result.job.image), "true_class": truth, "error": str(error)}
 
 
 def progress_bar(total: int, quiet: bool) -> tqdm:
@@ -2143,7 +2145,7 @@ def run(request: Request) -> int:
     """Do what is asked; the exit status."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere) if request.quiet else contextlib.nullcontext():
         lines, status = (run_single if request.is_single else run_many)(request)
-    say(*lines)
+    say(*lines, *demo_lines([path for _, path in request.checkpoints]))
     return status
 
 

@@ -9,8 +9,8 @@ Three steps, each resumed where it stopped (state in checkpoints/training/):
 1. Render training and validation images with data_original/generate.py, at the networks' 224 x 224.
 2. Patches of 96 px at that scale, three classes (comminuted, simple, none), from random weights.
 3. Whole images, two classes, on cross-entropy + (1 - share of the Grad-CAM heat in the grid cells
-   that the fracture touches): "right for the right reasons" (Ross et al. 2017). With
-   --labels-only the second term is left out.
+   that the fracture touches) + a hinge that keeps the map from being blank there: "right for the
+   right reasons" (Ross et al. 2017). With --labels-only cross-entropy is all.
 
 The result goes to checkpoints/ in half precision, in the layout users' trainers write, with the
 accuracy that explainability.py itself measures on data_original/test.
@@ -190,11 +190,28 @@ def logits_of(network: nn.Module, activations: torch.Tensor) -> torch.Tensor:
     return network.forward_head(features)
 
 
-def grad_cam(logits: torch.Tensor, labels: torch.Tensor, activations: torch.Tensor, train: bool) -> torch.Tensor:
-    """Grad-CAM after the ReLU (B, GRID, GRID), differentiable again when training."""
+def raw_grad_cam(logits: torch.Tensor, labels: torch.Tensor, activations: torch.Tensor, train: bool) -> torch.Tensor:
+    """Grad-CAM before the ReLU (B, GRID, GRID), differentiable again when training."""
     score = logits.gather(1, labels[:, None]).sum()
     (gradients,) = torch.autograd.grad(score, activations, create_graph=train)
-    return (gradients.mean((2, 3), keepdim=True) * activations).sum(1).relu()
+    return (gradients.mean((2, 3), keepdim=True) * activations).sum(1)
+
+
+def heat_share(raw: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """Share of each map's heat that lies in the given cells: (B,), 0 for a blank map."""
+    heat = raw.relu()
+    return (heat * cells).sum((1, 2)) / (heat.sum((1, 2)) + 1e-6)
+
+
+def misplaced(raw: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """What the maps are trained to lower: heat outside the cells, and no clear heat inside.
+
+    The share alone has no gradient where a map is blank; the second term lifts the strongest
+    cell inside to half of the map's largest magnitude.
+    """
+    largest = raw.detach().abs().amax((1, 2)) + 1e-6
+    inside = raw.masked_fill(cells == 0, -torch.inf).amax((1, 2)) / largest
+    return (1 - heat_share(raw, cells)).mean() + (0.5 - inside).relu().mean()
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -242,15 +259,15 @@ def validate(network: nn.Module, data: dict[str, torch.Tensor]) -> tuple[float, 
         activations = activations.float().requires_grad_()
         logits = logits_of(network, activations)[:, :2]
         predicted = logits.argmax(1)
-        maps = grad_cam(logits, predicted, activations, train=False).detach()
+        raw = raw_grad_cam(logits, predicted, activations, train=False).detach()
         boxes, cells = data["boxes"][chunk], touched_cells(data["boxes"][chunk])
         right += (predicted == data["labels"][chunk]).sum().item()
-        heat += ((maps * cells).sum((1, 2)) / maps.sum((1, 2)).clamp_min(1e-12)).sum().item()
-        peak = maps.flatten(1).argmax(1)
+        heat += heat_share(raw, cells).sum().item()
+        peak = raw.flatten(1).argmax(1)
         x, y = (peak % GRID + 0.5) * SIZE / GRID, (peak // GRID + 0.5) * SIZE / GRID
         margin = SIZE / GRID / 2
         near = (x >= boxes[:, 0] - margin) & (x <= boxes[:, 2] + margin) & (y >= boxes[:, 1] - margin) & (y <= boxes[:, 3] + margin)
-        inside += near.sum().item()
+        inside += (near & (raw.amax((1, 2)) > 0)).sum().item()
     return right / len(fractured), inside / len(fractured), heat / len(fractured)
 
 
@@ -309,14 +326,12 @@ def train_whole(key: str, network: nn.Module, data: dict[str, torch.Tensor], val
         activations = activations.float()
         logits = logits_of(network, activations)[:, :2]
         loss = F.cross_entropy(logits, labels, label_smoothing=0.02)
-        share = torch.zeros(())
+        raw = raw_grad_cam(logits, labels, activations, train=True)
         if not labels_only:
-            maps = grad_cam(logits, labels, activations, train=True)
-            share = ((maps * cells).sum((1, 2)) / (maps.sum((1, 2)) + 1e-6)).mean()
-            loss = loss + (1 - share)
+            loss = loss + misplaced(raw, cells)
         train_step(network, optimiser, learning_rate(step, steps, WHOLE_RATE), loss)
         if (step + 1) % 10 == 0:
-            print(f"{key} whole {step + 1}/{steps} loss {loss:.3f} heat inside {share:.3f} {time.time() - started:.0f} s", flush=True)
+            print(f"{key} whole {step + 1}/{steps} loss {loss:.3f} heat inside {heat_share(raw, cells).mean():.3f} {time.time() - started:.0f} s", flush=True)
         if (step + 1) % 40 == 0:
             save_state(state, network, optimiser, step + 1)
             print(f"{key} validation: accuracy %.3f, maximum inside %.3f, heat inside %.3f" % validate(network, validation), flush=True)
