@@ -899,7 +899,8 @@ def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Te
     places |= {key: tensors(contents.get(key)) for key in EMA_KEYS}
     filled = [place for place, weights in places.items() if weights]
     if not filled:
-        raise refusal(path, f"holds no weights under {', '.join(MODEL_KEYS)} or at its top level", "save the network's state_dict()")
+        cause = f"holds no weights under {', '.join(MODEL_KEYS)} or at its top level"
+        raise refusal(path, cause, "save the network's state_dict()")
     taken, *others = filled
     notes = [] if taken == MODEL_KEYS[0] else [f"weights taken from {taken}"]
     if taken in EMA_KEYS:
@@ -956,7 +957,8 @@ def class_names_of(family: Family, contents: dict[Any, Any], weights: dict[str, 
     if names is None:
         names = CLASS_NAMES
     elif not are_class_names(names):
-        cause = f"class_names is {brief(names)}, not a list of 2 to {MAX_CLASSES} different names of at most {MAX_NAME} characters"
+        wanted = f"a list of 2 to {MAX_CLASSES} different names of at most {MAX_NAME} characters"
+        cause = f"class_names is {brief(names)}, not {wanted}"
         raise refusal(path, cause, "correct class_names in the checkpoint")
     head = weights.get(f"{family.head}.weight")
     if head is None or head.ndim != 2:
@@ -998,7 +1000,9 @@ def preprocessing_of(contents: dict[Any, Any], path: Path) -> tuple[Preprocessin
     return preprocessing, [f"preprocessing as the checkpoint says: {sides[0]} pixels a side, mean {mean}, std {std}"]
 
 
-def channel_values(contents: dict[Any, Any], name: str, default: tuple[float, ...], least: float, path: Path) -> tuple[float, ...]:
+def channel_values(
+    contents: dict[Any, Any], name: str, default: tuple[float, ...], least: float, path: Path
+) -> tuple[float, ...]:
     """Three numbers, one for each of RGB in [0, 1]. Raises ExplainError for anything else."""
     values = recorded(contents, name)
     if values is None:

@@ -257,7 +257,9 @@ def test_safetensors_with_metadata(checkpoint: dict[str, Any], tmp_path: Path) -
     assert tool.find_checkpoint(tool.FAMILIES["convnext"], tmp_path).name == "convnext.safetensors"
 
 
-@pytest.mark.parametrize("text", ['{"model_name": "hf-hub:a/b"}', '{"model_name": ["convnextv2_atto"]}', "[" * 20_000, "1" * 5000])
+@pytest.mark.parametrize(
+    "text", ['{"model_name": "hf-hub:a/b"}', '{"model_name": ["convnextv2_atto"]}', "[" * 20_000, "1" * 5000]
+)
 def test_safetensors_metadata_is_not_trusted(checkpoint: dict[str, Any], tmp_path: Path, text: str) -> None:
     from safetensors.torch import save_file
 
@@ -429,8 +431,8 @@ def test_other_family_is_recognised_by_its_keys(key: str, pristine: dict[str, An
 @pytest.mark.parametrize(
     "name",
     [
-        "hf-hub:timm/convnextv2_atto", "hf_hub:x/y", "local-dir:/tmp", "convnextv2_atto/../x", "https://example.org/convnextv2_atto",
-        "resnet18", "tf_efficientnetv2_b0", "convnextv2_gigantic", "", "convnextv2_atto.a\nb", "convnextv2_atto." + "x" * 500,
+        "hf-hub:timm/convnextv2_atto", "hf_hub:x/y", "local-dir:/tmp", "convnextv2_atto/../x",
+        "https://example.org/convnextv2_atto", "resnet18", "tf_efficientnetv2_b0", "convnextv2_gigantic", "", "convnextv2_atto.a\nb", "convnextv2_atto." + "x" * 500,
         "convnextv2_atto\n", 7, HUGE, ["convnextv2_atto"], {"a": 1}, True, torch.ones(3),
     ],
 )  # fmt: skip
@@ -574,7 +576,9 @@ def test_torchscript_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "script.pt", "TorchScript", "state_dict()")
 
 
-@pytest.mark.parametrize(("contents", "word"), [([1, 2], "a list"), (torch.ones(2), "a Tensor"), (7, "holds 7"), ("x\n", r"'x\n'")])
+@pytest.mark.parametrize(
+    ("contents", "word"), [([1, 2], "a list"), (torch.ones(2), "a Tensor"), (7, "holds 7"), ("x\n", r"'x\n'")]
+)
 def test_what_is_no_dictionary_is_refused(tmp_path: Path, contents: object, word: str) -> None:
     refused(save(contents, tmp_path / "no.pth"), word, "not a dictionary of weights")
 
@@ -683,7 +687,10 @@ def path_errors(tmp_path: Path) -> dict[str, tuple[Path, str]]:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-@pytest.mark.parametrize("case", ["missing", "broken link", "folder", "below a file", "pipe", "link to a pipe", "device", "long name", "null byte"])
+@pytest.mark.parametrize(
+    "case",
+    ["missing", "broken link", "folder", "below a file", "pipe", "link to a pipe", "device", "long name", "null byte"],
+)
 def test_paths_that_are_no_files_are_named_at_once(tmp_path: Path, case: str) -> None:
     path, words = path_errors(tmp_path)[case]
     start = time.monotonic()
@@ -789,18 +796,20 @@ def test_any_mutation_loads_or_is_refused(tmp_path: Path, data: bytes) -> None:
 
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.builds(lambda: 10**5000) | st.builds(lambda: torch.ones(2)),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    | st.builds(lambda: 10**5000) | st.builds(lambda: torch.ones(2)),
     lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
-FIELDS = ("config", "class_names", "img_size", "mean", "std", "num_classes", "model_name", "val_acc", "test_acc", "ema", "state_dict")
+FIELDS = ("config", "class_names", "img_size", "mean", "std", "num_classes", "model_name", "val_acc", "test_acc", "ema")
+METADATA = st.dictionaries(st.sampled_from(FIELDS), PLAIN, max_size=3)
 
 
 EMPTY_NETWORK = functools.cache(tool.build_network)  # loading replaces every weight of it
 
 
 @settings(FUZZ, max_examples=120)
-@given(top=st.dictionaries(st.sampled_from(FIELDS), PLAIN, max_size=3), config=st.dictionaries(st.sampled_from(FIELDS), PLAIN, max_size=3))
+@given(top=METADATA, config=METADATA)
 @pytest.mark.slow
 def test_any_metadata_loads_or_is_refused(
     pristine: dict[str, Any], monkeypatch: pytest.MonkeyPatch, top: dict[str, Any], config: dict[str, Any]
