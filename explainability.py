@@ -1627,10 +1627,10 @@ def make_jobs(images: Sequence[Path], keys: Sequence[str], folder: Path, figures
         )
         for image, stem in zip(images, output_stems(images))
     ]
-    inputs = {image.resolve() for image in images}
+    inputs = {os.path.realpath(image) for image in images}
     for job in jobs:
         for path in job.figures + job.maps:
-            if path.resolve() in inputs:
+            if os.path.realpath(path) in inputs:
                 raise ExplainError(f"{shown(path)}: is an input of this run and would be replaced; choose another --output-dir")
     return jobs
 
@@ -2106,7 +2106,7 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
         path = Path(text)
         if path.is_dir():
             found = sorted(each for each in path.rglob("*") if each.suffix.lower() in IMAGE_SUFFIXES and each.is_file())
-            found = [each for each in found if output_folder.resolve() not in each.resolve().parents]
+            found = [each for each in found if Path(os.path.realpath(output_folder)) not in Path(os.path.realpath(each)).parents]
         elif glob.has_magic(text) and not os.path.lexists(path):
             found = sorted(Path(each) for each in glob.glob(text, recursive=True) if os.path.isfile(each))
         else:

@@ -25,10 +25,6 @@ TINY = {"convnext": "convnextv2_atto", "efficientnet": "tf_efficientnetv2_b0"}
 HEADS = {"convnext": "head.fc.bias", "efficientnet": "classifier.bias"}  # what the class scores start from
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: full-size or demo networks; left out by -m 'not slow'")
-
-
 def users_checkpoint(architecture: str, seed: int = 0, **extra: object) -> dict[str, object]:
     """A checkpoint as users' trainers write it, with random weights."""
     import timm
