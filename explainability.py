@@ -64,6 +64,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 if TYPE_CHECKING:
     import torch
     from matplotlib.artist import Artist
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from pydicom import Dataset
     from tqdm import tqdm
@@ -1270,10 +1271,13 @@ def explanation(classifier: Classifier, probabilities: np.ndarray, explained: in
 FONT = "DejaVu Sans"  # comes with matplotlib, so figures look the same everywhere
 LARGE, BODY, SMALL = 17, 11.5, 9  # points
 INK, MUTED, TRACK, BAR = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#3b6ea5"
+CHANGING_DETAILS = ("Explained class", "Peak of raw map")  # from image to image
 READING_GUIDE = (  # (place on the colour bar, what it means)
     (1.0, "High attention: raised the score of the explained class"),
     (0.0, "Low attention: counted little or not at all"),
 )
+BACKGROUNDS: dict[tuple[object, ...], Any] = {}  # pages with their fixed texts alone, as matplotlib copies them
+MAX_BACKGROUNDS = 4  # 9 MB each at 150 DPI; two models and their comparison need three
 READING_ADVICE = (
     "Good: on the fracture line and the bone around it.",
     "Red flag: on borders, markers, text, or nowhere in particular.",
@@ -1361,7 +1365,7 @@ class Panel:
         return (self.left + x * self.width) / across, (self.bottom + y * self.height) / up
 
     def write(self, x: float, y: float, text: str, points: float, inches: float, **look: Any) -> None:
-        """One line at (x, y), cut in the middle to `inches`."""
+        """One line at (x, y), cut in the middle to `inches`; `animated` if it changes from image to image."""
         line = elided(text, points, inches, bold=look.get("weight") == "bold")
         self.figure.text(*self.place(x, y), line, fontsize=points, parse_math=False, **{"color": INK, "va": "top", **look})
 
@@ -1370,7 +1374,7 @@ class Panel:
         from matplotlib.patches import Rectangle
 
         (x0, y0), (x1, y1) = self.place(x, y), self.place(x + width, y + height)
-        self.figure.add_artist(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, edgecolor="none"))
+        self.figure.add_artist(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, edgecolor="none", animated=True))
 
     def show(self, pixels: np.ndarray, title: str) -> None:
         """A picture (H, W, 3) uint8, pixel for pixel in the middle of the panel, under its title."""
@@ -1392,7 +1396,7 @@ def picture_class() -> type[Artist]:
         def __init__(self, pixels: np.ndarray, left: int, bottom: int, title: str) -> None:
             super().__init__()
             self.pixels, self.left, self.bottom = pixels, left, bottom
-            self.set_label(title)
+            self.set(label=title, animated=True)
 
         def draw(self, renderer: Any) -> None:
             opaque = np.full((*self.pixels.shape[:2], 1), 255, np.uint8)
@@ -1407,7 +1411,7 @@ def draw_heatmap(panel: Panel, picture: np.ndarray, explanation: Explanation, st
     panel.show(coloured(explanation.heatmap, picture, style.colormap), title)
     if explanation.remark:
         frame = {"facecolor": "white", "edgecolor": MUTED, "boxstyle": "round,pad=0.6"}
-        panel.write(0.5, 0.5, explanation.remark, SMALL, panel.width - 0.3, ha="center", va="center", bbox=frame)
+        panel.write(0.5, 0.5, explanation.remark, SMALL, panel.width - 0.3, ha="center", va="center", bbox=frame, animated=True)
 
 
 def draw_overlay(panel: Panel, picture: np.ndarray, explanation: Explanation, style: FigureStyle, title: str) -> None:
@@ -1433,8 +1437,8 @@ def draw_probabilities(panel: Panel, explanation: Explanation, top: float) -> fl
     for index in explanation.ranking[:MAX_LISTED_CLASSES]:
         weight = "bold" if index == explanation.predicted else "normal"
         probability = float(explanation.probabilities[index])
-        panel.write(0, top, explanation.class_names[index], BODY, 3.5, weight=weight)
-        panel.write(1, top, f"{probability:.2%}", BODY, 1, weight=weight, ha="right")
+        panel.write(0, top, explanation.class_names[index], BODY, 3.5, weight=weight, animated=True)
+        panel.write(1, top, f"{probability:.2%}", BODY, 1, weight=weight, ha="right", animated=True)
         panel.fill(0, top - 0.08, 1, 0.018, TRACK)
         panel.fill(0, top - 0.08, probability, 0.018, BAR)
         top -= 0.115
@@ -1457,12 +1461,12 @@ def detail_lines(explanation: Explanation) -> list[tuple[str, str]]:
 def draw_details(panel: Panel, explanation: Explanation, style: FigureStyle) -> None:
     """The panel of text: prediction, probabilities, provenance and how to read the colours."""
     panel.write(0, 1, "Prediction", SMALL, 4, color=MUTED)
-    panel.write(0, 0.955, explanation.prediction, LARGE, panel.width, weight="bold")
-    panel.write(0, 0.88, f"Confidence: {explanation.confidence:.2%}", BODY, 4)
+    panel.write(0, 0.955, explanation.prediction, LARGE, panel.width, weight="bold", animated=True)
+    panel.write(0, 0.88, f"Confidence: {explanation.confidence:.2%}", BODY, 4, animated=True)
     top = draw_probabilities(panel, explanation, top=0.79) - 0.01
     for label, value in detail_lines(explanation):
         panel.write(0, top, label, SMALL, 1.2, color=MUTED)
-        panel.write(0.26, top, value, SMALL, panel.width * 0.74)
+        panel.write(0.26, top, value, SMALL, panel.width * 0.74, animated=label in CHANGING_DETAILS)
         top -= 0.046
     panel.write(0, top - 0.02, "How to read the heatmap", SMALL, 4, color=MUTED)
     for place, text in READING_GUIDE:
@@ -1487,8 +1491,8 @@ def new_figure(width: float, height: float, style: FigureStyle, title: str, name
 
     figure = Figure(figsize=(width, height), dpi=style.dpi, facecolor="white")
     write = functools.partial(figure.text, ha="center", va="center", parse_math=False)
-    write(0.5, 1 - 0.32 / height, elided(title, LARGE, width - 0.6, bold=True), fontsize=LARGE, weight="bold", color=INK)
-    write(0.5, 1 - 0.62 / height, elided(name, BODY, width - 0.6), fontsize=BODY, color=MUTED)
+    write(0.5, 1 - 0.32 / height, elided(title, LARGE, width - 0.6, bold=True), fontsize=LARGE, weight="bold", color=INK, animated=True)
+    write(0.5, 1 - 0.62 / height, elided(name, BODY, width - 0.6), fontsize=BODY, color=MUTED, animated=True)
     write(0.5, 0.2 / height, footer, fontsize=SMALL, color=MUTED)
     return figure
 
@@ -1525,7 +1529,7 @@ def comparison_figure(picture: np.ndarray, name: str, explanations: Sequence[Exp
     figure = new_figure(14, 10.8, style, agreement_text(explanations), name, footer_text(explanations))
     side = PANEL_INCHES
     for explanation, bottom in zip(explanations, (5.4, 0.45)):
-        Panel(figure, 0.4, bottom, 13.2, side).write(0, 1.1, row_heading(explanation), BODY, 13.2, weight="bold", va="center")
+        Panel(figure, 0.4, bottom, 13.2, side).write(0, 1.1, row_heading(explanation), BODY, 13.2, weight="bold", va="center", animated=True)
         Panel(figure, 0.2, bottom, side, side).show(picture, "Original")
         draw_heatmap(Panel(figure, 4.6, bottom, side, side), picture, explanation, style, "Heatmap")
         draw_overlay(Panel(figure, 9.0, bottom, side, side), picture, explanation, style, "Overlay")
@@ -1569,13 +1573,31 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def write_page(figure: Figure, path: Path) -> None:
-    """Draw a figure and write it as PNG."""
+def drawn(figure: Figure) -> FigureCanvasAgg:
+    """Draw a page: its fixed texts once for all pages that have the same, then what is `animated`.
+
+    Texts are half of a page's drawing time, and most of them stay from image to image.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    page = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    fixed = [text for text in figure.texts if not text.get_animated()]
+    key = (figure.bbox.bounds, *((text.get_text(), text.get_position(), text.get_color()) for text in fixed))
+    if key not in BACKGROUNDS:
+        canvas.draw()
+        if len(BACKGROUNDS) == MAX_BACKGROUNDS:
+            BACKGROUNDS.clear()
+        BACKGROUNDS[key] = canvas.copy_from_bbox(figure.bbox)
+    canvas.restore_region(BACKGROUNDS[key])
+    for artist in (*figure.artists, *figure.patches, *figure.texts):
+        if artist.get_animated():
+            figure.draw_artist(artist)
+    return canvas
+
+
+def write_page(figure: Figure, path: Path) -> None:
+    """Draw a figure and write it as PNG."""
+    page = Image.fromarray(np.asarray(drawn(figure).buffer_rgba())).convert("RGB")
     with replacing(path) as file:
         page.save(file, "PNG", compress_level=PNG_LEVEL, dpi=(figure.dpi, figure.dpi))
 

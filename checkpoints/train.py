@@ -53,7 +53,7 @@ STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
 
 ARCHITECTURES = {"convnext": "convnextv2_tiny", "efficientnet": "tf_efficientnetv2_s"}
 PATCH_BATCH, WHOLE_BATCH = 48, 24
-PATCH_STEPS, WHOLE_STEPS = {"convnext": 750, "efficientnet": 900}, {"convnext": 200, "efficientnet": 120}
+PATCH_STEPS, WHOLE_STEPS = {"convnext": 750, "efficientnet": 900}, {"convnext": 160, "efficientnet": 120}
 PATCH_RATE, WHOLE_RATE = {"convnext": 1e-3, "efficientnet": 2e-3}, 4e-4  # peaks
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import explainability
 from conftest import an_explanation
-from explainability import ExplainError, FigureStyle, Radiograph, comparison_figure, explanation_figure, panel_picture, write_page
+from explainability import ExplainError, FigureStyle, Radiograph, comparison_figure, drawn, explanation_figure, panel_picture, write_page
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -93,10 +93,7 @@ def overlap(one: Bbox, other: Bbox) -> bool:
 
 def check_layout(figure: Figure) -> None:
     """Nothing leaves the page; no text lies on another, on a bar or on a foreign picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    canvas = drawn(figure)
     texts = drawn_texts(figure)
     boxes = [extent(text, canvas) for text in texts]
     bars = [artist.get_window_extent(canvas.get_renderer()) for artist in figure.patches]
@@ -272,11 +269,8 @@ def test_long_file_name_keeps_both_ends():
 
 def rendered(image: Radiograph, title: str, style: FigureStyle = STYLE) -> np.ndarray:
     """The pixels of one panel of the 4-panel figure, for a map that is hot in the top left."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     figure = single_figure(image, an_explanation(raw_map=CORNER), style)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    canvas = drawn(figure)
     page = np.asarray(canvas.buffer_rgba())[::-1, :, :3].astype(int)  # from the bottom, as matplotlib counts
     box = place(panel(figure, title))
     return page[round(box.y0) : round(box.y1), round(box.x0) : round(box.x1)][::-1]
