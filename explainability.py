@@ -1743,6 +1743,12 @@ def yes_or_no(value: bool) -> str:
     return "yes" if value else "no"
 
 
+def is_finished(job: Job, default: bool = False) -> bool:
+    """Whether all files that a job would write are there; `default` where it would write none."""
+    files = job.figures + job.maps
+    return all(path.exists() for path in files) if files else default
+
+
 def finished_rows(folder: Path, columns: Sequence[str], jobs: Sequence[Job]) -> dict[Path, dict[str, str]]:
     """The rows of an earlier run's table that these jobs need not compute again, by image.
 
@@ -1757,9 +1763,7 @@ def finished_rows(folder: Path, columns: Sequence[str], jobs: Sequence[Job]) -> 
     return {
         job.image: rows[str(job.image)]
         for job in jobs
-        if str(job.image) in rows
-        and not rows[str(job.image)]["error"]
-        and all(path.exists() for path in job.figures + job.maps)
+        if str(job.image) in rows and not rows[str(job.image)]["error"] and is_finished(job, default=True)
     }
 
 
@@ -1916,6 +1920,8 @@ def panel_picture(radiograph: Radiograph, style: FigureStyle) -> np.ndarray:
 def run_single(request: Request) -> tuple[list[str], int]:
     """Explain one image with every model and write its files; returns what to say last, and the exit status."""
     (job,), both = request.jobs, len(request.checkpoints) > 1
+    if request.skip_existing and is_finished(job):
+        return [f"⏭️  Finished earlier, left alone: {shown(job.image)}"], 0
     if request.is_random:
         say("🎲 No image specified. Using random test image:", f"   {shown(job.image)}", "")
     say(f"🔍 {'Comparing' if both else 'Analyzing'} explainability for: {printable(job.image.name)}", RULE)

@@ -9,7 +9,9 @@ box; and the box's mean share of the image, which is what a map that points at r
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -70,7 +72,8 @@ def measure(key: str, checkpoint: Path) -> Measurement:
         boxes = {row["file"]: row for row in csv.DictReader(file)}
     with tempfile.TemporaryDirectory() as folder:
         options = ["--model", key, f"--{key}-checkpoint", str(checkpoint), "--output-dir", folder]
-        status = explainability.main(["--image", str(TEST), "--no-figures", "--save-maps", "--quiet", *options])
+        with contextlib.redirect_stdout(io.StringIO()):
+            status = explainability.main(["--image", str(TEST), "--no-figures", "--save-maps", "--quiet", *options])
         if status != 0:
             raise SystemExit(status)
         with open(Path(folder) / "summary.csv", newline="") as file:

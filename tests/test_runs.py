@@ -162,6 +162,15 @@ def test_skip_existing_leaves_finished_images_alone(explain, folder, tmp_path, c
     assert len(table(tmp_path)) == 5
 
 
+def test_skip_existing_leaves_a_single_finished_image_alone(explain, xray, tmp_path, capsys):
+    assert explain("--image", xray, "--model", "convnext", "--skip-existing") == 0
+    (figure,) = (tmp_path / "out").iterdir()
+    before = figure.stat().st_mtime_ns
+    capsys.readouterr()
+    assert explain("--image", xray, "--model", "convnext", "--skip-existing") == 0
+    assert "left alone" in capsys.readouterr().out and figure.stat().st_mtime_ns == before
+
+
 def test_skip_existing_does_not_trust_a_torn_or_foreign_table(explain, folder, tmp_path):
     assert explain("--image", folder, "--model", "convnext", "--no-figures") == 0
     path = tmp_path / "out" / "summary.csv"
