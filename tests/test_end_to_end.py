@@ -216,7 +216,6 @@ def test_full_size_pair_of_users_runs_end_to_end(tmp_path, xray):
 # ------------------------------------------------------------------------------------------
 
 DEMOS = {"convnext": ROOT / "checkpoints/convnext_v2_demo.pth", "efficientnet": ROOT / "checkpoints/efficientnetv2_s_demo.pth"}
-demo = pytest.mark.skipif(not all(path.is_file() for path in DEMOS.values()), reason="demo networks are not trained yet")
 TEST_IMAGES = ROOT / "data_original" / "test"
 FOLDERS = ("comminuted_fracture", "simple_fracture")  # index = class
 
@@ -250,7 +249,6 @@ def test_pointing_game_allows_half_a_cell(cell, inside):
     assert points_into_box(an_explanation(raw_map=raw_map), box, 224, 224) == inside
 
 
-@demo
 @pytest.mark.slow
 @pytest.mark.parametrize("key", FAMILIES)
 def test_demo_networks_classify_and_point_at_the_fracture(key):
@@ -265,7 +263,6 @@ def test_demo_networks_classify_and_point_at_the_fracture(key):
     assert np.mean(pointed) >= 0.8
 
 
-@demo
 @pytest.mark.slow
 def test_demo_run_says_what_the_networks_were_trained_on(tmp_path, capsys):
     pair = [f"--{key}-checkpoint={path}" for key, path in DEMOS.items()]
