@@ -20,7 +20,7 @@ Glossary
     probability   softmax of the logits, in [0, 1]; percent only in text
 
 Exit status: 0 done; 1 something named could not be used, with one line on stderr; 2 the command
-line is wrong; 130 interrupted.
+line is wrong; 130 interrupted; 141 standard output closed; 143 terminated.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ MAX_LISTED_CLASSES = 3  # probabilities that the details panel has room for
 OVERLAY_WEIGHT = 0.45  # share of the heatmap's colour in the overlay
 PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
 MAX_STEM_BYTES = 220  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
+MARKED_BYTES = 1_000_000  # at each end of a file
 PROBE_BYTES = 4_000_000  # room that an output folder must have: the figures of one image
 
 DEFAULT_BATCH = {"cpu": 8, "cuda": 32, "mps": 32}  # images; larger ones gain nothing more
@@ -274,6 +275,12 @@ class Explanation:
         return float(self.probabilities[self.predicted])
 
     @property
+    def explained_text(self) -> str:
+        """The explained class, with its probability where it is not the predicted one."""
+        name = self.class_names[self.explained]
+        return name if self.explained == self.predicted else f"{self.probabilities[self.explained]:.2%} {name}"
+
+    @property
     def remark(self) -> str:
         """Why this map must not be read as usual; empty where it may."""
         if not self.heatmap.any():
@@ -304,9 +311,14 @@ def printable(text: str) -> str:
     )
 
 
+def class_key(name: str) -> str:
+    """A class's name without case, spaces and punctuation: simple_fracture is Simple Fracture."""
+    return re.sub(r"[\W_]+", " ", name).casefold().strip()
+
+
 def shown(path: Path) -> str:
     """A path as messages name it: relative to the working directory where it lies below that."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OSError):  # not below it; or it is gone
         path = Path(os.path.abspath(path)).relative_to(Path.cwd())
     return printable(str(path))
 
@@ -815,6 +827,8 @@ def read_checkpoint(path: Path) -> tuple[dict[Any, Any], list[str]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about tensors that are refused below
             contents, notes = read_safetensors(path) if container == "safetensors" else read_torch(path, container)
+    except MemoryError as error:
+        raise refusal(path, "too large for the memory of this computer", "close other programs") from error
     except Exception as error:  # torch lets out KeyError, EOFError, UnpicklingError; damaged files anything
         raise refusal(path, *why_unreadable(error)) from error
     if not isinstance(contents, dict):
@@ -963,7 +977,7 @@ def class_names_of(family: Family, contents: dict[Any, Any], weights: dict[str, 
         raise refusal(path, cause, "correct class_names in the checkpoint")
     head = weights.get(f"{family.head}.weight")
     if head is None or head.ndim != 2:
-        return tuple(names)  # the comparison with the network names what is missing
+        return CLASS_NAMES  # the comparison with the network names what is missing
     outputs, claimed = head.shape[0], recorded(contents, "num_classes")
     if claimed is not None and (type(claimed) is not int or claimed != outputs):
         cause = f"records num_classes {brief(claimed)}, but its head ({family.head}) has {outputs} outputs"
@@ -971,16 +985,17 @@ def class_names_of(family: Family, contents: dict[Any, Any], weights: dict[str, 
     if outputs != len(names):
         cause = f"its head ({family.head}) has {outputs} outputs, but the class names are {listed(names)}"
         raise refusal(path, cause, "save class_names in the checkpoint, one for each output")
-    return tuple(names)
+    usual = {class_key(name): name for name in CLASS_NAMES}
+    return tuple(usual.get(class_key(name), printable(name)) for name in names)
 
 
 def are_class_names(value: object) -> bool:
-    """Whether these are names that can be told apart, also by --target-class, which ignores case."""
+    """Whether these are names that can be told apart by their letters and digits."""
     if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= MAX_CLASSES:
         return False
     if not all(isinstance(name, str) and name.strip() and len(name) <= MAX_NAME for name in value):
         return False
-    return len({name.strip().casefold() for name in value}) == len(value)
+    return len({class_key(name) for name in value} - {""}) == len(value)
 
 
 def preprocessing_of(contents: dict[Any, Any], path: Path) -> tuple[Preprocessing, list[str]]:
@@ -1198,22 +1213,13 @@ def target_index(target_class: str | None, class_names: Sequence[str]) -> int | 
     """The class that --target-class means, by name or index; None stands for the predicted one."""
     if target_class is None:
         return None
-    names = [name.casefold() for name in class_names]
-    wanted = target_class.strip().casefold()
-    if wanted in names:
-        return names.index(wanted)
-    if wanted.isdecimal() and int(wanted) < len(names):
-        return int(wanted)
+    names = [class_key(name) for name in class_names]
+    if class_key(target_class) in names:
+        return names.index(class_key(target_class))
+    if target_class.strip() in map(str, range(len(names))):
+        return int(target_class)
     choices = ", ".join(f"{index} = {printable(name)}" for index, name in enumerate(class_names))
     raise ExplainError(f"--target-class {printable(target_class)}: not a class of the network; choose {choices}")
-
-
-def input_batch(classifier: Classifier, radiographs: Sequence[Radiograph]) -> torch.Tensor:
-    """Radiographs as the classifier takes them: (B, 3, size, size) float32 on its device."""
-    import torch
-
-    stacked = np.stack([network_input(radiograph, classifier.preprocessing) for radiograph in radiographs])
-    return torch.from_numpy(stacked).to(classifier.device)
 
 
 def explain_inputs(classifier: Classifier, inputs: torch.Tensor, target: int | None = None) -> tuple[torch.Tensor, ...]:
@@ -1237,14 +1243,27 @@ def explain_inputs(classifier: Classifier, inputs: torch.Tensor, target: int | N
     return logits.detach().softmax(dim=1), explained, grad_cam(activations.detach(), gradients)
 
 
-def explain(classifier: Classifier, radiographs: Sequence[Radiograph], target: int | None = None) -> list[Explanation]:
-    """Explain a batch of radiographs: class `target`, or each one's predicted class.
+def explain_batch(classifier: Classifier, inputs: Sequence[np.ndarray], target: int | None = None) -> list[Explanation]:
+    """Explain a batch of prepared images, each (3, size, size): class `target`, or each one's predicted class.
 
-    Raises ExplainError where the network's output is not finite.
+    Raises ExplainError where the network's output is not finite or memory does not suffice.
     """
-    tensors = explain_inputs(classifier, input_batch(classifier, radiographs), target)
+    import torch
+
+    try:
+        tensors = explain_inputs(classifier, torch.from_numpy(np.stack(inputs)).to(classifier.device), target)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        cause = f"not enough memory for a batch of {len(inputs)}; choose a smaller --batch-size"
+        raise ExplainError(f"{shown(classifier.checkpoint)}: {cause}") from error
     probabilities, explained, raw_maps = (tensor.cpu().numpy() for tensor in tensors)
     return [explanation(classifier, *each) for each in zip(probabilities, explained.tolist(), raw_maps)]
+
+
+def explain(classifier: Classifier, radiographs: Sequence[Radiograph], target: int | None = None) -> list[Explanation]:
+    """`explain_batch` of radiographs as they were loaded."""
+    return explain_batch(classifier, [network_input(each, classifier.preprocessing) for each in radiographs], target)
 
 
 def explanation(classifier: Classifier, probabilities: np.ndarray, explained: int, raw_map: np.ndarray) -> Explanation:
@@ -1434,14 +1453,16 @@ def draw_colour_bar(panel: Panel, style: FigureStyle) -> None:
 
 def draw_probabilities(panel: Panel, explanation: Explanation, top: float) -> float:
     """A line and a bar for each of the likeliest classes from `top` down; returns where they end."""
-    for index in explanation.ranking[:MAX_LISTED_CLASSES]:
+    listed = explanation.ranking[:MAX_LISTED_CLASSES]
+    step = 0.115 if len(listed) < 3 else 0.088
+    for index in listed:
         weight = "bold" if index == explanation.predicted else "normal"
         probability = float(explanation.probabilities[index])
         panel.write(0, top, explanation.class_names[index], BODY, 3.5, weight=weight, animated=True)
         panel.write(1, top, f"{probability:.2%}", BODY, 1, weight=weight, ha="right", animated=True)
-        panel.fill(0, top - 0.08, 1, 0.018, TRACK)
-        panel.fill(0, top - 0.08, probability, 0.018, BAR)
-        top -= 0.115
+        panel.fill(0, top - 0.7 * step, 1, 0.018, TRACK)
+        panel.fill(0, top - 0.7 * step, probability, 0.018, BAR)
+        top -= step
     return top
 
 
@@ -1449,7 +1470,7 @@ def detail_lines(explanation: Explanation) -> list[tuple[str, str]]:
     """What the details panel lists: (label, value)."""
     h, w = explanation.heatmap.shape
     return [
-        ("Explained class", explanation.class_names[explanation.explained]),
+        ("Explained class", explanation.explained_text),
         ("Model", explanation.architecture),
         ("Checkpoint", explanation.checkpoint),
         ("", explanation.accuracy),
@@ -1509,10 +1530,15 @@ def explanation_figure(picture: np.ndarray, name: str, explanation: Explanation,
     return figure
 
 
+def agree(explanations: Sequence[Explanation]) -> bool:
+    """Whether the models predict the same class, however they spell it."""
+    return len({class_key(explanation.prediction) for explanation in explanations}) == 1
+
+
 def agreement_text(explanations: Sequence[Explanation]) -> str:
-    """Whether the models predict the same class."""
+    """Whether the models predict the same class, in words."""
     first, second = explanations
-    if first.prediction == second.prediction:
+    if agree(explanations):
         return f"Both models agree: {first.prediction}"
     return f"Models disagree: {first.title} says {first.prediction}, {second.title} says {second.prediction}"
 
@@ -1585,7 +1611,7 @@ def drawn(figure: Figure) -> FigureCanvasAgg:
     key = (figure.bbox.bounds, *((text.get_text(), text.get_position(), text.get_color()) for text in fixed))
     if key not in BACKGROUNDS:
         canvas.draw()
-        if len(BACKGROUNDS) == MAX_BACKGROUNDS:
+        if len(BACKGROUNDS) == MAX_BACKGROUNDS or figure.dpi > 200:  # 100 MB and more at 600 DPI
             BACKGROUNDS.clear()
         BACKGROUNDS[key] = canvas.copy_from_bbox(figure.bbox)
     canvas.restore_region(BACKGROUNDS[key])
@@ -1595,11 +1621,24 @@ def drawn(figure: Figure) -> FigureCanvasAgg:
     return canvas
 
 
-def write_page(figure: Figure, path: Path) -> None:
-    """Draw a figure and write it as PNG."""
+def write_page(figure: Figure, path: Path, settings: str = "") -> None:
+    """Draw a figure and write it as PNG, with the job's settings as a text chunk."""
+    from PIL.PngImagePlugin import PngInfo
+
     page = Image.fromarray(np.asarray(drawn(figure).buffer_rgba())).convert("RGB")
+    chunks = PngInfo()
+    chunks.add_text("Settings", settings)
     with replacing(path) as file:
-        page.save(file, "PNG", compress_level=PNG_LEVEL, dpi=(figure.dpi, figure.dpi))
+        page.save(file, "PNG", compress_level=PNG_LEVEL, dpi=(figure.dpi, figure.dpi), pnginfo=chunks)
+
+
+def settings_of(figure: Path) -> str | None:
+    """The settings that a figure was drawn with; None where it is not there or not whole."""
+    try:
+        with open_regular(figure) as file, Image.open(file, formats=("PNG",)) as page:
+            return page.info.get("Settings")
+    except (ExplainError, OSError, SyntaxError, ValueError):
+        return None
 
 
 def short_stem(stem: str) -> str:
@@ -1636,22 +1675,41 @@ class Job:
     image: Path
     figures: tuple[Path, ...]  # one for each model, then the comparison where there are two models
     maps: tuple[Path, ...]  # one .npy for each model; its .json lies beside it
+    settings: str  # mark of the image's content and of all that its results depend on
 
 
-def make_jobs(images: Sequence[Path], keys: Sequence[str], folder: Path, figures: bool, maps: bool) -> list[Job]:
-    """A job for each image. Raises ExplainError where an output would replace one of the images."""
+def file_mark(path: Path) -> tuple[int, str]:
+    """Size and checksum of the first and last megabyte: tells files apart without reading a gigabyte.
+
+    A file that cannot be read has the mark of an empty one; what is wrong is said when it is used.
+    """
+    with contextlib.suppress(ExplainError, OSError), open_regular(path) as file:
+        size, ends = file.seek(0, os.SEEK_END), hashlib.sha256()
+        for start in (0, max(0, size - MARKED_BYTES)):
+            file.seek(start)
+            ends.update(file.read(MARKED_BYTES))
+        return size, ends.hexdigest()
+    return 0, ""
+
+
+def make_jobs(images: Sequence[Path], keys: Sequence[str], folder: Path, figures: bool, maps: bool, asked: object) -> list[Job]:
+    """A job for each image; `asked` is all that results depend on beside the image.
+
+    Raises ExplainError where an output would replace one of the images.
+    """
     prefixes = [f"gradcam_{key}" for key in keys] + ["comparison"] * (len(keys) > 1)
     jobs = [
         Job(
             image,
             tuple(folder / f"{prefix}_{stem}.png" for prefix in prefixes) if figures else (),
             tuple(folder / f"map_{key}_{stem}.npy" for key in keys) if maps else (),
+            hashlib.sha256(repr((asked, file_mark(image))).encode("utf-8", "surrogateescape")).hexdigest()[:16],
         )
         for image, stem in zip(images, output_stems(images))
     ]
     inputs = {os.path.realpath(image) for image in images}
     for job in jobs:
-        for path in job.figures + job.maps:
+        for path in (*job.figures, *job.maps, *(path.with_suffix(".json") for path in job.maps), folder / TABLE_NAME):
             if os.path.realpath(path) in inputs:
                 raise ExplainError(f"{shown(path)}: is an input of this run and would be replaced; choose another --output-dir")
     return jobs
@@ -1663,18 +1721,19 @@ def write_figures(job: Job, pixels: np.ndarray, explanations: Sequence[Explanati
     Raises ExplainError where one cannot be written.
     """
     for explanation, path in zip(explanations, job.figures):
-        write_page(explanation_figure(pixels, job.image.name, explanation, style), path)
+        write_page(explanation_figure(pixels, job.image.name, explanation, style), path, job.settings)
     if len(job.figures) > len(explanations):
-        write_page(comparison_figure(pixels, job.image.name, explanations, style), job.figures[-1])
+        write_page(comparison_figure(pixels, job.image.name, explanations, style), job.figures[-1], job.settings)
 
 
 def write_maps(job: Job, classifiers: Sequence[Classifier], explanations: Sequence[Explanation]) -> None:
     """Each raw map as .npy (h, w) float32, and beside it as .json what it takes to compute it again."""
     for classifier, explanation, path in zip(classifiers, explanations, job.maps):
+        told = json.dumps(provenance(job.image, classifier, explanation), indent=2)
         with replacing(path) as file:
             np.save(file, explanation.raw_map, allow_pickle=False)
         with replacing(path.with_suffix(".json")) as file:
-            file.write(json.dumps(provenance(job.image, classifier, explanation), indent=2).encode())
+            file.write(told.encode())
 
 
 def provenance(image: Path, classifier: Classifier, explanation: Explanation) -> dict[str, Any]:
@@ -1697,9 +1756,12 @@ def provenance(image: Path, classifier: Classifier, explanation: Explanation) ->
 
 @functools.lru_cache(maxsize=8)
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file; checkpoints are read once a run."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file; checkpoints are read once a run. Raises ExplainError where it has gone."""
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (ExplainError, OSError) as error:
+        raise ExplainError(f"{shown(path)}: changed or removed during the run; run again") from error
 
 
 # ------------------------------------------------------------------------------------------
@@ -1711,8 +1773,8 @@ TABLE_NAME = "summary.csv"
 
 def true_class(image: Path, class_names: Sequence[str]) -> str:
     """The class that the image's folder names (simple_fracture, Simple Fracture ...), or nothing."""
-    folder = re.sub(r"[\W_]+", " ", image.absolute().parent.name).casefold().strip()
-    return next((name for name in class_names if re.sub(r"[\W_]+", " ", name).casefold().strip() == folder), "")
+    folder = class_key(Path(os.path.abspath(image)).parent.name)
+    return next((name for name in class_names if class_key(name) == folder), "")
 
 
 def table_columns(classifiers: Sequence[Classifier]) -> list[str]:
@@ -1720,7 +1782,7 @@ def table_columns(classifiers: Sequence[Classifier]) -> list[str]:
     for classifier in classifiers:
         key = classifier.family.key
         columns += [f"{key}_predicted", *(f"{key}_p_{name}" for name in classifier.class_names), f"{key}_correct", f"{key}_blank_map"]
-    return [*columns, "agree", "outputs", "error"]
+    return [*columns, "agree", "settings", "outputs", "error"]
 
 
 def table_row(job: Job, explanations: Sequence[Explanation]) -> dict[str, str]:
@@ -1732,44 +1794,49 @@ def table_row(job: Job, explanations: Sequence[Explanation]) -> dict[str, str]:
         row[f"{key}_predicted"] = explanation.prediction
         for name, probability in zip(explanation.class_names, explanation.probabilities):
             row[f"{key}_p_{name}"] = f"{probability:.6f}"
-        row[f"{key}_correct"] = yes_or_no(explanation.prediction == truth) if truth else ""
+        row[f"{key}_correct"] = yes_or_no(class_key(explanation.prediction) == class_key(truth)) if truth else ""
         row[f"{key}_blank_map"] = yes_or_no(not explanation.heatmap.any())
     if len(explanations) > 1:
-        row["agree"] = yes_or_no(len({explanation.prediction for explanation in explanations}) == 1)
-    return row | {"outputs": ";".join(path.name for path in job.figures + job.maps), "error": ""}
+        row["agree"] = yes_or_no(agree(explanations))
+    return row | {"settings": job.settings, "outputs": ";".join(path.name for path in job.figures + job.maps), "error": ""}
 
 
 def yes_or_no(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def is_finished(job: Job, default: bool = False) -> bool:
-    """Whether all files that a job would write are there; `default` where it would write none."""
-    files = job.figures + job.maps
-    return all(path.exists() for path in files) if files else default
+def is_finished(job: Job) -> bool:
+    """Whether all files that a job would write are there, the figures drawn with its settings."""
+    return all(settings_of(path) == job.settings for path in job.figures) and all(path.exists() for path in job.maps)
 
 
-def finished_rows(folder: Path, columns: Sequence[str], jobs: Sequence[Job]) -> dict[Path, dict[str, str]]:
-    """The rows of an earlier run's table that these jobs need not compute again, by image.
+def is_row_of(row: dict[str, str], job: Job) -> bool:
+    """Whether a row of an earlier run's table is what this job would give."""
+    return row["settings"] == job.settings and not row["error"] and is_finished(job)
 
-    A row counts where it has these columns, no error, and all the files that this run would write.
+
+def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The whole rows of an earlier run's table, by file.
+
+    Raises ExplainError where the table cannot be read or has other columns than this run's.
     """
+    path = folder / TABLE_NAME
     try:
-        with open(folder / TABLE_NAME, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
-            rows = {row["file"]: row for row in reader if None not in row.values()} if reader.fieldnames == columns else {}
+            if reader.fieldnames not in (None, columns):
+                cause = "its columns are not those of this run (another --model, or other classes)"
+                raise ExplainError(f"{shown(path)}: {cause}; move it away, or choose another --output-dir")
+            return {row["file"]: row for row in reader if None not in row.values()}
     except FileNotFoundError:
         return {}
-    return {
-        job.image: rows[str(job.image)]
-        for job in jobs
-        if str(job.image) in rows and not rows[str(job.image)]["error"] and is_finished(job, default=True)
-    }
+    except (OSError, csv.Error) as error:
+        raise ExplainError(f"{shown(path)}: cannot be read ({error}); move it away") from error
 
 
 @contextlib.contextmanager
 def open_table(folder: Path, columns: Sequence[str], kept: Iterable[dict[str, str]]) -> Iterator[Callable[[dict[str, str]], None]]:
-    """Write summary.csv row by row, each one safe on disk before the next; starts with the kept rows."""
+    """Write summary.csv row by row, each out of this process's hands before the next; starts with the kept rows."""
     path = folder / TABLE_NAME
     with replacing(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
@@ -1781,8 +1848,11 @@ def open_table(folder: Path, columns: Sequence[str], kept: Iterable[dict[str, st
         writer = csv.DictWriter(text, columns, restval="")
 
         def add(row: dict[str, str]) -> None:
-            writer.writerow(row)
-            text.flush()
+            try:
+                writer.writerow(row)
+                text.flush()
+            except OSError as error:
+                raise unwritable(path, error) from error
 
         yield add
 
@@ -1819,9 +1889,7 @@ def comparison_lines(explanations: Sequence[Explanation]) -> list[str]:
     lines = [RULE, "📊 COMPARISON SUMMARY", RULE]
     for explanation in explanations:
         lines += [*prediction_lines(explanation), ""]
-    first, second = explanations
-    mark = "✅" if first.prediction == second.prediction else "⚠️ "
-    return [*lines, f"{mark} {printable(agreement_text(explanations))}"]
+    return [*lines, f"{'✅' if agree(explanations) else '⚠️ '} {printable(agreement_text(explanations))}"]
 
 
 def result_line(job: Job, explanations: Sequence[Explanation]) -> str:
@@ -1830,8 +1898,8 @@ def result_line(job: Job, explanations: Sequence[Explanation]) -> str:
         f"{each.title} {printable(each.prediction)} {each.confidence:.2%}{' (blank map)' if not each.heatmap.any() else ''}"
         for each in explanations
     )
-    differ = len({each.prediction for each in explanations}) > 1
-    return f"{'⚠️ ' if differ else '✅'} {shown(job.image)}: {verdicts}{'; models disagree' if differ else ''}"
+    mark, verdict = ("✅", "") if agree(explanations) else ("⚠️ ", "; models disagree")
+    return f"{mark} {shown(job.image)}: {verdicts}{verdict}"
 
 
 def run_lines(rows: Sequence[dict[str, str]], classifiers: Sequence[Classifier], kept: int, seconds: float) -> list[str]:
@@ -1859,10 +1927,10 @@ def accuracy_lines(rows: Sequence[dict[str, str]], classifier: Classifier) -> li
     wrong = [row for row in known if row[f"{key}_correct"] == "no"]
     right = len(known) - len(wrong)
     lines = [f"{classifier.title}:", f"  Accuracy: {right / len(known):.2%} ({right} of {len(known)} images in folders named after a class)"]
-    counts = Counter((row["true_class"], row[f"{key}_predicted"]) for row in known)
+    counts = Counter((class_key(row["true_class"]), class_key(row[f"{key}_predicted"])) for row in known)
     for truth in names:
-        counted = ", ".join(f"{counts[truth, name]} as {printable(name)}" for name in names)
-        lines.append(f"  {printable(truth)}: {counted}")
+        counted = ", ".join(f"{counts[class_key(truth), class_key(name)]} as {name}" for name in names)
+        lines.append(f"  {truth}: {counted}")
     return lines + [f"  Misclassified: {shown(Path(row['file']))} as {printable(row[f'{key}_predicted'])}" for row in wrong]
 
 
@@ -1920,7 +1988,7 @@ def panel_picture(radiograph: Radiograph, style: FigureStyle) -> np.ndarray:
 def run_single(request: Request) -> tuple[list[str], int]:
     """Explain one image with every model and write its files; returns what to say last, and the exit status."""
     (job,), both = request.jobs, len(request.checkpoints) > 1
-    if request.skip_existing and is_finished(job):
+    if request.skip_existing and job.figures and is_finished(job):
         return [f"⏭️  Finished earlier, left alone: {shown(job.image)}"], 0
     if request.is_random:
         say("🎲 No image specified. Using random test image:", f"   {shown(job.image)}", "")
@@ -1933,12 +2001,12 @@ def run_single(request: Request) -> tuple[list[str], int]:
         say(f"{classifier.family.bullet} Generating {classifier.title} Grad-CAM...")
         explanations += explain(classifier, [radiograph], target_index(request.target_class, classifier.class_names))
         for path in job.figures[index : index + 1]:
-            write_page(explanation_figure(picture, job.image.name, explanations[-1], request.style), path)
+            write_page(explanation_figure(picture, job.image.name, explanations[-1], request.style), path, job.settings)
             say(f"✅ Visualization saved: {shown(path)}", "")
     write_maps(job, classifiers, explanations)
     for path in job.figures[len(classifiers) :]:
         say("📊 Creating comparison visualization...")
-        write_page(comparison_figure(picture, job.image.name, explanations, request.style), path)
+        write_page(comparison_figure(picture, job.image.name, explanations, request.style), path, job.settings)
         say(f"✅ Comparison saved: {shown(path)}", "")
     return comparison_lines(explanations) if both else prediction_lines(explanations[0]), 0
 
@@ -1954,27 +2022,38 @@ class Result:
     error: str = ""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What is kept of a radiograph: its size does not matter for the memory that a batch takes."""
+
+    inputs: tuple[np.ndarray, ...]  # for each classifier
+    picture: np.ndarray
+    notes: tuple[str, ...]
+
+
+def prepare(job: Job, classifiers: Sequence[Classifier], style: FigureStyle) -> Prepared | ExplainError:
+    """Load and reduce a job's image; the error where that fails."""
+    try:
+        radiograph = load_radiograph(job.image)
+    except ExplainError as error:
+        return error
+    inputs = tuple(network_input(radiograph, classifier.preprocessing) for classifier in classifiers)
+    return Prepared(inputs, panel_picture(radiograph, style), radiograph.notes)
+
+
 def explain_jobs(jobs: Sequence[Job], classifiers: Sequence[Classifier], request: Request) -> Iterator[Result]:
     """Explain many images, a batch at a time; an image that cannot be read does not stop the others."""
     size = request.batch_size or DEFAULT_BATCH[classifiers[0].device.type]
     targets = [target_index(request.target_class, classifier.class_names) for classifier in classifiers]
     for start in range(0, len(jobs), size):
-        loaded = [(job, load_or_error(job.image)) for job in jobs[start : start + size]]
-        radiographs = [radiograph for _, radiograph in loaded if isinstance(radiograph, Radiograph)]
-        pairs = zip(classifiers, targets) if radiographs else ()
-        by_image = zip(*(explain(classifier, radiographs, target) for classifier, target in pairs))
-        for job, radiograph in loaded:
-            if isinstance(radiograph, Radiograph):
-                yield Result(job, next(by_image), panel_picture(radiograph, request.style), radiograph.notes)
+        batch = [(job, prepare(job, classifiers, request.style)) for job in jobs[start : start + size]]
+        inputs = zip(*(prepared.inputs for _, prepared in batch if isinstance(prepared, Prepared)))  # by classifier
+        explained = zip(*map(explain_batch, classifiers, inputs, targets))  # by image
+        for job, prepared in batch:
+            if isinstance(prepared, Prepared):
+                yield Result(job, next(explained), prepared.picture, prepared.notes)
             else:
-                yield Result(job, error=str(radiograph))
-
-
-def load_or_error(image: Path) -> Radiograph | ExplainError:
-    try:
-        return load_radiograph(image)
-    except ExplainError as error:
-        return error
+                yield Result(job, error=str(prepared))
 
 
 @contextlib.contextmanager
@@ -1986,8 +2065,9 @@ def drawing_pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
     if not processes:
         yield None
         return
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
-    # They inherit that Ctrl-C is not for them: what they have begun they finish, what waits is dropped.
+    ignoring = signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), *ignoring)
+    # Ctrl-C is not for them, from their start: what they have begun they finish, what waits is dropped.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for _ in range(processes):
         pool.submit(drawable_characters)  # so they start now, while the networks are loaded
@@ -2002,17 +2082,20 @@ def drawing_pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
 
 def run_many(request: Request) -> tuple[list[str], int]:
     """Explain many images in batches, with a row of the table for each; returns as run_single."""
-    processes = min(MAX_DRAWING_PROCESSES, os.cpu_count() or 1) if request.jobs[0].figures else 0
+    processes = min(MAX_DRAWING_PROCESSES, os.cpu_count() or 1, len(request.jobs)) if request.jobs[0].figures else 0
     with drawing_pool(processes) as pool:
         say(f"🔍 {'Comparing' if len(request.checkpoints) > 1 else 'Analyzing'} explainability for {len(request.jobs)} images", RULE)
         classifiers = load_models(request)
         columns = table_columns(classifiers)
-        kept = finished_rows(request.output_folder, columns, request.jobs) if request.skip_existing else {}
-        jobs = [job for job in request.jobs if job.image not in kept]
-        if kept:
-            say(f"⏭️  Finished earlier, left alone: {len(kept)} images", "")
-        started, rows = time.monotonic(), list(kept.values())
-        with open_table(request.output_folder, columns, rows) as add, progress_bar(len(jobs), request.quiet) as bar:
+        earlier = earlier_rows(request.output_folder, columns) if request.skip_existing else {}
+        rows = [row for job in request.jobs if (row := earlier.get(str(job.image))) and is_row_of(row, job)]
+        finished = {row["file"] for row in rows}
+        jobs = [job for job in request.jobs if str(job.image) not in finished]
+        if finished:
+            say(f"⏭️  Finished earlier, left alone: {len(finished)} images", "")
+        started, again = time.monotonic(), {str(job.image) for job in jobs}
+        kept = [row for file, row in earlier.items() if file not in again]
+        with open_table(request.output_folder, columns, kept) as add, progress_bar(len(jobs), request.quiet) as bar:
             for result, row in finished_jobs(pool, jobs, classifiers, request):
                 add(row)
                 rows.append(row)
@@ -2020,8 +2103,9 @@ def run_many(request: Request) -> tuple[list[str], int]:
                     bar.write(line, file=sys.stderr)
                 if not row["error"]:
                     bar.write(result_line(result.job, result.explanations), file=sys.stdout)
+                    sys.stdout.flush()
                 bar.update()
-    lines = run_lines(rows, classifiers, len(kept), time.monotonic() - started)
+    lines = run_lines(rows, classifiers, len(finished), time.monotonic() - started)
     return [*lines, f"Table: {shown(request.output_folder / TABLE_NAME)}"], int(any(row["error"] for row in rows))
 
 
@@ -2037,7 +2121,7 @@ def finished_jobs(
         is_drawn = result.job.figures and not result.error
         arguments = (result.job, result.picture, result.explanations, request.style)
         waiting.append((result, pool.submit(write_figures, *arguments) if is_drawn else None))
-        if len(waiting) > MAX_WAITING_JOBS:
+        while waiting and (waiting[0][1] is None or waiting[0][1].done() or len(waiting) > MAX_WAITING_JOBS):
             yield finished_job(*waiting.popleft(), classifiers)
     for result, drawn in waiting:
         yield finished_job(result, drawn, classifiers)
@@ -2124,23 +2208,44 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def images_below(folder: Path) -> list[Path]:
+    """Every file below a folder that has an image's suffix, or none and the mark of DICOM; sorted.
+
+    Raises ExplainError where a folder cannot be searched.
+    """
+
+    def refuse(error: OSError) -> None:
+        place = shown(Path(error.filename))
+        raise ExplainError(f"{place}: cannot be searched ({error.strerror}); change its mode, or name the other folders")
+
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder, onerror=refuse) for name in names)
+    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES or (not path.suffix and is_dicom(path)))
+
+
+def is_dicom(path: Path) -> bool:
+    try:
+        with open_regular(path) as file:
+            return file.read(HEAD_BYTES)[DICOM_MARK] == b"DICM"
+    except (ExplainError, OSError):
+        return False
+
+
 def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
     """The images that --image names, each once: files as they are, folders and patterns sorted.
 
     The output folder's own files are not looked at. Raises ExplainError where nothing is found.
     """
+    outputs = Path(os.path.realpath(output_folder))
     images: list[Path] = []
     for text in arguments:
-        path = Path(text)
-        if path.is_dir():
-            found = sorted(each for each in path.rglob("*") if each.suffix.lower() in IMAGE_SUFFIXES and each.is_file())
-            found = [each for each in found if Path(os.path.realpath(output_folder)) not in Path(os.path.realpath(each)).parents]
-        elif glob.has_magic(text) and not os.path.lexists(path):
+        if os.path.isdir(text):
+            found = [each for each in images_below(Path(text)) if outputs not in Path(os.path.realpath(each)).parents]
+        elif glob.has_magic(text) and not os.path.lexists(text):
             found = sorted(Path(each) for each in glob.glob(text, recursive=True) if os.path.isfile(each))
         else:
-            found = [path]
+            found = [Path(text)]
         if not found:
-            raise ExplainError(f"{shown(path)}: no image found there; files end in {', '.join(IMAGE_SUFFIXES)}")
+            raise ExplainError(f"{shown(Path(text))}: no image found there; files end in {', '.join(IMAGE_SUFFIXES)}")
         images += found
     return list(dict.fromkeys(images))
 
@@ -2152,21 +2257,23 @@ def checked_request(args: argparse.Namespace) -> Request:
     if is_single:
         check_image_path(images[0])
     keys = list(FAMILIES) if args.compare or args.model == "both" else [args.model]
-    named = {"convnext": args.convnext_checkpoint, "efficientnet": args.efficientnet_checkpoint}
+    named = {key: vars(args)[f"{key}_checkpoint"] for key in keys}
     checkpoints = tuple((FAMILIES[key], named[key] or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER)) for key in keys)
     check_not_mixed([path for _, path in checkpoints])
     for _, path in checkpoints:
         check_checkpoint_path(path)
     check_output_folder(args.output_dir)
+    style = FigureStyle(args.colormap, args.dpi)
+    asked = [(family.key, file_mark(path)) for family, path in checkpoints], args.target_class, style
     return Request(
-        jobs=tuple(make_jobs(images, keys, args.output_dir, figures=not args.no_figures, maps=args.save_maps)),
+        jobs=tuple(make_jobs(images, keys, args.output_dir, not args.no_figures, args.save_maps, asked)),
         is_random=not args.image,
         is_single=is_single,
         checkpoints=checkpoints,
         output_folder=args.output_dir,
         device=args.device,
         target_class=args.target_class,
-        style=FigureStyle(args.colormap, args.dpi),
+        style=style,
         batch_size=args.batch_size,
         skip_existing=args.skip_existing,
         quiet=args.quiet,
@@ -2175,7 +2282,8 @@ def checked_request(args: argparse.Namespace) -> Request:
 
 def run(request: Request) -> int:
     """Do what is asked; the exit status."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere) if request.quiet else contextlib.nullcontext():
+    nowhere = open(os.devnull, "w", encoding="utf-8", errors="replace")
+    with nowhere, contextlib.redirect_stdout(nowhere) if request.quiet else contextlib.nullcontext():
         lines, status = (run_single if request.is_single else run_many)(request)
     say(*lines, *demo_lines([path for _, path in request.checkpoints]))
     return status
@@ -2200,4 +2308,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half done stays behind
     raise SystemExit(main())

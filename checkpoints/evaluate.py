@@ -79,7 +79,7 @@ def measure(key: str, checkpoint: Path) -> Measurement:
         with open(Path(folder) / "summary.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         judged = [
-            judge(np.load(Path(folder) / row["outputs"]), boxes[str(Path(row["file"]).relative_to(TEST))]) for row in rows
+            judge(np.load(Path(folder) / row["outputs"]), boxes[Path(row["file"]).relative_to(TEST).as_posix()]) for row in rows
         ]
     pointing, heat, chance = np.mean(judged, axis=0)
     right = np.mean([row[f"{key}_correct"] == "yes" for row in rows])

@@ -76,6 +76,11 @@ def save_checkpoint(architecture: str, path: Path) -> None:
 # Explanations
 
 
+def input_batch(classifier: tool.Classifier, radiographs: list[tool.Radiograph]) -> torch.Tensor:
+    inputs = [torch.from_numpy(tool.network_input(radiograph, classifier.preprocessing)) for radiograph in radiographs]
+    return torch.stack(inputs).to(classifier.device)
+
+
 def peers(classifier: tool.Classifier, inputs: torch.Tensor) -> dict[str, Callable[[], object]]:
     """The same Grad-CAM by other tools."""
     from captum.attr import LayerGradCam
@@ -109,7 +114,7 @@ def bare_forward(classifier: tool.Classifier, inputs: torch.Tensor) -> Callable[
 def benchmark_explanations(classifiers: list[tool.Classifier], radiographs: list[tool.Radiograph], repeats: int) -> None:
     heading("one explanation over one bare forward pass", "ratio")
     for classifier in classifiers:
-        inputs = tool.input_batch(classifier, radiographs[:1])
+        inputs = input_batch(classifier, radiographs[:1])
         this = {"bare": bare_forward(classifier, inputs), "this tool": lambda: tool.explain_inputs(classifier, inputs)}
         spent = medians(this | peers(classifier, inputs), repeats)
         row(f"{classifier.title}: bare forward pass", f"{spent['bare']:.3f} s")
@@ -119,7 +124,7 @@ def benchmark_explanations(classifiers: list[tool.Classifier], radiographs: list
 
 def benchmark_batches(classifiers: list[tool.Classifier], radiographs: list[tool.Radiograph], repeats: int) -> float:
     """Both models on a batch; returns the seconds that one bare image takes."""
-    batches = [(classifier, tool.input_batch(classifier, radiographs[:BATCH])) for classifier in classifiers]
+    batches = [(classifier, input_batch(classifier, radiographs[:BATCH])) for classifier in classifiers]
     spent = medians(
         {
             "bare": lambda: [bare_forward(*batch)() for batch in batches],
@@ -182,6 +187,7 @@ def peer_script(checkpoints: dict[str, Path], images: list[Path], folder: Path) 
     """The usual way: one process, pytorch-grad-cam, three pyplot figures an image."""
     return f"""
 import numpy as np, timm, torch
+from PIL import Image
 import matplotlib; matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from pytorch_grad_cam import GradCAM

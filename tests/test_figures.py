@@ -140,6 +140,8 @@ def test_layout_holds_for_any_shape_of_radiograph(height, width):
         {"class_names": LONG_CLASSES, "raw_map": -CORNER, "is_demo": True, "explained": 1},
         {"class_names": ("W" * 60, "M" * 60), "raw_map": -CORNER},
         {"class_names": ("$x_{", "50%\n線")},
+        {"class_names": ("None", *LONG_CLASSES), "probabilities": np.float32([0.2, 0.5, 0.3]), "explained": 0, "is_demo": True},
+        {"class_names": tuple("ABCDE"), "probabilities": np.float32([0.2, 0.3, 0.3, 0.1, 0.1]), "explained": 4, "raw_map": -CORNER},
         LONG_NAMES,
         {"explained": 1},
         {"is_demo": True},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 import explainability as tool
-from conftest import ROOT
+from conftest import ROOT, TINY, save, users_checkpoint
 
 FIGURES = ("gradcam_convnext", "gradcam_efficientnet", "comparison")
 
@@ -171,16 +172,48 @@ def test_skip_existing_leaves_a_single_finished_image_alone(explain, xray, tmp_p
     assert "left alone" in capsys.readouterr().out and figure.stat().st_mtime_ns == before
 
 
-def test_skip_existing_does_not_trust_a_torn_or_foreign_table(explain, folder, tmp_path):
+def test_skip_existing_does_not_trust_a_torn_row(explain, folder, tmp_path):
     assert explain("--image", folder, "--model", "convnext", "--no-figures") == 0
     path = tmp_path / "out" / "summary.csv"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:30])
     assert explain("--image", folder, "--model", "convnext", "--no-figures", "--skip-existing") == 0
     assert sorted(path.read_text().splitlines()) == sorted(lines)
-    path.write_text("file,other\nx,y\n")
-    assert explain("--image", folder, "--model", "convnext", "--no-figures", "--skip-existing") == 0
-    assert sorted(path.read_text().splitlines()) == sorted(lines)
+
+
+@pytest.mark.parametrize("earlier", ["file,other\nx,y\n", "x" * 200_000 + "\n"])
+def test_skip_existing_does_not_replace_a_table_of_another_kind(explain, folder, tmp_path, capsys, earlier):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.csv").write_text(earlier)
+    assert explain("--image", folder, "--model", "convnext", "--no-figures", "--skip-existing") == 1
+    assert (tmp_path / "out" / "summary.csv").read_text() == earlier
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_skip_existing_keeps_rows_of_other_images(explain, folder, tmp_path):
+    for place in ("comminuted_fracture", "simple_fracture"):
+        assert explain("--image", folder / place, "--model", "convnext", "--no-figures", "--skip-existing") == 0
+    assert len(table(tmp_path)) == 5
+
+
+@pytest.mark.parametrize("single", (True, False))
+def test_skip_existing_computes_again_what_was_asked_otherwise(explain, folder, tmp_path, capsys, single):
+    image = [folder / "simple_fracture/c.png"] if single else [folder / "simple_fracture"]
+    asked = ("--image", *image, "--model", "convnext", "--skip-existing")
+    for changed in ([], ["--target-class", "1"], ["--colormap", "gray"]):
+        assert explain(*asked, *changed) == 0
+        assert "left alone" not in capsys.readouterr().out
+    (folder / "simple_fracture/d.png").replace(folder / "simple_fracture/c.png")  # the same name, another image
+    assert explain(*asked, "--colormap", "gray") == 0
+    assert "left alone: 2" not in capsys.readouterr().out
+
+
+def test_rows_are_written_while_the_run_goes_on(explain, folder, tmp_path, monkeypatch):
+    seen = []
+    load = tool.load_radiograph
+    monkeypatch.setattr(tool, "load_radiograph", lambda path: (seen.append(len(table(tmp_path))), load(path))[1])
+    assert explain("--image", folder, "--model", "convnext", "--no-figures", "--batch-size", 1) == 0
+    assert seen == [0, 1, 2, 3, 4]
 
 
 # Raw maps
@@ -258,6 +291,26 @@ def test_a_link_in_the_output_folder_is_replaced_not_followed(explain, xray, tmp
     assert victim.read_text() == "precious" and not (tmp_path / "out" / "gradcam_convnext_xray.png").is_symlink()
 
 
+@pytest.mark.parametrize("name", ["summary.csv", "map_convnext_x.json"])
+def test_an_input_is_not_replaced_by_the_table_or_a_map(explain, xray, tmp_path, name):
+    image = tmp_path / "out" / name
+    image.parent.mkdir()
+    before = image.write_bytes(xray.read_bytes())
+    xray.rename(tmp_path / "x.png")
+    assert explain("--image", image, tmp_path / "x.png", "--model", "convnext", "--save-maps") == 1
+    assert image.stat().st_size == before
+
+
+def test_a_full_disk_is_found_before_models_load(explain, xray, capsys, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tool.tempfile, "TemporaryFile", full)
+    assert explain("--image", xray) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and "No space left" in captured.err and captured.err.count("\n") == 1
+
+
 def test_an_output_folder_that_is_a_file_is_refused_before_models_load(explain, xray, tmp_path, capsys):
     (tmp_path / "out").write_text("a file")
     assert explain("--image", xray) == 1
@@ -273,6 +326,51 @@ def test_a_full_disk_is_no_success(explain, xray, tmp_path, capsys, monkeypatch)
     assert explain("--image", xray, "--model", "convnext") == 1
     captured = capsys.readouterr()
     assert "saved" not in captured.out and "No space left" in captured.err and list((tmp_path / "out").iterdir()) == []
+
+
+# Class names
+
+
+def test_models_that_spell_classes_differently_agree(folder, tmp_path, capsys):
+    named = []
+    for key, names in (("convnext", ["comminuted_fracture", "SIMPLE fracture"]), ("efficientnet", None)):
+        extra = {"class_names": names} if names else {}
+        path = save(users_checkpoint(TINY[key], **extra), tmp_path / f"{key}.pth")
+        named += [f"--{key}-checkpoint", str(path)]
+    assert tool.main([*named, "--output-dir", str(tmp_path / "out"), "--no-figures", "--image", str(folder)]) == 0
+    for row in table(tmp_path):
+        assert {row["convnext_predicted"], row["efficientnet_predicted"]} <= set(tool.CLASS_NAMES)
+        assert row["agree"] == ("yes" if row["convnext_predicted"] == row["efficientnet_predicted"] else "no")
+        assert row["convnext_correct"] == ("yes" if row["convnext_predicted"] == row["true_class"] else "no")
+
+
+# Folders
+
+
+def test_dicom_without_a_suffix_is_found_in_a_folder(folder):
+    (folder / "IM0001").write_bytes(bytes(128) + b"DICM" + bytes(100))
+    (folder / "notes").write_text("no image")
+    assert folder / "IM0001" in tool.images_below(folder) and folder / "notes" not in tool.images_below(folder)
+
+
+def test_a_broken_link_in_a_folder_is_reported(explain, folder, tmp_path, capsys):
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert explain("--image", folder, "--model", "convnext", "--no-figures") == 1
+    assert "gone.png: a link to a file that is not there" in capsys.readouterr().err
+
+
+def test_a_name_too_long_for_the_system_is_one_line(explain, tmp_path, capsys):
+    assert explain("--image", tmp_path / ("x" * 300 + ".png")) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_lack_of_memory_names_the_batch_size(explain, folder, capsys, monkeypatch):
+    def exhausted(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory.\nTried to allocate everything")
+
+    monkeypatch.setattr(tool, "explain_inputs", exhausted)
+    assert explain("--image", folder, "--model", "convnext", "--no-figures") == 1
+    assert "--batch-size" in capsys.readouterr().err
 
 
 # Interrupted and piped runs
@@ -296,6 +394,61 @@ def test_interrupt_ends_with_130_and_no_half_file(tiny_checkpoints, folder, tmp_
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors == ""
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_termination_leaves_no_process_and_no_half_file(tiny_checkpoints, folder, tmp_path):
+    process = subprocess.Popen(
+        command(tiny_checkpoints, tmp_path, "--image", folder), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    for line in process.stdout:
+        if "Loading EFFICIENTNET" in line:
+            break
+    process.terminate()
+    process.stdout.read()  # ends when the drawing processes, which have it too, are gone
+    assert process.wait(timeout=60) == 143
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_bar_on_a_terminal_leaves_the_lines_whole(tiny_checkpoints, folder, tmp_path):
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        command(tiny_checkpoints, tmp_path, "--image", folder, "--no-figures"), stdout=slave, stderr=slave, close_fds=True
+    )
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal without a program ends so
+        while part := os.read(master, 4096):
+            shown += part
+    assert process.wait(timeout=60) == 0
+    lines = [line.rpartition("\r")[2] for line in shown.decode().replace("\r\n", "\n").split("\n")]
+    assert b"/5 [" in shown
+    assert sum(line.startswith(("✅", "⚠️ ")) and ".png: ConvNeXt V2" in line for line in lines) == 5
+
+
+@pytest.mark.parametrize("extra", ([], ["--quiet"]))
+def test_a_locale_without_unicode_is_no_obstacle(tiny_checkpoints, xray, tmp_path, extra):
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    environment.pop("PYTHONIOENCODING", None)
+    done = subprocess.run(
+        command(tiny_checkpoints, tmp_path, "--image", xray, "--model", "convnext", *extra), env=environment, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"") and b"Confidence" in done.stdout
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images(tiny_checkpoints, tmp_path):
+    """Peak of the process itself, in a new process each, since a peak never falls."""
+    pytest.importorskip("resource")
+    script = "import resource, sys, explainability as e; e.main(sys.argv[1:]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    rng, peaks = np.random.default_rng(0), {}
+    for count in (30, 300):
+        for number in range(count):
+            Image.fromarray(rng.integers(0, 256, (300, 300), dtype=np.uint8)).save(tmp_path / f"{number:03}.png")
+        arguments = command(tiny_checkpoints, tmp_path, "--image", tmp_path, "--no-figures", "--quiet")[2:]
+        done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks[count] = int(done.stdout.splitlines()[-1])
+    assert peaks[300] < 1.05 * peaks[30]
 
 
 def test_a_closed_stdout_ends_quietly(tiny_checkpoints, xray, tmp_path):
