@@ -412,6 +412,7 @@ def test_termination_leaves_no_process_and_no_half_file(tiny_checkpoints, folder
 def test_a_bar_on_a_terminal_leaves_the_lines_whole(tiny_checkpoints, folder, tmp_path):
     pty = pytest.importorskip("pty")
     master, slave = pty.openpty()
+    pytest.importorskip("termios").tcsetwinsize(slave, (24, 100))
     process = subprocess.Popen(
         command(tiny_checkpoints, tmp_path, "--image", folder, "--no-figures"), stdout=slave, stderr=slave, close_fds=True
     )
