@@ -43,11 +43,13 @@ import re
 import secrets
 import signal
 import stat
+import struct
 import sys
 import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
@@ -147,7 +149,7 @@ MAX_STEM_BYTES = 220  # file systems allow 255; the rest is for gradcam_efficien
 MARKED_BYTES = 1_000_000  # at each end of a file
 PROBE_BYTES = 4_000_000  # room that an output folder must have: the figures of one image
 
-DEFAULT_BATCH = {"cpu": 8, "cuda": 32, "mps": 32}  # images; larger ones gain nothing more
+DEFAULT_BATCH = {"cpu": 4, "cuda": 32, "mps": 32}  # images; larger ones gain no speed and take memory
 MAX_DRAWING_PROCESSES = 8
 MAX_WAITING_JOBS = 24  # explained images whose figures are not drawn yet
 RULE = "=" * 80
@@ -1621,15 +1623,36 @@ def drawn(figure: Figure) -> FigureCanvasAgg:
     return canvas
 
 
-def write_page(figure: Figure, path: Path, settings: str = "") -> None:
-    """Draw a figure and write it as PNG, with the job's settings as a text chunk."""
-    from PIL.PngImagePlugin import PngInfo
+def png(pixels: np.ndarray, dpi: float, settings: str) -> bytes:
+    """Pixels (H, W, 3) uint8 as a PNG file, with its resolution and a text chunk named Settings.
 
-    page = Image.fromarray(np.asarray(drawn(figure).buffer_rgba())).convert("RGB")
-    chunks = PngInfo()
-    chunks.add_text("Settings", settings)
+    Each row is stored as its difference from the row above (PNG, 2nd edition, section 9.2). Pillow
+    tries all five filters on each row, which takes longer than everything else about a page.
+    """
+    height, width = pixels.shape[:2]
+    values = pixels.reshape(height, 3 * width)
+    rows = np.full((height, 1 + 3 * width), 2, np.uint8)  # a row begins with the number of its filter
+    rows[0, 1:] = values[0]
+    np.subtract(values[1:], values[:-1], out=rows[1:, 1:])
+    per_metre = round(dpi / 0.0254)
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),  # 8 bits, RGB
+        (b"pHYs", struct.pack(">IIB", per_metre, per_metre, 1)),
+        (b"tEXt", b"Settings\0" + settings.encode("latin-1")),
+        (b"IDAT", zlib.compress(rows, PNG_LEVEL)),
+        (b"IEND", b""),
+    )
+    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def write_page(figure: Figure, path: Path, settings: str = "") -> None:
+    """Draw a figure and write it as PNG, with the job's settings in it."""
+    canvas = drawn(figure)
+    page = png(np.asarray(canvas.buffer_rgba())[:, :, :3], figure.dpi, settings)
+    canvas.renderer = None  # 9 MB that would stay until Python looks for cycles: figure and canvas hold each other
     with replacing(path) as file:
-        page.save(file, "PNG", compress_level=PNG_LEVEL, dpi=(figure.dpi, figure.dpi), pnginfo=chunks)
+        file.write(page)
 
 
 def settings_of(figure: Path) -> str | None:
@@ -1956,10 +1979,9 @@ class Request:
     quiet: bool
 
 
-def load_models(request: Request) -> list[Classifier]:
+def load_models(request: Request, device: str) -> list[Classifier]:
     """Load every model that the request names, and say so."""
     use_exact_float32()
-    device = choose_device(request.device)
     classifiers = []
     for family, path in request.checkpoints:
         say(f"📦 Loading {family.key.upper()} model...")
@@ -1996,7 +2018,7 @@ def run_single(request: Request) -> tuple[list[str], int]:
     radiograph = load_radiograph(job.image)
     warn(*note_lines(job.image, radiograph.notes))
     picture = panel_picture(radiograph, request.style)
-    classifiers, explanations = load_models(request), []
+    classifiers, explanations = load_models(request, choose_device(request.device)), []
     for index, classifier in enumerate(classifiers):
         say(f"{classifier.family.bullet} Generating {classifier.title} Grad-CAM...")
         explanations += explain(classifier, [radiograph], target_index(request.target_class, classifier.class_names))
@@ -2056,6 +2078,11 @@ def explain_jobs(jobs: Sequence[Job], classifiers: Sequence[Classifier], request
                 yield Result(job, error=str(prepared))
 
 
+def drawing_processes(jobs: Sequence[Job]) -> int:
+    """How many processes draw: one a core, also beside networks on the CPU, which leave each core a part."""
+    return min(MAX_DRAWING_PROCESSES, os.cpu_count() or 1, len(jobs)) if jobs[0].figures else 0
+
+
 @contextlib.contextmanager
 def drawing_pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
     """Processes that draw figures, None for none of them; they import matplotlib and never torch.
@@ -2082,10 +2109,12 @@ def drawing_pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
 
 def run_many(request: Request) -> tuple[list[str], int]:
     """Explain many images in batches, with a row of the table for each; returns as run_single."""
-    processes = min(MAX_DRAWING_PROCESSES, os.cpu_count() or 1, len(request.jobs)) if request.jobs[0].figures else 0
-    with drawing_pool(processes) as pool:
+    # Read when torch is imported: its threads then sleep while they wait, and leave the cores to the drawing.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    device = choose_device(request.device)
+    with drawing_pool(drawing_processes(request.jobs)) as pool:
         say(f"🔍 {'Comparing' if len(request.checkpoints) > 1 else 'Analyzing'} explainability for {len(request.jobs)} images", RULE)
-        classifiers = load_models(request)
+        classifiers = load_models(request, device)
         columns = table_columns(classifiers)
         earlier = earlier_rows(request.output_folder, columns) if request.skip_existing else {}
         rows = [row for job in request.jobs if (row := earlier.get(str(job.image))) and is_row_of(row, job)]
@@ -2200,7 +2229,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: auto)")
     add("--colormap", type=colormap_name, default="jet", metavar="NAME", help="any matplotlib colormap (default: jet; viridis is perceptually uniform)")
     add("--dpi", type=whole_number(30, 1200), default=150, metavar="N", help="resolution of the figures (default: 150)")
-    add("--batch-size", type=whole_number(1, 4096), metavar="N", help="images computed at once (default: 8, on a GPU 32)")
+    add("--batch-size", type=whole_number(1, 4096), metavar="N", help="images computed at once (default: 4, on a GPU 32)")
     add("--skip-existing", action="store_true", help="of many images, leave those alone that an earlier run finished")
     add("--no-figures", action="store_true", help="numbers alone")
     add("--save-maps", action="store_true", help="also write the raw maps, before the ReLU, as .npy with a .json beside each")

@@ -20,8 +20,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -100,7 +102,7 @@ def peers(classifier: tool.Classifier, inputs: torch.Tensor) -> dict[str, Callab
             scores = network(inputs.clone().requires_grad_())
             extractor(scores.argmax(1).tolist(), scores)
 
-    return {"pytorch-grad-cam": lambda: grad_cam(input_tensor=inputs), "captum": captum, "torch-cam": torch_cam}
+    return {"pytorch-grad-cam": lambda: grad_cam(input_tensor=inputs, targets=None), "captum": captum, "torch-cam": torch_cam}
 
 
 def bare_forward(classifier: tool.Classifier, inputs: torch.Tensor) -> Callable[[], object]:
@@ -208,7 +210,7 @@ for number, path in enumerate({[str(path) for path in images]!r}):
     for key, network, cam in cams:
         with torch.no_grad():
             probability = network(inputs).softmax(1)
-        heat = cam(input_tensor=inputs)[0]
+        heat = cam(input_tensor=inputs, targets=None)[0]
         shown.append((heat, show_cam_on_image(rgb, heat, use_rgb=True)))
         figure, axes = plt.subplots(2, 2, figsize=(14, 14))
         for axis, picture in zip(axes.flat, (rgb, heat, shown[-1][1])):
@@ -275,6 +277,9 @@ def benchmark_commands(checkpoints: dict[str, Path], folder: Path, bare: float, 
     row(f"{MANY} images over their bare batched forward passes", f"{run / (MANY * bare):.2f}", "2.0")
     row(f"{MANY} images", f"{run:.1f} s")
     row(f"{MANY} images, peak memory", f"{peak_memory(many):.2f} GB", "1.6 GB")
+    large = folder / "large.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 65536, (5000, 4000), dtype=np.uint16)).save(large)
+    row("1 image of 4000 x 5000 pixels, 16 bits, peak memory", f"{peak_memory([*command, str(large)]):.2f} GB", "2 GB")
     peer = command_seconds([sys.executable, "-c", peer_script(checkpoints, IMAGES[:MANY], folder)])
     row(f"{MANY} images with pytorch-grad-cam and pyplot, one process", f"{peer:.1f} s, {peer / run:.1f} times this tool's")
     loop = MANY / LOOPED * command_seconds([sys.executable, "-c", peer_loop(checkpoints, folder)])

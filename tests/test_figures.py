@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -332,6 +332,15 @@ def test_png_has_150_dots_per_inch(tmp_path, make, size):
         assert page.info["dpi"] == pytest.approx((150, 150), abs=0.1)
 
 
+def test_png_holds_every_pixel_and_the_settings(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (33, 57, 3), dtype=np.uint8)
+    (tmp_path / "x.png").write_bytes(explainability.png(pixels, 150, "abc"))
+    with Image.open(tmp_path / "x.png") as page:
+        page.verify()  # checksums
+    with Image.open(tmp_path / "x.png") as page:
+        assert (np.asarray(page) == pixels).all() and page.info["Settings"] == "abc"
+
+
 def test_same_input_gives_the_same_bytes(tmp_path):
     for name in ("first.png", "second.png"):
         write_page(single_figure(radiograph(), an_explanation()), tmp_path / name)
@@ -345,11 +354,10 @@ def test_interrupted_writing_leaves_what_was_there(tmp_path, monkeypatch, failur
     if older:
         path.write_bytes(older)
 
-    def fail(self: Image.Image, target: BinaryIO, *_: object, **__: object) -> None:
-        target.write(b"half a figure")
+    def fail(*_: object) -> None:  # by now the temporary file is written
         raise failure
 
-    monkeypatch.setattr(Image.Image, "save", fail)
+    monkeypatch.setattr(explainability.os, "replace", fail)
     with pytest.raises((ExplainError, type(failure))):
         write_page(single_figure(radiograph(), an_explanation()), path)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == ([older] if older else [])
@@ -359,7 +367,7 @@ def test_full_disk_is_an_error_with_path_and_remedy(tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", fail)
+    monkeypatch.setattr(explainability.os, "replace", fail)
     with pytest.raises(ExplainError, match=r"figure\.png.*No space left on device.*--output-dir"):
         write_page(single_figure(radiograph(), an_explanation()), tmp_path / "figure.png")
 

@@ -322,7 +322,7 @@ def test_a_full_disk_is_no_success(explain, xray, tmp_path, capsys, monkeypatch)
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(tool.os, "replace", full)
     assert explain("--image", xray, "--model", "convnext") == 1
     captured = capsys.readouterr()
     assert "saved" not in captured.out and "No space left" in captured.err and list((tmp_path / "out").iterdir()) == []
