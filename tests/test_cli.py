@@ -285,6 +285,7 @@ def test_output_folder_that_is_a_file_is_refused(xray, tiny_arguments, tmp_path,
     assert (tmp_path / "figures").read_text() == "taken"
 
 
+@pytest.mark.slow
 def test_terminal_without_emoji_gets_the_rest(xray, tiny_arguments, tmp_path):
     arguments = [*tiny_arguments, "--image", str(xray), "--model=efficientnet"]
     done = in_new_process("explainability.py", *arguments, PYTHONIOENCODING="ascii")

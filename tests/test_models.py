@@ -592,10 +592,10 @@ def test_lack_of_memory_is_one_line(tiny_checkpoints: dict[str, Path], monkeypat
     def exhausted(*args: object, **kwargs: object) -> None:
         raise MemoryError
 
-    for module, name in ((torch, "load"), (timm, "create_model")):
+    for module, name, word in ((torch, "load", "too large for the memory"), (timm, "create_model", "MemoryError")):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, exhausted)
-            refused(tiny_checkpoints["convnext"], "MemoryError")
+            refused(tiny_checkpoints["convnext"], word)
 
 
 def test_interruption_is_not_swallowed(tiny_checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

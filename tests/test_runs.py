@@ -140,6 +140,7 @@ def test_results_do_not_depend_on_the_batch_size(explain, folder, tmp_path):
             assert abs(float(one["convnext_p_Simple Fracture"]) - float(other["convnext_p_Simple Fracture"])) < 1e-5
 
 
+@pytest.mark.slow
 def test_figures_of_many_are_those_of_single_runs(explain, folder, tmp_path):
     """Byte for byte where the maps are: with a batch of one."""
     assert explain("--image", folder, "--batch-size", 1) == 0
@@ -196,6 +197,7 @@ def test_skip_existing_keeps_rows_of_other_images(explain, folder, tmp_path):
     assert len(table(tmp_path)) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("single", (True, False))
 def test_skip_existing_computes_again_what_was_asked_otherwise(explain, folder, tmp_path, capsys, single):
     image = [folder / "simple_fracture/c.png"] if single else [folder / "simple_fracture"]
@@ -381,6 +383,7 @@ def command(tiny_checkpoints: dict[str, Path], tmp_path: Path, *arguments: objec
     return [sys.executable, str(ROOT / "explainability.py"), *named, "--output-dir", str(tmp_path / "out"), *map(str, arguments)]
 
 
+@pytest.mark.slow
 def test_interrupt_ends_with_130_and_no_half_file(tiny_checkpoints, folder, tmp_path):
     process = subprocess.Popen(
         command(tiny_checkpoints, tmp_path, "--image", folder, *[folder / "simple_fracture/c.png"] * 3),
@@ -396,6 +399,7 @@ def test_interrupt_ends_with_130_and_no_half_file(tiny_checkpoints, folder, tmp_
     assert not list((tmp_path / "out").glob(".*"))
 
 
+@pytest.mark.slow
 def test_termination_leaves_no_process_and_no_half_file(tiny_checkpoints, folder, tmp_path):
     process = subprocess.Popen(
         command(tiny_checkpoints, tmp_path, "--image", folder), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -409,6 +413,7 @@ def test_termination_leaves_no_process_and_no_half_file(tiny_checkpoints, folder
     assert not list((tmp_path / "out").glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_bar_on_a_terminal_leaves_the_lines_whole(tiny_checkpoints, folder, tmp_path):
     pty = pytest.importorskip("pty")
     master, slave = pty.openpty()
@@ -427,6 +432,7 @@ def test_a_bar_on_a_terminal_leaves_the_lines_whole(tiny_checkpoints, folder, tm
     assert sum(line.startswith(("✅", "⚠️ ")) and ".png: ConvNeXt V2" in line for line in lines) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", ([], ["--quiet"]))
 def test_a_locale_without_unicode_is_no_obstacle(tiny_checkpoints, xray, tmp_path, extra):
     environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
