@@ -1979,10 +1979,10 @@ class Request:
     quiet: bool
 
 
-def load_models(request: Request, device: str) -> list[Classifier]:
+def load_models(request: Request) -> list[Classifier]:
     """Load every model that the request names, and say so."""
     use_exact_float32()
-    classifiers = []
+    device, classifiers = choose_device(request.device), []
     for family, path in request.checkpoints:
         say(f"📦 Loading {family.key.upper()} model...")
         classifier = load_classifier(family, path, device)
@@ -2018,7 +2018,7 @@ def run_single(request: Request) -> tuple[list[str], int]:
     radiograph = load_radiograph(job.image)
     warn(*note_lines(job.image, radiograph.notes))
     picture = panel_picture(radiograph, request.style)
-    classifiers, explanations = load_models(request, choose_device(request.device)), []
+    classifiers, explanations = load_models(request), []
     for index, classifier in enumerate(classifiers):
         say(f"{classifier.family.bullet} Generating {classifier.title} Grad-CAM...")
         explanations += explain(classifier, [radiograph], target_index(request.target_class, classifier.class_names))
@@ -2111,10 +2111,9 @@ def run_many(request: Request) -> tuple[list[str], int]:
     """Explain many images in batches, with a row of the table for each; returns as run_single."""
     # Read when torch is imported: its threads then sleep while they wait, and leave the cores to the drawing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    device = choose_device(request.device)
     with drawing_pool(drawing_processes(request.jobs)) as pool:
         say(f"🔍 {'Comparing' if len(request.checkpoints) > 1 else 'Analyzing'} explainability for {len(request.jobs)} images", RULE)
-        classifiers = load_models(request, device)
+        classifiers = load_models(request)
         columns = table_columns(classifiers)
         earlier = earlier_rows(request.output_folder, columns) if request.skip_existing else {}
         rows = [row for job in request.jobs if (row := earlier.get(str(job.image))) and is_row_of(row, job)]

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,7 @@ def benchmark_explanations(classifiers: list[tool.Classifier], radiographs: list
     heading("one explanation over one bare forward pass", "ratio")
     for classifier in classifiers:
         inputs = input_batch(classifier, radiographs[:1])
-        this = {"bare": bare_forward(classifier, inputs), "this tool": lambda: tool.explain_inputs(classifier, inputs)}
+        this = {"bare": bare_forward(classifier, inputs), "this tool": partial(tool.explain_inputs, classifier, inputs)}
         spent = medians(this | peers(classifier, inputs), repeats)
         row(f"{classifier.title}: bare forward pass", f"{spent['bare']:.3f} s")
         for name in list(spent)[1:]:
@@ -173,6 +174,7 @@ def floor_script(checkpoints: dict[str, Path], image: Path) -> str:
     return f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch, timm, explainability as tool
+from functools import partial
 from pathlib import Path
 for key, path in {[(key, str(path)) for key, path in checkpoints.items()]!r}:
     weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
