@@ -1738,15 +1738,22 @@ def make_jobs(images: Sequence[Path], keys: Sequence[str], folder: Path, figures
     return jobs
 
 
-def write_figures(job: Job, pixels: np.ndarray, explanations: Sequence[Explanation], style: FigureStyle) -> None:
-    """The 4-panel figure of each explanation and, for two, the comparison.
+def write_figure(job: Job, index: int, picture: np.ndarray, explanations: Sequence[Explanation], style: FigureStyle) -> None:
+    """Figure `index` of a job: the four panels of that explanation, or, after the last one's, the comparison.
 
-    Raises ExplainError where one cannot be written.
+    Raises ExplainError where it cannot be written.
     """
-    for explanation, path in zip(explanations, job.figures):
-        write_page(explanation_figure(pixels, job.image.name, explanation, style), path, job.settings)
-    if len(job.figures) > len(explanations):
-        write_page(comparison_figure(pixels, job.image.name, explanations, style), job.figures[-1], job.settings)
+    if index < len(explanations):
+        figure = explanation_figure(picture, job.image.name, explanations[index], style)
+    else:
+        figure = comparison_figure(picture, job.image.name, explanations, style)
+    write_page(figure, job.figures[index], job.settings)
+
+
+def write_figures(job: Job, picture: np.ndarray, explanations: Sequence[Explanation], style: FigureStyle) -> None:
+    """All figures of a job. Raises ExplainError where one cannot be written."""
+    for index in range(len(job.figures)):
+        write_figure(job, index, picture, explanations, style)
 
 
 def write_maps(job: Job, classifiers: Sequence[Classifier], explanations: Sequence[Explanation]) -> None:
@@ -2023,12 +2030,12 @@ def run_single(request: Request) -> tuple[list[str], int]:
         say(f"{classifier.family.bullet} Generating {classifier.title} Grad-CAM...")
         explanations += explain(classifier, [radiograph], target_index(request.target_class, classifier.class_names))
         for path in job.figures[index : index + 1]:
-            write_page(explanation_figure(picture, job.image.name, explanations[-1], request.style), path, job.settings)
+            write_figure(job, index, picture, explanations, request.style)
             say(f"✅ Visualization saved: {shown(path)}", "")
     write_maps(job, classifiers, explanations)
     for path in job.figures[len(classifiers) :]:
         say("📊 Creating comparison visualization...")
-        write_page(comparison_figure(picture, job.image.name, explanations, request.style), path, job.settings)
+        write_figure(job, len(classifiers), picture, explanations, request.style)
         say(f"✅ Comparison saved: {shown(path)}", "")
     return comparison_lines(explanations) if both else prediction_lines(explanations[0]), 0
 
