@@ -36,6 +36,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -65,9 +66,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # import them on their first line, so that --help and a wrong path are answered at once.
 if TYPE_CHECKING:
     import torch
-    from matplotlib.artist import Artist
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from pydicom import Dataset
     from tqdm import tqdm
 
@@ -141,9 +139,6 @@ NOT_CHECKPOINTS = (  # start of the file, what it is; beside those above
 
 ROUNDING = 8 * float(np.finfo(np.float32).eps)  # relative error of a few float32 operations
 
-PANEL_INCHES = 4.1  # a side of a panel; a radiograph's longer side fills it
-MAX_LISTED_CLASSES = 3  # probabilities that the details panel has room for
-OVERLAY_WEIGHT = 0.45  # share of the heatmap's colour in the overlay
 PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
 MAX_STEM_BYTES = 220  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
 MARKED_BYTES = 1_000_000  # at each end of a file
@@ -224,6 +219,38 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class Model:
+    """Everything told about a network but its weights, so that it travels to other processes."""
+
+    family: Family
+    architecture: str  # timm name
+    checkpoint: Path
+    accuracy: str  # what the checkpoint records, in words
+    class_names: tuple[str, ...]  # K
+    preprocessing: Preprocessing
+    notes: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        size = self.family.names.fullmatch(self.architecture)[1]
+        return self.family.title.format(size=size.upper())
+
+    @property
+    def is_demo(self) -> bool:
+        return is_demo(self.checkpoint)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found about one map."""
+
+    check: str
+    value: float
+    is_flagged: bool
+    text: str
+
+
+@dataclass(frozen=True)
 class Classifier:
     """A network with its weights, ready to explain."""
 
@@ -246,18 +273,21 @@ class Classifier:
 class Explanation:
     """What one classifier said about one radiograph, and where that came from."""
 
-    title: str
-    family: str
-    architecture: str
-    checkpoint: str
-    accuracy: str
-    target_layer: str
-    is_demo: bool
-    class_names: tuple[str, ...]
+    model: Model
     probabilities: np.ndarray  # (K,) float32
     explained: int  # class whose score was explained
     raw_map: np.ndarray  # (h, w) float32, signed
     heatmap: np.ndarray  # (h, w) float32 in [0, 1]
+    method: str = "gradcam"
+    owed: float | None = None  # what the raw map's sum must equal; None: no promise
+    remarks: tuple[str, ...] = ()  # sentences that the reader must know
+    findings: tuple[Finding, ...] = ()
+
+    title = property(lambda self: self.model.title)
+    family = property(lambda self: self.model.family.key)
+    architecture = property(lambda self: self.model.architecture)
+    target_layer = property(lambda self: self.model.family.target_layer)
+    class_names = property(lambda self: self.model.class_names)
 
     @property
     def predicted(self) -> int:
@@ -298,6 +328,9 @@ class FigureStyle:
 
     colormap: str = "jet"
     dpi: int = 150
+    format: str = "png"  # or pdf, svg
+    contours: bool = False  # lines of equal heat in place of colours over the radiograph
+    signed: bool = False  # evidence for and against, in a diverging colormap
 
 
 # ------------------------------------------------------------------------------------------
@@ -1206,11 +1239,6 @@ def normalised(raw_map: np.ndarray) -> np.ndarray:
     return positive / peak if peak > 0 else positive
 
 
-def resized(heatmap: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A heatmap (h, w) at (height, width): bilinear, cell centres aligned, still in [0, 1]."""
-    return np.asarray(Image.fromarray(heatmap).resize((width, height), Image.Resampling.BILINEAR))
-
-
 def target_index(target_class: str | None, class_names: Sequence[str]) -> int | None:
     """The class that --target-class means, by name or index; None stands for the predicted one."""
     if target_class is None:
@@ -1270,14 +1298,10 @@ def explain(classifier: Classifier, radiographs: Sequence[Radiograph], target: i
 
 def explanation(classifier: Classifier, probabilities: np.ndarray, explained: int, raw_map: np.ndarray) -> Explanation:
     return Explanation(
-        title=classifier.title,
-        family=classifier.family.key,
-        architecture=classifier.architecture,
-        checkpoint=printable(classifier.checkpoint.name),
-        accuracy=classifier.accuracy,
-        target_layer=classifier.family.target_layer,
-        is_demo=is_demo(classifier.checkpoint),
-        class_names=classifier.class_names,
+        model=Model(
+            classifier.family, classifier.architecture, classifier.checkpoint, classifier.accuracy,
+            classifier.class_names, classifier.preprocessing, classifier.notes,
+        ),
         probabilities=probabilities,
         explained=explained,
         raw_map=raw_map,
@@ -1289,52 +1313,113 @@ def explanation(classifier: Classifier, probabilities: np.ndarray, explained: in
 # Panels and figures
 # ------------------------------------------------------------------------------------------
 
-FONT = "DejaVu Sans"  # comes with matplotlib, so figures look the same everywhere
-LARGE, BODY, SMALL = 17, 11.5, 9  # points
-INK, MUTED, TRACK, BAR = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#3b6ea5"
-CHANGING_DETAILS = ("Explained class", "Peak of raw map")  # from image to image
+# A page is data: things at places in inches from its top left. matplotlib's renderers draw it, Agg for
+# PNG. Figure, Axes and Text would do, but take several times as long as everything that is in them.
+
+LARGE, BODY, SMALL = 15, 10, 8.5  # points
+LEADING = 1.38 / 72  # inches from line to line for each point of a text's size
+CAPITALS = 0.73 / 72  # inches of a capital's height for each point
+INK, MUTED, TRACK, BAR, FRAME = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#3b6ea5", "#8c8c8c"
+WARNING, TAG = "#a33b00", "#8a4b00"
+MARGIN, GAP = 0.28, 0.14  # inches
+BAR_ROOM = 0.76  # inches for a colour bar, its ticks and its label
+DETAILS_WIDTH = 4.1  # inches, beside panels in a row
+PANEL_AREA = 19  # square inches that a picture takes, whatever its shape
+LONGEST_SIDE = 9  # inches
+BARE_INCHES = 6  # what a bare picture's longer side is taken for when lines are drawn on it
+MIN_COLUMN = 1.9  # inches: room for a panel's title over a narrow picture
+PROBABILITY_ROOM = 2.1  # inches for the list of classes
+OVERLAY_OPACITY = 0.6  # where the heat is greatest; nothing where there is none
+CONTOURS = (0.25, 0.5, 0.75)  # of the heatmap's maximum
+DIVERGING = "RdBu_r"  # for signed maps: blue against, white nothing, red for
+MAX_THUMBNAILS = 24
+SURE = 0.95  # confidence from which a wrong prediction is looked at first
 READING_GUIDE = (  # (place on the colour bar, what it means)
     (1.0, "High attention: raised the score of the explained class"),
     (0.0, "Low attention: counted little or not at all"),
 )
-BACKGROUNDS: dict[tuple[object, ...], Any] = {}  # pages with their fixed texts alone, as matplotlib copies them
-MAX_BACKGROUNDS = 4  # 9 MB each at 150 DPI; two models and their comparison need three
+SIGNED_GUIDE = (
+    (1.0, "Raised the score of the explained class"),
+    (0.0, "Lowered the score of the explained class"),
+)
 READING_ADVICE = (
     "Good: on the fracture line and the bone around it.",
     "Red flag: on borders, markers, text, or nowhere in particular.",
 )
+BOX_LEGEND = ", dashed: the true fracture"
+READERS_CHECK = "☐ Clinical features match: for the reader to judge"
+METHOD_TITLES = {
+    "gradcam": "Grad-CAM",
+    "gradcam++": "Grad-CAM++",
+    "gradcam-hires": "Grad-CAM, high resolution",
+    "ig": "Integrated Gradients",
+    "shap": "SHAP",
+    "lrp": "LRP",
+    "occlusion": "Occlusion",
+}
+SIGNED_METHODS = ("ig", "shap", "lrp", "occlusion")
+
+
+def method_title(key: str) -> str:
+    return METHOD_TITLES[key]
 
 
 @functools.cache
-def drawable_characters() -> frozenset[int]:
-    """The code points that the figures' font can draw."""
-    from matplotlib.font_manager import findfont, get_font
+def plain_matplotlib() -> Any:
+    """matplotlib as it comes: no file, variable or style of the user's reaches the figures.
 
-    return frozenset(get_font(findfont(FONT)).get_charmap())
+    A file matplotlibrc of the working directory is read before all others, so it is imported in the
+    folder that holds matplotlib's own.
+    """
+    from importlib.util import find_spec
+
+    os.environ["MPLBACKEND"] = "agg"
+    spec = find_spec("matplotlib")
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # the working directory is gone, and no file in it
+            stack.enter_context(contextlib.chdir(Path(spec.origin).parent / "mpl-data"))
+        import matplotlib
+    matplotlib.rcdefaults()
+    matplotlib.rcParams.update({"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "explainability", "text.hinting": "none"})
+    return matplotlib
+
+
+# Texts
+
+
+@functools.cache
+def font_file(bold: bool) -> str:
+    """DejaVu Sans, which comes with matplotlib, so that figures look the same everywhere."""
+    return str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' * bold}.ttf"))
+
+
+@functools.cache
+def advances(bold: bool) -> dict[str, float]:
+    """Width of each character that the figures' font can draw, in inches for each point of size."""
+    from matplotlib.ft2font import FT2Font, LoadFlags
+
+    font = FT2Font(font_file(bold))
+    glyphs = {chr(code): font.load_glyph(index, flags=LoadFlags.NO_SCALE) for code, index in font.get_charmap().items()}
+    return {character: glyph.horiAdvance / font.units_per_EM / 72 for character, glyph in glyphs.items()}
 
 
 def drawable(text: str) -> str:
     """Text in which every character that the figures' font lacks is shown as an escape."""
-    known = drawable_characters()
+    known = advances(False)
     return "".join(
-        character if ord(character) in known else character.encode("unicode_escape").decode()
+        character if character in known else character.encode("unicode_escape").decode()
         for character in printable(text)
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def text_width(text: str, points: float, bold: bool) -> float:
-    """Width of a line of text in inches."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    font = FontProperties(family=FONT, size=points, weight="bold" if bold else "normal")
-    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
+def text_width(text: str, points: float, bold: bool = False) -> float:
+    """Inches that a line of drawable text takes; kerning is left out."""
+    widths = advances(bold)
+    return points * sum(widths[character] if character in widths else widths["M"] for character in text)
 
 
 def elided(text: str, points: float, inches: float, bold: bool = False) -> str:
-    """Text cut in the middle until it fits; both ends of a name tell something."""
-    text = drawable(text)
+    """Drawable text cut in the middle until it fits; both ends of a name tell something."""
     if text_width(text, points, bold) <= inches:
         return text
     low, high = 1, len(text) // 2  # characters kept at each end
@@ -1345,191 +1430,538 @@ def elided(text: str, points: float, inches: float, bold: bool = False) -> str:
     return f"{text[:low]}…{text[-low:]}"
 
 
-def fitted(pixels: np.ndarray, side: int) -> np.ndarray:
-    """A radiograph at the size of a panel: (H, W, 3) -> its longer side `side` pixels."""
-    height, width = pixels.shape[:2]
-    scale = side / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
+def wrapped(text: str, points: float, inches: float, most: int = 2, bold: bool = False) -> list[str]:
+    """A text in at most so many lines, broken at spaces; what does not fit is cut in the middle of the last."""
+    words, lines = drawable(text).split(" "), []
+    while words and len(lines) < most - 1:
+        count = 1
+        while count < len(words) and text_width(" ".join(words[: count + 1]), points, bold) <= inches:
+            count += 1
+        lines.append(elided(" ".join(words[:count]), points, inches, bold))
+        words = words[count:]
+    return lines + [elided(" ".join(words), points, inches, bold)] * bool(words)
+
+
+# What lies on a page
+
+
+@functools.lru_cache(maxsize=4096)
+def text_strip(text: str, points: float, bold: bool, dpi: float) -> np.ndarray:
+    """How much of each pixel a line of text covers, (h, w) uint8; most lines come again on every page."""
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    height, pad = round(1.8 * points / 72 * dpi), round(0.3 * points / 72 * dpi)
+    renderer = RendererAgg(round(text_width(text, points, bold) * dpi) + 2 * pad + 2, height, dpi)
+    font = FontProperties(fname=font_file(bold), size=points)
+    renderer.draw_text(renderer.new_gc(), pad, height - 2 * pad, text, font, 0)
+    return np.array(renderer.buffer_rgba())[:, :, 3]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of text; upright (turned left) ones start at the bottom."""
+
+    x: float
+    baseline: float
+    text: str
+    points: float
+    colour: str
+    is_bold: bool
+    is_upright: bool
+
+    def draw(self, renderer: Any, dpi: float, page_height: float) -> None:
+        from matplotlib.font_manager import FontProperties
+
+        gc, x, y = renderer.new_gc(), self.x * dpi, (page_height - self.baseline) * dpi
+        gc.set_foreground(self.colour)
+        if not is_agg(renderer):
+            font = FontProperties(fname=font_file(self.is_bold), size=self.points)
+            from_top = page_height * dpi - y if renderer.flipy() else y
+            renderer.draw_text(gc, x, from_top, self.text, font, 90 * self.is_upright)
+            return
+        strip, pad = text_strip(self.text, self.points, self.is_bold, dpi), round(0.3 * self.points / 72 * dpi)
+        image = np.empty((*strip.shape, 4), np.uint8)
+        image[:, :, :3], image[:, :, 3] = [round(255 * part) for part in gc.get_rgb()[:3]], strip
+        if self.is_upright:
+            renderer.draw_image(gc, round(x) - len(strip) + 2 * pad, round(y) - pad, np.rot90(image)[::-1])
+        else:
+            renderer.draw_image(gc, round(x) - pad, round(y) - 2 * pad, image[::-1])
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle; a frame of `line` points, or filled without one."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    colour: str | tuple[float, ...]
+    line: float = 0  # points
+    dashes: tuple[float, ...] = ()  # points
+
+    def draw(self, renderer: Any, dpi: float, page_height: float) -> None:
+        from matplotlib.path import Path as Outline
+        from matplotlib.transforms import Affine2D
+
+        gc, up = renderer.new_gc(), page_height - self.y - self.height
+        gc.set_foreground(self.colour)
+        gc.set_linewidth(self.line * dpi / 72)
+        gc.set_joinstyle("miter")
+        if self.dashes:
+            gc.set_dashes(0, [dash * dpi / 72 for dash in self.dashes])
+        place = Affine2D().scale(self.width * dpi, self.height * dpi).translate(self.x * dpi, up * dpi)
+        renderer.draw_path(gc, Outline.unit_rectangle(), place, None if self.line else gc.get_rgb())
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Pixels, copied to the page as they are."""
+
+    x: float
+    y: float
+    pixels: np.ndarray  # (H, W, 3) uint8
+    title: str
+
+    def draw(self, renderer: Any, dpi: float, page_height: float) -> None:
+        height, width = self.pixels.shape[:2]
+        finer = renderer.get_image_magnification()  # pixels of a picture for each unit of the page
+        left, bottom = round(self.x * dpi * finer), round((page_height - self.y) * dpi * finer) - height
+        opaque = np.full((height, width, 4), 255, np.uint8)
+        opaque[:, :, :3] = self.pixels[::-1]
+        renderer.draw_image(renderer.new_gc(), left / finer if finer > 1 else left, bottom / finer if finer > 1 else bottom, opaque)
+        hair = 0.5 / 72 * dpi  # a frame around it, so that white borders end somewhere
+        corner, size = (left / finer - hair / 2, bottom / finer - hair / 2), (width / finer + hair, height / finer + hair)
+        inches = (corner[0] / dpi, page_height - (corner[1] + size[1]) / dpi, size[0] / dpi, size[1] / dpi)
+        Box(*inches, FRAME, 0.5).draw(renderer, dpi, page_height)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Lines of equal heat over a picture, dark below and light above, so that they show on every grey."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    heat: np.ndarray  # (h, w) in [0, 1]
+    colours: tuple[tuple[float, ...], ...]  # one a level of CONTOURS
+
+    def draw(self, renderer: Any, dpi: float, page_height: float) -> None:
+        from matplotlib.transforms import Affine2D
+
+        rows, columns = self.heat.shape
+        across, up = self.width * dpi / columns, self.height * dpi / rows
+        place = Affine2D().translate(0.5, 0.5).scale(across, -up).translate(self.x * dpi, (page_height - self.y) * dpi)
+        gc = renderer.new_gc()
+        for outline, colour in zip(contour_lines(self.heat), self.colours):
+            for width, shade in ((2, "black"), (1, colour)):
+                gc.set_linewidth(width * dpi / 72)
+                gc.set_foreground(shade)
+                renderer.draw_path(gc, outline, place, None)
+
+
+def contour_lines(heat: np.ndarray) -> list[Any]:
+    """A matplotlib path for each level of CONTOURS, in cells from the centre of the first."""
+    from matplotlib.figure import Figure
+
+    return Figure().add_subplot().contour(heat, levels=CONTOURS).get_paths()
+
+
+def is_agg(renderer: Any) -> bool:
+    """Whether a renderer makes pixels."""
+    return hasattr(renderer, "buffer_rgba")
+
+
+@dataclass
+class Page:
+    """A page as it is filled, in inches from its top left; lines of text are placed by their top."""
+
+    width: float = 0
+    height: float = 0
+    items: list[Line | Box | Picture | Curves] = dataclasses.field(default_factory=list)
+    details: Box | None = None  # the place of the details panel
+
+    def write(self, x: float, y: float, text: str, points: float = SMALL, colour: str = INK,
+              bold: bool = False, right: bool = False, upright: bool = False) -> None:  # fmt: skip
+        """One line of drawable text, from x on or, if `right`, up to x."""
+        start = x - text_width(text, points, bold) if right else x
+        baseline = y if upright else y + (LEADING / 2 + CAPITALS / 2) * points
+        self.items.append(Line(start, baseline, text, points, colour, bold, upright))
+
+    def paragraph(self, x: float, y: float, text: str, inches: float, most: int = 2, points: float = SMALL,
+                  colour: str = INK, bold: bool = False) -> float:  # fmt: skip
+        """A text in at most so many lines; returns where it ends."""
+        for line in wrapped(text, points, inches, most, bold):
+            self.write(x, y, line, points, colour, bold)
+            y += LEADING * points
+        return y
+
+    def fill(self, x: float, y: float, width: float, height: float, colour: Any) -> None:
+        self.items.append(Box(x, y, width, height, colour))
+
+    def frame(self, x: float, y: float, width: float, height: float, colour: Any = FRAME, line: float = 0.5, dashes: tuple[float, ...] = ()) -> None:
+        self.items.append(Box(x, y, width, height, colour, line, dashes))
+
+    def show(self, x: float, y: float, pixels: np.ndarray, title: str) -> None:
+        self.items.append(Picture(x, y, pixels, title))
+
+
+# Colours
+
+
+def picture_inches(height: float, width: float) -> tuple[float, float]:
+    """Width and height on the page of a picture of this shape."""
+    area = PANEL_AREA * max(1, width / height) ** 0.2  # the titles above wide pictures take more of the page
+    across, down = math.sqrt(area * width / height), math.sqrt(area * height / width)
+    scale = min(1, LONGEST_SIDE / max(across, down))
+    return across * scale, down * scale
+
+
+def fitted(pixels: np.ndarray, dpi: float) -> np.ndarray:
+    """A radiograph (H, W, 3) at the size of a panel."""
+    size = tuple(max(1, round(inches * dpi)) for inches in picture_inches(*pixels.shape[:2]))
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=3))
 
 
 @functools.cache
 def colour_table(colormap: str) -> np.ndarray:
-    """A matplotlib colormap as (256, 3) uint8."""
-    from matplotlib import colormaps
+    """A matplotlib colormap as (256, 3) uint8, however many colours it is made of."""
+    colours = plain_matplotlib().colormaps[colormap](np.linspace(0, 1, 256))
+    return (colours[:, :3] * 255).round().astype(np.uint8)
 
-    return (colormaps[colormap](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+
+def colours_of(style: FigureStyle) -> np.ndarray:
+    return colour_table(DIVERGING if style.signed else style.colormap)
 
 
-def coloured(heatmap: np.ndarray, picture: np.ndarray, colormap: str) -> np.ndarray:
-    """A heatmap (h, w) in colour at the size of `picture`: (H, W, 3) uint8."""
-    levels = resized(heatmap, *picture.shape[:2]) * 255
-    return colour_table(colormap)[levels.round().astype(np.uint8)]
+def drawn_map(explanation: Explanation, style: FigureStyle) -> np.ndarray:
+    """What is drawn of a map: heat in [0, 1] or, signed, evidence for and against in [-1, 1]."""
+    peak = np.abs(explanation.raw_map).max()
+    return explanation.raw_map / peak if style.signed and peak > 0 else explanation.heatmap
+
+
+def enlarged(values: np.ndarray, height: int, width: int, low: float = 0) -> np.ndarray:
+    """A map (h, w) at (height, width): bicubic, cell centres aligned, clipped to [low, 1]."""
+    image = Image.fromarray(values.astype(np.float32, copy=False))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).clip(low, 1)
+
+
+def colour_levels(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
+    """A map as places in the table of colours: (height, width) uint8."""
+    values = enlarged(drawn_map(explanation, style), height, width, -1 if style.signed else 0)
+    places = (values + 1) * 127.5 if style.signed else values * 255
+    return places.round().astype(np.uint8)
+
+
+def opacities(style: FigureStyle) -> np.ndarray:
+    """Opacity of each colour over the radiograph, (256,) uint8: it follows the heat, so that cold bone stays as it is."""
+    places = np.arange(256)
+    strength = np.maximum(np.abs(places - 127.5) - 0.5, 0) / 127 if style.signed else places / 255
+    return (OVERLAY_OPACITY * 255 * strength).round().astype(np.uint8)
+
+
+def heatmap_pixels(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
+    """The map alone in colour, (height, width, 3) uint8; grey where there is none."""
+    if not drawn_map(explanation, style).any():
+        return np.full((height, width, 3), 228, np.uint8)
+    return colours_of(style)[colour_levels(explanation, height, width, style)]
+
+
+def overlay_pixels(picture: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
+    """The map in colour over the radiograph (H, W, 3) uint8; a blank map leaves it as it is."""
+    if style.contours or not drawn_map(explanation, style).any():
+        return picture
+    levels = colour_levels(explanation, *picture.shape[:2], style)
+    colours, mask = Image.fromarray(colours_of(style)[levels]), Image.fromarray(opacities(style)[levels])
+    return np.asarray(Image.composite(colours, Image.fromarray(picture), mask))
+
+
+def bare_overlay(pixels: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
+    """The overlay at the radiograph's own size, contours included."""
+    picture, dpi = overlay_pixels(pixels, explanation, style), max(pixels.shape[:2]) / BARE_INCHES
+    page = Page(pixels.shape[1] / dpi, pixels.shape[0] / dpi)
+    add_curves(page, 0, 0, page.width, page.height, explanation, style)
+    return drawn(page, dpi, picture) if page.items else picture
+
+
+# Panels
+
+
+def inches_of(picture: np.ndarray, style: FigureStyle) -> tuple[float, float]:
+    """Width and height of a picture on the page."""
+    return picture.shape[1] / style.dpi, picture.shape[0] / style.dpi
+
+
+def add_curves(page: Page, x: float, y: float, width: float, height: float, explanation: Explanation, style: FigureStyle) -> None:
+    """Contours, where they are asked for and the map has any."""
+    if style.contours and explanation.heatmap.any():
+        rows = 128 if height < width else round(128 * min(height / width, 8))
+        columns = 128 if width <= height else round(128 * min(width / height, 8))
+        colours = tuple(tuple(colour_table(style.colormap)[round(255 * level)] / 255) for level in CONTOURS)
+        page.items.append(Curves(x, y, width, height, enlarged(explanation.heatmap, rows, columns), colours))
+
+
+def add_boxes(page: Page, x: float, y: float, width: float, height: float, boxes: Sequence[Sequence[float]]) -> None:
+    """Outlines of what is known to be there: (left, top, right, bottom) in fractions of the picture."""
+    for left, top, right, bottom in boxes:
+        place = (x + left * width, y + top * height, (right - left) * width, (bottom - top) * height)
+        page.frame(*place, "black", 1.8)
+        page.frame(*place, "white", 0.9, (3, 2))
+
+
+def add_title(page: Page, x: float, y: float, title: str, inches: float, room: float) -> None:
+    """A panel's title in its room above y, its last line next to the picture."""
+    lines = wrapped(title, BODY, inches)
+    page.paragraph(x, y - 0.06 - LEADING * BODY * len(lines), title, inches, points=BODY)
+
+
+def title_room(titles: Sequence[str], inches: float) -> float:
+    """Inches that the titles of a row of panels need."""
+    return 0.08 + LEADING * BODY * max(len(wrapped(title, BODY, inches)) for title in titles)
+
+
+def draw_heatmap(page: Page, x: float, y: float, picture: np.ndarray, explanation: Explanation, style: FigureStyle,
+                 boxes: Sequence[Sequence[float]], title: str) -> None:  # fmt: skip
+    """The map alone, at the size of the picture; a map with a remark says it."""
+    width, height = inches_of(picture, style)
+    page.show(x, y, heatmap_pixels(explanation, *picture.shape[:2], style), title)
+    add_boxes(page, x, y, width, height, boxes)
+    if explanation.remark:
+        room = max(width, MIN_COLUMN) - 0.3
+        lines = wrapped(explanation.remark, SMALL, room, 4)
+        wide, high = max(text_width(line, SMALL) for line in lines), LEADING * SMALL * len(lines)
+        left, top = x + max(0, (width - wide) / 2), y + max(0, (height - high) / 2)
+        page.fill(left - 0.1, top - 0.08, wide + 0.2, high + 0.16, "white")
+        page.frame(left - 0.1, top - 0.08, wide + 0.2, high + 0.16)
+        page.paragraph(left, top, explanation.remark, room, 4)
+
+
+def draw_overlay(page: Page, x: float, y: float, picture: np.ndarray, explanation: Explanation, style: FigureStyle,
+                 boxes: Sequence[Sequence[float]], title: str) -> None:  # fmt: skip
+    """The map over the radiograph."""
+    place = (x, y, *inches_of(picture, style))
+    page.show(x, y, overlay_pixels(picture, explanation, style), title)
+    add_curves(page, *place, explanation, style)
+    add_boxes(page, *place, boxes)
+
+
+def draw_colour_bar(page: Page, x: float, y: float, height: float, style: FigureStyle) -> None:
+    """The scale of the heatmaps, its greatest value at the top; none beside a picture too low for its ticks."""
+    if height < 0.3:
+        return
+    levels = np.linspace(255, 0, round(height * style.dpi)).round().astype(np.uint8)
+    page.show(x, y, colours_of(style)[np.repeat(levels[:, None], round(0.16 * style.dpi), axis=1)], "")
+    for place in (0, 0.5, 1) if height > 0.5 else (0, 1):
+        value = 2 * place - 1 if style.signed else place
+        page.write(x + 0.22, y + (1 - place) * height - LEADING * SMALL / 2, f"{value:g}", SMALL)
+    label = "against    evidence    for" if style.signed else "relative importance"
+    length = text_width(label, SMALL)
+    if height > length + 0.1:
+        page.write(x + 0.62, y + (height + length) / 2, label, SMALL, MUTED, upright=True)
+
+
+# The details panel
+
+
+def prediction_block(page: Page, x: float, y: float, width: float, explanation: Explanation, style: FigureStyle) -> float:
+    """The prediction, and a line and a bar for each of the likeliest classes; returns where they end."""
+    points = LARGE if text_width(drawable(explanation.prediction), LARGE, bold=True) < 1.8 * width else BODY + 2
+    y = page.paragraph(x, y - 0.06, explanation.prediction, width, points=points, bold=True)
+    page.write(x, y, f"Confidence: {explanation.confidence:.2%}", BODY)
+    y += 0.32
+    stop, listed = y + PROBABILITY_ROOM, 0
+    for index in explanation.ranking:
+        lines = wrapped(explanation.class_names[index], BODY, width - 0.8, bold=True)
+        needed = LEADING * BODY * len(lines) + 0.17
+        if listed and y + needed > stop:
+            break
+        probability, is_bold = float(explanation.probabilities[index]), index == explanation.predicted
+        page.write(x + width, y, f"{probability:.2%}", BODY, bold=is_bold, right=True)
+        below = page.paragraph(x, y, explanation.class_names[index], width - 0.8, points=BODY, bold=is_bold)
+        page.fill(x, below, width, 0.075, TRACK)
+        page.fill(x, below, width * probability, 0.075, BAR)
+        y, listed = y + needed, listed + 1
+    if rest := explanation.ranking[listed:]:
+        together = float(explanation.probabilities[rest].sum())
+        page.write(x, y - 0.03, f"and {len(rest)} more, together {together:.2%}", SMALL, MUTED)
+        y += 0.17
+    return y + 0.05
+
+
+def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str, str]]:
+    """What the details panel lists: (label, value)."""
+    model, raw = explanation.model, explanation.raw_map
+    h, w = raw.shape
+    lines = [
+        ("Explained class", explanation.explained_text),
+        ("Model", model.architecture),
+        ("Checkpoint", model.checkpoint.name),
+        ("", model.accuracy + " (synthetic test images)" * model.is_demo),
+        ("Method", method_title(explanation.method)),
+        ("Target layer", model.family.target_layer),
+        ("Map", f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"),
+        ("Peak of raw map", f"{raw.max():.3g}{' (the colours are relative to it)' * (not style.signed)}"),
+        ("Sum of raw map", f"{raw.sum():.3g}, must be {explanation.owed:.3g}" if explanation.owed is not None else ""),
+        ("Negative share", f"{negative_share(raw):.0%} of the map's magnitude"),
+    ]
+    left_out = {
+        "Target layer": not explanation.method.startswith("gradcam"),
+        "Peak of raw map": bool(not explanation.heatmap.any()),
+        "Sum of raw map": explanation.owed is None,
+        "Negative share": explanation.method not in SIGNED_METHODS,
+    }
+    return [(label, value) for label, value in lines if not left_out.get(label)]
+
+
+def negative_share(raw_map: np.ndarray) -> float:
+    """Share of a signed map's magnitude that speaks against the explained class."""
+    magnitude = float(np.abs(raw_map).sum())
+    return float(np.maximum(-raw_map, 0).sum()) / magnitude if magnitude else 0.0
+
+
+def provenance_block(page: Page, x: float, y: float, width: float, explanation: Explanation, style: FigureStyle) -> float:
+    """Where the map came from, and what its reader must know."""
+    for label, value in detail_lines(explanation, style):
+        page.write(x, y, label, SMALL, MUTED)
+        y = page.paragraph(x + 1.15, y, value, width - 1.15) + 0.01
+    for remark in explanation.remarks:
+        y = page.paragraph(x, y + 0.03, remark, width, 3)
+    return y + 0.1
+
+
+def check_title(finding: Finding) -> str:
+    return finding.check.replace("_", " ")
+
+
+def findings_block(page: Page, x: float, y: float, width: float, explanation: Explanation, style: FigureStyle) -> float:
+    """The checks of the map: those flagged in words, the others in one line, and what only the reader can judge."""
+    if not explanation.findings:
+        return y
+    for finding in explanation.findings:
+        if finding.is_flagged:
+            page.write(x, y, "⚠", SMALL, WARNING)
+            y = page.paragraph(x + 0.2, y, finding.text, width - 0.2, 3, colour=WARNING) + 0.03
+    passed = [check_title(finding) for finding in explanation.findings if not finding.is_flagged]
+    if passed:
+        y = page.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
+    return page.paragraph(x, y, READERS_CHECK, width) + 0.1
+
+
+def guide_block(page: Page, x: float, y: float, width: float, explanation: Explanation, style: FigureStyle) -> float:
+    """How to read the colours; nothing where there are none."""
+    if not drawn_map(explanation, style).any():
+        return y
+    page.write(x, y, "How to read the heatmap", SMALL, MUTED)
+    y += 0.19
+    for place, text in SIGNED_GUIDE if style.signed else READING_GUIDE:
+        page.fill(x, y + 0.02, 0.22, 0.13, tuple(colours_of(style)[round(255 * place)] / 255))
+        page.frame(x, y + 0.02, 0.22, 0.13)
+        y = max(page.paragraph(x + 0.32, y, text, width - 0.32), y + 0.19)
+    contours = ("Lines at 25, 50 and 75 % of the maximum.",) * style.contours
+    for text in (*contours, *READING_ADVICE):
+        y = page.paragraph(x, y + 0.01, text, width)
+    return y + 0.05
+
+
+def draw_details(page: Page, x: float, y: float, width: float, explanation: Explanation, style: FigureStyle) -> float:
+    """The panel of text, in two columns where it is wide; returns where it ends."""
+    if width < 6:
+        columns = [(prediction_block, findings_block, provenance_block, guide_block)]
+    else:
+        columns = [(prediction_block, findings_block), (provenance_block, guide_block)]
+    inches = (width - 0.3 * (len(columns) - 1)) / len(columns)
+    ends = []
+    for number, blocks in enumerate(columns):
+        end = y
+        for block in blocks:
+            end = block(page, x + number * (inches + 0.3), end, inches, explanation, style)
+        ends.append(end)
+    return max(ends)
+
+
+# Figures
+
+
+def draw_header(page: Page, title: str, name: str, is_demo: bool, beside: float = 0) -> float:
+    """The page's title, with a tag for demo networks, and the file's name; returns where they end.
+
+    So many inches at the right of the page are left to what lies `beside`.
+    """
+    room, tag = page.width - 2 * MARGIN - beside, 0.75 * is_demo
+    lines = wrapped(title, LARGE, room - tag, bold=True)
+    y = page.paragraph(MARGIN, 0.16, title, room - tag, points=LARGE, bold=True)
+    right, middle = MARGIN + text_width(lines[-1], LARGE, bold=True) + 0.15, y - LEADING * LARGE / 2
+    if is_demo:
+        page.fill(right, middle - 0.115, 0.6, 0.23, TAG)
+        page.write(right + 0.08, middle - LEADING * BODY / 2, "DEMO", BODY, "white", bold=True)
+        right += tag
+    name = drawable(name)
+    if text_width(name, BODY) < MARGIN + room - right:  # beside the title, else below it
+        page.write(right, middle - LEADING * BODY / 2 + 0.04, name, BODY, MUTED)
+        return y + 0.08
+    page.write(MARGIN, y - 0.02, elided(name, BODY, room), BODY, MUTED)
+    return y + 0.28
+
+
+def draw_footer(page: Page, explanations: Sequence[Explanation], bottom: float, beside: float = 0) -> None:
+    """What stands below every figure; ends the page."""
+    if explanations[0].model.is_demo:
+        text = f"Demo {'networks' if len(explanations) > 1 else 'network'}: {DEMO_NOTICE}."
+    else:
+        text = f"{method_title(explanations[0].method)} shows correlation, not cause. Not for diagnosis."
+    end = page.paragraph(MARGIN, bottom + 0.1, text, page.width - 2 * MARGIN - beside, colour=MUTED)
+    page.height = end + 0.12
 
 
 @dataclass(frozen=True)
-class Panel:
-    """A rectangle of a page, in inches from the bottom left; points inside it are (0, 0) to (1, 1).
+class Arrangement:
+    """Columns and rows of the radiograph, the heatmap, the overlay and the details."""
 
-    A matplotlib Axes would do, but eight of them take longer than everything drawn in them.
-    """
-
-    figure: Figure
-    left: float
-    bottom: float
-    width: float
-    height: float
-
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        """A point of the panel in fractions of the page."""
-        across, up = self.figure.get_size_inches()
-        return (self.left + x * self.width) / across, (self.bottom + y * self.height) / up
-
-    def write(self, x: float, y: float, text: str, points: float, inches: float, **look: Any) -> None:
-        """One line at (x, y), cut in the middle to `inches`; `animated` if it changes from image to image."""
-        line = elided(text, points, inches, bold=look.get("weight") == "bold")
-        self.figure.text(*self.place(x, y), line, fontsize=points, parse_math=False, **{"color": INK, "va": "top", **look})
-
-    def fill(self, x: float, y: float, width: float, height: float, colour: Any) -> None:
-        """A rectangle of one colour, its bottom left at (x, y)."""
-        from matplotlib.patches import Rectangle
-
-        (x0, y0), (x1, y1) = self.place(x, y), self.place(x + width, y + height)
-        self.figure.add_artist(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, edgecolor="none", animated=True))
-
-    def show(self, pixels: np.ndarray, title: str) -> None:
-        """A picture (H, W, 3) uint8, pixel for pixel in the middle of the panel, under its title."""
-        (height, width), dpi = pixels.shape[:2], self.figure.dpi
-        left = round((self.left + self.width / 2) * dpi - width / 2)
-        bottom = round((self.bottom + self.height / 2) * dpi - height / 2)
-        self.figure.add_artist(picture_class()(pixels, left, bottom, title))
-        # The title sits on its picture, not on the top of a panel that a wide picture leaves empty.
-        top = (bottom + height) / dpi - self.bottom
-        self.write(0.5, top / self.height + 0.02, title, BODY, self.width, ha="center", va="bottom")
+    cells: tuple[tuple[int, int], ...]
 
 
-@functools.cache
-def picture_class() -> type[Artist]:
-    """An artist that copies pixels to the page as they are; matplotlib's own images are resampled."""
-    from matplotlib.artist import Artist
-
-    class Picture(Artist):
-        def __init__(self, pixels: np.ndarray, left: int, bottom: int, title: str) -> None:
-            super().__init__()
-            self.pixels, self.left, self.bottom = pixels, left, bottom
-            self.set(label=title, animated=True)
-
-        def draw(self, renderer: Any) -> None:
-            opaque = np.full((*self.pixels.shape[:2], 1), 255, np.uint8)
-            upwards = np.concatenate([self.pixels, opaque], axis=2)[::-1]  # as Agg draws
-            renderer.draw_image(renderer.new_gc(), self.left, self.bottom, upwards)
-
-    return Picture
+ROW = Arrangement(((0, 0), (1, 0), (2, 0), (3, 0)))
+GRID = Arrangement(((0, 0), (1, 0), (0, 1), (1, 1)))
+STACK = Arrangement(((0, 0), (0, 1), (0, 2), (0, 3)))
 
 
-def draw_heatmap(panel: Panel, picture: np.ndarray, explanation: Explanation, style: FigureStyle, title: str) -> None:
-    """The heatmap alone, at the size of the picture; a map with a remark says it."""
-    panel.show(coloured(explanation.heatmap, picture, style.colormap), title)
-    if explanation.remark:
-        frame = {"facecolor": "white", "edgecolor": MUTED, "boxstyle": "round,pad=0.6"}
-        panel.write(0.5, 0.5, explanation.remark, SMALL, panel.width - 0.3, ha="center", va="center", bbox=frame, animated=True)
+def arrangement_of(aspect: float) -> Arrangement:
+    """What fills the page best for pictures of this width over height."""
+    return ROW if aspect < 0.6 else GRID if aspect < 2 else STACK
 
 
-def draw_overlay(panel: Panel, picture: np.ndarray, explanation: Explanation, style: FigureStyle, title: str) -> None:
-    """The heatmap over the radiograph; a blank map leaves the radiograph as it is."""
-    if explanation.heatmap.any():
-        colours = coloured(explanation.heatmap, picture, style.colormap)
-        picture = np.asarray(Image.blend(Image.fromarray(picture), Image.fromarray(colours), OVERLAY_WEIGHT))
-    panel.show(picture, title)
-
-
-def draw_colour_bar(panel: Panel, style: FigureStyle) -> None:
-    """The scale of the heatmaps: 0 at the bottom, 1 at the top."""
-    height, width = round(panel.height * style.dpi), round(panel.width * style.dpi)
-    levels = np.linspace(255, 0, height).round().astype(np.uint8)
-    panel.show(colour_table(style.colormap)[np.repeat(levels[:, None], width, axis=1)], "")
-    for value in (0, 0.5, 1):
-        panel.write(1.4, value, f"{value:g}", SMALL, 1, va="center")
-    panel.write(3.6, 0.25, "relative importance", SMALL, 2, color=MUTED, rotation=90, va="center", ha="center")
-
-
-def draw_probabilities(panel: Panel, explanation: Explanation, top: float) -> float:
-    """A line and a bar for each of the likeliest classes from `top` down; returns where they end."""
-    listed = explanation.ranking[:MAX_LISTED_CLASSES]
-    step = 0.115 if len(listed) < 3 else 0.088
-    for index in listed:
-        weight = "bold" if index == explanation.predicted else "normal"
-        probability = float(explanation.probabilities[index])
-        panel.write(0, top, explanation.class_names[index], BODY, 3.5, weight=weight, animated=True)
-        panel.write(1, top, f"{probability:.2%}", BODY, 1, weight=weight, ha="right", animated=True)
-        panel.fill(0, top - 0.7 * step, 1, 0.018, TRACK)
-        panel.fill(0, top - 0.7 * step, probability, 0.018, BAR)
-        top -= step
-    return top
-
-
-def detail_lines(explanation: Explanation) -> list[tuple[str, str]]:
-    """What the details panel lists: (label, value)."""
-    h, w = explanation.heatmap.shape
-    return [
-        ("Explained class", explanation.explained_text),
-        ("Model", explanation.architecture),
-        ("Checkpoint", explanation.checkpoint),
-        ("", explanation.accuracy),
-        ("Target layer", f"{explanation.target_layer}, {h}×{w} grid: one cell is 1/{h * w} of the image"),
-        ("Peak of raw map", f"{explanation.raw_map.max():.3g} (the colours are relative to it)"),
-    ]
-
-
-def draw_details(panel: Panel, explanation: Explanation, style: FigureStyle) -> None:
-    """The panel of text: prediction, probabilities, provenance and how to read the colours."""
-    panel.write(0, 1, "Prediction", SMALL, 4, color=MUTED)
-    panel.write(0, 0.955, explanation.prediction, LARGE, panel.width, weight="bold", animated=True)
-    panel.write(0, 0.88, f"Confidence: {explanation.confidence:.2%}", BODY, 4, animated=True)
-    top = draw_probabilities(panel, explanation, top=0.79) - 0.01
-    for label, value in detail_lines(explanation):
-        panel.write(0, top, label, SMALL, 1.2, color=MUTED)
-        panel.write(0.26, top, value, SMALL, panel.width * 0.74, animated=label in CHANGING_DETAILS)
-        top -= 0.046
-    panel.write(0, top - 0.02, "How to read the heatmap", SMALL, 4, color=MUTED)
-    for place, text in READING_GUIDE:
-        top -= 0.055
-        panel.fill(0, top - 0.048, 0.05, 0.03, colour_table(style.colormap)[int(255 * place)] / 255)
-        panel.write(0.08, top - 0.017, text, SMALL, panel.width * 0.92)
-    for text in READING_ADVICE:
-        top -= 0.046
-        panel.write(0, top - 0.025, text, SMALL, panel.width)
-
-
-def footer_text(explanations: Sequence[Explanation]) -> str:
-    """What stands below every figure."""
-    if explanations[0].is_demo:
-        return f"Demo {'networks' if len(explanations) > 1 else 'network'}: {DEMO_NOTICE}."
-    return "Grad-CAM shows correlation, not cause. Not for diagnosis."
-
-
-def new_figure(width: float, height: float, style: FigureStyle, title: str, name: str, footer: str) -> Figure:
-    """A page of width x height inches with its title, the file's name and a footer."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=style.dpi, facecolor="white")
-    write = functools.partial(figure.text, ha="center", va="center", parse_math=False)
-    write(0.5, 1 - 0.32 / height, elided(title, LARGE, width - 0.6, bold=True), fontsize=LARGE, weight="bold", color=INK, animated=True)
-    write(0.5, 1 - 0.62 / height, elided(name, BODY, width - 0.6), fontsize=BODY, color=MUTED, animated=True)
-    write(0.5, 0.2 / height, footer, fontsize=SMALL, color=MUTED)
-    return figure
-
-
-def explanation_figure(picture: np.ndarray, name: str, explanation: Explanation, style: FigureStyle) -> Figure:
+def explanation_figure(picture: np.ndarray, name: str, explanation: Explanation, style: FigureStyle,
+                       boxes: Sequence[Sequence[float]] = ()) -> Page:  # fmt: skip
     """The 4-panel figure: radiograph, heatmap, overlay, prediction details."""
-    figure = new_figure(10, 10, style, f"Grad-CAM: {explanation.title}", name, footer_text([explanation]))
-    side, top, bottom = PANEL_INCHES, 4.9, 0.45
-    Panel(figure, 0.4, top, side, side).show(picture, "Original X-ray")
-    draw_heatmap(Panel(figure, 4.9, top, side, side), picture, explanation, style, "Grad-CAM Heatmap")
-    draw_colour_bar(Panel(figure, 9.15, top, 0.15, side), style)
-    draw_overlay(Panel(figure, 0.4, bottom, side, side), picture, explanation, style, "Overlay (Model Focus)")
-    draw_details(Panel(figure, 4.95, bottom, 4.65, side), explanation, style)
-    return figure
+    width, height = inches_of(picture, style)
+    arrangement, column = arrangement_of(width / height), max(width, MIN_COLUMN)
+    method, explained = method_title(explanation.method), explanation.class_names[explanation.explained]
+    titles = ("Original X-ray", f"{method} Heatmap: {explained}", f"Overlay (Model Focus){BOX_LEGEND * bool(boxes)}")
+    room = title_room(titles, column)
+    across = [MARGIN + number * (column + GAP) + BAR_ROOM * (number > 1) for number in range(4)]
+    details_width = DETAILS_WIDTH if arrangement is ROW else column + BAR_ROOM - 0.1
+    page = Page(across[arrangement.cells[3][0]] + details_width + MARGIN)
+    beside = details_width + GAP if arrangement is ROW else 0  # the details take the page's whole height there
+    top = draw_header(page, f"{method}: {explanation.model.title}", name, explanation.model.is_demo, beside) + room
+    places = [(across[across_number], top + row * (room + height + GAP / 2)) for across_number, row in arrangement.cells]
+    for (x, y), title in zip(places, titles):
+        add_title(page, x, y, title, column, room)
+    page.show(*places[0], picture, titles[0])
+    draw_heatmap(page, *places[1], picture, explanation, style, boxes, titles[1])
+    if explanation.heatmap.any():
+        draw_colour_bar(page, places[1][0] + width + 0.12, places[1][1], height, style)
+    draw_overlay(page, *places[2], picture, explanation, style, boxes, titles[2])
+    x, y = places[3][0], MARGIN if arrangement is ROW else places[3][1] - room + 0.06
+    end = draw_details(page, x, y, details_width, explanation, style)
+    bottom = max(end, *(place[1] + height for place in places[:3]))
+    draw_footer(page, [explanation], bottom if arrangement is not ROW else places[0][1] + height, beside)
+    page.height = max(page.height, end + 0.12)
+    page.details = Box(x - GAP / 2, y - 0.06, page.width - x + GAP / 2, bottom - y + 0.06, "none")
+    if arrangement is ROW:
+        page.details = Box(x - GAP / 2, 0, page.width - x + GAP / 2, page.height, "none")
+    return page
 
 
 def agree(explanations: Sequence[Explanation]) -> bool:
@@ -1542,27 +1974,348 @@ def agreement_text(explanations: Sequence[Explanation]) -> str:
     first, second = explanations
     if agree(explanations):
         return f"Both models agree: {first.prediction}"
-    return f"Models disagree: {first.title} says {first.prediction}, {second.title} says {second.prediction}"
+    return f"Models disagree: {first.model.title} says {first.prediction}, {second.model.title} says {second.prediction}"
 
 
 def row_heading(explanation: Explanation) -> str:
-    heading = f"{explanation.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
+    heading = f"{explanation.model.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
     if explanation.explained != explanation.predicted:
         heading += f" (explained class: {explanation.class_names[explanation.explained]})"
     return heading
 
 
-def comparison_figure(picture: np.ndarray, name: str, explanations: Sequence[Explanation], style: FigureStyle) -> Figure:
-    """The 6-panel figure: a row for each model of radiograph, heatmap and overlay."""
-    figure = new_figure(14, 10.8, style, agreement_text(explanations), name, footer_text(explanations))
-    side = PANEL_INCHES
-    for explanation, bottom in zip(explanations, (5.4, 0.45)):
-        Panel(figure, 0.4, bottom, 13.2, side).write(0, 1.1, row_heading(explanation), BODY, 13.2, weight="bold", va="center", animated=True)
-        Panel(figure, 0.2, bottom, side, side).show(picture, "Original")
-        draw_heatmap(Panel(figure, 4.6, bottom, side, side), picture, explanation, style, "Heatmap")
-        draw_overlay(Panel(figure, 9.0, bottom, side, side), picture, explanation, style, "Overlay")
-        draw_colour_bar(Panel(figure, 13.25, bottom, 0.15, side), style)
-    return figure
+def flags_text(explanation: Explanation) -> str:
+    """What the checks flagged, in one line; empty where nothing was."""
+    return "; ".join(finding.text for finding in explanation.findings if finding.is_flagged)
+
+
+def comparison_figure(picture: np.ndarray, name: str, explanations: Sequence[Explanation], style: FigureStyle,
+                      boxes: Sequence[Sequence[float]] = (), overlap: Finding | None = None) -> Page:  # fmt: skip
+    """The 6-panel figure: a row for each model of radiograph, heatmap and overlay.
+
+    `overlap` says how far the two maps agree, which is another thing than the same class.
+    """
+    width, height = inches_of(picture, style)
+    column = max(width, MIN_COLUMN)
+    across = [MARGIN + number * (column + GAP) for number in range(3)]
+    page = Page(across[2] + column + BAR_ROOM + 0.1)
+    inches = page.width - 2 * MARGIN
+    title = agreement_text(explanations) if agree(explanations) else "Models disagree"
+    y = draw_header(page, title, name, explanations[0].model.is_demo)
+    if overlap is not None:
+        colour = WARNING if overlap.is_flagged else MUTED
+        y = page.paragraph(MARGIN, y - 0.04, "⚠ " * overlap.is_flagged + overlap.text, inches, colour=colour) + 0.06
+    for explanation in explanations:
+        titles = ("Original", f"Heatmap: {explanation.class_names[explanation.explained]}", f"Overlay{BOX_LEGEND * bool(boxes)}")
+        y = page.paragraph(MARGIN, y, row_heading(explanation), inches, points=BODY, bold=True)
+        if flags_text(explanation):
+            y = page.paragraph(MARGIN, y, f"⚠ {flags_text(explanation)}", inches, colour=WARNING)
+        room = title_room(titles, column)
+        y += room
+        for x, panel_title in zip(across, titles):
+            add_title(page, x, y, panel_title, column, room)
+        page.show(across[0], y, picture, titles[0])
+        draw_heatmap(page, across[1], y, picture, explanation, style, boxes, titles[1])
+        draw_overlay(page, across[2], y, picture, explanation, style, boxes, titles[2])
+        if drawn_map(explanation, style).any():
+            draw_colour_bar(page, across[2] + width + 0.12, y, height, style)
+        y += height + 0.16
+    draw_footer(page, explanations, y - 0.16)
+    return page
+
+
+def map_overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """Agreement of two maps (h, w), the sum of the smaller shares of heat: 1 the same, 0 no place in common.
+
+    Maps of different grids are compared on the coarser one.
+    """
+    size = min(one.shape[::-1], other.shape[::-1])
+    grids = [np.asarray(Image.fromarray(each).resize(size, Image.Resampling.BOX)) for each in (one, other)]
+    sums = [float(grid.sum()) for grid in grids]
+    return float(np.minimum(grids[0] / sums[0], grids[1] / sums[1]).sum()) if all(sums) else 0.0
+
+
+def sum_text(explanation: Explanation) -> str:
+    """A map's sum beside what it must be."""
+    total = f"sum {explanation.raw_map.sum():.3g}"
+    return total if explanation.owed is None else f"{total}, must be {explanation.owed:.3g}"
+
+
+def draw_overlaps(page: Page, x: float, y: float, explanations: Sequence[Explanation]) -> float:
+    """A table of how far each two maps agree; returns where it ends."""
+    titles = [method_title(explanation.method) for explanation in explanations]
+    y = page.paragraph(x, y, "Agreement of each two maps: 1 the same places, 0 none in common", page.width - x - MARGIN, points=BODY)
+    first, cell = 2.1, 0.62
+    for number, (title, explanation) in enumerate(zip(titles, explanations)):
+        top = y + 0.28 + 0.28 * number
+        page.write(x, top + 0.05, f"{number + 1}  {title}", SMALL)
+        page.write(x + first + number * cell + 0.27, y + 0.06, str(number + 1), SMALL, MUTED)
+        for place, other in enumerate(explanations):
+            shared = map_overlap(explanation.heatmap, other.heatmap)
+            page.fill(x + first + place * cell, top, cell - 0.03, 0.25, shade(shared))
+            page.write(x + first + place * cell + 0.15, top + 0.05, f"{shared:.2f}", SMALL, ink_on(shared))
+    return y + 0.28 + 0.28 * len(explanations)
+
+
+def shade(share: float) -> tuple[float, ...]:
+    """White for 0 to the bars' blue for 1."""
+    return tuple(1 - share * (1 - part) for part in (0.23, 0.43, 0.65))
+
+
+def ink_on(share: float) -> str:
+    return "white" if share > 0.6 else INK
+
+
+def methods_figure(picture: np.ndarray, name: str, explanations: Sequence[Explanation], costs: Sequence[str],
+                   style: FigureStyle, boxes: Sequence[Sequence[float]] = ()) -> Page:  # fmt: skip
+    """One model's maps by several methods over the same radiograph, and how far they agree.
+
+    `costs` says in words what each method took.
+    """
+    full = Image.fromarray(picture)
+    small = np.asarray(full.resize(tuple(max(1, round(0.7 * side)) for side in full.size), Image.Resampling.BILINEAR))
+    width, height = inches_of(small, style)
+    column, model = max(width, 2.4), explanations[0].model
+    most = max(2, min(4, round(14 / column)), -(-(len(explanations) + 1) // 3))
+    page = Page(2 * MARGIN + most * (column + GAP) + BAR_ROOM - GAP)
+    explained = explanations[0].class_names[explanations[0].explained]
+    y = draw_header(page, f"{model.title}: evidence for {explained}", name, model.is_demo) + title_room(["X"], column)
+    pitch = height + 3 * LEADING * SMALL + title_room(["X"], column)
+    titles = ["Original X-ray", *(method_title(explanation.method) for explanation in explanations)]
+    for number, title in enumerate(titles):
+        x, top = MARGIN + number % most * (column + GAP), y + number // most * pitch
+        add_title(page, x, top, title, column, 0)
+        if number == 0:
+            page.show(x, top, small, title)
+            continue
+        explanation = explanations[number - 1]
+        draw_overlay(page, x, top, small, explanation, style, boxes, title)
+        end = page.paragraph(x, top + height + 0.05, f"{costs[number - 1]}; {sum_text(explanation)}", column)
+        page.paragraph(x, end, explanation.remark, column, 1, colour=WARNING)
+    draw_colour_bar(page, MARGIN + most * (column + GAP) - GAP - column + width + 0.12, y, height, style)
+    y += (-(-len(titles) // most)) * pitch - title_room(["X"], column)
+    end = draw_overlaps(page, MARGIN, y + 0.15, explanations)
+    draw_footer(page, explanations[:1], end)
+    return page
+
+
+# The contact sheet of a run
+
+
+def probability_of(row: dict[str, str], model: Model) -> float:
+    """The confidence that a row of the table holds for a model."""
+    return max(float(row[f"{model.family.key}_p_{name}"]) for name in model.class_names)
+
+
+def looked_at_first(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> list[dict[str, str]]:
+    """Rows in the order that a person should look at them: wrong and confident, disagreements, the rest of the wrong, flagged maps."""
+
+    def rank(row: dict[str, str]) -> tuple[int, float]:
+        wrong = [probability_of(row, model) for model in models if row[f"{model.family.key}_correct"] == "no"]
+        kinds = (any(sure >= SURE for sure in wrong), row.get("agree") == "no", bool(wrong), bool(row_flags(row, models)))
+        return kinds.index(True) if any(kinds) else len(kinds), -max(wrong, default=0)
+
+    ranked = sorted((rank(row), number) for number, row in enumerate(rows) if not row["error"])
+    return [rows[number] for (kind, _), number in ranked if kind < 4][:MAX_THUMBNAILS]
+
+
+def row_flags(row: dict[str, str], models: Sequence[Model]) -> str:
+    """The checks that a row of the table says are flagged."""
+    columns = [f"{model.family.key}_flags" for model in models]
+    flags = ", ".join(row[column] for column in columns if row.get(column))
+    blank = [model.title for model in models if row.get(f"{model.family.key}_blank_map") == "yes"]
+    return flags or "".join(f"blank map of {' and of '.join(blank)}" if blank else "")
+
+
+def draw_confusion(page: Page, x: float, y: float, width: float, rows: Sequence[dict[str, str]], model: Model) -> None:
+    """How often each true class (a row) was predicted as each class (a column)."""
+    keys = [class_key(name) for name in model.class_names]
+    counts = Counter((class_key(row["true_class"]), class_key(row[f"{model.family.key}_predicted"])) for row in rows if row["true_class"])
+    first, few = 1.25, len(keys) <= 3
+    cell = (width - first) / len(keys)
+    page.write(x + first, y, "predicted as", SMALL, MUTED)
+    top = y + 0.2 + (0.32 if few else 0.18)
+    high = min(0.5, 1.7 / len(keys))
+    for number, name in enumerate(model.class_names):
+        heading = name if few else str(number + 1)
+        page.paragraph(x + first + number * cell, y + 0.2, heading, cell - 0.06)
+        total = sum(counts[keys[number], key] for key in keys) or 1
+        if high > 0.15:
+            label = name if few else f"{number + 1} {name}"
+            page.paragraph(x, top + number * high + (high - 0.17 * len(wrapped(label, SMALL, first - 0.1))) / 2, label, first - 0.1)
+        for place, key in enumerate(keys):
+            count = counts[keys[number], key]
+            box = (x + first + place * cell, top + number * high, cell - 0.03, high - 0.03)
+            page.fill(*box, shade(count / total))
+            page.frame(*box)
+            if high > 0.15:
+                left = x + first + place * cell + (cell - 0.03 - text_width(str(count), SMALL)) / 2
+                page.write(left, top + number * high + (high - 0.2) / 2, str(count), SMALL, ink_on(count / total))
+
+
+def draw_histogram(page: Page, x: float, y: float, width: float, height: float, rows: Sequence[dict[str, str]], model: Model) -> None:
+    """How confident right (blue) and wrong (orange) predictions are, in steps of 5 % from the least possible confidence."""
+    start = math.floor(20 / len(model.class_names)) / 20
+    bins = round((1 - start) * 20)
+    sides = {"yes": [0] * bins, "no": [0] * bins}
+    for row in rows:
+        if side := sides.get(row[f"{model.family.key}_correct"]):
+            side[min(bins - 1, max(0, math.floor((probability_of(row, model) - start) * 20)))] += 1
+    most, step = max(*sides["yes"], *sides["no"], 1), width / bins
+    page.write(x, y, "Confidence of", SMALL, MUTED)
+    page.write(x + 0.95, y, "right", SMALL, BAR, bold=True)
+    page.write(x + 1.35, y, "and", SMALL, MUTED)
+    page.write(x + 1.65, y, "wrong", SMALL, WARNING, bold=True)
+    page.write(x + 2.15, y, f"predictions, highest bar {most}", SMALL, MUTED)
+    base = y + 0.25 + height
+    for index in range(bins):
+        for side, colour, shift in (("yes", BAR, 0), ("no", WARNING, 0.45)):
+            tall = height * sides[side][index] / most
+            page.fill(x + (index + shift) * step, base - tall, 0.42 * step, tall, colour)
+    page.fill(x, base, width, 0.012, INK)
+    page.write(x, base + 0.05, f"{start:.0%}", SMALL)
+    page.write(x + width, base + 0.05, "100%", SMALL, right=True)
+
+
+def draw_model(page: Page, y: float, rows: Sequence[dict[str, str]], model: Model, mean_map: np.ndarray | None, style: FigureStyle) -> float:
+    """One model's line of the contact sheet; returns where it ends."""
+    known = [row for row in rows if row["true_class"]]
+    right = sum(row[f"{model.family.key}_correct"] == "yes" for row in known)
+    told = f"{right / len(known):.1%} right of {len(known)} images" if known else "no folder is named after a class"
+    page.write(MARGIN, y, f"{model.title}: {told}", BODY, bold=True)
+    y += 0.3
+    if known:
+        draw_confusion(page, MARGIN, y, 4.3, known, model)
+        draw_histogram(page, MARGIN + 4.7, y, 5.2, 1.45, known, model)
+    if mean_map is not None:
+        page.write(MARGIN + 10.4, y, "Mean map of all images", SMALL, MUTED)
+        side = round(1.75 * style.dpi)
+        page.show(MARGIN + 10.4, y + 0.22, colour_table(style.colormap)[(enlarged(mean_map, side, side) * 255).round().astype(np.uint8)], "Mean map")
+    return y + 2.2
+
+
+def draw_thumbnail(page: Page, x: float, y: float, side: float, row: dict[str, str], models: Sequence[Model], picture: np.ndarray | None,
+                   style: FigureStyle) -> None:  # fmt: skip
+    """An image of the contact sheet, with its name, its true class and what each model said."""
+    if picture is not None:
+        image = Image.fromarray(picture)
+        image.thumbnail((round(side * style.dpi),) * 2, Image.Resampling.BILINEAR)
+        page.show(x, y, np.asarray(image), Path(row["file"]).name)
+    y = page.paragraph(x, y + side + 0.06, Path(row["file"]).name, side, 1, bold=True)
+    y = page.paragraph(x, y, f"true: {row['true_class']}", side, 1) if row["true_class"] else y
+    for model in models:
+        said = f"{probability_of(row, model):.1%} {row[f'{model.family.key}_predicted']}"
+        y = page.paragraph(x, y, said, side, 1, colour=WARNING if row[f"{model.family.key}_correct"] == "no" else INK)
+    if flags := row_flags(row, models):
+        page.paragraph(x, y, f"⚠ {flags}", side, 1, colour=WARNING)
+
+
+def summary_figure(rows: Sequence[dict[str, str]], models: Sequence[Model], mean_maps: dict[str, np.ndarray],
+                   thumbnails: dict[str, np.ndarray], style: FigureStyle) -> Page:  # fmt: skip
+    """The contact sheet of a run: how each model did, and the images to look at first.
+
+    `rows` are those of the table; `mean_maps` (h, w) in [0, 1] go by the family's key, `thumbnails` by the row's file.
+    """
+    page, done = Page(13.6), [row for row in rows if not row["error"]]
+    failed = f", {len(rows) - len(done)} failed" * (len(done) < len(rows))
+    y = draw_header(page, f"Run over {len(done)} images{failed}", "", models[0].is_demo)
+    for model in models:
+        y = draw_model(page, y, done, model, mean_maps.get(model.family.key), style) + 0.1
+    first = looked_at_first(done, models)
+    title = "To look at first: wrong and confident, then disagreements, then the rest of the wrong, then flagged maps"
+    page.write(MARGIN, y, title if first else "Nothing to look at first: nothing wrong, nothing flagged, no disagreement", BODY, bold=True)
+    y, side, columns = y + 0.3, 1.98, 6
+    pitch = side + (len(models) + 3) * LEADING * SMALL + 0.2
+    for number, row in enumerate(first):
+        x, top = MARGIN + number % columns * (side + 0.204), y + number // columns * pitch
+        draw_thumbnail(page, x, top, side, row, models, thumbnails.get(row["file"]), style)
+    draw_summary_footer(page, models, y + -(-len(first) // columns) * pitch)
+    return page
+
+
+def draw_summary_footer(page: Page, models: Sequence[Model], bottom: float) -> None:
+    text = f"Demo networks: {DEMO_NOTICE}." if models[0].is_demo else "Not for diagnosis."
+    page.height = page.paragraph(MARGIN, bottom, text, page.width - 2 * MARGIN, colour=MUTED) + 0.12
+
+
+# Files
+
+
+def drawn(page: Page, dpi: float, background: np.ndarray | None = None) -> np.ndarray:
+    """A page as pixels (H, W, 3) uint8, on white or on a background of its size."""
+    plain_matplotlib()
+    from matplotlib.backends.backend_agg import RendererAgg
+
+    renderer = RendererAgg(round(page.width * dpi), round(page.height * dpi), dpi)
+    pixels = np.asarray(renderer.buffer_rgba())
+    pixels[:] = 255
+    if background is not None:
+        pixels[:, :, :3] = background
+    for item in page.items:
+        item.draw(renderer, dpi, renderer.height / dpi)
+    return pixels[:, :, :3]
+
+
+def png(pixels: np.ndarray, dpi: float, digest: str = "") -> bytes:
+    """Pixels (H, W, 3) uint8 as a PNG file, with its resolution and a text chunk named Settings.
+
+    Each row is stored as its difference from the row above (PNG, 2nd edition, section 9.2). Pillow
+    tries all five filters on each row, which takes longer than everything else about a page.
+    """
+    height, width = pixels.shape[:2]
+    values = pixels.reshape(height, 3 * width)
+    rows = np.full((height, 1 + 3 * width), 2, np.uint8)  # a row begins with the number of its filter
+    rows[0, 1:] = values[0]
+    np.subtract(values[1:], values[:-1], out=rows[1:, 1:])
+    per_metre = round(dpi / 0.0254)
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),  # 8 bits, RGB
+        (b"pHYs", struct.pack(">IIB", per_metre, per_metre, 1)),
+        (b"tEXt", b"Digest\0" + digest.encode("latin-1")),
+        (b"IDAT", zlib.compress(rows, PNG_LEVEL)),
+        (b"IEND", b""),
+    )
+    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def vector_file(page: Page, style: FigureStyle, digest: str) -> bytes:
+    """A page as PDF or SVG: texts and lines as such, pictures at the size of their panels; no date in it."""
+    plain_matplotlib()
+    from matplotlib.artist import Artist
+    from matplotlib.figure import Figure
+
+    class Items(Artist):
+        def draw(self, renderer: Any) -> None:
+            for item in page.items:
+                item.draw(renderer, self.get_figure().dpi, page.height)
+
+    figure, file = Figure(figsize=(page.width, page.height), facecolor="white"), io.BytesIO()
+    figure.add_artist(Items())
+    told = {"pdf": {"Keywords": digest, "CreationDate": None}, "svg": {"Identifier": digest, "Date": None}}
+    figure.savefig(file, format=style.format, dpi=style.dpi, metadata=told[style.format])
+    return file.getvalue()
+
+
+def figure_bytes(page: Page, style: FigureStyle, digest: str = "") -> bytes:
+    """A page as a file of the style's format that holds the job's digest."""
+    return png(drawn(page, style.dpi), style.dpi, digest) if style.format == "png" else vector_file(page, style, digest)
+
+
+def digest_of(path: Path) -> str | None:
+    """The digest of the job that a figure was drawn for; None where it is not there or not whole."""
+    try:
+        with open_regular(path) as file:
+            contents = file.read()
+    except (ExplainError, OSError):
+        return None
+    marks = {
+        ".png": rb"tEXtDigest\0(\w*).{4}.{4}IDAT.*IEND.{4}$",
+        ".pdf": rb"/Keywords \((\w*)\).*%%EOF\s*$",
+        ".svg": rb"<dc:identifier>(\w*)</dc:identifier>.*</svg>\s*$",
+    }
+    found = re.search(marks[path.suffix], contents, re.DOTALL)
+    return found[1].decode() if found else None
 
 
 # ------------------------------------------------------------------------------------------
@@ -1601,67 +2354,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def drawn(figure: Figure) -> FigureCanvasAgg:
-    """Draw a page: its fixed texts once for all pages that have the same, then what is `animated`.
-
-    Texts are half of a page's drawing time, and most of them stay from image to image.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    fixed = [text for text in figure.texts if not text.get_animated()]
-    key = (figure.bbox.bounds, *((text.get_text(), text.get_position(), text.get_color()) for text in fixed))
-    if key not in BACKGROUNDS:
-        canvas.draw()
-        if len(BACKGROUNDS) == MAX_BACKGROUNDS or figure.dpi > 200:  # 100 MB and more at 600 DPI
-            BACKGROUNDS.clear()
-        BACKGROUNDS[key] = canvas.copy_from_bbox(figure.bbox)
-    canvas.restore_region(BACKGROUNDS[key])
-    for artist in (*figure.artists, *figure.patches, *figure.texts):
-        if artist.get_animated():
-            figure.draw_artist(artist)
-    return canvas
-
-
-def png(pixels: np.ndarray, dpi: float, settings: str) -> bytes:
-    """Pixels (H, W, 3) uint8 as a PNG file, with its resolution and a text chunk named Settings.
-
-    Each row is stored as its difference from the row above (PNG, 2nd edition, section 9.2). Pillow
-    tries all five filters on each row, which takes longer than everything else about a page.
-    """
-    height, width = pixels.shape[:2]
-    values = pixels.reshape(height, 3 * width)
-    rows = np.full((height, 1 + 3 * width), 2, np.uint8)  # a row begins with the number of its filter
-    rows[0, 1:] = values[0]
-    np.subtract(values[1:], values[:-1], out=rows[1:, 1:])
-    per_metre = round(dpi / 0.0254)
-    chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),  # 8 bits, RGB
-        (b"pHYs", struct.pack(">IIB", per_metre, per_metre, 1)),
-        (b"tEXt", b"Settings\0" + settings.encode("latin-1")),
-        (b"IDAT", zlib.compress(rows, PNG_LEVEL)),
-        (b"IEND", b""),
-    )
-    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
-
-
-def write_page(figure: Figure, path: Path, settings: str = "") -> None:
-    """Draw a figure and write it as PNG, with the job's settings in it."""
-    canvas = drawn(figure)
-    page = png(np.asarray(canvas.buffer_rgba())[:, :, :3], figure.dpi, settings)
-    canvas.renderer = None  # 9 MB that would stay until Python looks for cycles: figure and canvas hold each other
+def write_page(page: Page, path: Path, style: FigureStyle, digest: str = "") -> None:
+    """Draw a page and write it, with the job's digest in it."""
+    contents = figure_bytes(page, style, digest)
     with replacing(path) as file:
-        file.write(page)
-
-
-def settings_of(figure: Path) -> str | None:
-    """The settings that a figure was drawn with; None where it is not there or not whole."""
-    try:
-        with open_regular(figure) as file, Image.open(file, formats=("PNG",)) as page:
-            return page.info.get("Settings")
-    except (ExplainError, OSError, SyntaxError, ValueError):
-        return None
+        file.write(contents)
 
 
 def short_stem(stem: str) -> str:
@@ -1747,7 +2444,7 @@ def write_figure(job: Job, index: int, picture: np.ndarray, explanations: Sequen
         figure = explanation_figure(picture, job.image.name, explanations[index], style)
     else:
         figure = comparison_figure(picture, job.image.name, explanations, style)
-    write_page(figure, job.figures[index], job.settings)
+    write_page(figure, job.figures[index], style, job.settings)
 
 
 def write_figures(job: Job, picture: np.ndarray, explanations: Sequence[Explanation], style: FigureStyle) -> None:
@@ -1837,7 +2534,7 @@ def yes_or_no(value: bool) -> str:
 
 def is_finished(job: Job) -> bool:
     """Whether all files that a job would write are there, the figures drawn with its settings."""
-    return all(settings_of(path) == job.settings for path in job.figures) and all(path.exists() for path in job.maps)
+    return all(digest_of(path) == job.settings for path in job.figures) and all(path.exists() for path in job.maps)
 
 
 def is_row_of(row: dict[str, str], job: Job) -> bool:
@@ -2011,7 +2708,7 @@ def note_lines(path: Path, notes: Sequence[str]) -> list[str]:
 
 
 def panel_picture(radiograph: Radiograph, style: FigureStyle) -> np.ndarray:
-    return fitted(radiograph.pixels, round(PANEL_INCHES * style.dpi))
+    return fitted(radiograph.pixels, style.dpi)
 
 
 def run_single(request: Request) -> tuple[list[str], int]:
