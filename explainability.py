@@ -1862,7 +1862,7 @@ class View:
 def fitted(pixels: np.ndarray, dpi: float) -> np.ndarray:
     """A radiograph (H, W, 3) at the size of a panel: about the same area whatever its shape."""
     rows, columns = pixels.shape[:2]
-    area = PANEL_AREA * max(1, columns / rows) ** 0.2  # wide ones lose more of the page to their titles
+    area = PANEL_AREA * max(1, columns / rows) ** 0.25  # wide ones lose more of the page to their titles
     longest = min(LONGEST_SIDE, math.sqrt(area * max(rows, columns) / min(rows, columns)))
     scale = longest * dpi / max(rows, columns)
     size = max(1, round(columns * scale)), max(1, round(rows * scale))
