@@ -80,6 +80,7 @@ CHECKPOINT_FOLDER = PROJECT / "checkpoints"
 TEST_IMAGES = PROJECT / "data_original" / "test"
 OUTPUT_FOLDER = PROJECT / "explainability_outputs"
 TABLE_NAME = "summary.csv"
+SHEET_STEM = "summary"  # of the contact sheet's name, which ends as the figures' do
 
 CLASS_NAMES = ("Comminuted Fracture", "Simple Fracture")  # index = output of the networks
 INPUT_SIZE = 224  # pixels a side: both networks were trained on squashed squares
@@ -141,6 +142,7 @@ OVERLAY_OPACITY = 0.6  # where the heat is greatest; nothing where there is none
 CONTOURS = (0.25, 0.5, 0.75)  # of the heatmap's maximum
 DIVERGING = "RdBu_r"  # for signed maps: blue against, white nothing, red for
 MAX_THUMBNAILS = 24
+THUMBNAIL_PIXELS = 400  # of what is kept for the contact sheet
 SURE = 0.95  # confidence from which a wrong prediction is looked at first
 PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
 READING_GUIDE = (  # (place on the colour bar, what it means)
@@ -397,6 +399,7 @@ class Job:
     pages: tuple[Page, ...]
     maps: tuple[Path, ...]  # a .npy for each explanation; its .json lies beside it
     digest: str  # of the image's content and of all else that its results depend on
+    panels: tuple[Path, ...] = ()  # bare pictures: radiograph, then heatmap and overlay for each explanation
 
     @property
     def name(self) -> str:
@@ -406,7 +409,7 @@ class Job:
     def outputs(self) -> list[Path]:
         """Every file, in the order of writing: a .json tells that its .npy is whole."""
         notes = [path.with_suffix(".json") for path in self.maps]
-        return [page.path for page in self.pages] + list(self.maps) + notes
+        return [page.path for page in self.pages] + [*self.panels, *self.maps, *notes]
 
 
 @dataclass(frozen=True)
@@ -2271,7 +2274,7 @@ def looked_at_first(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> 
         kinds = surest >= SURE, row.get("agree") == "no", bool(wrong), bool(flags_in(row, models)), True
         return kinds.index(True), -surest
 
-    ranked = sorted(rows, key=order)
+    ranked = sorted((row for row in rows if not row["error"]), key=order)
     return [row for row in ranked if order(row)[0] < 4][:MAX_THUMBNAILS]
 
 
@@ -2304,26 +2307,27 @@ def draw_histogram(
     sheet: Sheet, x: float, y: float, width: float, height: float,
     rows: Sequence[dict[str, str]], model: Model,
 ) -> None:  # fmt: skip
-    """How sure right and wrong predictions are, in steps of 5 % from the least possible confidence."""
+    """How sure right and wrong predictions are, or all where the truth is not known.
+
+    In steps of 5 % from the least possible confidence.
+    """
     lowest = 20 // len(model.class_names)  # in steps
-    looks = {"yes": Look(8.5, BAR, True), "no": Look(8.5, WARNING, True)}
+    right, wrong = Look(8.5, BAR, True), Look(8.5, WARNING, True)
+    looks = {"yes": right, "no": wrong} if rows[0]["true_class"] else {"": right}
+    said = [("right ", right), ("and ", FAINT), ("wrong ", wrong)] if len(looks) > 1 else []
     steps = {side: Counter[int]() for side in looks}
     for row in rows:
         step = math.floor(confidence_in(row, model) * 20 + 1e-9)
         steps[said_by(row, model, "correct")][min(19, max(lowest, step))] += 1
     most = max(max(counts.values(), default=1) for counts in steps.values())
-    right = x
-    for text, look in (
-        ("Confidence of ", FAINT), ("right ", looks["yes"]), ("and ", FAINT), ("wrong ", looks["no"]),
-        (f"predictions; the highest bar is {most}", FAINT),
-    ):  # fmt: skip
-        sheet.write(right, y, text, look)
-        right += text_width(text, look)
+    across = x
+    for text, look in [("Confidence of ", FAINT), *said, (f"predictions; the highest bar is {most}", FAINT)]:
+        sheet.write(across, y, text, look)
+        across += text_width(text, look)
     base, step = y + 0.3 + height, width / (20 - lowest)
     for side, counts in steps.items():
         for place, count in counts.items():
-            left = x + (place - lowest + 0.45 * (side == "no")) * step
-            tall = height * count / most
+            left, tall = x + (place - lowest + 0.45 * (side == "no")) * step, height * count / most
             sheet.fill(left, base - tall, 0.42 * step, tall, looks[side].colour)
     sheet.fill(x, base, width, 0.012, INK)
     sheet.write(x, base + 0.05, f"{lowest / 20:.0%}")
@@ -2342,25 +2346,26 @@ def draw_model(
     y += 0.28
     if known:
         draw_confusion(sheet, MARGIN, y, 4.3, known, model)
-        draw_histogram(sheet, MARGIN + 4.7, y, 5.2, 1.4, known, model)
+    if rows:
+        draw_histogram(sheet, MARGIN + 4.7, y, 5.2, 1.4, known or rows, model)
     if mean_map is not None:
         side = round(1.75 * style.dpi)
         levels = (resized(mean_map, side, side) * 255).round().astype(np.uint8)
-        sheet.write(MARGIN + 10.4, y, "Mean map of all images", FAINT)
+        sheet.write(MARGIN + 10.4, y, "Mean map of this run", FAINT)
         sheet.show(MARGIN + 10.4, y + 0.22, colour_table(style.colormap)[levels], "Mean map")
-    return y + (2.2 if known or mean_map is not None else 0.1)
+    return y + (2.2 if rows else 0)
 
 
 def draw_thumbnail(
     sheet: Sheet, x: float, y: float, inches: float, row: dict[str, str], models: Sequence[Model],
-    picture: np.ndarray | None, dpi: float,
+    seen: tuple[np.ndarray, Explanation] | None, style: FigureStyle,
 ) -> None:  # fmt: skip
     """An image to look at, with its name, its true class and what each model said."""
     name = Path(row["file"]).name
-    if picture is not None:
-        image = Image.fromarray(picture)
-        image.thumbnail((round(inches * dpi),) * 2, Image.Resampling.BILINEAR)
-        sheet.show(x, y, np.asarray(image), name)
+    if seen is not None:
+        overlay = Image.fromarray(bare_overlay(*seen, style))
+        overlay.thumbnail((round(inches * style.dpi),) * 2, Image.Resampling.BILINEAR)
+        sheet.show(x, y, np.asarray(overlay), name)
     y = sheet.paragraph(x, y + inches + 0.06, name, inches, Look(8.5, INK, True), 1)
     if row["true_class"]:
         y = sheet.paragraph(x, y, f"true: {row['true_class']}", inches, SMALL, 1)
@@ -2373,12 +2378,12 @@ def draw_thumbnail(
 
 def summary_figure(
     rows: Sequence[dict[str, str]], models: Sequence[Model], mean_maps: dict[str, np.ndarray],
-    thumbnails: dict[str, np.ndarray], style: FigureStyle,
+    seen: dict[str, tuple[np.ndarray, Explanation]], style: FigureStyle,
 ) -> Sheet:  # fmt: skip
     """The contact sheet of a run: how each model did, and the images to look at first.
 
-    `rows` are those of the table; mean maps (h, w) in [0, 1] go by the family's key, thumbnails
-    (H, W, 3) uint8 by the row's file.
+    `rows` are those of the table; mean maps (h, w) in [0, 1] go by the family's key, what was seen
+    (pictures (H, W, 3) uint8, with the explanation to show) by the row's file.
     """
     sheet, done, columns, inches = Sheet(13.6), [row for row in rows if not row["error"]], 6, 1.98
     failed = f", {len(rows) - len(done)} failed" * (len(done) < len(rows))
@@ -2392,7 +2397,7 @@ def summary_figure(
     pitch = inches + (len(models) + 3) * SMALL.leading + 0.2
     for number, row in enumerate(first):
         place = MARGIN + number % columns * (inches + 0.204), y + 0.28 + number // columns * pitch
-        draw_thumbnail(sheet, *place, inches, row, models, thumbnails.get(row["file"]), style.dpi)
+        draw_thumbnail(sheet, *place, inches, row, models, seen.get(row["file"]), style)
     text = f"Demo networks: {DEMO_NOTICE}." if is_from_demo else "Not for diagnosis."
     y += 0.28 + -(-len(first) // columns) * pitch
     sheet.height = sheet.paragraph(MARGIN, y, text, sheet.width - 2 * MARGIN, FAINT) + 0.12
@@ -2551,27 +2556,32 @@ def file_mark(path: Path) -> tuple[int, str]:
 
 def make_jobs(
     images: Sequence[Path], labels: Sequence[str], keys: Sequence[str], folder: Path,
-    maps: bool, figures: bool, asked: object,
+    kinds: Sequence[str], ending: str, asked: object,
 ) -> list[Job]:  # fmt: skip
     """A job for each image, known by its label; `asked` is all that results depend on beside the image.
+
+    It writes outputs of these kinds: figures, whose names have this ending, maps and panels.
 
     Raises ExplainError where an output would replace one of the images.
     """
     prefixes = {f"gradcam_{key}": (index,) for index, key in enumerate(keys)}
     prefixes |= {"comparison": tuple(range(len(keys)))} if len(keys) > 1 else {}
-    shown_by = prefixes if figures else {}
+    shown_by = prefixes if "figures" in kinds else {}
+    bare = ["radiograph", *(f"{kind}_{key}" for key in keys for kind in ("heatmap", "overlay"))]
     jobs = [
         Job(
             image,
             label,
-            tuple(Page(folder / f"{prefix}_{stem}.png", shows) for prefix, shows in shown_by.items()),
-            tuple(folder / f"map_{key}_{stem}.npy" for key in keys if maps),
+            tuple(Page(folder / f"{prefix}_{stem}.{ending}", shows) for prefix, shows in shown_by.items()),
+            tuple(folder / f"map_{key}_{stem}.npy" for key in keys if "maps" in kinds),
             digest_of(asked, file_mark(image)),
+            tuple(folder / f"{prefix}_{stem}.png" for prefix in bare if "panels" in kinds),
         )
         for image, label, stem in zip(images, labels, output_stems(labels))
     ]
     inputs = {os.path.realpath(image) for image in images}
-    for path in (folder / TABLE_NAME, *(path for job in jobs for path in job.outputs)):
+    written = folder / TABLE_NAME, folder / f"{SHEET_STEM}.{ending}"
+    for path in (*written, *(path for job in jobs for path in job.outputs)):
         if os.path.realpath(path) in inputs:
             cause = "is an input of this run and would be replaced"
             raise refusal(path, cause, "choose another --output-dir")
@@ -2602,6 +2612,29 @@ def write_page(result: Result, page: Page, style: FigureStyle) -> None:
         cause = f"not enough memory to draw it at {style.dpi} DPI"
         raise refusal(page.path, cause, "choose a smaller --dpi") from error
     with replacing(page.path) as file:
+        file.write(content)
+
+
+def write_panels(result: Result, style: FigureStyle) -> None:
+    """The radiograph, and each model's heatmap and overlay, as bare pictures of the radiograph's own size."""
+    pixels = load_radiograph(result.job.image).pixels
+    pictures = [pixels]
+    for explanation in result.explanations:
+        pictures.append(heatmap_pixels(explanation, *pixels.shape[:2], style))
+        pictures.append(bare_overlay(pixels, explanation, style))
+    for path, picture in zip(result.job.panels, pictures):
+        content = png(picture, style.dpi, result.job.digest)
+        with replacing(path) as file:
+            file.write(content)
+
+
+def write_contact_sheet(
+    path: Path, rows: Sequence[dict[str, str]], highlights: Highlights, style: FigureStyle
+) -> None:
+    """The contact sheet of a run. Raises ExplainError where it cannot be written."""
+    sheet = summary_figure(rows, highlights.models, highlights.mean_maps, highlights.seen, style)
+    content = figure_bytes(sheet, style)
+    with replacing(path) as file:
         file.write(content)
 
 
@@ -2710,7 +2743,7 @@ def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
             row[f"{model.family.key}_p_{name}"] = f"{probability:.6f}"
     if len(models) > 1:
         row["agree"] = yes_or_no(agree(result.explanations))
-    files = [page.path.name for page in job.pages] + [path.name for path in job.maps]
+    files = [path.name for path in job.outputs if path.suffix != ".json"]
     return row | {"digest": job.digest, "outputs": ";".join(files)}
 
 
@@ -2826,8 +2859,9 @@ def single_lines(result: Result) -> list[str]:
     for page in result.job.pages[len(result.explanations) :]:
         lines += ["📊 Creating comparison visualization..."]
         lines += [f"✅ Comparison saved: {shown(page.path)}", ""]
+    lines += [f"✅ Picture saved: {shown(path)}" for path in result.job.panels]
     lines += [f"✅ Map saved: {shown(path)}" for path in result.job.maps]
-    return lines + [""] * bool(result.job.maps)
+    return lines + [""] * bool(result.job.panels or result.job.maps)
 
 
 def summary_lines(result: Result) -> list[str]:
@@ -3004,6 +3038,8 @@ def explain_jobs(
                 told = dataclasses.replace(result, inputs=())
                 ready = [page for page in result.job.pages if max(page.shows) == index and not result.error]
                 begun += [submit(write_page, told, page, style) for page in ready]
+                if index == len(classifiers) - 1 and result.job.panels and not result.error:
+                    begun.append(submit(write_panels, told, style))
         yield from zip(results, drawings)
 
 
@@ -3037,6 +3073,40 @@ def written(result: Result, drawings: Sequence[Future[None]]) -> Result:
     return result
 
 
+@dataclass
+class Highlights:
+    """What the contact sheet takes from the results of a run, no more than it can show."""
+
+    models: Sequence[Model]
+    heat: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # sum of the heatmaps, by family
+    seen: dict[str, tuple[np.ndarray, Explanation]] = dataclasses.field(default_factory=dict)  # by label
+
+    @property
+    def mean_maps(self) -> dict[str, np.ndarray]:
+        return {key: normalised(heat) for key, heat in self.heat.items()}
+
+    def add(self, result: Result, rows: Sequence[dict[str, str]]) -> None:
+        """Count a result in, and forget the pictures of those that others push from the sheet."""
+        for explanation in result.explanations:
+            key = explanation.model.family.key
+            self.heat[key] = self.heat.get(key, 0) + explanation.heatmap
+        self.look_at(result)
+        if len(self.seen) > 2 * MAX_THUMBNAILS:
+            first = looked_at_first(rows, self.models)
+            self.seen = {row["file"]: self.seen[row["file"]] for row in first if row["file"] in self.seen}
+
+    def look_at(self, result: Result) -> None:
+        """Keep the picture of a result, with the surest wrong explanation or else the first."""
+        if result.error:
+            return
+        truth = true_class(result.job.image, self.models[0].class_names)
+        wrong = [each for each in result.explanations if truth and not is_right(each, truth)]
+        picture = Image.fromarray(result.picture)
+        picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+        shown_one = max(wrong or result.explanations[:1], key=lambda each: each.confidence)
+        self.seen[result.job.label] = np.asarray(picture), shown_one
+
+
 def done_here(function: Callable[..., None], *arguments: object) -> Future[None]:
     """Call a function at once, in this process, as an executor would elsewhere."""
     future: Future[None] = Future()
@@ -3061,7 +3131,7 @@ def drawing_pool(processes: int) -> Iterator[Submit]:
     # Ctrl-C is not for them, from their start: what they have begun they finish, what waits is dropped.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for _ in range(processes):
-        pool.submit(text_strip, "", SMALL.points, SMALL.is_bold, 150)  # so they start now, while the networks are loaded
+        pool.submit(text_strip, "", 9, False, 150)  # so they start now, while the networks are loaded
     signal.signal(signal.SIGINT, handler)
     try:
         yield pool.submit
@@ -3115,6 +3185,7 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
         models = [classifier.model for classifier in classifiers]
         targets = [target_index(args.target_class, model.class_names) for model in models]
         batch = args.batch_size or DEFAULT_BATCH[classifiers[0].device.type]
+        highlights, sheet = Highlights(models), args.output_dir / f"{SHEET_STEM}.{args.format}"
         with results_table(request, models, args.output_dir, args.skip_existing) as (rows, jobs, append):
             started, finished = time.monotonic(), len(rows)
             results = written_results(explain_jobs(jobs, classifiers, targets, batch, request.style, submit))
@@ -3122,14 +3193,24 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
                 for result in results:
                     rows.append(table_row(result, models))
                     append(rows[-1])
+                    highlights.add(result, rows)
                     report(bar, result, request.is_single, args.quiet)
                     bar.update()
+            spent = time.monotonic() - started
+            if not (request.is_single or args.no_figures) and (jobs or not sheet.exists()):
+                first = {row["file"] for row in looked_at_first(rows, models)} - set(highlights.seen)
+                again = [Job(job.image, job.label, (), (), "") for job in request.jobs if job.label in first]
+                for result, _ in explain_jobs(again, classifiers, targets, batch, request.style, submit):
+                    highlights.look_at(result)
+                submit(write_contact_sheet, sheet, rows, highlights, request.style).result()
     status = int(any(row["error"] for row in rows))
     if request.is_single:
         return [] if status else summary_lines(result), status
     fresh = sum(not row["error"] for row in rows[finished:])
-    lines = run_lines(rows, models, fresh, time.monotonic() - started)
-    return [*lines, f"Table: {shown(args.output_dir / TABLE_NAME)}"], status
+    lines = run_lines(rows, models, fresh, spent)
+    files = [f"Table: {shown(args.output_dir / TABLE_NAME)}"]
+    files += [f"Contact sheet: {shown(sheet)}"] * (not args.no_figures)
+    return [*lines, *files], status
 
 
 def report(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
@@ -3268,6 +3349,15 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
             "resolution of the figures (default: 150)",
             {"type": whole_number(30, 1200), "default": 150, "metavar": "N"},
         ),
+        "--format": (
+            "kind of the figures' files; pdf and svg for print (default: png)",
+            {"choices": ("png", "pdf", "svg"), "default": "png"},
+        ),
+        "--contours": ("lines of equal heat over the radiograph, not colours", {"action": "store_true"}),
+        "--save-panels": (
+            "also write radiograph, heatmap and overlay as bare pictures of the radiograph's size",
+            {"action": "store_true"},
+        ),
         "--no-figures": ("numbers alone", {"action": "store_true"}),
         "--save-maps": (
             "also write the raw maps, before the ReLU, as .npy with a .json beside each",
@@ -3399,12 +3489,14 @@ def checked_request(args: argparse.Namespace) -> Request:
         check_image_path(images[0])
     checkpoints, notes = chosen_checkpoints(args)
     check_output_folder(args.output_dir)
-    style = FigureStyle(args.colormap, args.dpi)
+    style = FigureStyle(args.colormap, args.dpi, args.format, args.contours)
     labels = [content_label(image) if args.anonymous else str(image) for image in images]
     marks = [(family.key, file_mark(path)) for family, path in checkpoints]
     asked = marks, args.target_class, args.class_names, style
     keys = [family.key for family, _ in checkpoints]
-    jobs = make_jobs(images, labels, keys, args.output_dir, args.save_maps, not args.no_figures, asked)
+    wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
+    kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
+    jobs = make_jobs(images, labels, keys, args.output_dir, kinds, args.format, asked)
     return Request(tuple(jobs), is_single, tuple(checkpoints), style, tuple(notes))
 
 

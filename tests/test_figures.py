@@ -410,7 +410,7 @@ def test_flagged_checks_are_told_in_words_and_the_others_in_one_line():
     figure = explanation_figure(view(), an_explanation(findings=FLAGGED))
     said = words(figure)
     assert DARK in said and "⚠" in said
-    assert "Passed: border, focus" in said and "10 % of the heat" not in said
+    assert "Passed: border, focus" in said.splitlines() and "10 % of the heat" not in said
     assert line_with(figure, DARK[:20]).look.colour == explainability.WARNING
     assert "☐ Clinical features match" in said
 
@@ -449,6 +449,8 @@ def test_methods_figure_has_a_panel_with_cost_and_sum_for_each_method():
         assert [picture.title for picture in pictures(figure)] == ["Original X-ray", "Grad-CAM", "Integrated Gradients", "LRP", "SHAP"]
         said = words(figure).replace("\n", " ")
         assert "32 passes; sum 1, must be 1.5" in said and "1,024 passes; sum 2, must be 1.5" in said
+    shares = [line.text for line in lines(figure) if re.fullmatch(r"[01]\.\d\d", line.text)]
+    assert " ".join(shares) == "1.00 1.00 0.00 0.50 1.00 1.00 0.00 0.50 0.00 0.00 1.00 0.50 0.50 0.50 0.50 1.00"
 
 
 def test_overlap_of_maps_by_arithmetic():
@@ -593,7 +595,8 @@ def test_rows_of_the_comparison_show_the_model_that_they_name():
         assert heatmap.pixels[hot, hot, 0] > heatmap.pixels[hot, hot, 2]
         assert heatmap.pixels[cold, cold, 0] < heatmap.pixels[cold, cold, 2]
         overlay = next(picture for picture in pictures(figure) if picture.title == "Overlay" and picture.y == heatmap.y)
-        assert overlay.pixels[hot, hot, 0] > overlay.pixels[hot, hot, 2] + 50
+        red, _, blue = overlay.pixels[hot, hot].astype(int)
+        assert red > blue + 50
 
 
 def test_white_pictures_end_in_a_frame():
@@ -689,12 +692,15 @@ ROWS = [
 
 
 def contact_sheet(rows: list[dict[str, str]], thumbnails: dict[str, np.ndarray] | None = None) -> Sheet:
-    return summary_figure(rows, models(), {"convnext": CORNER, "efficientnet": OTHER_CORNER}, thumbnails or {}, STYLE)
+    maps = {"convnext": CORNER, "efficientnet": OTHER_CORNER}
+    return summary_figure(rows, models(), maps, {file: (pixels, pair()[0]) for file, pixels in (thumbnails or {}).items()}, STYLE)
 
 
 def test_contact_sheet_shows_first_what_should_be_looked_at_first():
     figure = contact_sheet(ROWS)
     check_layout(figure)
+    assert line_with(figure, "97.0% Comminuted").look == explainability.ALERT  # wrong
+    assert line_with(figure, "70.0% Simple").look == explainability.SMALL  # right
     shown = re.findall(r"^\w+\.png$", words(figure), re.MULTILINE)
     assert shown == ["surest.png", "sure.png", "differ.png", "doubtful.png", "blank.png"]
     assert "Run over 6 images, 1 failed" in words(figure)
@@ -733,7 +739,7 @@ def test_contact_sheet_holds_for_many_classes():
         model = dataclasses.replace(models()[0], class_names=names)
         row = {"file": "a.png", "true_class": names[0], "error": "", "convnext_predicted": names[1], "convnext_correct": "no"}
         row |= {f"convnext_p_{name}": str(1 / count) for name in names}
-        check_layout(summary_figure([row], [model], {}, {"a.png": grey()}, STYLE))
+        check_layout(summary_figure([row], [model], {}, {"a.png": (grey(), pair()[0])}, STYLE))
 
 
 def test_contact_sheet_shows_each_models_mean_map():
