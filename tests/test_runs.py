@@ -151,12 +151,12 @@ def test_figures_of_many_are_those_of_single_runs(explain, folder, tmp_path):
 
 def test_skip_existing_leaves_finished_images_alone(explain, folder, tmp_path, capsys):
     assert explain("--image", folder, "--model", "convnext") == 0
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("gradcam_*.png")}
     next(iter(before)).unlink()
     capsys.readouterr()
     assert explain("--image", folder, "--model", "convnext", "--skip-existing") == 0
     assert "left alone: 4 images" in capsys.readouterr().out
-    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("gradcam_*.png")}
     assert after.keys() == before.keys() and sum(after[path] != before[path] for path in before) == 1
     assert len(table(tmp_path)) == 5
 
@@ -462,3 +462,67 @@ def test_a_closed_stdout_ends_quietly(tiny_checkpoints, xray, tmp_path):
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(timeout=60) == 141
+
+
+# Formats, bare pictures and the contact sheet
+
+
+def outputs(tmp_path: Path) -> set[str]:
+    return {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("ending", ("pdf", "svg"))
+def test_figures_come_in_formats_for_print_and_are_left_alone_when_finished(explain, folder, tmp_path, ending):
+    image = folder / "comminuted_fracture" / "b.png"
+    assert explain("--image", image, "--format", ending, "--contours") == 0
+    assert outputs(tmp_path) == {f"{prefix}_b.{ending}" for prefix in FIGURES}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert explain("--image", image, "--format", ending, "--contours", "--skip-existing") == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert explain("--image", image, "--format", ending, "--skip-existing") == 0
+    assert all(path.stat().st_mtime_ns > time for path, time in before.items())
+
+
+def test_bare_pictures_have_the_radiographs_own_size(explain, folder, tmp_path, capsys):
+    image = folder / "comminuted_fracture" / "b.png"
+    assert explain("--image", image, "--save-panels", "--no-figures") == 0
+    prefixes = ["radiograph", *(f"{kind}_{key}" for key in TINY for kind in ("heatmap", "overlay"))]
+    assert outputs(tmp_path) == {f"{prefix}_b.png" for prefix in prefixes}
+    pixels = {prefix: np.asarray(Image.open(tmp_path / "out" / f"{prefix}_b.png")) for prefix in prefixes}
+    assert {each.shape for each in pixels.values()} == {(90, 70, 3)}
+    assert (pixels["radiograph"] == np.asarray(Image.open(image))[:, :, None]).all()
+    assert "overlay_convnext_b.png" in capsys.readouterr().out
+
+
+def test_a_run_ends_with_a_contact_sheet(explain, folder, tmp_path, capsys):
+    assert explain("--image", folder) == 0
+    sheet = tmp_path / "out" / "summary.png"
+    assert Image.open(sheet).size[0] > 1500
+    assert f"Contact sheet: {tool.shown(sheet)}" in capsys.readouterr().out
+    whole = sheet.read_bytes()
+    assert explain("--image", folder, "--skip-existing") == 0
+    assert sheet.read_bytes() == whole  # nothing was left to do
+
+
+def test_contact_sheet_of_a_resumed_run_shows_the_images_of_the_first(explain, folder, tmp_path, monkeypatch):
+    shown = []
+    draw = tool.summary_figure
+    monkeypatch.setattr(tool, "summary_figure", lambda *told: shown.append(told) or draw(*told))
+    monkeypatch.setattr(tool.os, "cpu_count", lambda: 0)  # so that it is drawn in this process
+    monkeypatch.setattr(tool, "MAX_DRAWING_PROCESSES", 0)
+    assert explain("--image", folder) == 0
+    (tmp_path / "out" / "comparison_c.png").unlink()
+    assert explain("--image", folder, "--skip-existing") == 0
+    (rows, _, _, seen, _), (kept_rows, _, _, kept_seen, _) = shown
+    assert sorted(row["file"] for row in rows) == sorted(row["file"] for row in kept_rows)
+    first = {row["file"] for row in tool.looked_at_first(rows, [each.model for _, each in seen.values()][:1])}
+    assert first and first <= set(seen) and first <= set(kept_seen)
+    for file in first:
+        (pixels, one), (kept_pixels, other) = seen[file], kept_seen[file]
+        assert (pixels == kept_pixels).all() and one.model.family == other.model.family
+        assert one.heatmap == pytest.approx(other.heatmap, abs=1e-4)
+
+
+def test_run_without_figures_writes_no_contact_sheet(explain, folder, tmp_path):
+    assert explain("--image", folder, "--no-figures", "--model", "convnext") == 0
+    assert outputs(tmp_path) == {"summary.csv"}
