@@ -175,6 +175,7 @@ class Family:
     landmark: str  # a key that weights of this family have and of others have not
     head: str  # dotted path of the last layer, one output a class
     target_layer: str  # dotted path for torch.nn.Module.get_submodule
+    finer_layer: str  # the last one whose grid has twice as many cells a side
     bullet: str
 
 
@@ -189,6 +190,7 @@ FAMILIES = {
             landmark="stages.0.blocks.0.mlp.grn.weight",
             head="head.fc",
             target_layer="stages.3",  # the last stage
+            finer_layer="stages.2",
             bullet="🔵",
         ),
         Family(
@@ -199,6 +201,7 @@ FAMILIES = {
             landmark="conv_stem.weight",
             head="classifier",
             target_layer="conv_head",
+            finer_layer="blocks.4",
             bullet="🟢",
         ),
     )
@@ -1162,8 +1165,73 @@ def use_exact_float32() -> None:
 
 
 # ------------------------------------------------------------------------------------------
-# Grad-CAM
+# Methods: from one pass of a batch to signed maps
 # ------------------------------------------------------------------------------------------
+
+BLUR = 12 / 224  # sigma of the reference's blur, in parts of the input's side
+CELL = 8  # pixels of the input a side, over which maps of pixels are summed
+POINTS = 32  # on the path of Integrated Gradients
+PLAYERS = 7  # cells a side of SHAP's grid
+COALITIONS = 512  # of those cells, half of them the complements of the others
+WINDOWS = 13  # positions of occlusion's window along a side; it covers 2 x 2 cells of a grid with one more
+SCORE_ROUNDING = 2e-6  # of the largest logit: how far an input's scores lie apart in batches of other sizes
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """What a batch's pass through a network gave: all that a method makes its maps of."""
+
+    network: torch.nn.Module
+    finer_layer: str  # dotted path
+    inputs: torch.Tensor  # (B, 3, S, S)
+    logits: torch.Tensor  # (B, K)
+    explained: torch.Tensor  # (B,) classes whose scores are explained
+    activations: torch.Tensor  # (B, C, h, w) of the target layer
+    gradients: torch.Tensor  # (B, C, h, w) d score / d activations
+    at_once: int  # inputs that memory has room for in one pass
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """(B,) logits of the explained classes."""
+        return chosen(self.logits, self.explained)
+
+    @functools.cached_property
+    def reference(self) -> torch.Tensor:
+        """(B, 3, S, S) what stands for "nothing there": the radiographs without detail.
+
+        Black or grey would lie far from all that the network was trained on.
+        """
+        return blurred(self.inputs)
+
+    @functools.cached_property
+    def reference_logits(self) -> torch.Tensor:
+        """(B, K) logits of the reference."""
+        import torch
+
+        with torch.no_grad():
+            return self.network(self.reference)
+
+    @property
+    def gain(self) -> torch.Tensor:
+        """(B,) how much higher the explained classes score on the radiographs than on the reference."""
+        return self.scores - chosen(self.reference_logits, self.explained)
+
+
+def chosen(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Of logits (N, K) those of one class each: (N,)."""
+    return logits.gather(1, classes[:, None])[:, 0]
+
+
+def blurred(inputs: torch.Tensor) -> torch.Tensor:
+    """Inputs (B, 3, S, S) under a Gaussian blur, which near an edge weighs only pixels that are there."""
+    import torch
+
+    places = torch.arange(inputs.shape[-1], dtype=inputs.dtype, device=inputs.device)
+    kernel = (-(((places[:, None] - places) / (BLUR * len(places))) ** 2) / 2).exp()  # (S, S)
+    kernel /= kernel.sum(dim=1, keepdim=True)
+    smooth = kernel @ inputs @ kernel.T
+    rounding = ROUNDING * inputs.abs().amax(dim=(1, 2, 3), keepdim=True)
+    return smooth.where((smooth - inputs).abs() > rounding, inputs)  # a flat image must be its own reference
 
 
 @contextlib.contextmanager
@@ -1186,17 +1254,369 @@ def captured_activations(layer: torch.nn.Module) -> Iterator[list[torch.Tensor]]
         handle.remove()
 
 
+def layer_gradients(
+    network: torch.nn.Module, layer: str, inputs: torch.Tensor, explained: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """One forward pass, and one backward pass from the class scores to a layer.
+
+    Returns logits (B, K), explained classes (B,): those given, or the predicted ones, and the
+    layer's activations and gradients (B, C, h, w).
+    """
+    import torch
+
+    with captured_activations(network.get_submodule(layer)) as captured, torch.enable_grad():
+        logits = network(inputs)
+        (activations,) = captured
+        explained = logits.argmax(dim=1) if explained is None else explained
+        # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
+        (gradients,) = torch.autograd.grad(chosen(logits, explained).sum(), activations)
+    return logits.detach(), explained, activations.detach(), gradients
+
+
+def forward_pass(classifier: Classifier, inputs: torch.Tensor, target: int | None, at_once: int) -> ForwardPass:
+    """What every method needs of a batch; explains class `target`, or each image's predicted class.
+
+    Raises ExplainError where the network's output is not finite.
+    """
+    import torch
+
+    family, network = classifier.family, classifier.network
+    wanted = None if target is None else torch.full((len(inputs),), target, device=inputs.device)
+    logits, *rest = layer_gradients(network, family.target_layer, inputs, wanted)
+    if not torch.isfinite(logits).all():
+        raise ExplainError(f"{shown(classifier.checkpoint)}: the network's output is not finite; its weights are damaged")
+    return ForwardPass(network, family.finer_layer, inputs, logits, *rest, at_once)
+
+
+# Class activation maps
+
+
 def grad_cam(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """Grad-CAM before the ReLU: (B, C, h, w) twice -> (B, h, w), signed.
 
-    alpha_k = mean over space of the gradients (eq. 1); sum over k of alpha_k A_k (eq. 2). What
-    lies within the rounding error of the sum is zero: noise must not become a heatmap.
+    alpha_k = mean over space of the gradients (eq. 1); sum over k of alpha_k A_k (eq. 2).
     """
-    weights = gradients.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+    return weighted_sum(gradients.mean(dim=(2, 3), keepdim=True), activations)
+
+
+def grad_cam_plus_plus(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """Grad-CAM++ before the ReLU: (B, C, h, w) twice -> (B, h, w), signed.
+
+    alpha = g^2 / (2 g^2 + g^3 sum A) = 1 / (2 + g sum A) (its eq. 19); weights sum(alpha relu(g)).
+    The paper's activations are never negative. Where the sum of these is, it counts as zero: else
+    the denominator could cross zero.
+    """
+    positive = gradients.relu()
+    totals = activations.sum(dim=(2, 3), keepdim=True).relu()
+    return weighted_sum((positive / (2 + positive * totals)).sum(dim=(2, 3), keepdim=True), activations)
+
+
+def weighted_sum(weights: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
+    """Sum over the channels: (B, C, 1, 1) and (B, C, h, w) -> (B, h, w).
+
+    What lies within the rounding error of the sum is zero: noise must not become a heatmap.
+    """
     terms = weights * activations  # (B, C, h, w)
     raw = terms.sum(dim=1)
     rounding = terms.abs().sum(dim=1) * ROUNDING
     return raw.where(raw.abs() > rounding, 0)
+
+
+def finer_grad_cam(seen: ForwardPass) -> torch.Tensor:
+    """Grad-CAM at the target layer times Grad-CAM one stage earlier, both after the ReLU: (B, 2h, 2w).
+
+    The finer map has the edges and is often hot elsewhere; the coarse one says what of it counts.
+    """
+    import torch
+
+    *_, activations, gradients = layer_gradients(seen.network, seen.finer_layer, seen.inputs, seen.explained)
+    finer = grad_cam(activations, gradients).relu()
+    coarse = grad_cam(seen.activations, seen.gradients).relu()[:, None]
+    return finer * torch.nn.functional.interpolate(coarse, finer.shape[1:], mode="bilinear")[:, 0]
+
+
+# Gradients of pixels
+
+
+def input_gradients(network: torch.nn.Module, inputs: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """d score / d inputs (N, 3, S, S), of one class (N,) each."""
+    import torch
+
+    inputs = inputs.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(chosen(network(inputs), classes).sum(), inputs)[0]
+
+
+def summed_over_cells(maps: torch.Tensor) -> torch.Tensor:
+    """Maps of pixels (B, 3, S, S) summed over colours and equal cells: (B, g, g), g = S / CELL; no sum is lost.
+
+    A pixel that lies across an edge counts in parts for both cells.
+    """
+    import torch
+
+    maps = maps.cpu().double().sum(dim=1)  # Apple's GPUs have no float64
+    size = maps.shape[-1]
+    cells, pixels = torch.arange(round(size / CELL))[:, None], torch.arange(size)
+    side = size / len(cells)
+    ends = (pixels + 1).double().minimum((cells + 1) * side)
+    shares = (ends - pixels.double().maximum(cells * side)).clamp(min=0)  # (g, S)
+    return (shares @ maps @ shares.T).float()
+
+
+def integrated_gradients(seen: ForwardPass) -> torch.Tensor:
+    """(x - x') * integral of the gradient from the reference x' to x, by the Gauss-Legendre rule."""
+    import torch
+
+    nodes, weights = (torch.tensor(each / 2, dtype=torch.float32) for each in np.polynomial.legendre.leggauss(POINTS))
+    maps = torch.zeros_like(seen.inputs)
+    for total, reference, difference, explained in zip(maps, seen.reference, seen.inputs - seen.reference, seen.explained):
+        for node, weight in zip(nodes.split(seen.at_once), weights.split(seen.at_once)):
+            node, weight = (each.to(total.device)[:, None, None, None] for each in (node + 0.5, weight))
+            gradients = input_gradients(seen.network, reference + node * difference, explained.expand(len(node)))
+            total += (weight * gradients).sum(dim=0)
+        total *= difference
+    return summed_over_cells(maps)
+
+
+# Layer-wise relevance propagation: the score made linear
+
+
+def held(factor: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """A factor of a batch's first images as a constant, the same for the images after them."""
+    import torch
+
+    return torch.cat([factor.detach()] * (len(inputs) // len(factor)))
+
+
+def held_layer_norm(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    """LayerNorm over the last axis with the first images' standard deviations."""
+    deviations = (inputs[:count].var(dim=-1, unbiased=False, keepdim=True) + layer.eps).sqrt()
+    return (inputs - inputs.mean(dim=-1, keepdim=True)) / held(deviations, inputs) * layer.weight + layer.bias
+
+
+def held_layer_norm_2d(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    return held_layer_norm(layer, count, inputs.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def held_response_norm(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    """Global response normalisation with the first images' factors (Woo et al. 2023, eq. 1 to 3)."""
+    norms = inputs[:count].norm(dim=layer.spatial_dim, keepdim=True)
+    factors = norms / (norms.mean(dim=layer.channel_dim, keepdim=True) + layer.eps)
+    return inputs * (1 + layer.weight.view(layer.wb_shape) * held(factors, inputs)) + layer.bias.view(layer.wb_shape)
+
+
+def held_gelu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return inputs * held(torch.special.ndtr(inputs[:count]), inputs)
+
+
+def held_silu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    return inputs * held(inputs[:count].sigmoid(), inputs)
+
+
+def held_sigmoid(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    """The gate of squeeze-and-excitation."""
+    return held(inputs[:count].sigmoid(), inputs)
+
+
+HELD_LAYERS = {
+    "LayerNorm": held_layer_norm,
+    "LayerNorm2d": held_layer_norm_2d,
+    "GlobalResponseNorm": held_response_norm,
+    "GELU": held_gelu,
+    "SiLU": held_silu,
+    "Sigmoid": held_sigmoid,
+}
+LINEAR_LAYERS = (  # in eval mode, but for what they hold of those above
+    *("Conv2d", "Conv2dSame", "Linear", "BatchNorm2d", "BatchNormAct2d", "AdaptiveAvgPool2d", "SelectAdaptivePool2d"),
+    *("AvgPool2d", "Flatten", "Identity", "Dropout", "Sequential", "Downsample", "GlobalResponseNormMlp", "SqueezeExcite"),
+    *("ConvNeXt", "ConvNeXtStage", "ConvNeXtBlock", "NormMlpClassifierHead"),
+    *("EfficientNet", "ConvBnAct", "EdgeResidual", "InvertedResidual"),
+)
+
+
+@contextlib.contextmanager
+def held_factors(network: torch.nn.Module, count: int) -> Iterator[None]:
+    """Hold all that multiplies at what a batch's first `count` images make of it.
+
+    The scores are then linear in the inputs (Ali et al. 2022). The layers' own forward comes back
+    whatever happens. Raises ExplainError for a network with layers that are not known.
+    """
+    layers = [(layer, type(layer).__name__) for layer in network.modules()]
+    unknown = sorted({name for _, name in layers} - HELD_LAYERS.keys() - set(LINEAR_LAYERS))
+    if unknown:
+        raise ExplainError(f"--method lrp: no rule for {listed(unknown)} in this network; choose another method")
+    swapped = [(layer, HELD_LAYERS[name]) for layer, name in layers if name in HELD_LAYERS]
+    try:
+        for layer, forward in swapped:
+            layer.forward = functools.partial(forward, layer, count)
+        yield
+    finally:
+        for layer, _ in swapped:
+            vars(layer).pop("forward", None)  # the class has its own
+
+
+def relevance(seen: ForwardPass) -> torch.Tensor:
+    """LRP-0: (x - x') times the gradient of the score with all factors held: (B, g, g)."""
+    maps = seen.inputs - seen.reference
+    with held_factors(seen.network, len(maps)):
+        return summed_over_cells(maps * input_gradients(seen.network, seen.inputs, seen.explained))
+
+
+def relevance_owed(seen: ForwardPass) -> torch.Tensor:
+    """How much lower the explained classes score on the reference with the radiographs' factors: (B,)."""
+    import torch
+
+    count = len(seen.inputs)
+    with torch.no_grad(), held_factors(seen.network, count):
+        scores = chosen(seen.network(torch.cat([seen.inputs, seen.reference])), seen.explained.repeat(2))
+    return scores[:count] - scores[count:]
+
+
+# Parts covered
+
+
+def falls(seen: ForwardPass, kept: torch.Tensor) -> torch.Tensor:
+    """How far the scores fall where a radiograph is covered by its reference: (B, M) float64.
+
+    `kept` (M, g, g) bool says which cells of g x g stay as they are.
+    """
+    import torch
+
+    rows = []
+    for image, reference, explained in zip(seen.inputs, seen.reference, seen.explained):
+        parts = []
+        for some in kept[:, None].float().split(seen.at_once):
+            mask = torch.nn.functional.interpolate(some.to(image.device), image.shape[1:]) > 0.5  # nearest: any size
+            with torch.no_grad():
+                parts.append(seen.network(image.where(mask, reference))[:, explained])
+        rows.append(torch.cat(parts))
+    fallen = seen.scores[:, None] - torch.stack(rows)
+    rounding = SCORE_ROUNDING * seen.logits.abs().amax(dim=1, keepdim=True)
+    return fallen.where(fallen.abs() > rounding, 0).cpu().double()
+
+
+def occlusion(seen: ForwardPass) -> torch.Tensor:
+    """Mean fall of the score over the windows that cover a cell: (B, g, g), signed."""
+    import torch
+
+    side = WINDOWS + 1
+    covered = torch.zeros(WINDOWS, WINDOWS, side, side, dtype=torch.bool)
+    for row, column in itertools.product(range(WINDOWS), repeat=2):
+        covered[row, column, row : row + 2, column : column + 2] = True
+    covered = covered.flatten(0, 1)  # (M, g, g)
+    totals = torch.einsum("bm,mij->bij", falls(seen, ~covered), covered.double())
+    return (totals / covered.sum(dim=0)).float()
+
+
+def coalitions(players: int, count: int) -> np.ndarray:
+    """Sets of players (count, players) bool, in pairs of complements, drawn with the chance of SHAP's kernel."""
+    generator = np.random.default_rng(0)  # the same for every image, so that maps can be compared
+    sizes = np.arange(1, players)
+    chances = 1 / (sizes * (players - sizes))  # of a size; within it all sets are alike
+    drawn = generator.choice(sizes, count // 2, p=chances / chances.sum())
+    ranks = generator.random((count // 2, players)).argsort(axis=1)
+    sets = ranks < drawn[:, None]
+    return np.concatenate([sets, ~sets])
+
+
+def shapley_values(sets: np.ndarray, worths: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Least squares for the players' values: sets (M, P) with worths (B, M) -> (B, P) of sum `total` (B,).
+
+    Unweighted, as the draw follows the kernel already. The last player has what the others leave.
+    """
+    sets = sets.astype(float)
+    rest = worths - total[:, None] * sets[:, -1]
+    values = np.linalg.lstsq(sets[:, :-1] - sets[:, -1:], rest.T, rcond=None)[0].T
+    return np.column_stack([values, total - values.sum(axis=1)])
+
+
+def kernel_shap(seen: ForwardPass) -> torch.Tensor:
+    """Shapley values of the cells of a grid, absent cells covered by the reference: (B, PLAYERS, PLAYERS)."""
+    import torch
+
+    sets = coalitions(PLAYERS**2, COALITIONS)
+    total = seen.gain.cpu().double().numpy()
+    fallen = falls(seen, torch.from_numpy(sets).view(-1, PLAYERS, PLAYERS)).numpy()
+    values = shapley_values(sets, total[:, None] - fallen, total)
+    return torch.from_numpy(values).float().view(-1, PLAYERS, PLAYERS)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to tell where the score of a class comes from."""
+
+    key: str  # value of --method, part of the names of files
+    title: str
+    citation: str
+    maps: Callable[[ForwardPass], torch.Tensor]  # signed, (B, h, w)
+    passes: int  # inputs that go through the network for one image, the first pass and the proof among them
+    owed: Callable[[ForwardPass], torch.Tensor] | None = None  # (B,) what the maps must sum to
+    compares: bool = False  # with the reference; evidence against the class counts then as well
+
+
+METHODS = {
+    method.key: method
+    for method in (
+        Method(
+            key="gradcam",
+            title="Grad-CAM",
+            citation="Selvaraju et al., ICCV 2017",
+            maps=lambda seen: grad_cam(seen.activations, seen.gradients),
+            passes=1,
+        ),
+        Method(
+            key="gradcam++",
+            title="Grad-CAM++",
+            citation="Chattopadhay et al., WACV 2018",
+            maps=lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients),
+            passes=1,
+        ),
+        Method(
+            key="gradcam-hires",
+            title="Grad-CAM of two stages",
+            citation="Selvaraju et al., ICCV 2017; the product is this tool's",
+            maps=finer_grad_cam,
+            passes=2,
+        ),
+        Method(
+            key="ig",
+            title="Integrated Gradients",
+            citation="Sundararajan et al., ICML 2017",
+            maps=integrated_gradients,
+            passes=2 + POINTS,
+            owed=lambda seen: seen.gain,
+            compares=True,
+        ),
+        Method(
+            key="shap",
+            title="SHAP",
+            citation="Lundberg & Lee, NeurIPS 2017; Covert & Lee, AISTATS 2021",
+            maps=kernel_shap,
+            passes=2 + COALITIONS,
+            owed=lambda seen: seen.gain,
+            compares=True,
+        ),
+        Method(
+            key="lrp",
+            title="Layer-wise relevance propagation",
+            citation="Bach et al., PLOS ONE 2015; factors held as in Ali et al., ICML 2022",
+            maps=relevance,
+            passes=5,
+            owed=relevance_owed,
+            compares=True,
+        ),
+        Method(
+            key="occlusion",
+            title="Occlusion",
+            citation="Zeiler & Fergus, ECCV 2014",
+            maps=occlusion,
+            passes=2 + WINDOWS**2,
+            compares=True,
+        ),
+    )
+}
 
 
 def normalised(raw_map: np.ndarray) -> np.ndarray:
@@ -1224,28 +1644,7 @@ def target_index(target_class: str | None, class_names: Sequence[str]) -> int | 
     raise ExplainError(f"--target-class {printable(target_class)}: not a class of the network; choose {choices}")
 
 
-def explain_inputs(classifier: Classifier, inputs: torch.Tensor, target: int | None = None) -> tuple[torch.Tensor, ...]:
-    """One forward pass, and one backward pass from the class scores to the target layer.
-
-    Returns probabilities (B, K), the explained classes (B,): `target`, or each image's predicted
-    class, and the raw maps (B, h, w). Raises ExplainError where the network's output is not finite.
-    """
-    import torch
-
-    layer = classifier.network.get_submodule(classifier.family.target_layer)
-    with captured_activations(layer) as captured, torch.enable_grad():
-        logits = classifier.network(inputs)  # (B, K)
-        (activations,) = captured
-        if not torch.isfinite(logits).all():
-            raise ExplainError(f"{shown(classifier.checkpoint)}: the network's output is not finite; its weights are damaged")
-        explained = logits.argmax(dim=1) if target is None else torch.full_like(logits[:, 0], target, dtype=torch.long)
-        # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
-        score = logits.gather(1, explained[:, None]).sum()
-        (gradients,) = torch.autograd.grad(score, activations)
-    return logits.detach().softmax(dim=1), explained, grad_cam(activations.detach(), gradients)
-
-
-def explain_batch(classifier: Classifier, inputs: Sequence[np.ndarray], target: int | None = None) -> list[Explanation]:
+def explain_batch(classifier: Classifier, inputs: Sequence[np.ndarray], target: int | None = None, method: str = "gradcam") -> list[Explanation]:
     """Explain a batch of prepared images, each (3, size, size): class `target`, or each one's predicted class.
 
     Raises ExplainError where the network's output is not finite or memory does not suffice.
@@ -1253,7 +1652,9 @@ def explain_batch(classifier: Classifier, inputs: Sequence[np.ndarray], target: 
     import torch
 
     try:
-        tensors = explain_inputs(classifier, torch.from_numpy(np.stack(inputs)).to(classifier.device), target)
+        batch = torch.from_numpy(np.stack(inputs)).to(classifier.device)
+        seen = forward_pass(classifier, batch, target, DEFAULT_BATCH[classifier.device.type])
+        tensors = seen.logits.softmax(dim=1), seen.explained, METHODS[method].maps(seen)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
