@@ -1174,7 +1174,6 @@ POINTS = 32  # on the path of Integrated Gradients
 PLAYERS = 7  # cells a side of SHAP's grid
 COALITIONS = 512  # of those cells, half of them the complements of the others
 WINDOWS = 13  # positions of occlusion's window along a side; it covers 2 x 2 cells of a grid with one more
-SCORE_ROUNDING = 2e-6  # of the largest logit: how far an input's scores lie apart in batches of other sizes
 
 
 @dataclass(frozen=True)
@@ -1214,7 +1213,8 @@ class ForwardPass:
     @property
     def gain(self) -> torch.Tensor:
         """(B,) how much higher the explained classes score on the radiographs than on the reference."""
-        return self.scores - chosen(self.reference_logits, self.explained)
+        differs = (self.inputs != self.reference).flatten(1).any(dim=1)  # else all difference is rounding
+        return (self.scores - chosen(self.reference_logits, self.explained)).where(differs, 0)
 
 
 def chosen(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
@@ -1230,7 +1230,7 @@ def blurred(inputs: torch.Tensor) -> torch.Tensor:
     kernel = (-(((places[:, None] - places) / (BLUR * len(places))) ** 2) / 2).exp()  # (S, S)
     kernel /= kernel.sum(dim=1, keepdim=True)
     smooth = kernel @ inputs @ kernel.T
-    rounding = ROUNDING * inputs.abs().amax(dim=(1, 2, 3), keepdim=True)
+    rounding = 16 * ROUNDING * inputs.abs().amax(dim=(1, 2, 3), keepdim=True)  # of sums over S pixels, twice
     return smooth.where((smooth - inputs).abs() > rounding, inputs)  # a flat image must be its own reference
 
 
@@ -1446,7 +1446,7 @@ def held_factors(network: torch.nn.Module, count: int) -> Iterator[None]:
     layers = [(layer, type(layer).__name__) for layer in network.modules()]
     unknown = sorted({name for _, name in layers} - HELD_LAYERS.keys() - set(LINEAR_LAYERS))
     if unknown:
-        raise ExplainError(f"--method lrp: no rule for {listed(unknown)} in this network; choose another method")
+        raise ExplainError(f"--method lrp: no rule for {', '.join(unknown)} in this network; choose another method")
     swapped = [(layer, HELD_LAYERS[name]) for layer, name in layers if name in HELD_LAYERS]
     try:
         for layer, forward in swapped:
@@ -1485,16 +1485,16 @@ def falls(seen: ForwardPass, kept: torch.Tensor) -> torch.Tensor:
     import torch
 
     rows = []
-    for image, reference, explained in zip(seen.inputs, seen.reference, seen.explained):
+    for image, reference, explained, score in zip(seen.inputs, seen.reference, seen.explained, seen.scores):
         parts = []
         for some in kept[:, None].float().split(seen.at_once):
             mask = torch.nn.functional.interpolate(some.to(image.device), image.shape[1:]) > 0.5  # nearest: any size
+            covered = image.where(mask, reference)
+            differs = (covered != image).flatten(1).any(dim=1)  # else all difference is rounding
             with torch.no_grad():
-                parts.append(seen.network(image.where(mask, reference))[:, explained])
+                parts.append((score - seen.network(covered)[:, explained]).where(differs, 0))
         rows.append(torch.cat(parts))
-    fallen = seen.scores[:, None] - torch.stack(rows)
-    rounding = SCORE_ROUNDING * seen.logits.abs().amax(dim=1, keepdim=True)
-    return fallen.where(fallen.abs() > rounding, 0).cpu().double()
+    return torch.stack(rows).cpu().double()
 
 
 def occlusion(seen: ForwardPass) -> torch.Tensor:
