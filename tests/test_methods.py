@@ -16,7 +16,17 @@ import pytest
 
 import explainability
 from conftest import TINY
-from explainability import CELL, FAMILIES, HELD_LAYERS, LINEAR_LAYERS, METHODS, PLAYERS, ExplainError, ForwardPass, forward_pass
+from explainability import (
+    CELL,
+    FAMILIES,
+    HELD_LAYERS,
+    LINEAR_LAYERS,
+    METHODS,
+    PLAYERS,
+    ExplainError,
+    ForwardPass,
+    forward_pass,
+)
 
 torch = pytest.importorskip("torch")
 if TYPE_CHECKING:
@@ -24,7 +34,10 @@ if TYPE_CHECKING:
 
 PROVEN = [key for key, method in METHODS.items() if method.owed]
 COMPARING = [key for key, method in METHODS.items() if method.compares]
-SIZES = (*("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "huge"), *("s", "m", "l", "xl", "b0", "b1", "b2", "b3"))
+SIZES = (
+    *("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "huge"),
+    *("s", "m", "l", "xl", "b0", "b1", "b2", "b3"),
+)
 ARCHITECTURES = [f"{'convnextv2' if len(size) > 3 else 'tf_efficientnetv2'}_{size}" for size in SIZES]
 
 
@@ -53,7 +66,10 @@ def livened(network: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def networks(tiny_classifiers: dict[str, Classifier]) -> dict[str, Classifier]:
-    return {key: dataclasses.replace(each, network=livened(each.network)) for key, each in tiny_classifiers.items()}
+    return {
+        key: dataclasses.replace(each, network=livened(each.network))
+        for key, each in tiny_classifiers.items()
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +87,9 @@ def seen_by_function(network: torch.nn.Module, inputs: torch.Tensor) -> ForwardP
     with torch.no_grad():
         logits = network(inputs)
     nothing = torch.zeros(len(inputs), 1, 1, 1)
-    return ForwardPass(network, "", inputs, logits, torch.zeros(len(inputs), dtype=torch.long), nothing, nothing, 4)
+    return ForwardPass(
+        network, "", inputs, logits, torch.zeros(len(inputs), dtype=torch.long), nothing, nothing, 4
+    )
 
 
 def relative(difference: torch.Tensor, scale: torch.Tensor) -> float:
@@ -110,7 +128,9 @@ def test_a_batch_gives_the_maps_of_single_images(networks, key, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_image_gives_the_same_bytes(networks, method):
-    first, second = (METHODS[method].maps(seen_by(networks["efficientnet"], noise(1, 64))).numpy() for _ in range(2))
+    first, second = (
+        METHODS[method].maps(seen_by(networks["efficientnet"], noise(1, 64))).numpy() for _ in range(2)
+    )
     assert first.tobytes() == second.tobytes()
 
 
@@ -141,7 +161,9 @@ def test_no_method_leaves_anything_on_the_network(networks, key, method):
     METHODS[method].maps(seen_by(networks[key], noise(1, 64)))
     for module in networks[key].network.modules():
         assert not module._forward_hooks and "forward" not in vars(module)
-    assert all(weight.grad is None and not weight.requires_grad for weight in networks[key].network.parameters())
+    assert all(
+        weight.grad is None and not weight.requires_grad for weight in networks[key].network.parameters()
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -150,7 +172,9 @@ def test_input_sizes_that_no_grid_divides_are_accepted(networks, method):
     (raw,) = METHODS[method].maps(seen)
     assert raw.isfinite().all() and raw.abs().max() > 0
     if method in ("shap", "lrp"):
-        assert float(raw.double().sum()) == pytest.approx(float(METHODS[method].owed(seen)), rel=1e-3, abs=1e-5)
+        assert float(raw.double().sum()) == pytest.approx(
+            float(METHODS[method].owed(seen)), rel=1e-3, abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -160,7 +184,9 @@ def test_every_size_of_both_families_has_known_layers_and_a_finer_one(architectu
     assert {type(layer).__name__ for layer in network.modules()} <= {*HELD_LAYERS, *LINEAR_LAYERS}
     shapes = []
     for path in (family.target_layer, family.finer_layer):
-        network.get_submodule(path).register_forward_hook(lambda layer, inputs, output: shapes.append(output.shape[2:]))
+        network.get_submodule(path).register_forward_hook(
+            lambda layer, inputs, output: shapes.append(output.shape[2:])
+        )
     network(torch.empty(1, 3, 224, 224, device="meta"))
     assert sorted(shapes) == [(7, 7), (14, 14)]
 
@@ -176,7 +202,9 @@ def test_the_reference_is_the_radiograph_under_a_gaussian_blur_of_12_in_224_pixe
         inputs = noise(1, size)
         expected = ndimage.gaussian_filter(inputs[0, 0].double().numpy(), size * 12 / 224, truncate=6)
         middle = slice(size * 3 // 8, size * 5 // 8)  # out of the edges' reach
-        np.testing.assert_allclose(explainability.blurred(inputs)[0, 0, middle, middle], expected[middle, middle], atol=2e-3)
+        np.testing.assert_allclose(
+            explainability.blurred(inputs)[0, 0, middle, middle], expected[middle, middle], atol=2e-3
+        )
 
 
 def test_a_flat_image_is_its_own_reference():
@@ -215,7 +243,10 @@ def test_grad_cam_plus_plus_is_equation_19(scale):
     activations, gradients = torch.randn((2, 2, 5, 7, 7), generator=torch.Generator().manual_seed(0))
     assert (activations.sum(dim=(2, 3)) < 0).any()
     expected = eq_19(activations, scale * gradients)
-    assert relative(explainability.grad_cam_plus_plus(activations, scale * gradients) - expected, expected) < 1e-5
+    assert (
+        relative(explainability.grad_cam_plus_plus(activations, scale * gradients) - expected, expected)
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("key", FAMILIES)
@@ -261,7 +292,9 @@ def test_integrated_gradients_are_exact_on_linear_and_quadratic_functions(curvat
     network, inputs = Quadratic(curvature), noise(2, 64)
     seen = seen_by_function(network, inputs)
     x, start = inputs.flatten(1), seen.reference.flatten(1)
-    ends = (x @ network.bend + start @ network.bend)[:, None]  # the mean of a straight line's slope is that of its ends
+    ends = (x @ network.bend + start @ network.bend)[
+        :, None
+    ]  # the mean of a straight line's slope is that of its ends
     expected = ((x - start) * (network.slope + curvature * ends * network.bend)).view_as(inputs)
     raw = METHODS["ig"].maps(seen)
     assert relative(raw - pixel_sums(expected), raw) < 1e-5
@@ -274,7 +307,9 @@ def test_integrated_gradients_are_those_of_captum(networks, key):
 
     seen = seen_by(networks[key], noise(1), target=0)
     method = IntegratedGradients(networks[key].network)
-    pixels = method.attribute(seen.inputs, seen.reference, 0, method="gausslegendre", n_steps=explainability.POINTS)
+    pixels = method.attribute(
+        seen.inputs, seen.reference, 0, method="gausslegendre", n_steps=explainability.POINTS
+    )
     raw = METHODS["ig"].maps(seen)
     assert raw.shape == (1, 96 // CELL, 96 // CELL)
     assert relative(raw - pixel_sums(pixels.float()), raw) < 1e-4
@@ -291,7 +326,9 @@ def test_cells_are_equal_and_keep_the_sum(size):
     maps = noise(2, size)
     cells = explainability.summed_over_cells(maps)
     assert cells.shape == (2, round(size / CELL), round(size / CELL))
-    np.testing.assert_allclose(cells.double().sum(dim=(1, 2)), maps.double().sum(dim=(1, 2, 3)), rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(
+        cells.double().sum(dim=(1, 2)), maps.double().sum(dim=(1, 2, 3)), rtol=1e-4, atol=1e-2
+    )
     flat = explainability.summed_over_cells(torch.ones(1, 3, size, size))
     np.testing.assert_allclose(flat, 3 * (size / round(size / CELL)) ** 2, rtol=1e-5)
 
@@ -350,7 +387,12 @@ def test_relevance_sums_to_what_it_owes(networks, key):
 
 def test_relevance_is_what_the_rule_of_each_layer_gives():
     """LRP-0 by its own rule, R_j = sum_k a_j w_jk R_k / z_k, activations passing relevance on."""
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5, bias=False), torch.nn.SiLU(), torch.nn.Linear(5, 1, bias=False))
+    network = torch.nn.Sequential(
+        torch.nn.Flatten(),
+        torch.nn.Linear(48, 5, bias=False),
+        torch.nn.SiLU(),
+        torch.nn.Linear(5, 1, bias=False),
+    )
     pixels, hidden = noise(1, 4), network[:2]
     before = hidden(pixels.view(1, 3, 4, 4)).detach().double()[0]
     after = network[2](before.clone())
@@ -374,7 +416,9 @@ def test_layers_have_their_own_forward_again_after_an_exception(networks, key):
 
 def test_layers_that_multiply_and_are_not_known_are_refused():
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Softplus(), torch.nn.Hardswish())
-    with pytest.raises(ExplainError, match="^--method lrp: no rule for Hardswish, Softplus in this network; "):
+    with pytest.raises(
+        ExplainError, match="^--method lrp: no rule for Hardswish, Softplus in this network; "
+    ):
         with explainability.held_factors(network, 1):
             pass
     assert not any("forward" in vars(module) for module in network.modules())
@@ -469,7 +513,9 @@ def test_shapley_values_are_those_of_enumeration():
 def test_shapley_values_of_an_additive_game_are_exact():
     values = np.random.default_rng(0).normal(size=(1, 49))
     sets = explainability.coalitions(49, 512)
-    np.testing.assert_allclose(explainability.shapley_values(sets, values @ sets.T, values.sum(axis=1)), values, atol=1e-9)
+    np.testing.assert_allclose(
+        explainability.shapley_values(sets, values @ sets.T, values.sum(axis=1)), values, atol=1e-9
+    )
 
 
 def test_coalitions_are_pairs_of_complements_drawn_with_the_kernels_chance():
@@ -516,10 +562,18 @@ def test_full_size_networks_pay_what_they_owe(key):
     import timm
 
     torch.manual_seed(0)
-    network = livened(timm.create_model(FAMILIES[key].full_size.partition(".")[0], num_classes=2).requires_grad_(False))
+    network = livened(
+        timm.create_model(FAMILIES[key].full_size.partition(".")[0], num_classes=2).requires_grad_(False)
+    )
     inputs = noise(1, 224)
     family = FAMILIES[key]
-    seen = ForwardPass(network, family.finer_layer, inputs, *explainability.layer_gradients(network, family.target_layer, inputs, None), 4)
+    seen = ForwardPass(
+        network,
+        family.finer_layer,
+        inputs,
+        *explainability.layer_gradients(network, family.target_layer, inputs, None),
+        4,
+    )
     for method in PROVEN:
         raw, owed = METHODS[method].maps(seen), METHODS[method].owed(seen)
         tolerance = 0.05 * owed.abs() if method == "ig" else 2e-5 * raw.abs().sum()
