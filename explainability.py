@@ -1135,11 +1135,11 @@ def architecture_of(
         head = weights.get(f"{family.head}.weight")
         inputs = head.shape[-1] if head is not None and head.ndim else 0
         count = sum(not key.endswith(COUNTER) for key in weights)
-        return family.sizes.get((count, inputs), family.full_size), "assumed, as the checkpoint names none"
+        return family.sizes.get((count, inputs), family.full_size), "assumed, as its config names none"
     if not isinstance(name, str) or not family.names.fullmatch(name):
         cause = f"records the network {brief(name)}, which is not of the family of {family.full_size}"
         raise refusal(path, cause, "give it to the option of its own family")
-    return name, "which the checkpoint names"
+    return name, "which its config names"
 
 
 def class_names_of(
@@ -1318,7 +1318,12 @@ def load_classifier(
     architecture, why = architecture_of(family, contents, weights, path)
     class_names, class_notes = class_names_of(family, contents, weights, class_names, path)
     preprocessing, preprocessing_notes = preprocessing_of(contents, path)
-    network, type_notes = network_of(family, architecture, why, len(class_names), weights, path)
+    try:
+        network, type_notes = network_of(family, architecture, why, len(class_names), weights, path)
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        raise refusal(path, "not enough memory for its network", "close other programs") from error
     return Classifier(
         Model(
             family=family,
@@ -3952,7 +3957,7 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
     "outputs": {
         "--output-dir": (
             "where results go (default: explainability_outputs)",
-            {"type": Path, "default": OUTPUT_FOLDER, "metavar": "DIR"},
+            {"type": Path, "metavar": "DIR"},
         ),
         "--colormap": (
             "any matplotlib colormap (default: jet; viridis is perceptually uniform)",
@@ -3996,6 +4001,7 @@ def argument_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(heading)
         for name, (what, how) in options.items():
             group.add_argument(name, help=what, **how)
+    parser.set_defaults(output_dir=OUTPUT_FOLDER)
     return parser
 
 
