@@ -367,7 +367,7 @@ def test_lack_of_memory_names_the_batch_size(explain, folder, capsys, monkeypatc
     def exhausted(*_: object) -> None:
         raise RuntimeError("CUDA out of memory.\nTried to allocate everything")
 
-    monkeypatch.setattr(tool, "explain_inputs", exhausted)
+    monkeypatch.setattr(tool, "forward_pass", exhausted)
     assert explain("--image", folder, "--model", "convnext", "--no-figures") == 1
     assert "--batch-size" in capsys.readouterr().err
 
