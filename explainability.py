@@ -38,6 +38,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickletools
 import random
 import re
 import secrets
@@ -89,6 +90,28 @@ CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net")  # where trainers put the weights, in order
 EMA_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema")  # the same, averaged over the training
 WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")  # of DataParallel and of torch.compile
+STRUCTURE_BYTES = 64_000_000  # of a checkpoint without its tensors; a gigabyte of weights needs a hundredth
+STRUCTURE_STEPS = 2_000_000  # of unpickling it
+STRUCTURE_WEIGHT = 100_000_000  # parts and characters, each counted as often as it is put into something
+STRUCTURE_WIDTH = 200_000  # parts that wait to be put together
+STRUCTURE_DEPTH = 200  # containers in containers
+CALL_WEIGHT = 20  # times what a call is given: it may hash and copy it
+LONG_WEIGHT = 5_000  # of a number beyond 32 bits; as keys, they can be chosen to make a dictionary take hours
+OLD_PICKLES = 5  # of the container before PyTorch 1.6: its mark, version, system, contents, keys of the storages
+ATOMS = ("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "EMPTY_TUPLE")
+TEXTS = ("BINUNICODE", "SHORT_BINSTRING", "GLOBAL")
+ABOVE_THE_MARK = -1
+TAKING_STEPS = {  # how many parts the other steps take that torch knows
+    **{"EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "LONG1": 0, "STOP": 1, "BINPERSID": 1, "REDUCE": 2, "NEWOBJ": 2},
+    **{"TUPLE": ABOVE_THE_MARK, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1},
+    **{"APPENDS": ABOVE_THE_MARK, "SETITEMS": ABOVE_THE_MARK},
+}
+FILLING_STEPS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # into the part below what they take
+CALLING_STEPS = ("REDUCE", "NEWOBJ")
+CHECKPOINT_CALLS = re.compile(  # what a checkpoint may call: none gives much more than it is given
+    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode|torch (Size|device)"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state|qtensor|meta_tensor_no_storage)"
+)
 NUMBER_KINDS = ("float32", "float16", "bfloat16", "float64", "int64")  # int64: counters of batches
 INPUT_SIZES = range(64, 1025, 32)  # pixels a side: both families halve it five times
 MAX_CLASSES = 100
@@ -101,6 +124,7 @@ MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 millio
 HEAD_BYTES = 1024  # enough to tell what a file is
 DICOM_MARK = slice(128, 132)  # where "DICM" stands
 DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
+UNFOLDING = "its structure unfolds to more than a network's checkpoint holds; save the network's state_dict() alone"
 DAMAGED = "damaged or cut short; copy it again from where it came, or export it as PNG"
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
 BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
@@ -815,6 +839,8 @@ def check_archive(path: Path) -> None:
         raise refusal(path, "a TorchScript archive, which holds code", "save the network's state_dict() with torch.save instead")
     if "data.pkl" not in names:
         raise refusal(path, "a zip archive without weights", "give a file that torch.save wrote, or a .safetensors file")
+    if any(entry.file_size > STRUCTURE_BYTES for entry in entries if entry.filename.lower().endswith("/data.pkl")):
+        raise ExplainError(f"{shown(path)}: {UNFOLDING}")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could unpack to any size
         raise refusal(path, "a compressed archive, which torch.save never writes", "save the checkpoint again with torch.save")
 
@@ -829,6 +855,8 @@ def read_checkpoint(path: Path) -> tuple[dict[Any, Any], list[str]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about tensors that are refused below
             contents, notes = read_safetensors(path) if container == "safetensors" else read_torch(path, container)
+    except ExplainError as error:
+        raise ExplainError(f"{shown(path)}: {error}") from error
     except MemoryError as error:
         raise refusal(path, "too large for the memory of this computer", "close other programs") from error
     except Exception as error:  # torch lets out KeyError, EOFError, UnpicklingError; damaged files anything
@@ -861,20 +889,101 @@ def read_torch(path: Path, container: str) -> tuple[Any, list[str]]:
         origins.add(origin)
         return storage
 
-    if b"bytearray\n" in pickled_part(path, container):  # the call that torch permits and that fills any memory
-        raise ValueError("GLOBAL bytearray")
+    check_structure(path, container)
     contents = torch.load(path, map_location=on_cpu, weights_only=True, mmap=container == "zip")
     notes = ["container of PyTorch before 1.6 read whole"] if container == "pickle" else []
     elsewhere = sorted(printable(origin) for origin in origins if origin != "cpu")
     return contents, notes + [f"tensors saved on {origin} read on the CPU" for origin in elsewhere[:3]]
 
 
-def pickled_part(path: Path, container: str) -> bytes:
-    """The bytes of a file from torch.save that hold its structure; the older container does not part them."""
-    if container == "pickle":
-        return path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        return b"".join(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
+def check_structure(path: Path, container: str) -> None:
+    """Raise ExplainError, without the path, where unpickling would take far more than the file's own size."""
+    import torch
+
+    if container == "zip":  # by torch's own reader, as two readers may see two things in a crafted archive
+        pickles, count = io.BytesIO(torch._C.PyTorchFileReader(os.fspath(path)).get_record("data.pkl")), 1
+    else:
+        with open_regular(path) as file:
+            pickles, count = io.BytesIO(file.read(STRUCTURE_BYTES)), OLD_PICKLES
+    walk = StructureWalk()
+    for _ in range(count):
+        walk.follow(pickles)
+
+
+@dataclass(slots=True)
+class Part:
+    """Something that a pickle would make."""
+
+    weight: int = 1  # parts and characters in it
+    depth: int = 0  # containers in it, one in the other
+    told: str = ""  # a text, the name of what may be called, or the second of a pair
+    is_used: bool = False  # it is in another part
+
+
+ATOM = Part()  # a number, a truth value, nothing
+
+
+class StructureWalk:
+    """Adds up what it would take to make what pickles describe, without making it.
+
+    A few bytes can stand for hours and gigabytes: a pair of the same pair of the same pair ..., hashed
+    as a key; calls that double what they are given. So each step pays for all that it puts together,
+    as often as that is done.
+    """
+
+    def __init__(self) -> None:
+        self.steps = self.weight = 0
+
+    def follow(self, pickles: BinaryIO) -> None:
+        """Go through the next pickle. Raises ExplainError, without the path, where it is too much."""
+        stack: list[Part] = []
+        marks: list[int] = []  # heights of the stack
+        memo: dict[int, Part] = {}
+        for opcode, argument, _ in pickletools.genops(pickles):
+            self.steps += 1
+            if self.steps > STRUCTURE_STEPS or len(stack) > STRUCTURE_WIDTH or len(marks) > STRUCTURE_DEPTH:
+                raise ExplainError(UNFOLDING)
+            if opcode.name in ATOMS:
+                stack.append(ATOM)
+            elif opcode.name == "MARK":
+                marks.append(len(stack))
+            elif opcode.name in ("BINPUT", "LONG_BINPUT"):
+                memo[argument] = stack[-1]
+            elif opcode.name in ("BINGET", "LONG_BINGET"):
+                stack.append(memo[argument])
+            elif opcode.name in TEXTS:
+                stack.append(Part(len(argument), told=argument))
+            elif opcode.name != "PROTO":
+                taken = TAKING_STEPS[opcode.name]
+                height = marks.pop() if taken is ABOVE_THE_MARK else len(stack) - taken
+                items = stack[height:]
+                del stack[height:]
+                self.put_together(opcode.name, items, stack)
+
+    def put_together(self, step: str, items: list[Part], stack: list[Part]) -> None:
+        """Items from the stack become a new part on it, or go into the one that is there."""
+        weight = sum(item.weight for item in items)
+        depth = max((item.depth for item in items), default=-1) + 1
+        if step in CALLING_STEPS:
+            check_call(*items)
+        self.steps += 3  # beside its own: containers take more time and memory than numbers
+        self.weight += weight * (CALL_WEIGHT if step in CALLING_STEPS else 1)
+        if step not in FILLING_STEPS:
+            stack.append(Part(LONG_WEIGHT if step == "LONG1" else 1, told=items[1].told if step == "TUPLE2" else ""))
+        whole = stack[-1]
+        whole.weight, whole.depth = whole.weight + weight, max(whole.depth, depth)
+        # A part that is filled when it is in another already could come to hold itself.
+        if self.weight > STRUCTURE_WEIGHT or depth > STRUCTURE_DEPTH or (whole.is_used and items):
+            raise ExplainError(UNFOLDING)
+        for item in items:
+            item.is_used = True
+
+
+def check_call(function: Part, arguments: Part) -> None:
+    """Raise ValueError, in torch's words, for a call that no checkpoint of a network makes."""
+    is_known = CHECKPOINT_CALLS.fullmatch(function.told)
+    if not is_known or (function.told == "_codecs encode" and arguments.told != "latin1"):
+        raise ValueError(f"GLOBAL {function.told.replace(' ', '.')}")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -924,6 +1033,10 @@ def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Te
         notes = [f"EMA weights taken from {taken}: the only ones in the file"]
     notes += [f"EMA weights beside them ({key}) not used" for key in others if key in EMA_KEYS]
     notes += [f"other weights beside them ({key}) not used" for key in others if key in MODEL_KEYS]
+    numbers = sum(tensor.numel() * tensor.element_size() for tensor in places[taken].values())
+    if numbers > path.stat().st_size:
+        cause = f"its weights are {numbers:,} bytes of numbers, and the file holds fewer numbers"
+        raise refusal(path, cause, "save each weight with numbers of its own (tensor.clone())")
     weights, prefix_notes = without_prefixes(places[taken], path)
     return weights, notes + prefix_notes
 
