@@ -32,6 +32,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -47,17 +48,18 @@ import stat
 import struct
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -76,7 +78,7 @@ if TYPE_CHECKING:
 # Constants
 # ------------------------------------------------------------------------------------------
 
-PROJECT = Path(__file__).resolve().parent
+PROJECT = Path(os.path.realpath(__file__)).parent if "__file__" in globals() else Path()  # () if read from a pipe
 CHECKPOINT_FOLDER = PROJECT / "checkpoints"
 TEST_IMAGES = PROJECT / "data_original" / "test"
 OUTPUT_FOLDER = PROJECT / "explainability_outputs"
@@ -1419,8 +1421,36 @@ READING_ADVICE = (
 
 
 @functools.cache
+def plain_matplotlib() -> Any:
+    """matplotlib without anyone's settings and fonts, so that the same figure has the same bytes everywhere.
+
+    Whatever uses matplotlib calls this first. Raises ExplainError where it cannot be imported.
+    """
+    folder = Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data"
+    os.environ["MPLBACKEND"] = "agg"  # a notebook leaves its own, which may not be importable from here
+    os.environ["MATPLOTLIBRC"] = str(folder / "matplotlibrc")
+    os.environ.pop("FREETYPE_PROPERTIES", None)  # how outlines of letters become pixels
+    here = os.getcwd()
+    try:
+        if os.path.exists("matplotlibrc"):  # read from the working directory before any other
+            os.chdir(folder)
+        with silenced():
+            import matplotlib
+            from matplotlib import font_manager
+    except Exception as error:  # no folder for its cache ...
+        raise ExplainError(f"matplotlib: cannot be imported ({brief(str(error))}); set MPLCONFIGDIR to a folder that can be written") from error
+    finally:
+        os.chdir(here)
+    font_manager.fontManager.ttflist = []
+    for path in sorted((folder / "fonts" / "ttf").glob(f"{FONT.replace(' ', '')}*.ttf")):
+        font_manager.fontManager.addfont(path)
+    return matplotlib
+
+
+@functools.cache
 def drawable_characters() -> frozenset[int]:
     """The code points that the figures' font can draw."""
+    plain_matplotlib()
     from matplotlib.font_manager import findfont, get_font
 
     return frozenset(get_font(findfont(FONT)).get_charmap())
@@ -1469,9 +1499,7 @@ def fitted(pixels: np.ndarray, side: int) -> np.ndarray:
 @functools.cache
 def colour_table(colormap: str) -> np.ndarray:
     """A matplotlib colormap as (256, 3) uint8."""
-    from matplotlib import colormaps
-
-    return (colormaps[colormap](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    return (plain_matplotlib().colormaps[colormap](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
 def coloured(heatmap: np.ndarray, picture: np.ndarray, colormap: str) -> np.ndarray:
@@ -1623,6 +1651,7 @@ def footer_text(explanations: Sequence[Explanation]) -> str:
 
 def new_figure(width: float, height: float, style: FigureStyle, title: str, name: str, footer: str) -> Figure:
     """A page of width x height inches with its title, the file's name and a footer."""
+    plain_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=style.dpi, facecolor="white")
@@ -2006,12 +2035,37 @@ def open_table(folder: Path, columns: Sequence[str], kept: Iterable[dict[str, st
 
 
 def say(*lines: str) -> None:
-    print(*lines, sep="\n", flush=True)
+    """Print to standard output, at once. Raises ExplainError where that cannot be written."""
+    with writing_output():
+        print(*lines, sep="\n", flush=True)
+
+
+@contextlib.contextmanager
+def writing_output() -> Iterator[None]:
+    """Turn a full disk behind standard output into an ExplainError; a reader that has gone stays what it is."""
+    try:
+        yield
+    except OSError as error:
+        discard(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise ExplainError(f"standard output: cannot be written ({error.strerror}); free space, or send it elsewhere") from error
+
+
+def discard(stream: TextIO) -> None:
+    """Let what is left in a stream that cannot be written go nowhere, or Python complains of it at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def warn(*lines: str) -> None:
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)
+    """Print to standard error; where that cannot be written, nothing can be said."""
+    try:
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
 
 
 def prediction_lines(explanation: Explanation) -> list[str]:
@@ -2203,22 +2257,73 @@ def drawing_processes(jobs: Sequence[Job]) -> int:
     return min(MAX_DRAWING_PROCESSES, os.cpu_count() or 1, len(jobs)) if jobs[0].figures else 0
 
 
-@contextlib.contextmanager
-def drawing_pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes that draw figures, None for none of them; they import matplotlib and never torch.
+class DrawingHere(Executor):
+    """Draws at once in this process what is submitted; for where no other process can be started."""
 
-    Raises ExplainError where one of them is killed.
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def can_be_imported() -> bool:
+    """Whether a new process finds this code: not where it came through a pipe, from an archive or from exec()."""
+    script = globals().get("__file__", "")
+    module = sys.modules.get(__name__)
+    return os.path.isfile(script) and os.access(script, os.R_OK) and getattr(module, "can_be_imported", None) is can_be_imported
+
+
+def prepare_drawing() -> None:
+    """Run first in a drawing process: end with the parent, whatever ended that; import what drawing needs."""
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    warnings.simplefilter("ignore")
+    drawable_characters()
+
+
+@contextlib.contextmanager
+def holding_signals() -> Iterator[None]:
+    """Let signals that end a run wait; processes that are started inside never get them.
+
+    What these have begun they finish; what waits is dropped.
     """
-    if not processes:
-        yield None
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
         return
-    ignoring = signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), *ignoring)
-    # Ctrl-C is not for them, from their start: what they have begun they finish, what waits is dropped.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for _ in range(processes):
-        pool.submit(drawable_characters)  # so they start now, while the networks are loaded
-    signal.signal(signal.SIGINT, handler)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def started_pool(processes: int) -> Executor:
+    """Processes that draw figures; they import matplotlib and never torch. Where none can be started, a stand-in."""
+    try:
+        if not can_be_imported():
+            raise OSError("this script is not a file that they could import")
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
+        with holding_signals():
+            for _ in range(processes):
+                pool.submit(int)  # so they start now, while the networks are loaded
+        return pool
+    except (OSError, ImportError, NotImplementedError, AttributeError, RuntimeError) as error:  # no semaphores, no shared memory, no processes
+        cause = getattr(error, "strerror", None) or error
+        warn(f"ℹ️  no drawing processes ({printable(str(cause))}): figures are drawn one after another, which is slower")
+        return DrawingHere()
+
+
+@contextlib.contextmanager
+def drawing_pool(processes: int) -> Iterator[Executor]:
+    """Where figures are drawn while the networks compute. Raises ExplainError where a process is killed."""
+    pool = started_pool(processes) if processes else DrawingHere()
     try:
         yield pool
     except BrokenExecutor as error:
@@ -2229,8 +2334,6 @@ def drawing_pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
 
 def run_many(request: Request) -> tuple[list[str], int]:
     """Explain many images in batches, with a row of the table for each; returns as run_single."""
-    # Read when torch is imported: its threads then sleep while they wait, and leave the cores to the drawing.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with drawing_pool(drawing_processes(request.jobs)) as pool:
         say(f"🔍 {'Comparing' if len(request.checkpoints) > 1 else 'Analyzing'} explainability for {len(request.jobs)} images", RULE)
         classifiers = load_models(request)
@@ -2250,15 +2353,16 @@ def run_many(request: Request) -> tuple[list[str], int]:
                 for line in note_lines(result.job.image, result.notes) + [f"❌ {row['error']}"] * bool(row["error"]):
                     bar.write(line, file=sys.stderr)
                 if not row["error"]:
-                    bar.write(result_line(result.job, result.explanations), file=sys.stdout)
-                    sys.stdout.flush()
+                    with writing_output():
+                        bar.write(result_line(result.job, result.explanations), file=sys.stdout)
+                        sys.stdout.flush()
                 bar.update()
     lines = run_lines(rows, classifiers, len(finished), time.monotonic() - started)
     return [*lines, f"Table: {shown(request.output_folder / TABLE_NAME)}"], int(any(row["error"] for row in rows))
 
 
 def finished_jobs(
-    pool: ProcessPoolExecutor | None, jobs: Sequence[Job], classifiers: Sequence[Classifier], request: Request
+    pool: Executor, jobs: Sequence[Job], classifiers: Sequence[Classifier], request: Request
 ) -> Iterator[tuple[Result, dict[str, str]]]:
     """Each job's result and its row of the table, once its files are written.
 
@@ -2324,9 +2428,7 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 def colormap_name(text: str) -> str:
     """An argparse type: the name of a colormap of matplotlib, which is imported only for other names than jet."""
     if text != "jet":
-        from matplotlib import colormaps
-
-        if text not in colormaps:
+        if text not in plain_matplotlib().colormaps:
             raise argparse.ArgumentTypeError(f"matplotlib has no colormap {text!r}; viridis, magma, gray ... are there")
     return text
 
@@ -2430,6 +2532,8 @@ def checked_request(args: argparse.Namespace) -> Request:
 
 def run(request: Request) -> int:
     """Do what is asked; the exit status."""
+    # Read when torch is imported: its threads then sleep while they wait, and leave the cores to others.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     nowhere = open(os.devnull, "w", encoding="utf-8", errors="replace")
     with nowhere, contextlib.redirect_stdout(nowhere) if request.quiet else contextlib.nullcontext():
         lines, status = (run_single if request.is_single else run_many)(request)
@@ -2437,24 +2541,77 @@ def run(request: Request) -> int:
     return status
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: returns the exit status."""
+def hold_streams() -> None:
+    """Open the null device in place of standard streams that are closed; no other file must get their numbers.
+
+    Raises ExplainError where standard output is closed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)
+    if sys.stdout is None:
+        raise ExplainError("standard output: closed; send it somewhere, such as to /dev/null")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an emoji that the terminal lacks becomes "?"
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
-        args = argument_parser().parse_args(argv)
-        return run(checked_request(args))
+        return argument_parser().parse_args(argv)
+    finally:
+        with writing_output():
+            sys.stdout.flush()  # of --help
+
+
+def check_working_folder(args: argparse.Namespace) -> None:
+    """Leave a working directory that is gone. Raises ExplainError where a path starts from it."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        named = [args.output_dir, *map(Path, args.image or ()), *(vars(args)[f"{key}_checkpoint"] or PROJECT for key in FAMILIES), TEST_IMAGES]
+        for path in named:
+            if not path.is_absolute():
+                cause = "starts from a working directory that is gone"
+                raise ExplainError(f"{printable(str(path))}: {cause}; change to another, or give whole paths") from error
+        os.chdir(os.sep)
+
+
+def end_on_signal(number: int, _: Any) -> None:
+    """End as after Ctrl-C, so that nothing half done stays behind."""
+    sys.exit(128 + number)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: returns the exit status."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of libraries, for their programmers
+            hold_streams()
+            args = parsed(argv)
+            check_working_folder(args)
+            return run(checked_request(args))
     except ExplainError as error:
         warn(f"❌ {error}")
+        return 1
+    except MemoryError:
+        warn("❌ memory: there is not enough of it; close other programs, or choose a smaller --batch-size or --dpi")
+        return 1
+    except ImportError as error:
+        warn(f"❌ {error.name or 'a library'}: cannot be imported ({printable(str(error))[:200]}); pip install -r requirements.txt")
         return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         return 141
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half done stays behind
+    for ending in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; under nohup it is ignored, and stays so
+        if hasattr(signal, ending) and signal.getsignal(getattr(signal, ending)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, ending), end_on_signal)
     raise SystemExit(main())

@@ -366,7 +366,7 @@ def started(options, images, tmp_path):
     many.mkdir()
     for number in range(60):
         shutil.copy(images / "a.png", many / f"{number:02}.png")
-    processes = []
+    processes, all_children = [], []
 
     def start(*before: str) -> tuple[subprocess.Popen[str], list[int]]:
         command = [*before, sys.executable, str(TOOL), *options, f"--output-dir={tmp_path / 'out'}", "--batch-size=1", f"--image={many}"]
@@ -379,12 +379,17 @@ def started(options, images, tmp_path):
                 break
         children = drawing_children(process.pid)
         assert children
+        all_children.extend(children)
         return process, children
 
     yield start
     for process in processes:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+    for left in end_of(all_children, 0.1):  # only where a test failed
+        os.kill(left, signal.SIGKILL)
 
 
 def end_of(children: list[int], seconds: float = 10) -> list[int]:
@@ -419,7 +424,7 @@ def test_a_hangup_that_is_ignored_stays_ignored(started, tmp_path):
 def test_drawing_processes_end_when_their_parent_is_gone(started):
     process, children = started()
     process.kill()
-    process.communicate(timeout=60)
+    process.wait()
     assert not end_of(children)
 
 
