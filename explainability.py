@@ -78,7 +78,8 @@ if TYPE_CHECKING:
 # Constants
 # ------------------------------------------------------------------------------------------
 
-PROJECT = Path(os.path.realpath(__file__)).parent if "__file__" in globals() else Path()  # () if read from a pipe
+SCRIPT = Path(globals().get("__file__", ""))  # no file where Python reads it from a pipe or an archive
+PROJECT = SCRIPT.resolve().parent if SCRIPT.is_file() else Path()
 CHECKPOINT_FOLDER = PROJECT / "checkpoints"
 TEST_IMAGES = PROJECT / "data_original" / "test"
 OUTPUT_FOLDER = PROJECT / "explainability_outputs"
@@ -2271,9 +2272,8 @@ class DrawingHere(Executor):
 
 def can_be_imported() -> bool:
     """Whether a new process finds this code: not where it came through a pipe, from an archive or from exec()."""
-    script = globals().get("__file__", "")
     module = sys.modules.get(__name__)
-    return os.path.isfile(script) and os.access(script, os.R_OK) and getattr(module, "can_be_imported", None) is can_be_imported
+    return SCRIPT.is_file() and os.access(SCRIPT, os.R_OK) and getattr(module, "can_be_imported", None) is can_be_imported
 
 
 def prepare_drawing() -> None:

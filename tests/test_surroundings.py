@@ -187,15 +187,20 @@ def test_no_shared_memory_at_all_is_said_and_figures_drawn(run, images, tmp_path
     assert done.stderr.count("\n") == 1 and "one after another" in done.stderr
 
 
-@pytest.mark.parametrize("missing", ["_multiprocessing", "_posixshmem", "SemLock"])
-def test_a_python_without_semaphores_is_said_and_figures_drawn(run, images, tmp_path, ordinary, missing):
-    hidden = tmp_path / "site"
-    hidden.mkdir()
-    lines = f"import sys; sys.modules[{missing!r}] = None" if missing != "SemLock" else "import _multiprocessing; del _multiprocessing.SemLock"
-    (hidden / "sitecustomize.py").write_text(lines + "\n")
-    done = run("--image", images, "--batch-size=1", PYTHONPATH=str(hidden))
+LACKING = {
+    "SemLock": "import _multiprocessing; del _multiprocessing.SemLock",
+    "sem_open": "import _multiprocessing as m\ndef refuse(*_): raise OSError(38, 'Function not implemented')\nm.SemLock = refuse",
+    "fork": "import _posixsubprocess as m\ndef refuse(*_): raise BlockingIOError(11, 'Resource temporarily unavailable')\nm.fork_exec = refuse",
+    "threads": "import threading\ndef refuse(*_): raise RuntimeError(\"can't start new thread\")\nthreading.Thread.start = refuse",
+}
+
+
+@pytest.mark.parametrize("missing", LACKING)
+def test_a_system_that_starts_no_process_is_said_and_figures_drawn(run, images, tmp_path, ordinary, missing):
+    (tmp_path / "sitecustomize.py").write_text(LACKING[missing] + "\n")
+    done = run("--image", images, "--batch-size=1", PYTHONPATH=str(tmp_path))
     check_figures(done, tmp_path / "out", ordinary, 4)
-    assert missing == "_posixshmem" or "one after another" in done.stderr
+    assert done.stderr.count("\n") == 1 and "one after another" in done.stderr
 
 
 def test_a_limit_of_open_files_is_said_and_figures_drawn(run, images, tmp_path, ordinary):
