@@ -55,7 +55,7 @@ import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -64,6 +64,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# torch and timm take seconds to import and matplotlib nearly one. The functions that need them
 # torch and timm take seconds to import and matplotlib nearly one. The functions that need them
 # import them on their first line, so that --help and a wrong path are answered at once.
 if TYPE_CHECKING:
@@ -83,16 +84,17 @@ PROJECT = SCRIPT.resolve().parent if SCRIPT.is_file() else Path()
 CHECKPOINT_FOLDER = PROJECT / "checkpoints"
 TEST_IMAGES = PROJECT / "data_original" / "test"
 OUTPUT_FOLDER = PROJECT / "explainability_outputs"
+TABLE_NAME = "summary.csv"
 
 CLASS_NAMES = ("Comminuted Fracture", "Simple Fracture")  # index = output of the networks
 INPUT_SIZE = 224  # pixels a side: both networks were trained on squashed squares
+INPUT_SIZES = range(64, 1025)  # pixels a side that are accepted
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; EfficientNetV2 too was trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)  # these, although timm's default for it says 0.5
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net")  # where trainers put the weights, in order
 EMA_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema")  # the same, averaged over the training
-WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")  # of DataParallel and of torch.compile
 STRUCTURE_BYTES = 64_000_000  # of a checkpoint without its tensors; a gigabyte of weights needs a hundredth
 STRUCTURE_STEPS = 2_000_000  # of unpickling it
 STRUCTURE_WEIGHT = 100_000_000  # parts and characters, each counted as often as it is put into something
@@ -113,10 +115,11 @@ FILLING_STEPS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # into th
 CALLING_STEPS = ("REDUCE", "NEWOBJ")
 CHECKPOINT_CALLS = re.compile(  # what a checkpoint may call: none gives much more than it is given
     r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode|torch (Size|device)"
+    r"|numpy dtype|numpy\._?core\.multiarray scalar|argparse Namespace"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state|qtensor|meta_tensor_no_storage)"
 )
 NUMBER_KINDS = ("float32", "float16", "bfloat16", "float64", "int64")  # int64: counters of batches
-INPUT_SIZES = range(64, 1025, 32)  # pixels a side: both families halve it five times
+COUNTER = "num_batches_tracked"  # end of the keys of those counters, which inference never reads
 MAX_CLASSES = 100
 MAX_NAME = 200  # characters of a class name
 DEMO_SUFFIX = "_demo.pth"
@@ -125,61 +128,51 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".g
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may decode; never EPS
 MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 million
 HEAD_BYTES = 1024  # enough to tell what a file is
-DICOM_MARK = slice(128, 132)  # where "DICM" stands
 DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
 UNFOLDING = "its structure unfolds to more than a network's checkpoint holds; save the network's state_dict() alone"
-DAMAGED = "damaged or cut short; copy it again from where it came, or export it as PNG"
+COPY_AGAIN = "copy it again from where it came"
+NOTHING_TO_SEE = "every pixel is the same: there is nothing to see"
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
 BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
-FILE_KINDS = {
+LFS_POINTER = "a Git LFS pointer: the repository was cloned without Git LFS"
+TAG = r"(?:\.[a-z0-9_]{1,60})?"  # of timm's names: what the weights were trained on
+SPECIAL_FILES = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-NOT_IMAGES = tuple(  # start of the file, what it is, remedy; the first that fits counts
-    (re.compile(start, re.IGNORECASE | re.DOTALL), what, remedy)
-    for start, what, remedy in (
-        (LFS_POINTER, "a Git LFS pointer: the repository was cloned without Git LFS", "run git lfs pull"),
-        (rb"%PDF-", "a PDF document", "export its page as PNG"),
-        (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript (EPS) file", "export it as PNG"),
-        (rb"PK[\x03\x05]", "a zip archive", "unpack it and give one image"),
-        (rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", "convert it to PNG or JPEG"),
-        (rb"(<\?xml.*|<!doctype |<!--.*)?<?svg", "an SVG drawing", "export it as PNG"),
-        (rb"(<\?xml.*|<!--.*)?<(!doctype html|html|head|body)", "an HTML page", "download the image itself"),
-        (rb"(\{\s*[\"}]|\[\s*[\[{\"\d\]-])[^\x00]*$", "JSON", "give an image file"),
-    )
-)
-NOT_CHECKPOINTS = (  # start of the file, what it is; beside those above
-    (b"\x89PNG\r\n\x1a\n", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"),
-    (b"II*\0", "a TIFF image"),
-    (b"MM\0*", "a TIFF image"),
-    (b"GIF8", "a GIF image"),
-    (b"RIFF", "a WebP image or a sound"),
-    (b"<?xml", "an XML document"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes"),
-    (b"\x93NUMPY", "a NumPy array"),
-)
 
 ROUNDING = 8 * float(np.finfo(np.float32).eps)  # relative error of a few float32 operations
 
-PANEL_INCHES = 4.1  # a side of a panel; a radiograph's longer side fills it
-MAX_LISTED_CLASSES = 3  # probabilities that the details panel has room for
-OVERLAY_WEIGHT = 0.45  # share of the heatmap's colour in the overlay
-PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
 MAX_STEM_BYTES = 220  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
 MARKED_BYTES = 1_000_000  # at each end of a file
 PROBE_BYTES = 4_000_000  # room that an output folder must have: the figures of one image
 
 DEFAULT_BATCH = {"cpu": 4, "cuda": 32, "mps": 32}  # images; larger ones gain no speed and take memory
 MAX_DRAWING_PROCESSES = 8
-MAX_WAITING_JOBS = 24  # explained images whose figures are not drawn yet
+MAX_WAITING_RESULTS = 24  # explained images whose figures are not drawn yet
 RULE = "=" * 80
+
+PANEL_INCHES = 4.1  # a side of a panel; a radiograph's longer side fills it
+MAX_LISTED_CLASSES = 3  # probabilities that the details panel has room for
+OVERLAY_WEIGHT = 0.45  # share of the heatmap's colour in the overlay
+PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
+FONT = "DejaVu Sans"  # comes with matplotlib, so figures look the same everywhere
+LARGE, BODY, SMALL = 17, 11.5, 9  # points
+INK, MUTED, TRACK, BAR = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#3b6ea5"
+CHANGING_DETAILS = ("Explained class", "Peak of raw map")  # from image to image
+READING_GUIDE = (  # (place on the colour bar, what it means)
+    (1.0, "High attention: raised the score of the explained class"),
+    (0.0, "Low attention: counted little or not at all"),
+)
+READING_ADVICE = (
+    "Good: on the fracture line and the bone around it.",
+    "Red flag: on borders, markers, text, or nowhere in particular.",
+)
+BACKGROUNDS: dict[tuple[object, ...], Any] = {}  # pages with their fixed texts alone
+MAX_BACKGROUNDS = 4  # 9 MB each at 150 DPI; two models and their comparison need three
 
 
 # ------------------------------------------------------------------------------------------
@@ -192,13 +185,47 @@ class ExplainError(Exception):
 
 
 @dataclass(frozen=True)
+class FileKind:
+    """What a file is by its first bytes."""
+
+    start: re.Pattern[bytes]
+    what: str
+    use: str = ""  # image, dicom, or the container of a checkpoint: zip, pickle, safetensors
+    remedy: str = ""  # where another than "give an image" or "give a checkpoint" helps
+
+
+FILE_KINDS = tuple(  # the first that fits counts
+    FileKind(re.compile(start, re.DOTALL), *rest)
+    for start, *rest in (
+        (rb".{128}DICM", "a DICOM file", "dicom"),
+        (rb"\x89PNG\r\n", "a PNG image", "image"),
+        (rb"\xff\xd8\xff", "a JPEG image", "image"),
+        (rb"II[*+]\0|MM\0[*+]", "a TIFF image", "image"),
+        (rb"GIF8", "a GIF image", "image"),
+        (rb"RIFF.{4}WEBP", "a WebP image", "image"),
+        (rb"BM", "a BMP image", "image"),
+        (rb"PK\x03\x04", "a zip archive", "zip"),
+        (rb"\x80[\x00-\x05]", "a pickle", "pickle"),  # what torch.save wrote before version 1.6
+        # The length of the header, which safetensors limits to 100 MB, then a JSON object.
+        (rb".{3}[\x00-\x05]\0{4}\{", "a safetensors file", "safetensors"),
+        (rb"version https://git-lfs", LFS_POINTER, "", "run git lfs pull"),
+        (rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", "", "convert it to PNG or JPEG"),
+        (rb"%PDF-", "a PDF document", "", "export its page as PNG"),
+        (rb"\x89HDF\r\n", "an HDF5 file, as Keras writes", "", "this tool explains networks of PyTorch"),
+        (rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", "", "export it again"),
+    )
+)
+
+
+@dataclass(frozen=True)
 class Family:
     """One kind of network that the tool can explain."""
 
     key: str  # value of --model, start of the checkpoint's name, part of the figure's name
     title: str  # {size} stands for the size in the architecture's name
-    full_size: str  # timm name of what a checkpoint without a name holds
+    full_size: str  # timm name of what a checkpoint holds where neither name nor shapes tell
     names: re.Pattern[str]  # timm names accepted from a checkpoint; group 1 is the size
+    sizes: dict[tuple[int, int], str]  # other sizes' timm names, by count of weights and inputs of the head
     landmark: str  # a key that weights of this family have and of others have not
     head: str  # dotted path of the last layer, one output a class
     target_layer: str  # dotted path for torch.nn.Module.get_submodule
@@ -212,7 +239,12 @@ FAMILIES = {
             key="convnext",
             title="ConvNeXt V2",
             full_size="convnextv2_base.fcmae_ft_in22k_in1k",
-            names=re.compile(r"convnextv2_(atto|femto|pico|nano|tiny|small|base|large|huge)(\.[a-z0-9_]{1,60})?"),
+            names=re.compile(rf"convnextv2_(atto|femto|pico|nano|tiny|small|base|large|huge){TAG}"),
+            sizes={
+                (140, 320): "convnextv2_atto", (140, 384): "convnextv2_femto", (140, 512): "convnextv2_pico",
+                (160, 640): "convnextv2_nano", (200, 768): "convnextv2_tiny", (380, 768): "convnextv2_small",
+                (380, 1536): "convnextv2_large", (380, 2816): "convnextv2_huge",
+            },  # fmt: skip
             landmark="stages.0.blocks.0.mlp.grn.weight",
             head="head.fc",
             target_layer="stages.3",  # the last stage
@@ -222,7 +254,13 @@ FAMILIES = {
             key="efficientnet",
             title="EfficientNetV2-{size}",
             full_size="tf_efficientnetv2_s.in21k_ft_in1k",
-            names=re.compile(r"tf_efficientnetv2_(s|m|l|xl|b[0-3])(\.[a-z0-9_]{1,60})?"),
+            names=re.compile(rf"tf_efficientnetv2_(s|m|l|xl|b[0-3]){TAG}"),
+            sizes={
+                (361, 1280): "tf_efficientnetv2_b0", (443, 1280): "tf_efficientnetv2_b1",
+                (462, 1408): "tf_efficientnetv2_b2", (538, 1536): "tf_efficientnetv2_b3",
+                (963, 1280): "tf_efficientnetv2_m", (1331, 1280): "tf_efficientnetv2_l",
+                (1712, 1280): "tf_efficientnetv2_xl",
+            },  # fmt: skip
             landmark="conv_stem.weight",
             head="classifier",
             target_layer="conv_head",
@@ -236,7 +274,6 @@ FAMILIES = {
 class Radiograph:
     """An image as both the panels and the networks see it."""
 
-    path: Path
     pixels: np.ndarray  # (H, W, 3) uint8, upright RGB
     notes: tuple[str, ...] = ()  # what was done to the file's values that its reader should know
 
@@ -251,18 +288,28 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """A network with its weights, ready to explain."""
+class Model:
+    """Everything told about a network but its weights, so that it travels to other processes."""
 
     family: Family
-    title: str
     architecture: str  # timm name
     checkpoint: Path
     accuracy: str  # what the checkpoint records, in words
-    class_names: tuple[str, ...]  # K
+    class_names: tuple[str, ...]  # K, printable
     preprocessing: Preprocessing
-    network: torch.nn.Module  # float32, eval mode, no parameter requires a gradient
     notes: tuple[str, ...] = ()  # what was done in loading, beyond the ordinary
+
+    @property
+    def title(self) -> str:
+        return self.family.title.format(size=self.family.names.fullmatch(self.architecture).group(1).upper())
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network with its weights, ready to explain."""
+
+    model: Model
+    network: torch.nn.Module  # float32, eval mode, no parameter requires a gradient
 
     @property
     def device(self) -> torch.device:
@@ -271,20 +318,14 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What one classifier said about one radiograph, and where that came from."""
+    """What one model said about one radiograph, and where in it that came from."""
 
-    title: str
-    family: str
-    architecture: str
-    checkpoint: str
-    accuracy: str
-    target_layer: str
-    is_demo: bool
-    class_names: tuple[str, ...]
+    model: Model
     probabilities: np.ndarray  # (K,) float32
     explained: int  # class whose score was explained
     raw_map: np.ndarray  # (h, w) float32, signed
     heatmap: np.ndarray  # (h, w) float32 in [0, 1]
+    remarks: tuple[str, ...] = ()  # what its reader must know beside the map
 
     @property
     def predicted(self) -> int:
@@ -297,23 +338,21 @@ class Explanation:
 
     @property
     def prediction(self) -> str:
-        return self.class_names[self.predicted]
+        return self.model.class_names[self.predicted]
 
     @property
     def confidence(self) -> float:
         return float(self.probabilities[self.predicted])
 
     @property
-    def explained_text(self) -> str:
-        """The explained class, with its probability where it is not the predicted one."""
-        name = self.class_names[self.explained]
-        return name if self.explained == self.predicted else f"{self.probabilities[self.explained]:.2%} {name}"
+    def explained_class(self) -> str:
+        return self.model.class_names[self.explained]
 
     @property
-    def remark(self) -> str:
-        """Why this map must not be read as usual; empty where it may."""
+    def blankness(self) -> str:
+        """Why this map has nothing to show; empty where it has."""
         if not self.heatmap.any():
-            return f"Blank map: no positive evidence for {self.class_names[self.explained]}"
+            return f"Blank map: no positive evidence for {self.explained_class}"
         if self.heatmap.min() == self.heatmap.max():
             return "Constant map: no place counts more than another"
         return ""
@@ -325,6 +364,47 @@ class FigureStyle:
 
     colormap: str = "jet"
     dpi: int = 150
+
+
+@dataclass(frozen=True)
+class Page:
+    """A figure to draw: its file, and which of an image's explanations it shows."""
+
+    path: Path
+    shows: tuple[int, ...]  # one explanation, or those that are compared
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to explain, and the files that will come of it."""
+
+    image: Path
+    label: str  # what table and console call it: the path as given, or the checksum of its content
+    pages: tuple[Page, ...]
+    maps: tuple[Path, ...]  # a .npy for each explanation; its .json lies beside it
+    digest: str  # of the image's content and of all else that its results depend on
+
+    @property
+    def name(self) -> str:
+        return Path(self.label).name
+
+    @property
+    def outputs(self) -> list[Path]:
+        """Every file, in the order of writing: a .json tells that its .npy is whole."""
+        notes = [path.with_suffix(".json") for path in self.maps]
+        return [page.path for page in self.pages] + list(self.maps) + notes
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a job, from the moment its image is read to its row in the table."""
+
+    job: Job
+    picture: np.ndarray | None = None  # (H, W, 3) uint8: the radiograph at the size of a panel
+    inputs: tuple[np.ndarray, ...] = ()  # (3, size, size) float32 for each model; dropped once explained
+    explanations: tuple[Explanation, ...] = ()
+    notes: tuple[str, ...] = ()
+    error: str = ""
 
 
 # ------------------------------------------------------------------------------------------
@@ -342,7 +422,7 @@ def printable(text: str) -> str:
 
 def class_key(name: str) -> str:
     """A class's name without case, spaces and punctuation: simple_fracture is Simple Fracture."""
-    return re.sub(r"[\W_]+", " ", name).casefold().strip()
+    return re.sub(r"[\W_]+", "", name).casefold()
 
 
 def shown(path: Path) -> str:
@@ -352,15 +432,15 @@ def shown(path: Path) -> str:
     return printable(str(path))
 
 
-def random_test_image(seed: int | None) -> Path:
-    """One of data_original/test/*/, the same for the same seed.
+def refusal(path: Path, cause: str, remedy: str) -> ExplainError:
+    """How every refusal of a file is worded."""
+    return ExplainError(f"{shown(path)}: {cause}; {remedy}")
 
-    Raises ExplainError where there is none.
-    """
-    paths = sorted(path for path in TEST_IMAGES.glob("*/*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise ExplainError(f"{shown(TEST_IMAGES)}: no test images there; give one with --image")
-    return random.Random(seed).choice(paths)
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an exception means that; torch and the loader of libraries have words of their own for it."""
+    words = ("memory", "failed to map", "start new thread")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 @contextlib.contextmanager
@@ -372,11 +452,11 @@ def naming(path: Path) -> Iterator[None]:
     except ExplainError as error:
         raise ExplainError(f"{shown(path)}: {error}") from error
     except MemoryError as error:
-        raise ExplainError(f"{shown(path)}: too large for the memory of this computer; reduce it") from error
+        raise refusal(path, "too large for the memory of this computer", "reduce it") from error
     # On broken files Pillow and pydicom let out nearly every type of exception there is, with
     # texts that may quote the file; so the type is not asked and the text not repeated.
     except Exception as error:
-        raise ExplainError(f"{shown(path)}: {DAMAGED}") from error
+        raise refusal(path, "damaged or cut short", f"{COPY_AGAIN}, or export it as PNG") from error
 
 
 @contextlib.contextmanager
@@ -400,7 +480,8 @@ def open_regular(path: Path) -> BinaryIO:
     try:
         check_regular(os.stat(path).st_mode)
         # A pipe that takes the file's place after the check must not block the opening.
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+        waiting_never = getattr(os, "O_NONBLOCK", 0)
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | waiting_never))
         check_regular(os.fstat(file.fileno()).st_mode)
         return file
     except FileNotFoundError as error:
@@ -417,40 +498,49 @@ def open_regular(path: Path) -> BinaryIO:
 def check_regular(mode: int) -> None:
     """Raise ExplainError unless a file's st_mode is that of a regular file."""
     if not stat.S_ISREG(mode):
-        raise ExplainError(f"{FILE_KINDS.get(stat.S_IFMT(mode), 'a special file')}; give one file")
+        raise ExplainError(f"{SPECIAL_FILES.get(stat.S_IFMT(mode), 'a special file')}; give one file")
 
 
-def content_start(head: bytes) -> bytes:
-    """A file's first bytes from where its content begins."""
-    return head.removeprefix(b"\xef\xbb\xbf").lstrip()
-
-
-def check_head(head: bytes) -> None:
-    """Raise ExplainError, without the path, where a file's first bytes are those of no image."""
+def kind_of(head: bytes) -> FileKind:
+    """What a file is that starts with `head`."""
     if not head:
-        raise ExplainError("an empty file; copy it again from where it came")
-    if head[DICOM_MARK] == b"DICM":
-        return
-    for pattern, what, remedy in NOT_IMAGES:
-        if pattern.match(content_start(head)):
-            raise ExplainError(f"{what}; {remedy}")
-    if is_text(head):
-        raise ExplainError("a text file; give an image file")
+        return FileKind(re.compile(b""), "an empty file", remedy=COPY_AGAIN)
+    found = next((kind for kind in FILE_KINDS if kind.start.match(head)), None)
+    return found or FileKind(re.compile(b""), "a text file" if is_text(head) else "a file of an unknown kind")
+
+
+def read_kind(file: BinaryIO, uses: Sequence[str], wanted: str, remedy: str) -> FileKind:
+    """What an open file is by its first bytes; rewinds it.
+
+    Raises ExplainError, without the path, where it has none of the uses.
+    """
+    kind = kind_of(file.read(HEAD_BYTES))
+    file.seek(0)
+    if kind.use not in uses:
+        raise ExplainError(f"{kind.what}, not {wanted}; {kind.remedy or remedy}")
+    return kind
 
 
 def is_text(head: bytes) -> bool:
     """Whether the start of a file is UTF-16 with its mark, or UTF-8 without control characters."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return True
-    text = head.decode("utf-8", errors="ignore")
-    lost = len(head) - len(text.encode())  # a character cut at the end of the head may miss three bytes
-    return lost <= 3 * (len(head) == HEAD_BYTES) and all(sign.isprintable() or sign.isspace() for sign in text)
+    content = head.removeprefix(b"\xef\xbb\xbf")
+    text = content.decode("utf-8", errors="ignore")
+    lost = len(content) - len(text.encode())  # a character cut at the end of the head may miss three bytes
+    is_whole = lost <= 3 * (len(head) == HEAD_BYTES)
+    return is_whole and all(sign.isprintable() or sign.isspace() for sign in text)
+
+
+def read_image_kind(file: BinaryIO) -> FileKind:
+    remedy = "give a radiograph, or convert it to PNG"
+    return read_kind(file, ("image", "dicom"), "an image that can be read here", remedy)
 
 
 def check_image_path(path: Path) -> None:
-    """Raise ExplainError unless `path` is a file whose first bytes may be those of an image."""
+    """Raise ExplainError unless `path` is a file whose first bytes are those of an image."""
     with naming(path), open_regular(path) as file:
-        check_head(file.read(HEAD_BYTES))
+        read_image_kind(file)
 
 
 def load_radiograph(path: Path) -> Radiograph:
@@ -462,13 +552,13 @@ def load_radiograph(path: Path) -> Radiograph:
     Raises ExplainError where the file is not an image that can be decoded whole.
     """
     with naming(path), open_regular(path) as file:
-        head = file.read(HEAD_BYTES)
-        check_head(head)
-        file.seek(0)
-        pixels, notes = read_dicom(file) if head[DICOM_MARK] == b"DICM" else read_picture(file)
+        read = read_dicom if read_image_kind(file).use == "dicom" else read_picture
+        pixels, notes = read(file)
         if pixels.ndim == 2:
             pixels = np.repeat(pixels[:, :, None], 3, axis=2)
-    return Radiograph(path, pixels, tuple(notes))
+    if pixels.min() == pixels.max():
+        notes = [*notes, NOTHING_TO_SEE]
+    return Radiograph(pixels, tuple(notes))
 
 
 def check_size(width: int, height: int) -> None:
@@ -503,12 +593,12 @@ def to_8_bits(values: np.ndarray, left_out: np.ndarray | None = None) -> tuple[n
         return np.full(values.shape, 127, np.uint8), [f"every value is {lowest:g}: shown as mid grey"]
     low, high = (float(end) for end in np.percentile(counted, (1, 99), method="nearest"))
     if low == high or highest - lowest <= 2 * (high - low):
-        return scaled(values, lowest, highest), [f"values {lowest:g} to {highest:g} scaled to 8 bits"]
-    beyond = f"{lowest:g} to {highest:g} in all"
-    return scaled(values, low, high), [f"values {low:g} to {high:g} scaled to 8 bits, those beyond clipped ({beyond})"]
+        return to_grey(values, lowest, highest), [f"values {lowest:g} to {highest:g} scaled to 8 bits"]
+    ends = f"values {low:g} to {high:g} scaled to 8 bits"
+    return to_grey(values, low, high), [f"{ends}, those beyond clipped ({lowest:g} to {highest:g} in all)"]
 
 
-def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
+def to_grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """255 * (values - low) / (high - low), rounded and clipped to uint8; changes no input."""
     result = values.astype(np.float64)  # the one large copy: all steps work in place
     result -= low
@@ -555,10 +645,11 @@ def open_picture(file: BinaryIO) -> Image.Image:
         # Pillow has read up to the scan. Without an end mark behind it (a copy that broke off and
         # was filled with zeros), the decoder would invent the rest in grey.
         if image.format == "JPEG" and b"\xff\xd9" not in file.read():
-            raise ExplainError(DAMAGED)
+            raise ExplainError(f"cut short; {COPY_AGAIN}")
         return image
     except UnidentifiedImageError as error:
-        raise ExplainError("not an image that can be read here, or its start is damaged; convert it to PNG") from error
+        cause = "its start is damaged, or not of a kind that can be read here"
+        raise ExplainError(f"{cause}; convert it to PNG") from error
     except Image.DecompressionBombError as error:
         raise ExplainError(f"more than {MAX_PIXELS:,} pixels; reduce it") from error
 
@@ -627,7 +718,8 @@ def decoded(dataset: Dataset) -> np.ndarray:
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError as error:
-        raise ExplainError("compressed in a way that pydicom does not know; export it uncompressed") from error
+        cause = "compressed in a way that pydicom does not know"
+        raise ExplainError(f"{cause}; export it uncompressed") from error
     if not decoder.is_available:
         raise ExplainError(f"compressed as {syntax.name}, which needs a decoder; {DICOM_DECODERS}")
     try:
@@ -635,7 +727,8 @@ def decoded(dataset: Dataset) -> np.ndarray:
     except RuntimeError as error:
         if not syntax.is_encapsulated:
             raise
-        raise ExplainError(f"compressed as {syntax.name}, and damaged or in need of another decoder; {DICOM_DECODERS}") from error
+        cause = f"compressed as {syntax.name}, and damaged or in need of another decoder"
+        raise ExplainError(f"{cause}; {DICOM_DECODERS}") from error
 
 
 def dicom_grey(dataset: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -663,7 +756,8 @@ def modality_values(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
     slope, intercept = first_number(dataset, "RescaleSlope"), first_number(dataset, "RescaleIntercept")
     if None not in (slope, intercept) and (slope, intercept) != (1, 0):
         return stored * slope + intercept
-    return stored if dataset.get("BitsStored") == 8 else stored.astype(np.promote_types(stored.dtype, np.int16))
+    deep = np.promote_types(stored.dtype, np.int16)
+    return stored if dataset.get("BitsStored") == 8 else stored.astype(deep)
 
 
 def padding_mask(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
@@ -684,7 +778,7 @@ def windowed(dataset: Dataset, values: np.ndarray) -> tuple[np.ndarray, list[str
     """
     if dataset.get("VOILUTSequence"):
         through, low, high = looked_up(dataset.VOILUTSequence[0], values)
-        return (scaled(through, low, high), ["shown through its VOI LUT"]) if low < high else None
+        return (to_grey(through, low, high), ["shown through its VOI LUT"]) if low < high else None
     centre, width = first_number(dataset, "WindowCenter"), first_number(dataset, "WindowWidth")
     shape = dataset.get("VOILUTFunction") or "LINEAR"
     if centre is None or width is None or not width > (shape == "LINEAR"):
@@ -696,8 +790,8 @@ def windowed(dataset: Dataset, values: np.ndarray) -> tuple[np.ndarray, list[str
     if not (np.isfinite(width) and low < values.max() and high > values.min()):
         return None  # beside all values; or a value is NaN, which to_8_bits refuses
     if shape == "SIGMOID":
-        return scaled(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1), notes
-    return scaled(values, low, high), notes
+        return to_grey(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1), notes
+    return to_grey(values, low, high), notes
 
 
 def looked_up(item: Dataset, values: np.ndarray) -> tuple[np.ndarray, int, int]:
@@ -729,9 +823,9 @@ def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.nd
     """
     side = (preprocessing.size, preprocessing.size)
     small = Image.fromarray(radiograph.pixels).resize(side, Image.Resampling.BILINEAR)
-    scaled = np.asarray(small, dtype=np.float32) / np.float32(255)
+    values = np.asarray(small, dtype=np.float32) / np.float32(255)
     mean, std = np.float32(preprocessing.mean), np.float32(preprocessing.std)
-    return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
+    return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1))
 
 
 # ------------------------------------------------------------------------------------------
@@ -743,20 +837,20 @@ def is_demo(checkpoint: Path) -> bool:
     return checkpoint.name.endswith(DEMO_SUFFIX)
 
 
-def find_checkpoint(family: Family, folder: Path) -> Path:
-    """The one checkpoint of a family in a folder; the demo only where there is no other.
+def candidates(family: Family, folder: Path) -> list[Path]:
+    """The checkpoints of a family in a folder; demos only where there are no others."""
+    found = sorted(path for path in folder.glob(f"{family.key}*") if path.suffix in CHECKPOINT_SUFFIXES)
+    return [path for path in found if not is_demo(path)] or found
 
-    Raises ExplainError where there is none or more than one.
-    """
-    candidates = sorted(path for path in folder.glob(f"{family.key}*") if path.suffix in CHECKPOINT_SUFFIXES)
-    own = [path for path in candidates if not is_demo(path)]
-    found = own or candidates
-    option = f"--{family.key}-checkpoint"
+
+def find_checkpoint(family: Family, folder: Path) -> Path:
+    """The one candidate of a family in a folder. Raises ExplainError where there is none or more than one."""
+    found, option = candidates(family, folder), f"--{family.key}-checkpoint"
     if not found:
-        raise ExplainError(f"{shown(folder)}: no {family.key}* checkpoint there; put one in or name it with {option}")
+        raise refusal(folder, f"no {family.key}* checkpoint there", f"put one in or name it with {option}")
     if len(found) > 1:
         names = ", ".join(printable(path.name) for path in found)
-        raise ExplainError(f"{shown(folder)}: more than one {family.key} checkpoint ({names}); choose with {option}")
+        raise refusal(folder, f"more than one {family.key} checkpoint ({names})", f"choose with {option}")
     return found[0]
 
 
@@ -765,15 +859,9 @@ def check_not_mixed(checkpoints: Sequence[Path]) -> None:
     demos = [path for path in checkpoints if is_demo(path)]
     if demos and len(demos) < len(checkpoints):
         (own,) = (path for path in checkpoints if not is_demo(path))
-        raise ExplainError(
-            f"{shown(own)} and {shown(demos[0])}: a network of yours and a demo network "
-            "(trained on synthetic radiographs) cannot be compared; "
-            "add the missing checkpoint, or choose one network with --model"
-        )
-
-
-def refusal(path: Path, cause: str, remedy: str) -> ExplainError:
-    return ExplainError(f"{shown(path)}: {cause}; {remedy}")
+        demo = f"{shown(demos[0])}, a demo network (trained on synthetic radiographs)"
+        cause = f"cannot be compared with {demo}"
+        raise refusal(own, cause, "add the missing checkpoint, or choose one network with --model")
 
 
 def brief(value: object) -> str:
@@ -787,65 +875,52 @@ def brief(value: object) -> str:
 
 def listed(items: Sequence[str]) -> str:
     """How many, and the first three."""
-    return f"{len(items)} ({', '.join(printable(item[:160]) for item in items[:3])}{', …' if len(items) > 3 else ''})"
+    first = ", ".join(printable(item[:160]) for item in items[:3])
+    return f"{len(items)} ({first}{', …' if len(items) > 3 else ''})"
 
 
-def kind_of(head: bytes) -> str:
-    """What a file is that starts with `head` and is no checkpoint, in words."""
-    start = content_start(head)
-    kinds = [what for pattern, what, _ in NOT_IMAGES if pattern.match(start)]
-    kinds += [what for signature, what in NOT_CHECKPOINTS if start.startswith(signature)]
-    return (kinds + ["a text file" if is_text(head) else "a file of an unknown kind"])[0]
+def open_checkpoint(path: Path) -> tuple[BinaryIO, FileKind]:
+    """A checkpoint file open for reading, and its kind, as far as can be told without torch.
 
-
-def container_of(head: bytes) -> str:
-    """The container that a checkpoint starting with `head` has; empty for what is no checkpoint."""
-    if head.startswith(b"PK\x03\x04"):
-        return "zip"
-    if head.startswith(b"\x80"):  # what torch.save wrote before version 1.6
-        return "pickle"
-    # The length of the header, which safetensors limits to 100 MB, then a JSON object.
-    is_safetensors = head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000
-    return "safetensors" if is_safetensors else ""
-
-
-def check_checkpoint_path(path: Path) -> str:
-    """The container of a checkpoint file, as far as can be told without torch.
-
-    Raises ExplainError where the file cannot be a checkpoint, and says what it is instead.
+    Raises ExplainError, without the path, where it cannot be a checkpoint, and says what it is instead.
     """
+    file = open_regular(path)
     try:
-        with open_regular(path) as file:
-            head = file.read(HEAD_BYTES)
-    except ExplainError as error:
-        raise ExplainError(f"{shown(path)}: {error}") from error
-    container = container_of(head)
-    if not head:
-        raise refusal(path, "an empty file", "copy or download the checkpoint again")
-    if not container:
-        remedy = "run git lfs pull" if head.startswith(LFS_POINTER) else "give a file that torch.save wrote, or a .safetensors file"
-        raise refusal(path, f"{kind_of(head)}, not a checkpoint", remedy)
-    if container == "zip":
-        check_archive(path)
-    return container
+        remedy = "give a file that torch.save wrote, or a .safetensors file"
+        kind = read_kind(file, ("zip", "pickle", "safetensors"), "a checkpoint", remedy)
+        if kind.use == "zip":
+            check_archive(file)
+        return file, kind
+    except BaseException:
+        file.close()
+        raise
 
 
-def check_archive(path: Path) -> None:
-    """Raise ExplainError where a zip archive is not one of uncompressed weights from torch.save."""
+def check_checkpoint_path(path: Path) -> None:
+    """Raise ExplainError where a file cannot be a checkpoint."""
+    with naming(path):
+        open_checkpoint(path)[0].close()
+
+
+def check_archive(file: BinaryIO) -> None:
+    """Raise ExplainError, without the path, where a zip archive is not one of weights from torch.save."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
+        entries = zipfile.ZipFile(file).infolist()
     except Exception as error:  # zipfile lets out more than BadZipFile on damaged archives
-        raise refusal(path, "an incomplete or damaged archive", "copy or download the checkpoint again") from error
+        cause = "an incomplete or damaged archive"
+        raise ExplainError(f"{cause}; copy or download the checkpoint again") from error
     names = {entry.filename.partition("/")[2] for entry in entries}
     if "constants.pkl" in names:
-        raise refusal(path, "a TorchScript archive, which holds code", "save the network's state_dict() with torch.save instead")
+        cause = "a TorchScript archive, which holds code"
+        raise ExplainError(f"{cause}; save the network's state_dict() with torch.save instead")
     if "data.pkl" not in names:
-        raise refusal(path, "a zip archive without weights", "give a file that torch.save wrote, or a .safetensors file")
+        remedy = "give a file that torch.save wrote, or a .safetensors file"
+        raise ExplainError(f"a zip archive without weights; {remedy}")
     if any(entry.file_size > STRUCTURE_BYTES for entry in entries if entry.filename.lower().endswith("/data.pkl")):
-        raise ExplainError(f"{shown(path)}: {UNFOLDING}")
+        raise ExplainError(UNFOLDING)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could unpack to any size
-        raise refusal(path, "a compressed archive, which torch.save never writes", "save the checkpoint again with torch.save")
+        cause = "a compressed archive, which torch.save never writes"
+        raise ExplainError(f"{cause}; save the checkpoint again with torch.save")
 
 
 def read_checkpoint(path: Path) -> tuple[dict[Any, Any], list[str]]:
@@ -853,36 +928,43 @@ def read_checkpoint(path: Path) -> tuple[dict[Any, Any], list[str]]:
 
     Raises ExplainError where it is not a checkpoint or holds more than tensors and plain values.
     """
-    container = check_checkpoint_path(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about tensors that are refused below
-            contents, notes = read_safetensors(path) if container == "safetensors" else read_torch(path, container)
+        with silenced():  # torch warns of tensors that are refused below
+            contents, notes = read_contents(path)
     except ExplainError as error:
         raise ExplainError(f"{shown(path)}: {error}") from error
-    except MemoryError as error:
-        raise refusal(path, "too large for the memory of this computer", "close other programs") from error
     except Exception as error:  # torch lets out KeyError, EOFError, UnpicklingError; damaged files anything
         raise refusal(path, *why_unreadable(error)) from error
     if not isinstance(contents, dict):
-        raise refusal(path, f"holds {brief(contents)}, not a dictionary of weights", "save the network's state_dict()")
+        cause = f"holds {brief(contents)}, not a dictionary of weights"
+        raise refusal(path, cause, "save the network's state_dict()")
     return contents, notes
 
 
 def why_unreadable(error: Exception) -> tuple[str, str]:
     """Cause and remedy for a file that torch rejects; not in its words, which advise to run the code."""
+    if lacks_memory(error):
+        return "too large for the memory of this computer", "close other programs"
     if isinstance(error, UnicodeEncodeError):
         return "its name is not valid Unicode, so that torch cannot open it", "rename it"
     found = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
     if not found:
-        return f"damaged, or not written by torch.save ({type(error).__name__})", "copy or download the checkpoint again"
+        cause = f"damaged, or not written by torch.save ({type(error).__name__})"
+        return cause, "copy or download the checkpoint again"
     cause = f"holds an object ({found.group(1)}) that only code from the file could restore, and none is run"
-    if found.group(1).startswith("numpy"):
-        return cause, "save it again with plain numbers, such as float(val_acc), in place of NumPy's"
     return cause, "save it again with state_dict() and plain values only"
 
 
-def read_torch(path: Path, container: str) -> tuple[Any, list[str]]:
+def read_contents(path: Path) -> tuple[Any, list[str]]:
+    """What a checkpoint file holds, and notes. Raises ExplainError, without the path, and what torch does."""
+    file, kind = open_checkpoint(path)
+    with file:
+        if kind.use == "safetensors":
+            return read_safetensors(path)
+        return read_torch(path, pickled_part(file, kind), is_mapped=kind.use == "zip")
+
+
+def read_torch(path: Path, pickled: bytes, is_mapped: bool) -> tuple[Any, list[str]]:
     """What torch.save wrote; memory-mapped where it can be, so that the optimizer's state is never read."""
     import torch
 
@@ -892,25 +974,33 @@ def read_torch(path: Path, container: str) -> tuple[Any, list[str]]:
         origins.add(origin)
         return storage
 
-    check_structure(path, container)
-    contents = torch.load(path, map_location=on_cpu, weights_only=True, mmap=container == "zip")
-    notes = ["container of PyTorch before 1.6 read whole"] if container == "pickle" else []
+    check_structure(pickled, 1 if is_mapped else OLD_PICKLES)
+    with torch.serialization.safe_globals(HARMLESS_TYPES):
+        contents = torch.load(path, map_location=on_cpu, weights_only=True, mmap=is_mapped)
+    notes = [] if is_mapped else ["container of PyTorch before 1.6 read whole"]
     elsewhere = sorted(printable(origin) for origin in origins if origin != "cpu")
     return contents, notes + [f"tensors saved on {origin} read on the CPU" for origin in elsewhere[:3]]
 
 
-def check_structure(path: Path, container: str) -> None:
-    """Raise ExplainError, without the path, where unpickling would take far more than the file's own size."""
+def pickled_part(file: BinaryIO, kind: FileKind) -> bytes:
+    """The bytes that hold the structure of what torch.save wrote; the older container does not part them."""
     import torch
 
-    if container == "zip":  # by torch's own reader, as two readers may see two things in a crafted archive
-        pickles, count = io.BytesIO(torch._C.PyTorchFileReader(os.fspath(path)).get_record("data.pkl")), 1
-    else:
-        with open_regular(path) as file:
-            pickles, count = io.BytesIO(file.read(STRUCTURE_BYTES)), OLD_PICKLES
-    walk = StructureWalk()
+    file.seek(0)  # from behind the archive's list of contents
+    if kind.use == "pickle":
+        return file.read(STRUCTURE_BYTES)
+    # By torch's own reader: in a crafted archive, another might see another structure.
+    return torch._C.PyTorchFileReader(file).get_record("data.pkl")
+
+
+def check_structure(pickled: bytes, count: int) -> None:
+    """Raise ExplainError, without the path, where unpickling takes far more than the file's own size.
+
+    `count` pickles follow each other.
+    """
+    file, walk = io.BytesIO(pickled), StructureWalk()
     for _ in range(count):
-        walk.follow(pickles)
+        walk.follow(file)
 
 
 @dataclass(slots=True)
@@ -989,6 +1079,29 @@ def check_call(function: Part, arguments: Part) -> None:
         raise ValueError(f"GLOBAL {function.told.replace(' ', '.')}")
 
 
+class NumberType:
+    """Stands in for numpy.dtype in a checkpoint's pickle: it keeps the type's code and does nothing."""
+
+    def __init__(self, code: str, *options: object) -> None:
+        self.code = code
+
+    def __setstate__(self, state: object) -> None:
+        """Byte order and the like, which NumPy writes for every number alike."""
+
+
+def plain_number(number_type: NumberType, content: bytes) -> float:
+    """Stands in for the function that restores a NumPy number: val_acc, as some trainers save it."""
+    layouts = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i"}
+    return struct.unpack(layouts[number_type.code], content)[0]
+
+
+HARMLESS_TYPES = [
+    argparse.Namespace,  # the options that timm's own trainer saves
+    (NumberType, "numpy.dtype"),
+    *((plain_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Weights from a .safetensors file, with its metadata (texts; JSON where they are that)."""
     from safetensors import safe_open
@@ -996,7 +1109,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], list[str]]:
     def plain(text: str) -> Any:
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return text
 
     with safe_open(path, framework="pt", device="cpu") as file:
@@ -1005,11 +1118,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], list[str]]:
     return {**metadata, MODEL_KEYS[0]: weights}, ["weights read from a safetensors file"]
 
 
-def recorded(contents: dict[Any, Any], name: str) -> Any:
-    """What a checkpoint records under a name, itself or in its config; None where it does not."""
-    config = contents.get("config")
-    found = contents.get(name)
-    return config.get(name) if found is None and isinstance(config, dict) else found
+def recorded(contents: dict[Any, Any], *names: str) -> Any:
+    """The first that a checkpoint records under these names, itself or in its options; else None."""
+    options = [contents.get("config"), contents.get("args")]
+    places = [contents, *(vars(each) if isinstance(each, argparse.Namespace) else each for each in options)]
+    found = (place.get(name) for name in names for place in places if isinstance(place, dict))
+    return next((value for value in found if value is not None), None)
 
 
 def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -1026,7 +1140,7 @@ def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Te
     places = {key: tensors(contents.get(key)) for key in MODEL_KEYS}
     places["the top level"] = tensors(contents)
     places |= {key: tensors(contents.get(key)) for key in EMA_KEYS}
-    filled = [place for place, weights in places.items() if weights]
+    filled = [key for key, weights in places.items() if weights]
     if not filled:
         cause = f"holds no weights under {', '.join(MODEL_KEYS)} or at its top level"
         raise refusal(path, cause, "save the network's state_dict()")
@@ -1036,75 +1150,102 @@ def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Te
         notes = [f"EMA weights taken from {taken}: the only ones in the file"]
     notes += [f"EMA weights beside them ({key}) not used" for key in others if key in EMA_KEYS]
     notes += [f"other weights beside them ({key}) not used" for key in others if key in MODEL_KEYS]
-    numbers = sum(tensor.numel() * tensor.element_size() for tensor in places[taken].values())
-    if numbers > path.stat().st_size:
-        cause = f"its weights are {numbers:,} bytes of numbers, and the file holds fewer numbers"
-        raise refusal(path, cause, "save each weight with numbers of its own (tensor.clone())")
-    weights, prefix_notes = without_prefixes(places[taken], path)
-    return weights, notes + prefix_notes
+    check_numbers(places[taken], path)
+    return places[taken], notes
 
 
-def without_prefixes(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Keys as the network names them, without what torch's wrappers put before them.
+def check_numbers(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise ExplainError where weights share their numbers: a few could stand for gigabytes."""
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    if claimed > path.stat().st_size:
+        cause = f"its weights are {claimed:,} bytes of numbers, and the file holds fewer numbers"
+        raise refusal(path, cause, "save each weight with its own numbers (tensor.clone())")
 
-    Raises ExplainError where two keys become one.
+
+def without_prefix(
+    family: Family, weights: dict[str, torch.Tensor], path: Path
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Keys as the network names them, without what wrappers put before all of them (module., model. ...).
+
+    Raises ExplainError where the family's landmark is there more than once, or another family's is.
     """
-    prefixes = [found.group() for key in weights if (found := WRAPPER_PREFIX.match(key))]
-    bare = {WRAPPER_PREFIX.sub("", key): tensor for key, tensor in weights.items()}
-    if len(bare) < len(weights):
-        raise refusal(path, "holds weights twice, with and without a prefix such as module.", "save one state_dict() alone")
-    bare.pop("n_averaged", None)  # the counter that torch.optim.swa_utils.AveragedModel keeps
-    names = ", ".join(sorted(set(prefixes))[:3])
-    return bare, [f"prefix {names[:80]} removed from {len(prefixes)} keys"] if prefixes else []
-
-
-def check_family(family: Family, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise ExplainError where the keys are those of another family."""
+    found = prefixes_of(family, weights)
+    if len(found) > 1:
+        names = " and ".join(printable(prefix[:80]) or "no prefix" for prefix in found[:3])
+        raise refusal(path, f"holds weights twice, with {names}", "save one state_dict() alone")
     for other in FAMILIES.values():
-        if other.landmark in weights and family.landmark not in weights:
+        if not found and prefixes_of(other, weights):
             cause = f"holds weights of the {other.key} family (key {other.landmark}), not of {family.key}"
             raise refusal(path, cause, f"give it to --{other.key}-checkpoint")
+    prefix = "".join(found)
+    bare = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
+    bare.pop("n_averaged", None)  # the counter that torch.optim.swa_utils.AveragedModel keeps
+    count = sum(key.startswith(prefix) for key in weights)
+    return bare, [f"prefix {printable(prefix[:80])} removed from {count} keys"] if prefix else []
 
 
-def architecture_of(family: Family, contents: dict[Any, Any], path: Path) -> str:
-    """The timm name that the checkpoint records, or the family's full-size network.
+def prefixes_of(family: Family, weights: dict[str, torch.Tensor]) -> list[str]:
+    """What stands before a family's landmark, wherever that is among the keys."""
+    ends = [key.removesuffix(family.landmark) for key in weights if key.endswith(family.landmark)]
+    return sorted(prefix for prefix in ends if not prefix or prefix.endswith("."))
+
+
+def architecture_of(
+    family: Family, contents: dict[Any, Any], weights: dict[str, Any], path: Path
+) -> tuple[str, str]:
+    """The timm name that the checkpoint records, else the one its shapes tell; and how that is known.
 
     The name is checked against the family's own: a foreign one could send timm to the network.
     """
-    name = recorded(contents, "model_name")
+    name = recorded(contents, "model_name", "arch")
     if name is None:
-        return family.full_size
+        head = weights.get(f"{family.head}.weight")
+        inputs = head.shape[-1] if head is not None and head.ndim else 0
+        count = sum(not key.endswith(COUNTER) for key in weights)
+        return family.sizes.get((count, inputs), family.full_size), "assumed, as the checkpoint names none"
     if not isinstance(name, str) or not family.names.fullmatch(name):
         cause = f"records the network {brief(name)}, which is not of the family of {family.full_size}"
         raise refusal(path, cause, "give it to the option of its own family")
-    return name
+    return name, "which the checkpoint names"
 
 
-def class_names_of(family: Family, contents: dict[Any, Any], weights: dict[str, Any], path: Path) -> tuple[str, ...]:
-    """The names of the classes, one for each output of the network's head.
+def class_names_of(
+    family: Family, contents: dict[Any, Any], weights: dict[str, Any], given: Sequence[str] | None, path: Path
+) -> tuple[tuple[str, ...], list[str]]:
+    """The names of the classes, one for each output of the network's head, and notes.
 
-    Raises ExplainError where names, head and config do not agree. The head alone tells the number
-    of outputs; a number in config is never built from.
+    `given` are the user's, for files that record none. Raises ExplainError where names, head and
+    config do not agree. The head alone tells the number of outputs; none is built from config.
     """
-    names = recorded(contents, "class_names")
+    names, notes = recorded(contents, "class_names"), []
     if names is None:
-        names = CLASS_NAMES
+        names = given or CLASS_NAMES
+        order = ", ".join(f"{index} = {printable(name)}" for index, name in enumerate(names))
+        notes = [] if given else [f"class order assumed: {order}; --class-names says another"]
     elif not are_class_names(names):
         wanted = f"a list of 2 to {MAX_CLASSES} different names of at most {MAX_NAME} characters"
         cause = f"class_names is {brief(names)}, not {wanted}"
         raise refusal(path, cause, "correct class_names in the checkpoint")
+    elif given and [*map(class_key, names)] != [*map(class_key, given)]:
+        raise refusal(path, f"records its own class names, {listed(names)}", "leave --class-names out")
     head = weights.get(f"{family.head}.weight")
     if head is None or head.ndim != 2:
-        return CLASS_NAMES  # the comparison with the network names what is missing
-    outputs, claimed = head.shape[0], recorded(contents, "num_classes")
-    if claimed is not None and (type(claimed) is not int or claimed != outputs):
-        cause = f"records num_classes {brief(claimed)}, but its head ({family.head}) has {outputs} outputs"
-        raise refusal(path, cause, "correct num_classes in the checkpoint")
-    if outputs != len(names):
-        cause = f"its head ({family.head}) has {outputs} outputs, but the class names are {listed(names)}"
-        raise refusal(path, cause, "save class_names in the checkpoint, one for each output")
+        return CLASS_NAMES, []  # the comparison with the network names what is missing
+    check_outputs(family, head.shape[0], recorded(contents, "num_classes"), names, path)
     usual = {class_key(name): name for name in CLASS_NAMES}
-    return tuple(usual.get(class_key(name), printable(name)) for name in names)
+    return tuple(usual.get(class_key(name), printable(name)) for name in names), notes
+
+
+def check_outputs(family: Family, outputs: int, claimed: object, names: Sequence[str], path: Path) -> None:
+    """Raise ExplainError unless the head has an output for each name, as many as the file claims."""
+    head = f"its head ({family.head}) has {outputs} outputs"
+    if claimed is not None and (type(claimed) is not int or claimed != outputs):
+        raise refusal(
+            path, f"records num_classes {brief(claimed)}, but {head}", "correct num_classes in the checkpoint"
+        )
+    if outputs != len(names):
+        remedy = "name them with --class-names, or save class_names in the checkpoint"
+        raise refusal(path, f"{head}, but the class names are {listed(names)}", remedy)
 
 
 def are_class_names(value: object) -> bool:
@@ -1123,15 +1264,18 @@ def preprocessing_of(contents: dict[Any, Any], path: Path) -> tuple[Preprocessin
     """
     side = recorded(contents, "img_size")
     sides = side if isinstance(side, (list, tuple)) else [INPUT_SIZE if side is None else side] * 2
-    if len(sides) != 2 or any(type(side) is not int or side not in INPUT_SIZES for side in sides) or sides[0] != sides[1]:
-        cause = f"img_size is {brief(side)}, not one multiple of 32 from {INPUT_SIZES[0]} to {INPUT_SIZES[-1]}"
+    are_numbers = all(type(each) is int and each in INPUT_SIZES for each in sides)
+    if not are_numbers or len(sides) != 2 or sides[0] != sides[1]:
+        wanted = f"one number of pixels from {INPUT_SIZES[0]} to {INPUT_SIZES[-1]}"
+        cause = f"img_size is {brief(side)}, not {wanted}"
         raise refusal(path, cause, "correct img_size in the checkpoint")
     mean = channel_values(contents, "mean", IMAGENET_MEAN, 0, path)
     std = channel_values(contents, "std", IMAGENET_STD, 0.001, path)
     preprocessing = Preprocessing(sides[0], mean, std)
     if preprocessing == Preprocessing():
         return preprocessing, []
-    return preprocessing, [f"preprocessing as the checkpoint says: {sides[0]} pixels a side, mean {mean}, std {std}"]
+    told = f"{sides[0]} pixels a side, mean {mean}, std {std}"
+    return preprocessing, [f"preprocessing as the checkpoint says: {told}"]
 
 
 def channel_values(
@@ -1141,13 +1285,10 @@ def channel_values(
     values = recorded(contents, name)
     if values is None:
         return default
-    numbers = isinstance(values, (list, tuple)) and len(values) == 3 and all(type(value) in (int, float) for value in values)
-    if not numbers or not all(least <= value <= 1 for value in values):
-        raise refusal(
-            path,
-            f"{name} is {brief(values)}, not three numbers from {least} to 1 for pixels in [0, 1]",
-            f"correct {name} in the checkpoint",
-        )
+    is_list = isinstance(values, (list, tuple)) and len(values) == 3
+    if not is_list or not all(type(value) in (int, float) and least <= value <= 1 for value in values):
+        cause = f"{name} is {brief(values)}, not three numbers from {least} to 1 for pixels in [0, 1]"
+        raise refusal(path, cause, f"correct {name} in the checkpoint")
     return tuple(float(value) for value in values)
 
 
@@ -1169,23 +1310,28 @@ def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], name: 
     `name` says which network that is and why.
     """
     expected = network.state_dict()
-    kinds = [f"{key} is {kind}" for key, tensor in weights.items() if (kind := number_kind(tensor)) not in NUMBER_KINDS]
+    found = {key: number_kind(tensor) for key, tensor in weights.items()}
+    kinds = [f"{key} is {kind}" for key, kind in found.items() if kind not in NUMBER_KINDS]
     floats = [key for key, tensor in expected.items() if tensor.is_floating_point()]
-    kinds += [f"{key} is int64" for key in floats if key in weights and number_kind(weights[key]) == "int64"]
+    kinds += [f"{key} is int64" for key in floats if found.get(key) == "int64"]
     if kinds:
-        raise refusal(path, f"not the floats of a network: {listed(kinds)}", "save the trained weights as dense floats")
-    missing = [key for key in expected if key not in weights]
+        cause = f"not the floats of a network: {listed(kinds)}"
+        raise refusal(path, cause, "save the trained weights as dense floats")
+    missing = [key for key in expected if key not in weights and not key.endswith(COUNTER)]
     unexpected = [key for key in weights if key not in expected]
-    pairs = [(key, weights[key], tensor) for key, tensor in expected.items() if key in weights]
-    shapes = [f"{key} is {size(w)} in the file, {size(e)} in the network" for key, w, e in pairs if w.shape != e.shape]
+    shapes = [
+        f"{key} is {shape_text(weights[key])} in the file, {shape_text(tensor)} in the network"
+        for key, tensor in expected.items()
+        if key in weights and weights[key].shape != tensor.shape
+    ]
     faults = (("keys missing", missing), ("keys not in the network", unexpected), ("other shapes", shapes))
-    found = [f"{what} {listed(items)}" for what, items in faults if items]
-    if found:
-        cause = f"its {len(weights)} weights do not fit the {len(expected)} of {name}: {', '.join(found)}"
-        raise refusal(path, cause, "set model_name in its config to the network that was trained")
+    told = [f"{what} {listed(items)}" for what, items in faults if items]
+    if told:
+        cause = f"its {len(weights)} weights do not fit the {len(expected)} of {name}: {', '.join(told)}"
+        raise refusal(path, cause, "record the timm name of the trained network as model_name in its config")
 
 
-def size(tensor: torch.Tensor) -> str:
+def shape_text(tensor: torch.Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "one number"
 
 
@@ -1194,16 +1340,20 @@ def number_kind(tensor: torch.Tensor) -> str:
     import torch
 
     dtype = str(tensor.dtype).removeprefix("torch.")
-    words = {"meta": tensor.is_meta, "sparse": tensor.layout != torch.strided, "quantised": tensor.is_quantized}
+    is_sparse = tensor.layout != torch.strided
+    words = {"meta": tensor.is_meta, "sparse": is_sparse, "quantised": tensor.is_quantized}
     return " ".join([*(word for word, holds in words.items() if holds), dtype])
 
 
 def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The weights as they are computed with. Raises ExplainError where some are NaN or infinite."""
-    ready = {key: tensor.detach().float() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
+    ready = {
+        key: tensor.detach().float() if tensor.is_floating_point() else tensor for key, tensor in weights.items()
+    }
     bad = [key for key, tensor in ready.items() if not is_finite(tensor)]
     if bad:
-        raise refusal(path, f"NaN or infinite weights in {listed(bad)}", "use a checkpoint from before the training diverged")
+        cause = f"NaN or infinite weights in {listed(bad)}"
+        raise refusal(path, cause, "use a checkpoint from before the training diverged")
     kinds = {number_kind(tensor) for tensor in weights.values()} - {"float32", "int64"}
     return ready, [f"{kind} weights computed in float32" for kind in sorted(kinds)]
 
@@ -1222,38 +1372,69 @@ def build_network(architecture: str, classes: int) -> torch.nn.Module:
         return timm.create_model(architecture.partition(".")[0], pretrained=False, num_classes=classes)
 
 
-def load_classifier(family: Family, path: Path, device: str) -> Classifier:
-    """Read a checkpoint into a classifier on `device`.
+def load_classifier(
+    family: Family, path: Path, device: str, class_names: Sequence[str] | None = None
+) -> Classifier:
+    """Read a checkpoint into a classifier on `device`; `class_names` where the file records none.
 
     Raises ExplainError where the file is no checkpoint of this family.
     """
     contents, file_notes = read_checkpoint(path)
-    weights, weight_notes = weights_of(contents, path)
-    check_family(family, weights, path)
-    architecture = architecture_of(family, contents, path)
-    class_names = class_names_of(family, contents, weights, path)
+    weights, place_notes = weights_of(contents, path)
+    weights, prefix_notes = without_prefix(family, weights, path)
+    architecture, why = architecture_of(family, contents, weights, path)
+    class_names, class_notes = class_names_of(family, contents, weights, class_names, path)
     preprocessing, preprocessing_notes = preprocessing_of(contents, path)
-    try:
-        network = build_network(architecture, len(class_names))
-        origin = "assumed, as its config names none" if recorded(contents, "model_name") is None else "which its config names"
-        check_fit(network, weights, f"{architecture} ({origin})", path)
-        weights, type_notes = in_float32(weights, path)
-        network.load_state_dict(weights, strict=True, assign=True)
-        network = network.eval().requires_grad_(False).to(device)
-    except (MemoryError, RuntimeError) as error:  # torch reports a lack of memory as either
-        cause = f"cannot be put on {device} ({type(error).__name__})"
-        raise refusal(path, cause, "free memory, or choose --device cpu") from error
+    network, type_notes = network_of(family, architecture, why, len(class_names), weights, path)
     return Classifier(
-        family=family,
-        title=family.title.format(size=family.names.fullmatch(architecture).group(1).upper()),
-        architecture=architecture,
-        checkpoint=path,
-        accuracy=accuracy_text(contents),
-        class_names=class_names,
-        preprocessing=preprocessing,
-        network=network,
-        notes=(*file_notes, *weight_notes, *type_notes, *preprocessing_notes),
+        Model(
+            family=family,
+            architecture=architecture,
+            checkpoint=path,
+            accuracy=accuracy_text(contents),
+            class_names=class_names,
+            preprocessing=preprocessing,
+            notes=(*file_notes, *place_notes, *prefix_notes, *class_notes, *type_notes, *preprocessing_notes),
+        ),
+        moved(network, device, path),
     )
+
+
+def network_of(
+    family: Family, architecture: str, why: str, classes: int, weights: dict[str, torch.Tensor], path: Path
+) -> tuple[torch.nn.Module, list[str]]:
+    """The network with these weights on the CPU, in eval mode, and notes.
+
+    Raises ExplainError where they do not fit or are not finite.
+    """
+    network = build_network(architecture, classes)
+    if family.landmark not in weights:
+        fitting = " or ".join(each.names.pattern.partition("(")[0] + "*" for each in FAMILIES.values())
+        cause = f"holds another network, without the key {family.landmark}"
+        raise refusal(path, cause, f"give one of timm's {fitting}: this tool explains no others")
+    check_fit(network, weights, f"{architecture} ({why})", path)
+    weights, notes = in_float32(weights, path)
+    counters = [key for key in network.state_dict() if key not in weights]
+    network.load_state_dict(weights | {key: zero_counter() for key in counters}, strict=True, assign=True)
+    if counters:
+        notes.append(f"{len(counters)} counters of batches missing, which only training needs")
+    return network.eval().requires_grad_(False), notes
+
+
+def zero_counter() -> torch.Tensor:
+    import torch
+
+    return torch.tensor(0)
+
+
+def moved(network: torch.nn.Module, device: str, path: Path) -> torch.nn.Module:
+    """The network on `device`. Raises ExplainError where it has no room there."""
+    try:
+        return network.to(device)
+    except (MemoryError, RuntimeError) as error:
+        why = "not enough memory" if lacks_memory(error) else type(error).__name__
+        cause = f"cannot be put on {device} ({why})"
+        raise refusal(path, cause, "free memory, or choose --device cpu") from error
 
 
 def choose_device(wanted: str) -> str:
@@ -1328,7 +1509,10 @@ def resized(heatmap: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def target_index(target_class: str | None, class_names: Sequence[str]) -> int | None:
-    """The class that --target-class means, by name or index; None stands for the predicted one."""
+    """The class that --target-class means, by name or index; None stands for the predicted one.
+
+    Raises ExplainError for what is neither.
+    """
     if target_class is None:
         return None
     names = [class_key(name) for name in class_names]
@@ -1337,7 +1521,8 @@ def target_index(target_class: str | None, class_names: Sequence[str]) -> int | 
     if target_class.strip() in map(str, range(len(names))):
         return int(target_class)
     choices = ", ".join(f"{index} = {printable(name)}" for index, name in enumerate(class_names))
-    raise ExplainError(f"--target-class {printable(target_class)}: not a class of the network; choose {choices}")
+    cause = "not a class of the network"
+    raise ExplainError(f"--target-class {printable(target_class)}: {cause}; choose {choices}")
 
 
 def explain_inputs(classifier: Classifier, inputs: torch.Tensor, target: int | None = None) -> tuple[torch.Tensor, ...]:
@@ -1348,12 +1533,12 @@ def explain_inputs(classifier: Classifier, inputs: torch.Tensor, target: int | N
     """
     import torch
 
-    layer = classifier.network.get_submodule(classifier.family.target_layer)
+    layer = classifier.network.get_submodule(classifier.model.family.target_layer)
     with captured_activations(layer) as captured, torch.enable_grad():
         logits = classifier.network(inputs)  # (B, K)
         (activations,) = captured
         if not torch.isfinite(logits).all():
-            raise ExplainError(f"{shown(classifier.checkpoint)}: the network's output is not finite; its weights are damaged")
+            raise refusal(classifier.model.checkpoint, "the network's output is not finite", "its weights are damaged")
         explained = logits.argmax(dim=1) if target is None else torch.full_like(logits[:, 0], target, dtype=torch.long)
         # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
         score = logits.gather(1, explained[:, None]).sum()
@@ -1361,64 +1546,32 @@ def explain_inputs(classifier: Classifier, inputs: torch.Tensor, target: int | N
     return logits.detach().softmax(dim=1), explained, grad_cam(activations.detach(), gradients)
 
 
-def explain_batch(classifier: Classifier, inputs: Sequence[np.ndarray], target: int | None = None) -> list[Explanation]:
-    """Explain a batch of prepared images, each (3, size, size): class `target`, or each one's predicted class.
+def explain_batch(
+    classifier: Classifier, inputs: Sequence[np.ndarray], target: int | None = None
+) -> list[Explanation]:
+    """Explain prepared images, each (3, size, size): class `target`, or each one's predicted class.
 
     Raises ExplainError where the network's output is not finite or memory does not suffice.
     """
     import torch
 
     try:
-        tensors = explain_inputs(classifier, torch.from_numpy(np.stack(inputs)).to(classifier.device), target)
+        answers = explain_inputs(classifier, torch.from_numpy(np.stack(inputs)).to(classifier.device), target)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if not lacks_memory(error):
             raise
-        cause = f"not enough memory for a batch of {len(inputs)}; choose a smaller --batch-size"
-        raise ExplainError(f"{shown(classifier.checkpoint)}: {cause}") from error
-    probabilities, explained, raw_maps = (tensor.cpu().numpy() for tensor in tensors)
-    return [explanation(classifier, *each) for each in zip(probabilities, explained.tolist(), raw_maps)]
-
-
-def explain(classifier: Classifier, radiographs: Sequence[Radiograph], target: int | None = None) -> list[Explanation]:
-    """`explain_batch` of radiographs as they were loaded."""
-    return explain_batch(classifier, [network_input(each, classifier.preprocessing) for each in radiographs], target)
-
-
-def explanation(classifier: Classifier, probabilities: np.ndarray, explained: int, raw_map: np.ndarray) -> Explanation:
-    return Explanation(
-        title=classifier.title,
-        family=classifier.family.key,
-        architecture=classifier.architecture,
-        checkpoint=printable(classifier.checkpoint.name),
-        accuracy=classifier.accuracy,
-        target_layer=classifier.family.target_layer,
-        is_demo=is_demo(classifier.checkpoint),
-        class_names=classifier.class_names,
-        probabilities=probabilities,
-        explained=explained,
-        raw_map=raw_map,
-        heatmap=normalised(raw_map),
-    )
+        cause = f"not enough memory for a batch of {len(inputs)}"
+        raise refusal(classifier.model.checkpoint, cause, "choose a smaller --batch-size") from error
+    probabilities, explained, raw_maps = (answer.cpu().numpy() for answer in answers)
+    return [
+        Explanation(classifier.model, scores, index, raw_map, normalised(raw_map))
+        for scores, index, raw_map in zip(probabilities, explained.tolist(), raw_maps)
+    ]
 
 
 # ------------------------------------------------------------------------------------------
 # Panels and figures
 # ------------------------------------------------------------------------------------------
-
-FONT = "DejaVu Sans"  # comes with matplotlib, so figures look the same everywhere
-LARGE, BODY, SMALL = 17, 11.5, 9  # points
-INK, MUTED, TRACK, BAR = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#3b6ea5"
-CHANGING_DETAILS = ("Explained class", "Peak of raw map")  # from image to image
-READING_GUIDE = (  # (place on the colour bar, what it means)
-    (1.0, "High attention: raised the score of the explained class"),
-    (0.0, "Low attention: counted little or not at all"),
-)
-BACKGROUNDS: dict[tuple[object, ...], Any] = {}  # pages with their fixed texts alone, as matplotlib copies them
-MAX_BACKGROUNDS = 4  # 9 MB each at 150 DPI; two models and their comparison need three
-READING_ADVICE = (
-    "Good: on the fracture line and the bone around it.",
-    "Red flag: on borders, markers, text, or nowhere in particular.",
-)
 
 
 @functools.cache
@@ -1572,9 +1725,9 @@ def picture_class() -> type[Artist]:
 def draw_heatmap(panel: Panel, picture: np.ndarray, explanation: Explanation, style: FigureStyle, title: str) -> None:
     """The heatmap alone, at the size of the picture; a map with a remark says it."""
     panel.show(coloured(explanation.heatmap, picture, style.colormap), title)
-    if explanation.remark:
+    if explanation.blankness:
         frame = {"facecolor": "white", "edgecolor": MUTED, "boxstyle": "round,pad=0.6"}
-        panel.write(0.5, 0.5, explanation.remark, SMALL, panel.width - 0.3, ha="center", va="center", bbox=frame, animated=True)
+        panel.write(0.5, 0.5, explanation.blankness, SMALL, panel.width - 0.3, ha="center", va="center", bbox=frame, animated=True)
 
 
 def draw_overlay(panel: Panel, picture: np.ndarray, explanation: Explanation, style: FigureStyle, title: str) -> None:
@@ -1602,7 +1755,7 @@ def draw_probabilities(panel: Panel, explanation: Explanation, top: float) -> fl
     for index in listed:
         weight = "bold" if index == explanation.predicted else "normal"
         probability = float(explanation.probabilities[index])
-        panel.write(0, top, explanation.class_names[index], BODY, 3.5, weight=weight, animated=True)
+        panel.write(0, top, explanation.model.class_names[index], BODY, 3.5, weight=weight, animated=True)
         panel.write(1, top, f"{probability:.2%}", BODY, 1, weight=weight, ha="right", animated=True)
         panel.fill(0, top - 0.7 * step, 1, 0.018, TRACK)
         panel.fill(0, top - 0.7 * step, probability, 0.018, BAR)
@@ -1610,15 +1763,22 @@ def draw_probabilities(panel: Panel, explanation: Explanation, top: float) -> fl
     return top
 
 
+def explained_text(explanation: Explanation) -> str:
+    """The explained class, with its probability where it is not the predicted one."""
+    if explanation.explained == explanation.predicted:
+        return explanation.explained_class
+    return f"{explanation.probabilities[explanation.explained]:.2%} {explanation.explained_class}"
+
+
 def detail_lines(explanation: Explanation) -> list[tuple[str, str]]:
     """What the details panel lists: (label, value)."""
     h, w = explanation.heatmap.shape
     return [
-        ("Explained class", explanation.explained_text),
-        ("Model", explanation.architecture),
-        ("Checkpoint", explanation.checkpoint),
-        ("", explanation.accuracy),
-        ("Target layer", f"{explanation.target_layer}, {h}×{w} grid: one cell is 1/{h * w} of the image"),
+        ("Explained class", explained_text(explanation)),
+        ("Model", explanation.model.architecture),
+        ("Checkpoint", printable(explanation.model.checkpoint.name)),
+        ("", explanation.model.accuracy),
+        ("Target layer", f"{explanation.model.family.target_layer}, {h}×{w} grid: one cell is 1/{h * w} of the image"),
         ("Peak of raw map", f"{explanation.raw_map.max():.3g} (the colours are relative to it)"),
     ]
 
@@ -1645,7 +1805,7 @@ def draw_details(panel: Panel, explanation: Explanation, style: FigureStyle) -> 
 
 def footer_text(explanations: Sequence[Explanation]) -> str:
     """What stands below every figure."""
-    if explanations[0].is_demo:
+    if is_demo(explanations[0].model.checkpoint):
         return f"Demo {'networks' if len(explanations) > 1 else 'network'}: {DEMO_NOTICE}."
     return "Grad-CAM shows correlation, not cause. Not for diagnosis."
 
@@ -1665,7 +1825,7 @@ def new_figure(width: float, height: float, style: FigureStyle, title: str, name
 
 def explanation_figure(picture: np.ndarray, name: str, explanation: Explanation, style: FigureStyle) -> Figure:
     """The 4-panel figure: radiograph, heatmap, overlay, prediction details."""
-    figure = new_figure(10, 10, style, f"Grad-CAM: {explanation.title}", name, footer_text([explanation]))
+    figure = new_figure(10, 10, style, f"Grad-CAM: {explanation.model.title}", name, footer_text([explanation]))
     side, top, bottom = PANEL_INCHES, 4.9, 0.45
     Panel(figure, 0.4, top, side, side).show(picture, "Original X-ray")
     draw_heatmap(Panel(figure, 4.9, top, side, side), picture, explanation, style, "Grad-CAM Heatmap")
@@ -1685,13 +1845,13 @@ def agreement_text(explanations: Sequence[Explanation]) -> str:
     first, second = explanations
     if agree(explanations):
         return f"Both models agree: {first.prediction}"
-    return f"Models disagree: {first.title} says {first.prediction}, {second.title} says {second.prediction}"
+    return f"Models disagree: {first.model.title} says {first.prediction}, {second.model.title} says {second.prediction}"
 
 
 def row_heading(explanation: Explanation) -> str:
-    heading = f"{explanation.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
+    heading = f"{explanation.model.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
     if explanation.explained != explanation.predicted:
-        heading += f" (explained class: {explanation.class_names[explanation.explained]})"
+        heading += f" (explained class: {explanation.model.class_names[explanation.explained]})"
     return heading
 
 
@@ -1708,43 +1868,7 @@ def comparison_figure(picture: np.ndarray, name: str, explanations: Sequence[Exp
     return figure
 
 
-# ------------------------------------------------------------------------------------------
-# Outputs: names and files
-# ------------------------------------------------------------------------------------------
-
-
-def check_output_folder(folder: Path) -> None:
-    """Make the output folder and try it. Raises ExplainError where no figure could be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(PROBE_BYTES))
-    except OSError as error:
-        raise unwritable(folder, error) from error
-
-
-def unwritable(path: Path, error: OSError) -> ExplainError:
-    return ExplainError(f"{shown(path)}: cannot be written ({error.strerror or error}); choose another place with --output-dir")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the name `path` at the end, or goes away.
-
-    A link at `path` is replaced, not followed. Raises ExplainError where the system refuses.
-    """
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-        os.replace(temporary, path)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def drawn(figure: Figure) -> FigureCanvasAgg:
+def draw_page(figure: Figure) -> FigureCanvasAgg:
     """Draw a page: its fixed texts once for all pages that have the same, then what is `animated`.
 
     Texts are half of a page's drawing time, and most of them stay from image to image.
@@ -1766,8 +1890,8 @@ def drawn(figure: Figure) -> FigureCanvasAgg:
     return canvas
 
 
-def png(pixels: np.ndarray, dpi: float, settings: str) -> bytes:
-    """Pixels (H, W, 3) uint8 as a PNG file, with its resolution and a text chunk named Settings.
+def png(pixels: np.ndarray, dpi: float, digest: str) -> bytes:
+    """Pixels (H, W, 3) uint8 as a PNG file, with its resolution and a text chunk named Digest.
 
     Each row is stored as its difference from the row above (PNG, 2nd edition, section 9.2). Pillow
     tries all five filters on each row, which takes longer than everything else about a page.
@@ -1781,7 +1905,7 @@ def png(pixels: np.ndarray, dpi: float, settings: str) -> bytes:
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),  # 8 bits, RGB
         (b"pHYs", struct.pack(">IIB", per_metre, per_metre, 1)),
-        (b"tEXt", b"Settings\0" + settings.encode("latin-1")),
+        (b"tEXt", b"Digest\0" + digest.encode("latin-1")),
         (b"IDAT", zlib.compress(rows, PNG_LEVEL)),
         (b"IEND", b""),
     )
@@ -1789,22 +1913,51 @@ def png(pixels: np.ndarray, dpi: float, settings: str) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
-def write_page(figure: Figure, path: Path, settings: str = "") -> None:
-    """Draw a figure and write it as PNG, with the job's settings in it."""
-    canvas = drawn(figure)
-    page = png(np.asarray(canvas.buffer_rgba())[:, :, :3], figure.dpi, settings)
+def figure_bytes(figure: Figure, digest: str = "") -> bytes:
+    """A figure drawn, as a PNG file that holds the digest of its job."""
+    canvas = draw_page(figure)
+    content = png(np.asarray(canvas.buffer_rgba())[:, :, :3], figure.dpi, digest)
     canvas.renderer = None  # 9 MB that would stay until Python looks for cycles: figure and canvas hold each other
-    with replacing(path) as file:
-        file.write(page)
+    return content
 
 
-def settings_of(figure: Path) -> str | None:
-    """The settings that a figure was drawn with; None where it is not there or not whole."""
+# ------------------------------------------------------------------------------------------
+# Outputs: names and files
+# ------------------------------------------------------------------------------------------
+
+
+def check_output_folder(folder: Path) -> None:
+    """Make the output folder and try it. Raises ExplainError where no figure could be written."""
     try:
-        with open_regular(figure) as file, Image.open(file, formats=("PNG",)) as page:
-            return page.info.get("Settings")
-    except (ExplainError, OSError, SyntaxError, ValueError):
-        return None
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(PROBE_BYTES))
+    except OSError as error:
+        if folder.exists() and not folder.is_dir():
+            raise refusal(folder, "a file, not a folder", "choose another place with --output-dir") from error
+        raise unwritable(folder, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> ExplainError:
+    cause = f"cannot be written ({error.strerror or error})"
+    return refusal(path, cause, "choose another place with --output-dir")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the name `path` at the end, or goes away.
+
+    A link at `path` is replaced, not followed. Raises ExplainError where the system refuses.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def short_stem(stem: str) -> str:
@@ -1812,36 +1965,29 @@ def short_stem(stem: str) -> str:
     encoded = os.fsencode(stem)
     if len(encoded) <= MAX_STEM_BYTES:
         return stem
-    return encoded[: MAX_STEM_BYTES - 9].decode(errors="ignore") + "_" + hashlib.sha256(encoded).hexdigest()[:8]
+    kept = encoded[: MAX_STEM_BYTES - 9].decode(errors="ignore")
+    return f"{kept}_{hashlib.sha256(encoded).hexdigest()[:8]}"
 
 
-def output_stems(images: Sequence[Path]) -> list[str]:
+def output_stems(labels: Sequence[str]) -> list[str]:
     """What the names of each image's outputs end in: the image's own stem.
 
     Images of one run that share a stem get their folder's name before it, and if that does not
     tell them apart, a number behind it in the order of the images. Upper and lower case do not
     tell names apart: some file systems do not.
     """
-    counts = Counter(path.stem.casefold() for path in images)
+    paths = [Path(label) for label in labels]
+    counts = Counter(path.stem.casefold() for path in paths)
     taken: set[str] = set()
     stems = []
-    for path in images:
-        shared = counts[path.stem.casefold()] > 1
-        wanted = short_stem(f"{path.absolute().parent.name}_{path.stem}" if shared else path.stem)
+    for path in paths:
+        folder = path.absolute().parent.name if counts[path.stem.casefold()] > 1 else ""
+        wanted = short_stem(f"{folder}_{path.stem}" if folder else path.stem)
         numbered = (f"{wanted}_{number}" for number in itertools.count(2))
-        stems.append(next(stem for stem in itertools.chain([wanted], numbered) if stem.casefold() not in taken))
+        names = itertools.chain([wanted], numbered)
+        stems.append(next(stem for stem in names if stem.casefold() not in taken))
         taken.add(stems[-1].casefold())
     return stems
-
-
-@dataclass(frozen=True)
-class Job:
-    """One image to explain, and the files that will come of it."""
-
-    image: Path
-    figures: tuple[Path, ...]  # one for each model, then the comparison where there are two models
-    maps: tuple[Path, ...]  # one .npy for each model; its .json lies beside it
-    settings: str  # mark of the image's content and of all that its results depend on
 
 
 def file_mark(path: Path) -> tuple[int, str]:
@@ -1850,80 +1996,99 @@ def file_mark(path: Path) -> tuple[int, str]:
     A file that cannot be read has the mark of an empty one; what is wrong is said when it is used.
     """
     with contextlib.suppress(ExplainError, OSError), open_regular(path) as file:
-        size, ends = file.seek(0, os.SEEK_END), hashlib.sha256()
-        for start in (0, max(0, size - MARKED_BYTES)):
+        length, ends = file.seek(0, os.SEEK_END), hashlib.sha256()
+        for start in (0, max(0, length - MARKED_BYTES)):
             file.seek(start)
             ends.update(file.read(MARKED_BYTES))
-        return size, ends.hexdigest()
+        return length, ends.hexdigest()
     return 0, ""
 
 
-def make_jobs(images: Sequence[Path], keys: Sequence[str], folder: Path, figures: bool, maps: bool, asked: object) -> list[Job]:
-    """A job for each image; `asked` is all that results depend on beside the image.
+def make_jobs(
+    images: Sequence[Path], labels: Sequence[str], keys: Sequence[str], folder: Path,
+    maps: bool, figures: bool, asked: object,
+) -> list[Job]:  # fmt: skip
+    """A job for each image, known by its label; `asked` is all that results depend on beside the image.
 
     Raises ExplainError where an output would replace one of the images.
     """
-    prefixes = [f"gradcam_{key}" for key in keys] + ["comparison"] * (len(keys) > 1)
+    prefixes = {f"gradcam_{key}": (index,) for index, key in enumerate(keys)}
+    prefixes |= {"comparison": tuple(range(len(keys)))} if len(keys) > 1 else {}
+    shown_by = prefixes if figures else {}
     jobs = [
         Job(
             image,
-            tuple(folder / f"{prefix}_{stem}.png" for prefix in prefixes) if figures else (),
-            tuple(folder / f"map_{key}_{stem}.npy" for key in keys) if maps else (),
-            hashlib.sha256(repr((asked, file_mark(image))).encode("utf-8", "surrogateescape")).hexdigest()[:16],
+            label,
+            tuple(Page(folder / f"{prefix}_{stem}.png", shows) for prefix, shows in shown_by.items()),
+            tuple(folder / f"map_{key}_{stem}.npy" for key in keys if maps),
+            digest_of(asked, file_mark(image)),
         )
-        for image, stem in zip(images, output_stems(images))
+        for image, label, stem in zip(images, labels, output_stems(labels))
     ]
     inputs = {os.path.realpath(image) for image in images}
-    for job in jobs:
-        for path in (*job.figures, *job.maps, *(path.with_suffix(".json") for path in job.maps), folder / TABLE_NAME):
-            if os.path.realpath(path) in inputs:
-                raise ExplainError(f"{shown(path)}: is an input of this run and would be replaced; choose another --output-dir")
+    for path in (folder / TABLE_NAME, *(path for job in jobs for path in job.outputs)):
+        if os.path.realpath(path) in inputs:
+            cause = "is an input of this run and would be replaced"
+            raise refusal(path, cause, "choose another --output-dir")
     return jobs
 
 
-def write_figure(job: Job, index: int, picture: np.ndarray, explanations: Sequence[Explanation], style: FigureStyle) -> None:
-    """Figure `index` of a job: the four panels of that explanation, or, after the last one's, the comparison.
+def content_label(image: Path) -> str:
+    """A name that says nothing about whom the image shows: the start of its content's SHA-256."""
+    with contextlib.suppress(ExplainError):
+        return file_digest(image)[:8]
+    return hashlib.sha256(os.fsencode(image)).hexdigest()[:8]  # what is wrong is said when it is read
 
-    Raises ExplainError where it cannot be written.
-    """
-    if index < len(explanations):
-        figure = explanation_figure(picture, job.image.name, explanations[index], style)
+
+def digest_of(*parts: object) -> str:
+    """A short checksum of values that have a repr of their own."""
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def write_page(result: Result, page: Page, style: FigureStyle) -> None:
+    """Draw one figure of a job and write it. Raises ExplainError where it cannot be written."""
+    explanations = [result.explanations[index] for index in page.shows]
+    name = result.job.name
+    if len(explanations) == 1:
+        figure = explanation_figure(result.picture, name, explanations[0], style)
     else:
-        figure = comparison_figure(picture, job.image.name, explanations, style)
-    write_page(figure, job.figures[index], job.settings)
+        figure = comparison_figure(result.picture, name, explanations, style)
+    try:
+        content = figure_bytes(figure, result.job.digest)
+    except MemoryError as error:
+        cause = f"not enough memory to draw it at {style.dpi} DPI"
+        raise refusal(page.path, cause, "choose a smaller --dpi") from error
+    with replacing(page.path) as file:
+        file.write(content)
 
 
-def write_figures(job: Job, picture: np.ndarray, explanations: Sequence[Explanation], style: FigureStyle) -> None:
-    """All figures of a job. Raises ExplainError where one cannot be written."""
-    for index in range(len(job.figures)):
-        write_figure(job, index, picture, explanations, style)
-
-
-def write_maps(job: Job, classifiers: Sequence[Classifier], explanations: Sequence[Explanation]) -> None:
+def write_maps(result: Result) -> None:
     """Each raw map as .npy (h, w) float32, and beside it as .json what it takes to compute it again."""
-    for classifier, explanation, path in zip(classifiers, explanations, job.maps):
-        told = json.dumps(provenance(job.image, classifier, explanation), indent=2)
+    for explanation, path in zip(result.explanations, result.job.maps):
+        told = json.dumps(provenance(result.job, explanation), indent=2)
         with replacing(path) as file:
             np.save(file, explanation.raw_map, allow_pickle=False)
         with replacing(path.with_suffix(".json")) as file:
             file.write(told.encode())
 
 
-def provenance(image: Path, classifier: Classifier, explanation: Explanation) -> dict[str, Any]:
+def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
     """Everything that a raw map depends on."""
+    model = explanation.model
     return {
-        "image": shown(image),
-        "image_sha256": file_digest(image),
-        "checkpoint": shown(classifier.checkpoint),
-        "checkpoint_sha256": file_digest(classifier.checkpoint),
-        "architecture": explanation.architecture,
-        "target_layer": explanation.target_layer,
+        "image": shown(Path(job.label)),
+        "image_sha256": file_digest(job.image),
+        "checkpoint": shown(model.checkpoint),
+        "checkpoint_sha256": file_digest(model.checkpoint),
+        "architecture": model.architecture,
+        "target_layer": model.family.target_layer,
         "method": "Grad-CAM before the ReLU",
         "explained_class": explanation.explained,
-        "class_names": explanation.class_names,
+        "class_names": model.class_names,
         "probabilities": explanation.probabilities.tolist(),
-        "preprocessing": dataclasses.asdict(classifier.preprocessing),
+        "preprocessing": dataclasses.asdict(model.preprocessing),
         "versions": {name: version(name) for name in ("torch", "timm", "numpy", "pillow")},
+        "digest": job.digest,
     }
 
 
@@ -1934,14 +2099,31 @@ def file_digest(path: Path) -> str:
         with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (ExplainError, OSError) as error:
-        raise ExplainError(f"{shown(path)}: changed or removed during the run; run again") from error
+        raise refusal(path, "changed or removed during the run", "run again") from error
+
+
+def is_finished(job: Job) -> bool:
+    """Whether every file that a job would write is there, and came of the same job."""
+    return all(digest_in(path) in (job.digest, "") for path in job.outputs)
+
+
+def digest_in(path: Path) -> str | None:
+    """The digest of the job that wrote a file; "" where it holds none, None where it is not there or not whole."""
+    try:
+        with open_regular(path) as file:
+            if path.suffix == ".json":
+                return json.load(file)["digest"]
+            if path.suffix == ".png":
+                with Image.open(file, formats=("PNG",)) as page:
+                    return page.info["Digest"]
+            return ""
+    except (ExplainError, OSError, SyntaxError, ValueError, KeyError, TypeError):
+        return None
 
 
 # ------------------------------------------------------------------------------------------
 # The table of results
 # ------------------------------------------------------------------------------------------
-
-TABLE_NAME = "summary.csv"
 
 
 def true_class(image: Path, class_names: Sequence[str]) -> str:
@@ -1950,46 +2132,57 @@ def true_class(image: Path, class_names: Sequence[str]) -> str:
     return next((name for name in class_names if class_key(name) == folder), "")
 
 
-def table_columns(classifiers: Sequence[Classifier]) -> list[str]:
-    columns = ["file", "true_class"]
-    for classifier in classifiers:
-        key = classifier.family.key
-        columns += [f"{key}_predicted", *(f"{key}_p_{name}" for name in classifier.class_names), f"{key}_correct", f"{key}_blank_map"]
-    return [*columns, "agree", "settings", "outputs", "error"]
-
-
-def table_row(job: Job, explanations: Sequence[Explanation]) -> dict[str, str]:
-    """One image's results, as text: yes, no, or empty where it cannot be said."""
-    truth = true_class(job.image, explanations[0].class_names)
-    row = {"file": str(job.image), "true_class": truth}
-    for explanation in explanations:
-        key = explanation.family
-        row[f"{key}_predicted"] = explanation.prediction
-        for name, probability in zip(explanation.class_names, explanation.probabilities):
-            row[f"{key}_p_{name}"] = f"{probability:.6f}"
-        row[f"{key}_correct"] = yes_or_no(class_key(explanation.prediction) == class_key(truth)) if truth else ""
-        row[f"{key}_blank_map"] = yes_or_no(not explanation.heatmap.any())
-    if len(explanations) > 1:
-        row["agree"] = yes_or_no(agree(explanations))
-    return row | {"settings": job.settings, "outputs": ";".join(path.name for path in job.figures + job.maps), "error": ""}
-
-
 def yes_or_no(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def is_finished(job: Job) -> bool:
-    """Whether all files that a job would write are there, the figures drawn with its settings."""
-    return all(settings_of(path) == job.settings for path in job.figures) and all(path.exists() for path in job.maps)
+MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from explanation and true class
+    "predicted": lambda explanation, truth: explanation.prediction,
+    "confidence": lambda explanation, truth: f"{explanation.confidence:.6f}",
+    "correct": lambda explanation, truth: yes_or_no(is_right(explanation, truth)) if truth else "",
+    "explained": lambda explanation, truth: explanation.explained_class,
+    "raw_peak": lambda explanation, truth: f"{explanation.raw_map.max():.6g}",
+    "blank_map": lambda explanation, truth: yes_or_no(not explanation.heatmap.any()),
+}
 
 
-def is_row_of(row: dict[str, str], job: Job) -> bool:
-    """Whether a row of an earlier run's table is what this job would give."""
-    return row["settings"] == job.settings and not row["error"] and is_finished(job)
+def table_columns(models: Sequence[Model]) -> list[str]:
+    columns = ["file", "true_class"]
+    for model in models:
+        columns += [f"{model.family.key}_{name}" for name in MODEL_COLUMNS]
+        columns += [f"{model.family.key}_p_{name}" for name in model.class_names]
+    return [*columns, "agree", "notes", "digest", "outputs", "error"]
+
+
+def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
+    """One image's results, as text: yes, no, or empty where it cannot be said."""
+    job, truth = result.job, true_class(result.job.image, models[0].class_names)
+    row = {"file": job.label, "true_class": truth, "notes": "; ".join(result.notes), "error": result.error}
+    if result.error:
+        return row
+    for explanation in result.explanations:
+        model = explanation.model
+        for name, text_of in MODEL_COLUMNS.items():
+            row[f"{model.family.key}_{name}"] = text_of(explanation, truth)
+        for name, probability in zip(model.class_names, explanation.probabilities):
+            row[f"{model.family.key}_p_{name}"] = f"{probability:.6f}"
+    if len(models) > 1:
+        row["agree"] = yes_or_no(agree(result.explanations))
+    files = [page.path.name for page in job.pages] + [path.name for path in job.maps]
+    return row | {"digest": job.digest, "outputs": ";".join(files)}
+
+
+def is_right(explanation: Explanation, truth: str) -> bool:
+    return class_key(explanation.prediction) == class_key(truth)
+
+
+def row_key(file: str) -> str:
+    """What tells the rows of a table apart: a folder may be named in more than one way."""
+    return os.path.abspath(file)
 
 
 def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The whole rows of an earlier run's table, by file.
+    """The whole rows of an earlier run's table, by `row_key`.
 
     Raises ExplainError where the table cannot be read or has other columns than this run's.
     """
@@ -1999,35 +2192,52 @@ def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, st
             reader = csv.DictReader(file)
             if reader.fieldnames not in (None, columns):
                 cause = "its columns are not those of this run (another --model, or other classes)"
-                raise ExplainError(f"{shown(path)}: {cause}; move it away, or choose another --output-dir")
-            return {row["file"]: row for row in reader if None not in row.values()}
+                raise refusal(path, cause, "move it away, or choose another --output-dir")
+            return {row_key(row["file"]): row for row in reader if None not in row.values()}
     except FileNotFoundError:
         return {}
     except (OSError, csv.Error) as error:
-        raise ExplainError(f"{shown(path)}: cannot be read ({error}); move it away") from error
+        raise refusal(path, f"cannot be read ({error})", "move it away") from error
+
+
+def keep_table(folder: Path) -> list[str]:
+    """Rename an earlier run's table, so that none is ever lost; what to say of it."""
+    path = folder / TABLE_NAME
+    names = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(1))
+    try:
+        if not path.exists():
+            return []
+        other = next(name for name in names if not os.path.lexists(name))
+        os.rename(path, other)
+        return [f"ℹ️  {shown(path)}: the table of an earlier run, kept as {other.name}"]
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 @contextlib.contextmanager
-def open_table(folder: Path, columns: Sequence[str], kept: Iterable[dict[str, str]]) -> Iterator[Callable[[dict[str, str]], None]]:
-    """Write summary.csv row by row, each out of this process's hands before the next; starts with the kept rows."""
+def open_table(
+    folder: Path, columns: Sequence[str], kept: Iterable[dict[str, str]]
+) -> Iterator[Callable[[dict[str, str]], None]]:
+    """Write summary.csv row by row, each out of this process's hands before the next, after the kept rows."""
     path = folder / TABLE_NAME
     with replacing(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
+        coding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+        text = io.TextIOWrapper(file, write_through=True, **coding)
         writer = csv.DictWriter(text, columns, restval="")
         writer.writeheader()
         writer.writerows(kept)
         text.detach()
-    with open(path, "a", encoding="utf-8", errors="surrogateescape", newline="") as text:
+    with open(path, "a", **coding) as text:
         writer = csv.DictWriter(text, columns, restval="")
 
-        def add(row: dict[str, str]) -> None:
+        def append(row: dict[str, str]) -> None:
             try:
                 writer.writerow(row)
                 text.flush()
             except OSError as error:
                 raise unwritable(path, error) from error
 
-        yield add
+        yield append
 
 
 # ------------------------------------------------------------------------------------------
@@ -2069,103 +2279,8 @@ def warn(*lines: str) -> None:
         discard(sys.stderr)
 
 
-def prediction_lines(explanation: Explanation) -> list[str]:
-    lines = [
-        f"{explanation.title}:",
-        f"  Prediction: {printable(explanation.prediction)}",
-        f"  Confidence: {explanation.confidence:.2%}",
-    ]
-    if explanation.explained != explanation.predicted:
-        lines.append(f"  Explained class: {printable(explanation.class_names[explanation.explained])}")
-    if explanation.remark:
-        lines.append(f"  ⚠️  {printable(explanation.remark)}")
-    return lines
-
-
-def comparison_lines(explanations: Sequence[Explanation]) -> list[str]:
-    """The comparison summary of one image."""
-    lines = [RULE, "📊 COMPARISON SUMMARY", RULE]
-    for explanation in explanations:
-        lines += [*prediction_lines(explanation), ""]
-    return [*lines, f"{'✅' if agree(explanations) else '⚠️ '} {printable(agreement_text(explanations))}"]
-
-
-def result_line(job: Job, explanations: Sequence[Explanation]) -> str:
-    """One image of many in one line."""
-    verdicts = "; ".join(
-        f"{each.title} {printable(each.prediction)} {each.confidence:.2%}{' (blank map)' if not each.heatmap.any() else ''}"
-        for each in explanations
-    )
-    mark, verdict = ("✅", "") if agree(explanations) else ("⚠️ ", "; models disagree")
-    return f"{mark} {shown(job.image)}: {verdicts}{verdict}"
-
-
-def run_lines(rows: Sequence[dict[str, str]], classifiers: Sequence[Classifier], kept: int, seconds: float) -> list[str]:
-    """What a run over many images found: speed, accuracy, confusion, the images to look at."""
-    failed = [row for row in rows if row["error"]]
-    done = [row for row in rows if not row["error"]]
-    lines = [RULE, "📊 RUN SUMMARY", RULE, f"Images: {len(done)} done, {len(failed)} failed"]
-    if len(done) > kept:
-        lines.append(f"Speed: {(len(done) - kept) / seconds:.2f} images per second ({len(done) - kept} images in {seconds:.1f} s)")
-    for classifier in classifiers:
-        lines += ["", *accuracy_lines(done, classifier)]
-    if len(classifiers) > 1 and done:
-        differ = [row for row in done if row["agree"] == "no"]
-        lines += ["", f"Models agree on {len(done) - len(differ)} of {len(done)} images"]
-        lines += [f"  Disagree: {shown(Path(row['file']))}" for row in differ]
-    return lines
-
-
-def accuracy_lines(rows: Sequence[dict[str, str]], classifier: Classifier) -> list[str]:
-    """Accuracy, confusion counts and misclassified files of one model, against the folder names."""
-    key, names = classifier.family.key, classifier.class_names
-    known = [row for row in rows if row["true_class"]]
-    if not known:
-        return [f"{classifier.title}:", "  Accuracy: unknown, no folder is named after a class"]
-    wrong = [row for row in known if row[f"{key}_correct"] == "no"]
-    right = len(known) - len(wrong)
-    lines = [f"{classifier.title}:", f"  Accuracy: {right / len(known):.2%} ({right} of {len(known)} images in folders named after a class)"]
-    counts = Counter((class_key(row["true_class"]), class_key(row[f"{key}_predicted"])) for row in known)
-    for truth in names:
-        counted = ", ".join(f"{counts[class_key(truth), class_key(name)]} as {name}" for name in names)
-        lines.append(f"  {truth}: {counted}")
-    return lines + [f"  Misclassified: {shown(Path(row['file']))} as {printable(row[f'{key}_predicted'])}" for row in wrong]
-
-
-# ------------------------------------------------------------------------------------------
-# Runs
-# ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one run is asked to do, checked as far as the file system can tell."""
-
-    jobs: tuple[Job, ...]
-    is_random: bool
-    is_single: bool  # one image, named by itself or drawn: the console text is about it alone
-    checkpoints: tuple[tuple[Family, Path], ...]
-    output_folder: Path
-    device: str
-    target_class: str | None
-    style: FigureStyle
-    batch_size: int | None
-    skip_existing: bool
-    quiet: bool
-
-
-def load_models(request: Request) -> list[Classifier]:
-    """Load every model that the request names, and say so."""
-    use_exact_float32()
-    device, classifiers = choose_device(request.device), []
-    for family, path in request.checkpoints:
-        say(f"📦 Loading {family.key.upper()} model...")
-        classifier = load_classifier(family, path, device)
-        warn(*note_lines(path, classifier.notes))
-        target_index(request.target_class, classifier.class_names)
-        say(f"✅ Model loaded: {classifier.architecture}", f"   {classifier.accuracy}", "")
-        classifiers.append(classifier)
-    return classifiers
+def note_lines(file: Path | str, notes: Sequence[str]) -> list[str]:
+    return [f"ℹ️  {shown(Path(file))}: {note}" for note in notes]
 
 
 def demo_lines(checkpoints: Sequence[Path]) -> list[str]:
@@ -2174,100 +2289,245 @@ def demo_lines(checkpoints: Sequence[Path]) -> list[str]:
     return ["", f"⚠️  Demo {noun}: {DEMO_NOTICE}"] if is_demo(checkpoints[0]) else []
 
 
-def note_lines(path: Path, notes: Sequence[str]) -> list[str]:
-    return [f"ℹ️  {shown(path)}: {note}" for note in notes]
+def opening_lines(jobs: Sequence[Job], is_single: bool, is_random: bool, models: int) -> list[str]:
+    lines = ["🎲 No image specified. Using random test image:", f"   {shown(Path(jobs[0].label))}", ""]
+    what = f": {printable(jobs[0].name)}" if is_single else f" {len(jobs)} images"
+    verb = "Comparing" if models > 1 else "Analyzing"
+    return [*(lines if is_random else []), f"🔍 {verb} explainability for{what}", RULE]
+
+
+# One image alone
+
+
+def single_lines(result: Result) -> list[str]:
+    """What became of the one image of a run."""
+    lines = []
+    for explanation, page in zip(result.explanations, result.job.pages):
+        model = explanation.model
+        lines += [f"{model.family.bullet} Generating {model.title} Grad-CAM..."]
+        lines += [f"✅ Visualization saved: {shown(page.path)}", ""]
+    for page in result.job.pages[len(result.explanations) :]:
+        lines += ["📊 Creating comparison visualization..."]
+        lines += [f"✅ Comparison saved: {shown(page.path)}", ""]
+    lines += [f"✅ Map saved: {shown(path)}" for path in result.job.maps]
+    return lines + [""] * bool(result.job.maps)
+
+
+def summary_lines(result: Result) -> list[str]:
+    """What the models say about the one image of a run."""
+    if len(result.explanations) == 1:
+        return prediction_lines(result.explanations[0])
+    lines = [RULE, "📊 COMPARISON SUMMARY", RULE]
+    for explanation in result.explanations:
+        lines += [*prediction_lines(explanation), ""]
+    verdict = f"{agreement_text(result.explanations)}{verdict_text(result)}"
+    return [*lines, f"{verdict_mark(result)} {verdict}"]
+
+
+def prediction_lines(explanation: Explanation) -> list[str]:
+    lines = [
+        f"{explanation.model.title}:",
+        f"  Prediction: {explanation.prediction}",
+        f"  Confidence: {explanation.confidence:.2%}",
+    ]
+    if explanation.explained != explanation.predicted:
+        lines.append(f"  Explained class: {explanation.explained_class}")
+    warnings_due = filter(None, (explanation.blankness, *explanation.remarks))
+    return lines + [f"  ⚠️  {text}" for text in warnings_due]
+
+
+def verdict_mark(result: Result) -> str:
+    """A tick for being right where the folder names the true class, else for agreeing."""
+    truth = true_class(result.job.image, result.explanations[0].model.class_names)
+    are_right = all(is_right(each, truth) for each in result.explanations)
+    return "✅" if (are_right if truth else agree(result.explanations)) else "⚠️ "
+
+
+def verdict_text(result: Result) -> str:
+    """Which models contradict the folder's name, in words; empty where none does."""
+    truth = true_class(result.job.image, result.explanations[0].model.class_names)
+    wrong = [each.model.title for each in result.explanations if truth and not is_right(each, truth)]
+    return f"; wrong, the folder says {truth}: {', '.join(wrong)}" if wrong else ""
+
+
+# Many images
+
+
+def result_line(result: Result) -> str:
+    """One image of many in one line of a terminal."""
+    verdicts = ", ".join(
+        f"{short_class(each.prediction, each.model.class_names)} {each.confidence:.1%}"
+        f"{' (blank map)' if not each.heatmap.any() else ''}"
+        for each in result.explanations
+    )
+    truth = true_class(result.job.image, result.explanations[0].model.class_names)
+    wrong = sum(not is_right(each, truth) for each in result.explanations) if truth else 0
+    words = [f"{wrong} wrong" if len(result.explanations) > 1 else "wrong"] * bool(wrong)
+    words += ["disagree"] * (not agree(result.explanations))
+    words += result.explanations[0].remarks
+    return f"{verdict_mark(result)} {printable(result.job.name)}: {'; '.join([verdicts, *words])}"
+
+
+def short_class(name: str, names: Sequence[str]) -> str:
+    """A class's name without the words that every class has, such as Fracture."""
+    common = set.intersection(*(set(each.split()) for each in names))
+    return " ".join(word for word in name.split() if word not in common) or name
+
+
+def run_lines(
+    rows: Sequence[dict[str, str]], models: Sequence[Model], fresh: int, seconds: float
+) -> list[str]:
+    """What a run over many images found: speed, accuracy, confusion, the images to look at.
+
+    `fresh` is the count of images that were explained in these seconds.
+    """
+    failed = [row for row in rows if row["error"]]
+    done = [row for row in rows if not row["error"]]
+    lines = [RULE, "📊 RUN SUMMARY", RULE, f"Images: {len(done)} done, {len(failed)} failed"]
+    lines += [f"  Failed: {shown(Path(row['file']))}" for row in failed]
+    if fresh:
+        lines.append(f"Speed: {fresh / seconds:.2f} images per second ({fresh} images in {seconds:.1f} s)")
+    for model in models:
+        lines += ["", *accuracy_lines(done, model)]
+    if len(models) > 1 and done:
+        differ = [row for row in done if row["agree"] == "no"]
+        lines += ["", f"Models agree on {len(done) - len(differ)} of {len(done)} images"]
+        lines += [f"  Disagree: {shown(Path(row['file']))}" for row in differ]
+    return lines
+
+
+def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
+    """Accuracy, confusion counts and misclassified files of one model, against the folder names."""
+    key, names = model.family.key, model.class_names
+    known = [row for row in rows if row["true_class"]]
+    if not known:
+        return [f"{model.title}:", "  Accuracy: unknown, no folder is named after a class"]
+    wrong = [row for row in known if row[f"{key}_correct"] == "no"]
+    right = len(known) - len(wrong)
+    share = f"{right / len(known):.2%} ({right} of {len(known)} images in folders named after a class)"
+    lines = [f"{model.title}:", f"  Accuracy: {share}"]
+    counts = Counter((class_key(row["true_class"]), class_key(row[f"{key}_predicted"])) for row in known)
+    for truth in names:
+        counted = ", ".join(f"{counts[class_key(truth), class_key(name)]} as {name}" for name in names)
+        lines.append(f"  {truth}: {counted}")
+    files = [(shown(Path(row["file"])), printable(row[f"{key}_predicted"])) for row in wrong]
+    return lines + [f"  Misclassified: {file} as {predicted}" for file, predicted in files]
+
+
+# ------------------------------------------------------------------------------------------
+# Runs: jobs -> read -> explained in batches -> figures and maps written -> row, lines
+# ------------------------------------------------------------------------------------------
+
+
+Submit = Callable[..., "Future[None]"]  # of a function and its arguments, as an executor has it
+
+
+def load_classifiers(
+    checkpoints: Sequence[tuple[Family, Path]], device: str, class_names: Sequence[str] | None, quiet: bool
+) -> list[Classifier]:
+    """Load every model, and say so. Raises ExplainError where one cannot be used."""
+    use_exact_float32()
+    chosen, classifiers = choose_device(device), []
+    for family, path in checkpoints:
+        say(f"📦 Loading {family.key.upper()} model...")
+        classifier = load_classifier(family, path, chosen, class_names)
+        if not quiet:
+            warn(*note_lines(path, classifier.model.notes))
+        say(f"✅ Model loaded: {classifier.model.architecture}", f"   {classifier.model.accuracy}", "")
+        classifiers.append(classifier)
+    return classifiers
 
 
 def panel_picture(radiograph: Radiograph, style: FigureStyle) -> np.ndarray:
     return fitted(radiograph.pixels, round(PANEL_INCHES * style.dpi))
 
 
-def run_single(request: Request) -> tuple[list[str], int]:
-    """Explain one image with every model and write its files; returns what to say last, and the exit status."""
-    (job,), both = request.jobs, len(request.checkpoints) > 1
-    if request.skip_existing and job.figures and is_finished(job):
-        return [f"⏭️  Finished earlier, left alone: {shown(job.image)}"], 0
-    if request.is_random:
-        say("🎲 No image specified. Using random test image:", f"   {shown(job.image)}", "")
-    say(f"🔍 {'Comparing' if both else 'Analyzing'} explainability for: {printable(job.image.name)}", RULE)
-    radiograph = load_radiograph(job.image)
-    warn(*note_lines(job.image, radiograph.notes))
-    picture = panel_picture(radiograph, request.style)
-    classifiers, explanations = load_models(request), []
-    for index, classifier in enumerate(classifiers):
-        say(f"{classifier.family.bullet} Generating {classifier.title} Grad-CAM...")
-        explanations += explain(classifier, [radiograph], target_index(request.target_class, classifier.class_names))
-        for path in job.figures[index : index + 1]:
-            write_figure(job, index, picture, explanations, request.style)
-            say(f"✅ Visualization saved: {shown(path)}", "")
-    write_maps(job, classifiers, explanations)
-    for path in job.figures[len(classifiers) :]:
-        say("📊 Creating comparison visualization...")
-        write_figure(job, len(classifiers), picture, explanations, request.style)
-        say(f"✅ Comparison saved: {shown(path)}", "")
-    return comparison_lines(explanations) if both else prediction_lines(explanations[0]), 0
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one job of many: explanations and the picture for its panels, or an error."""
-
-    job: Job
-    explanations: tuple[Explanation, ...] = ()
-    picture: np.ndarray | None = None
-    notes: tuple[str, ...] = ()
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is kept of a radiograph: its size does not matter for the memory that a batch takes."""
-
-    inputs: tuple[np.ndarray, ...]  # for each classifier
-    picture: np.ndarray
-    notes: tuple[str, ...]
-
-
-def prepare(job: Job, classifiers: Sequence[Classifier], style: FigureStyle) -> Prepared | ExplainError:
-    """Load and reduce a job's image; the error where that fails."""
+def read_result(job: Job, models: Sequence[Model], style: FigureStyle) -> Result:
+    """Read and reduce a job's image: its size does not matter for the memory that a batch takes."""
     try:
         radiograph = load_radiograph(job.image)
     except ExplainError as error:
-        return error
-    inputs = tuple(network_input(radiograph, classifier.preprocessing) for classifier in classifiers)
-    return Prepared(inputs, panel_picture(radiograph, style), radiograph.notes)
+        return Result(job, error=str(error).replace(shown(job.image), shown(Path(job.label))))
+    inputs = tuple(network_input(radiograph, model.preprocessing) for model in models)
+    return Result(job, panel_picture(radiograph, style), inputs, notes=radiograph.notes)
 
 
-def explain_jobs(jobs: Sequence[Job], classifiers: Sequence[Classifier], request: Request) -> Iterator[Result]:
-    """Explain many images, a batch at a time; an image that cannot be read does not stop the others."""
-    size = request.batch_size or DEFAULT_BATCH[classifiers[0].device.type]
-    targets = [target_index(request.target_class, classifier.class_names) for classifier in classifiers]
-    for start in range(0, len(jobs), size):
-        batch = [(job, prepare(job, classifiers, request.style)) for job in jobs[start : start + size]]
-        inputs = zip(*(prepared.inputs for _, prepared in batch if isinstance(prepared, Prepared)))  # by classifier
-        explained = zip(*map(explain_batch, classifiers, inputs, targets))  # by image
-        for job, prepared in batch:
-            if isinstance(prepared, Prepared):
-                yield Result(job, next(explained), prepared.picture, prepared.notes)
-            else:
-                yield Result(job, error=str(prepared))
+def explained_results(
+    results: Sequence[Result], index: int, classifier: Classifier, target: int | None
+) -> list[Result]:
+    """A batch of results with the explanations of one more classifier, whose inputs have this index."""
+    inputs = [result.inputs[index] for result in results if not result.error]
+    fresh = iter(explain_batch(classifier, inputs, target) if inputs else ())
+    return [result if result.error else with_explanation(result, next(fresh)) for result in results]
 
 
-def drawing_processes(jobs: Sequence[Job]) -> int:
-    """How many processes draw: one a core, also beside networks on the CPU, which leave each core a part."""
-    return min(MAX_DRAWING_PROCESSES, os.cpu_count() or 1, len(jobs)) if jobs[0].figures else 0
+def with_explanation(result: Result, explanation: Explanation) -> Result:
+    """A result with one explanation more, and the warning that its picture deserves."""
+    if NOTHING_TO_SEE in result.notes:
+        explanation = dataclasses.replace(explanation, remarks=(NOTHING_TO_SEE,))
+    return dataclasses.replace(result, explanations=(*result.explanations, explanation))
 
 
-class DrawingHere(Executor):
-    """Draws at once in this process what is submitted; for where no other process can be started."""
+def explain_jobs(
+    jobs: Sequence[Job], classifiers: Sequence[Classifier], targets: Sequence[int | None], batch: int,
+    style: FigureStyle, submit: Submit,
+) -> Iterator[tuple[Result, list[Future[None]]]]:  # fmt: skip
+    """Explain images, a batch at a time: each one's result, and its figures as they are being drawn.
 
-    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+    A figure is begun as soon as the models that it shows have spoken. An image that cannot be read
+    does not stop the others.
+    """
+    models = [classifier.model for classifier in classifiers]
+    for start in range(0, len(jobs), batch):
+        results = [read_result(job, models, style) for job in jobs[start : start + batch]]
+        drawings: list[list[Future[None]]] = [[] for _ in results]
+        for index, (classifier, target) in enumerate(zip(classifiers, targets)):
+            results = explained_results(results, index, classifier, target)
+            for result, begun in zip(results, drawings):
+                told = dataclasses.replace(result, inputs=())
+                ready = [page for page in result.job.pages if max(page.shows) == index and not result.error]
+                begun += [submit(write_page, told, page, style) for page in ready]
+        yield from zip(results, drawings)
+
+
+def written_results(explanations: Iterable[tuple[Result, list[Future[None]]]]) -> Iterator[Result]:
+    """Each job's result once its files are written.
+
+    The networks run ahead of the drawing by a few images only, so that memory does not grow.
+    """
+    waiting: deque[tuple[Result, list[Future[None]]]] = deque()
+    for each in explanations:
+        waiting.append(each)
+        while waiting and (len(waiting) > MAX_WAITING_RESULTS or are_done(waiting[0][1])):
+            yield written(*waiting.popleft())
+    for result, drawings in waiting:
+        yield written(result, drawings)
+
+
+def are_done(drawings: Sequence[Future[None]]) -> bool:
+    return all(drawing.done() for drawing in drawings)
+
+
+def written(result: Result, drawings: Sequence[Future[None]]) -> Result:
+    """Wait for a job's figures and write its maps; the result says whether that worked."""
+    try:
+        for drawing in drawings:
+            drawing.result()
+        if not result.error:
+            write_maps(result)
+    except ExplainError as error:
+        return dataclasses.replace(result, error=str(error))
+    return result
+
+
+def done_here(function: Callable[..., None], *arguments: object) -> Future[None]:
+    """Call a function at once, in this process, as an executor would elsewhere."""
+    future: Future[None] = Future()
+    try:
+        future.set_result(function(*arguments))
+    except ExplainError as error:
+        future.set_exception(error)
+    return future
 
 
 def can_be_imported() -> bool:
@@ -2304,100 +2564,153 @@ def holding_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def started_pool(processes: int) -> Executor:
-    """Processes that draw figures; they import matplotlib and never torch. Where none can be started, a stand-in."""
+def started_pool(processes: int) -> ProcessPoolExecutor:
+    """Processes that draw figures; they import matplotlib and never torch.
+
+    Raises OSError and others where the system starts none.
+    """
+    if not can_be_imported():
+        raise OSError("they could not import this script")
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
     try:
-        if not can_be_imported():
-            raise OSError("this script is not a file that they could import")
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
         with holding_signals():
             for _ in range(processes):
                 pool.submit(int)  # so they start now, while the networks are loaded
         return pool
-    except (OSError, ImportError, NotImplementedError, AttributeError, RuntimeError) as error:  # no semaphores, no shared memory, no processes
-        cause = getattr(error, "strerror", None) or error
-        warn(f"ℹ️  no drawing processes ({printable(str(cause))}): figures are drawn one after another, which is slower")
-        return DrawingHere()
+    except Exception:
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
 
 
 @contextlib.contextmanager
-def drawing_pool(processes: int) -> Iterator[Executor]:
-    """Where figures are drawn while the networks compute. Raises ExplainError where a process is killed."""
-    pool = started_pool(processes) if processes else DrawingHere()
-    try:
-        yield pool
-    except BrokenExecutor as error:
-        raise ExplainError("drawing: a process that draws figures was killed; free some memory, then go on with --skip-existing") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+def drawing_pool(processes: int, is_told: bool) -> Iterator[Submit]:
+    """What draws figures: processes, or this one where none is asked for or none can be started.
 
-
-def run_many(request: Request) -> tuple[list[str], int]:
-    """Explain many images in batches, with a row of the table for each; returns as run_single."""
-    with drawing_pool(drawing_processes(request.jobs)) as pool:
-        say(f"🔍 {'Comparing' if len(request.checkpoints) > 1 else 'Analyzing'} explainability for {len(request.jobs)} images", RULE)
-        classifiers = load_models(request)
-        columns = table_columns(classifiers)
-        earlier = earlier_rows(request.output_folder, columns) if request.skip_existing else {}
-        rows = [row for job in request.jobs if (row := earlier.get(str(job.image))) and is_row_of(row, job)]
-        finished = {row["file"] for row in rows}
-        jobs = [job for job in request.jobs if str(job.image) not in finished]
-        if finished:
-            say(f"⏭️  Finished earlier, left alone: {len(finished)} images", "")
-        started, again = time.monotonic(), {str(job.image) for job in jobs}
-        kept = [row for file, row in earlier.items() if file not in again]
-        with open_table(request.output_folder, columns, kept) as add, progress_bar(len(jobs), request.quiet) as bar:
-            for result, row in finished_jobs(pool, jobs, classifiers, request):
-                add(row)
-                rows.append(row)
-                for line in note_lines(result.job.image, result.notes) + [f"❌ {row['error']}"] * bool(row["error"]):
-                    bar.write(line, file=sys.stderr)
-                if not row["error"]:
-                    with writing_output():
-                        bar.write(result_line(result.job, result.explanations), file=sys.stdout)
-                        sys.stdout.flush()
-                bar.update()
-    lines = run_lines(rows, classifiers, len(finished), time.monotonic() - started)
-    return [*lines, f"Table: {shown(request.output_folder / TABLE_NAME)}"], int(any(row["error"] for row in rows))
-
-
-def finished_jobs(
-    pool: Executor, jobs: Sequence[Job], classifiers: Sequence[Classifier], request: Request
-) -> Iterator[tuple[Result, dict[str, str]]]:
-    """Each job's result and its row of the table, once its files are written.
-
-    The networks run ahead of the drawing by a few images only, so that memory does not grow.
+    Raises ExplainError where one of them is killed.
     """
-    waiting: deque[tuple[Result, Future[None] | None]] = deque()
-    for result in explain_jobs(jobs, classifiers, request):
-        is_drawn = result.job.figures and not result.error
-        arguments = (result.job, result.picture, result.explanations, request.style)
-        waiting.append((result, pool.submit(write_figures, *arguments) if is_drawn else None))
-        while waiting and (waiting[0][1] is None or waiting[0][1].done() or len(waiting) > MAX_WAITING_JOBS):
-            yield finished_job(*waiting.popleft(), classifiers)
-    for result, drawn in waiting:
-        yield finished_job(result, drawn, classifiers)
-
-
-def finished_job(result: Result, drawn: Future[None] | None, classifiers: Sequence[Classifier]) -> tuple[Result, dict[str, str]]:
-    """Wait for a job's figures and write its maps; its row says whether that worked."""
     try:
-        if result.error:
-            raise ExplainError(result.error)
-        if drawn is not None:
-            drawn.result()
-        write_maps(result.job, classifiers, result.explanations)
-        return result, table_row(result.job, result.explanations)
-    except ExplainError as error:
-        truth = true_class(result.job.image, classifiers[0].class_names)
-        return result, {"file": str(result.job.image), "true_class": truth, "error": str(error)}
+        pool = started_pool(processes) if processes else None
+    except Exception as error:  # no semaphores, no shared memory, no more processes, threads or files
+        why = printable(str(getattr(error, "strerror", None) or error))
+        warn(*[f"ℹ️  Without drawing processes ({why}), figures are drawn one after another: slower"] * is_told)
+        pool = None
+    try:
+        yield pool.submit if pool else done_here
+    except BrokenExecutor as error:
+        remedy = "free some memory, then go on with --skip-existing"
+        raise ExplainError(f"drawing: a process that draws figures was killed; {remedy}") from error
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
-def progress_bar(total: int, quiet: bool) -> tqdm:
+def progress_bar(total: int, is_shown: bool) -> tqdm:
     """A bar on a terminal; where standard error is none, only the lines written through it."""
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="image", disable=quiet or not sys.stderr.isatty())
+    return tqdm(total=total, unit="image", disable=not is_shown or not sys.stderr.isatty())
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the arguments come to, checked as far as the file system can tell."""
+
+    jobs: tuple[Job, ...]
+    is_single: bool  # one image, named by itself or drawn: no table, and the console is about it alone
+    checkpoints: tuple[tuple[Family, Path], ...]
+    style: FigureStyle
+    notes: tuple[str, ...] = ()  # lines to say beside what was asked
+
+
+def run(args: argparse.Namespace, request: Request) -> int:
+    """Do what is asked; the exit status."""
+    nowhere = open(os.devnull, "w", encoding="utf-8", errors="replace")
+    job = request.jobs[0]
+    if request.is_single and args.skip_existing and job.outputs and is_finished(job):
+        lines, status = [f"⏭️  Finished earlier, left alone: {shown(Path(job.label))}"], 0
+    else:
+        with nowhere, contextlib.redirect_stdout(nowhere) if args.quiet else contextlib.nullcontext():
+            lines, status = explain_all(args, request)
+    say(*lines, *demo_lines([path for _, path in request.checkpoints]))
+    return status
+
+
+def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], int]:
+    """Explain every image; returns what to say last, and the exit status. One image is a run of one."""
+    # Read when torch is imported: its threads then sleep while they wait, and leave the cores to the drawing.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    pages = sum(len(job.pages) for job in request.jobs)
+    processes = min(MAX_DRAWING_PROCESSES, os.cpu_count() or 1, pages)
+    with drawing_pool(processes, is_told=not (args.quiet or request.is_single)) as submit:
+        say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
+        warn(*request.notes)
+        classifiers = load_classifiers(request.checkpoints, args.device, args.class_names, args.quiet)
+        models = [classifier.model for classifier in classifiers]
+        targets = [target_index(args.target_class, model.class_names) for model in models]
+        batch = args.batch_size or DEFAULT_BATCH[classifiers[0].device.type]
+        with results_table(request, models, args.output_dir, args.skip_existing) as (rows, jobs, append):
+            started, finished = time.monotonic(), len(rows)
+            results = written_results(explain_jobs(jobs, classifiers, targets, batch, request.style, submit))
+            with progress_bar(len(jobs), is_shown=not (args.quiet or request.is_single)) as bar:
+                for result in results:
+                    rows.append(table_row(result, models))
+                    append(rows[-1])
+                    report(bar, result, request.is_single, args.quiet)
+                    bar.update()
+    status = int(any(row["error"] for row in rows))
+    if request.is_single:
+        return [] if status else summary_lines(result), status
+    fresh = sum(not row["error"] for row in rows[finished:])
+    lines = run_lines(rows, models, fresh, time.monotonic() - started)
+    return [*lines, f"Table: {shown(args.output_dir / TABLE_NAME)}"], status
+
+
+def report(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
+    """Say what became of an image, beside the bar."""
+    notes = [] if is_quiet else note_lines(result.job.label, result.notes)
+    for line in [*notes, *[f"❌ {result.error}"] * bool(result.error)]:
+        bar.write(line, file=sys.stderr)
+    if not result.error:
+        with writing_output():
+            for line in single_lines(result) if is_single else [result_line(result)]:
+                bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def results_table(
+    request: Request, models: Sequence[Model], folder: Path, goes_on: bool
+) -> Iterator[tuple[list[dict[str, str]], list[Job], Callable[[dict[str, str]], None]]]:
+    """Rows of finished images, the jobs that are left, and what adds a row to summary.csv.
+
+    One image has no table. A table goes on where an earlier run left it, or starts anew.
+    """
+    if request.is_single:
+        yield [], list(request.jobs), lambda row: None
+        return
+    columns = table_columns(models)
+    earlier = earlier_rows(folder, columns) if goes_on else {}
+    rows = [row for job in request.jobs if (row := earlier.get(row_key(job.label))) and is_row_of(row, job)]
+    finished = {row_key(row["file"]) for row in rows}
+    jobs = [job for job in request.jobs if row_key(job.label) not in finished]
+    if finished:
+        say(f"⏭️  Finished earlier, left alone: {len(finished)} images", "")
+    if not goes_on:
+        warn(*keep_table(folder))
+    for job in jobs:
+        earlier.pop(row_key(job.label), None)
+    with open_table(folder, columns, earlier.values()) as append:
+        try:
+            yield rows, jobs, append
+        except KeyboardInterrupt:
+            warn("⏹️  Interrupted; --skip-existing goes on from here")
+            raise
+
+
+def is_row_of(row: dict[str, str], job: Job) -> bool:
+    """Whether a row of an earlier run's table is what this job would give."""
+    return row["digest"] == job.digest and not row["error"] and is_finished(job)
 
 
 # ------------------------------------------------------------------------------------------
@@ -2426,11 +2739,80 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def colormap_name(text: str) -> str:
-    """An argparse type: the name of a colormap of matplotlib, which is imported only for other names than jet."""
+    """An argparse type: a colormap of matplotlib, which is imported only for other names than jet."""
     if text != "jet":
         if text not in plain_matplotlib().colormaps:
-            raise argparse.ArgumentTypeError(f"matplotlib has no colormap {text!r}; viridis, magma, gray ... are there")
+            some = "viridis, magma, gray ... are there"
+            raise argparse.ArgumentTypeError(f"matplotlib has no colormap {text!r}; {some}")
     return text
+
+
+def class_list(text: str) -> tuple[str, ...]:
+    """An argparse type: names of classes between commas."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not are_class_names(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two or more different names between commas")
+    return names
+
+
+OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in --help and name: help, how to read it
+    "what to explain": {
+        "--image": (
+            "X-ray images, folders or quoted patterns (default: a random test image)",
+            {"nargs": "+", "action": "extend", "metavar": "PATH"},
+        ),
+        "--model": (
+            "which model to analyze (default: both)",
+            {"choices": [*FAMILIES, "both"], "default": "both"},
+        ),
+        "--compare": ("both models and their comparison, whatever --model says", {"action": "store_true"}),
+        "--target-class": (
+            "name or index of the class to explain (default: the predicted class)",
+            {"metavar": "CLASS"},
+        ),
+        "--seed": ("repeat the choice of the random test image", {"type": whole_number(0, 2**63), "metavar": "N"}),
+    },
+    "networks": {
+        **{
+            f"--{key}-checkpoint": (f"default: checkpoints/{key}*", {"type": Path, "metavar": "FILE"})
+            for key in FAMILIES
+        },
+        "--class-names": (
+            "classes in the order of the outputs, for checkpoints that record none",
+            {"type": class_list, "metavar": "A,B"},
+        ),
+        "--device": (
+            "where to compute (default: auto)",
+            {"choices": ("auto", "cpu", "cuda", "mps"), "default": "auto"},
+        ),
+        "--batch-size": (
+            "images computed at once (default: 4, on a GPU 32)",
+            {"type": whole_number(1, 4096), "metavar": "N"},
+        ),
+    },
+    "outputs": {
+        "--output-dir": (
+            "where results go (default: explainability_outputs)",
+            {"type": Path, "default": OUTPUT_FOLDER, "metavar": "DIR"},
+        ),
+        "--colormap": (
+            "any matplotlib colormap (default: jet; viridis is perceptually uniform)",
+            {"type": colormap_name, "default": "jet", "metavar": "NAME"},
+        ),
+        "--dpi": (
+            "resolution of the figures (default: 150)",
+            {"type": whole_number(30, 1200), "default": 150, "metavar": "N"},
+        ),
+        "--no-figures": ("numbers alone", {"action": "store_true"}),
+        "--save-maps": (
+            "also write the raw maps, before the ReLU, as .npy with a .json beside each",
+            {"action": "store_true"},
+        ),
+        "--anonymous": ("name images by their content's checksum, not by their files' names", {"action": "store_true"}),
+        "--skip-existing": ("leave images alone that an earlier run finished", {"action": "store_true"}),
+        "--quiet": ("print only the final summary, warnings and errors", {"action": "store_true"}),
+    },
+}  # fmt: skip
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -2438,24 +2820,25 @@ def argument_parser() -> argparse.ArgumentParser:
         description="Show where bone-fracture classifiers look, with Grad-CAM.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
-    add = parser.add_argument
-    add("--image", nargs="+", metavar="PATH", help="X-ray images, folders or quoted patterns (default: a random test image)")
-    add("--model", choices=[*FAMILIES, "both"], default="both", help="which model to analyze (default: both)")
-    add("--compare", action="store_true", help="both models and their comparison, whatever --model says")
-    add("--seed", type=whole_number(0, 2**63), metavar="N", help="repeat the choice of the random test image")
-    add("--target-class", metavar="CLASS", help="name or index of the class to explain (default: the predicted class)")
-    add("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR", help="where results go (default: explainability_outputs)")
-    for family in FAMILIES.values():
-        add(f"--{family.key}-checkpoint", type=Path, metavar="FILE", help=f"default: checkpoints/{family.key}*")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: auto)")
-    add("--colormap", type=colormap_name, default="jet", metavar="NAME", help="any matplotlib colormap (default: jet; viridis is perceptually uniform)")
-    add("--dpi", type=whole_number(30, 1200), default=150, metavar="N", help="resolution of the figures (default: 150)")
-    add("--batch-size", type=whole_number(1, 4096), metavar="N", help="images computed at once (default: 4, on a GPU 32)")
-    add("--skip-existing", action="store_true", help="of many images, leave those alone that an earlier run finished")
-    add("--no-figures", action="store_true", help="numbers alone")
-    add("--save-maps", action="store_true", help="also write the raw maps, before the ReLU, as .npy with a .json beside each")
-    add("--quiet", action="store_true", help="print only the final summary, warnings and errors")
+    for heading, options in OPTIONS.items():
+        group = parser.add_argument_group(heading)
+        for name, (what, how) in options.items():
+            group.add_argument(name, help=what, **how)
     return parser
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; ends with 2 where they are wrong."""
+    parser = argument_parser()
+    try:
+        args, unknown = parser.parse_known_args(argv)
+    finally:
+        with writing_output():
+            sys.stdout.flush()  # of --help
+    if unknown:
+        hint = "" if unknown[0].startswith("-") else f"; did you mean --image {printable(unknown[0])}?"
+        parser.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}{hint}")
+    return args
 
 
 def images_below(folder: Path) -> list[Path]:
@@ -2465,17 +2848,20 @@ def images_below(folder: Path) -> list[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        place = shown(Path(error.filename))
-        raise ExplainError(f"{place}: cannot be searched ({error.strerror}); change its mode, or name the other folders")
+        cause = f"cannot be searched ({error.strerror})"
+        raise refusal(Path(error.filename), cause, "change its mode, or name the other folders")
 
     paths = (Path(parent, name) for parent, _, names in os.walk(folder, onerror=refuse) for name in names)
-    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES or (not path.suffix and is_dicom(path)))
+    return sorted(path for path in paths if is_dicom(path) or path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def is_dicom(path: Path) -> bool:
+    """Whether a file without a suffix, as DICOM files often are, is one."""
+    if path.suffix:
+        return False
     try:
         with open_regular(path) as file:
-            return file.read(HEAD_BYTES)[DICOM_MARK] == b"DICM"
+            return kind_of(file.read(HEAD_BYTES)).use == "dicom"
     except (ExplainError, OSError):
         return False
 
@@ -2488,16 +2874,60 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
     outputs = Path(os.path.realpath(output_folder))
     images: list[Path] = []
     for text in arguments:
+        if not text:
+            raise ExplainError("--image: an empty path; name an image or a folder")
+        if re.match(r"[a-z]+://", text, re.IGNORECASE):
+            raise ExplainError(f"{printable(text)}: URLs are not read; download the image and name its file")
         if os.path.isdir(text):
-            found = [each for each in images_below(Path(text)) if outputs not in Path(os.path.realpath(each)).parents]
+            below = images_below(Path(text))
+            found = [each for each in below if outputs not in Path(os.path.realpath(each)).parents]
         elif glob.has_magic(text) and not os.path.lexists(text):
             found = sorted(Path(each) for each in glob.glob(text, recursive=True) if os.path.isfile(each))
         else:
             found = [Path(text)]
         if not found:
-            raise ExplainError(f"{shown(Path(text))}: no image found there; files end in {', '.join(IMAGE_SUFFIXES)}")
+            suffixes = ", ".join(IMAGE_SUFFIXES)
+            raise refusal(Path(text), "no image found there", f"files end in {suffixes}")
         images += found
     return list(dict.fromkeys(images))
+
+
+def random_test_image(seed: int | None) -> Path:
+    """One of data_original/test/*/, the same for the same seed.
+
+    Raises ExplainError where there is none.
+    """
+    paths = sorted(path for path in TEST_IMAGES.glob("*/*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise refusal(TEST_IMAGES, "no test images there", "give one with --image")
+    return random.Random(seed).choice(paths)
+
+
+def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Path]], list[str]]:
+    """The checkpoint of each model that is asked for, and what to say of the choice.
+
+    One network of the user's, alone in the folder, is explained alone where nothing else was named.
+    Raises ExplainError where one is missing or cannot be a checkpoint.
+    """
+    keys = list(FAMILIES) if args.compare or args.model == "both" else [args.model]
+    named = {key: path for key in keys if (path := vars(args)[f"{key}_checkpoint"])}
+    for path in named.values():
+        check_checkpoint_path(path)
+    lone = lone_family(keys) if not (named or args.compare) else None
+    paths = {key: named.get(key) or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER) for key in lone or keys}
+    check_not_mixed(list(paths.values()))
+    for path in paths.values():
+        check_checkpoint_path(path)
+    alone = "explained alone, as no other network of yours is beside it"
+    notes = [f"ℹ️  {shown(paths[key])}: {alone}" for key in lone or ()]
+    return [(FAMILIES[key], path) for key, path in paths.items()], notes
+
+
+def lone_family(keys: Sequence[str]) -> list[str] | None:
+    """The one family of two of which the folder holds a network of the user's; None where there is none."""
+    found = {key: candidates(FAMILIES[key], CHECKPOINT_FOLDER) for key in keys}
+    own = [key for key in keys if any(not is_demo(path) for path in found[key])]
+    return own if len(own) == 1 < len(keys) else None
 
 
 def checked_request(args: argparse.Namespace) -> Request:
@@ -2506,39 +2936,15 @@ def checked_request(args: argparse.Namespace) -> Request:
     is_single = not args.image or (len(args.image) == 1 and images == [Path(args.image[0])])
     if is_single:
         check_image_path(images[0])
-    keys = list(FAMILIES) if args.compare or args.model == "both" else [args.model]
-    named = {key: vars(args)[f"{key}_checkpoint"] for key in keys}
-    checkpoints = tuple((FAMILIES[key], named[key] or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER)) for key in keys)
-    check_not_mixed([path for _, path in checkpoints])
-    for _, path in checkpoints:
-        check_checkpoint_path(path)
+    checkpoints, notes = chosen_checkpoints(args)
     check_output_folder(args.output_dir)
     style = FigureStyle(args.colormap, args.dpi)
-    asked = [(family.key, file_mark(path)) for family, path in checkpoints], args.target_class, style
-    return Request(
-        jobs=tuple(make_jobs(images, keys, args.output_dir, not args.no_figures, args.save_maps, asked)),
-        is_random=not args.image,
-        is_single=is_single,
-        checkpoints=checkpoints,
-        output_folder=args.output_dir,
-        device=args.device,
-        target_class=args.target_class,
-        style=style,
-        batch_size=args.batch_size,
-        skip_existing=args.skip_existing,
-        quiet=args.quiet,
-    )
-
-
-def run(request: Request) -> int:
-    """Do what is asked; the exit status."""
-    # Read when torch is imported: its threads then sleep while they wait, and leave the cores to others.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    nowhere = open(os.devnull, "w", encoding="utf-8", errors="replace")
-    with nowhere, contextlib.redirect_stdout(nowhere) if request.quiet else contextlib.nullcontext():
-        lines, status = (run_single if request.is_single else run_many)(request)
-    say(*lines, *demo_lines([path for _, path in request.checkpoints]))
-    return status
+    labels = [content_label(image) if args.anonymous else str(image) for image in images]
+    marks = [(family.key, file_mark(path)) for family, path in checkpoints]
+    asked = marks, args.target_class, args.class_names, style
+    keys = [family.key for family, _ in checkpoints]
+    jobs = make_jobs(images, labels, keys, args.output_dir, args.save_maps, not args.no_figures, asked)
+    return Request(tuple(jobs), is_single, tuple(checkpoints), style, tuple(notes))
 
 
 def hold_streams() -> None:
@@ -2560,30 +2966,41 @@ def hold_streams() -> None:
             stream.reconfigure(errors="replace")  # an emoji that the terminal lacks becomes "?"
 
 
-def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    try:
-        return argument_parser().parse_args(argv)
-    finally:
-        with writing_output():
-            sys.stdout.flush()  # of --help
-
-
 def check_working_folder(args: argparse.Namespace) -> None:
     """Leave a working directory that is gone. Raises ExplainError where a path starts from it."""
     try:
         os.getcwd()
     except OSError as error:
-        named = [args.output_dir, *map(Path, args.image or ()), *(vars(args)[f"{key}_checkpoint"] or PROJECT for key in FAMILIES), TEST_IMAGES]
-        for path in named:
+        checkpoints = (path for key in FAMILIES if (path := vars(args)[f"{key}_checkpoint"]))
+        for path in (args.output_dir, *map(Path, args.image or ()), *checkpoints):
             if not path.is_absolute():
-                cause = "starts from a working directory that is gone"
-                raise ExplainError(f"{printable(str(path))}: {cause}; change to another, or give whole paths") from error
+                raise working_folder_gone() from error
         os.chdir(os.sep)
+
+
+def working_folder_gone() -> ExplainError:
+    return ExplainError("the working directory: gone; change to another, or give whole paths from there")
 
 
 def end_on_signal(number: int, _: Any) -> None:
     """End as after Ctrl-C, so that nothing half done stays behind."""
     sys.exit(128 + number)
+
+
+def surroundings_text(error: Exception) -> str:
+    """What an error means that comes of what surrounds the tool; empty for others."""
+    if lacks_memory(error):
+        return "memory: not enough; close other programs, or choose a smaller --batch-size or --dpi"
+    if isinstance(error, ImportError):
+        what = printable(error.name or "a library")
+        return f"{what}: cannot be imported ({brief(str(error))}); pip install -r requirements.txt"
+    if isinstance(error, OSError):
+        try:
+            os.getcwd()
+        except OSError:
+            return str(working_folder_gone())
+        return f"{printable(str(error.filename or 'the system'))}: {error.strerror or brief(str(error))}; mend that, and run again"
+    return ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2594,15 +3011,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             hold_streams()
             args = parsed(argv)
             check_working_folder(args)
-            return run(checked_request(args))
+            return run(args, checked_request(args))
     except ExplainError as error:
         warn(f"❌ {error}")
         return 1
-    except MemoryError:
-        warn("❌ memory: there is not enough of it; close other programs, or choose a smaller --batch-size or --dpi")
-        return 1
-    except ImportError as error:
-        warn(f"❌ {error.name or 'a library'}: cannot be imported ({printable(str(error))[:200]}); pip install -r requirements.txt")
+    except (MemoryError, RuntimeError, ImportError, OSError) as error:
+        if not (told := surroundings_text(error)):
+            raise
+        warn(f"❌ {told}")
         return 1
     except KeyboardInterrupt:
         return 130

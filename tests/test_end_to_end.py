@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import explainability
-from conftest import ROOT, TINY, an_explanation, in_new_process, leaning, save, users_checkpoint
-from explainability import CLASS_NAMES, FAMILIES, explain, load_classifier, load_radiograph, main
+from conftest import ROOT, TINY, an_explanation, explain, in_new_process, leaning, save, users_checkpoint
+from explainability import CLASS_NAMES, FAMILIES, load_classifier, load_radiograph, main
 
 FIGURES = ["comparison_{}.png", "gradcam_convnext_{}.png", "gradcam_efficientnet_{}.png"]
 

@@ -35,7 +35,7 @@ def radiograph(name: str = "wrist_0001.jpg", height: int = 300, width: int = 260
     """Shades of grey."""
     rows, columns = np.mgrid[0:height, 0:width]
     grey = (rows + columns) * 255 // (height + width)
-    return Radiograph(Path("folder") / name, np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2))
+    return Radiograph(np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2))
 
 
 def pair(**changed: object) -> list[explainability.Explanation]:
