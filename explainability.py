@@ -50,6 +50,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 import zlib
@@ -96,7 +97,7 @@ CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net")  # where trainers put the weights, in order
 EMA_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema")  # the same, averaged over the training
 STRUCTURE_BYTES = 64_000_000  # of a checkpoint without its tensors; a gigabyte of weights needs a hundredth
-STRUCTURE_STEPS = 2_000_000  # of unpickling it
+STRUCTURE_STEPS = 1_000_000  # of unpickling it; a second or two
 STRUCTURE_WEIGHT = 100_000_000  # parts and characters, each counted as often as it is put into something
 STRUCTURE_WIDTH = 200_000  # parts that wait to be put together
 STRUCTURE_DEPTH = 200  # containers in containers
@@ -2987,20 +2988,21 @@ def end_on_signal(number: int, _: Any) -> None:
     sys.exit(128 + number)
 
 
-def surroundings_text(error: Exception) -> str:
-    """What an error means that comes of what surrounds the tool; empty for others."""
+def fault_text(error: Exception) -> str:
+    """One line for an error that nothing has worded yet: it comes of what surrounds the tool, or of a fault in it."""
     if lacks_memory(error):
         return "memory: not enough; close other programs, or choose a smaller --batch-size or --dpi"
     if isinstance(error, ImportError):
         what = printable(error.name or "a library")
         return f"{what}: cannot be imported ({brief(str(error))}); pip install -r requirements.txt"
-    if isinstance(error, OSError):
-        try:
-            os.getcwd()
-        except OSError:
-            return str(working_folder_gone())
-        return f"{printable(str(error.filename or 'the system'))}: {error.strerror or brief(str(error))}; mend that, and run again"
-    return ""
+    try:
+        os.getcwd()
+    except OSError:
+        return str(working_folder_gone())
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    place = f"{Path(frame.f_code.co_filename).name}:{line}"
+    cause = f"{type(error).__name__} {brief(str(error))} at {place}"
+    return f"{cause}; look at the settings that this names, or report it"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3015,15 +3017,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ExplainError as error:
         warn(f"❌ {error}")
         return 1
-    except (MemoryError, RuntimeError, ImportError, OSError) as error:
-        if not (told := surroundings_text(error)):
-            raise
-        warn(f"❌ {told}")
-        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         return 141
+    except Exception as error:
+        warn(f"❌ {fault_text(error)}")
+        return 1
 
 
 if __name__ == "__main__":

@@ -131,8 +131,8 @@ BOMBS: dict[str, Callable[[], bytes]] = {  # the part of a pickle between its pr
     "a storage of more than all numbers": lambda: in_dictionary(tensor(storage(2**2000), (1,), (1,))),
     "millions of dictionaries": lambda: b"}" * 20_000_000,
     "millions of dictionaries in lists": lambda: b"](" + (b"](" + b"}" * 1000 + b"e") * 20_000 + b"e",
-    "as many as are allowed": lambda: b"](" + (b"](" + b"}" * 1000 + b"e") * 450 + b"e",
-    "as many numbers as are allowed": lambda: b"](" + (b"](" + b"N" * 1000 + b"e") * 1900 + b"e",
+    "as many as are allowed": lambda: b"](" + (b"](" + b"}" * 1000 + b"e") * 225 + b"e",
+    "as many numbers as are allowed": lambda: b"](" + (b"](" + b"N" * 1000 + b"e") * 950 + b"e",
     "millions of marks": lambda: b"(" * 20_000_000,
     "a text longer than the file": lambda: b"X\xff\xff\xff\xffabc",
     "a long text of eight bytes' length": lambda: b"\x8d" + (2**60).to_bytes(8, "little") + b"abc",
@@ -167,16 +167,16 @@ for path in sys.argv[1:]:
     read, write = os.pipe()
     child = os.fork()
     if not child:
-        signal.alarm(10)
+        signal.setitimer(signal.ITIMER_PROF, 10)  # of its own time, whatever else the machine does
         torch.set_num_threads(1)
-        started = time.monotonic()
+        started = time.process_time()
         try:
             tool.load_classifier(tool.FAMILIES["efficientnet"], tool.Path(path), "cpu")
             said = "loaded"
         except tool.ExplainError as error:
             said = str(error)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        os.write(write, json.dumps([said, time.monotonic() - started, peak]).encode())
+        os.write(write, json.dumps([said, time.process_time() - started, peak]).encode())
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as file:
@@ -302,7 +302,7 @@ def test_honest_checkpoints_pass(tmp_path, container):
 
     path = tmp_path / "honest.pth"
     torch.save(honest(), path, _use_new_zipfile_serialization=container == "zip")
-    assert tool.load_classifier(tool.FAMILIES["efficientnet"], path, "cpu").class_names == tool.CLASS_NAMES
+    assert tool.load_classifier(tool.FAMILIES["efficientnet"], path, "cpu").model.class_names == tool.CLASS_NAMES
 
 
 def test_a_structure_is_checked_in_a_part_of_the_time_that_it_takes_to_read(tmp_path):
@@ -315,5 +315,6 @@ def test_a_structure_is_checked_in_a_part_of_the_time_that_it_takes_to_read(tmp_
     torch.load(path, weights_only=True, mmap=True)
     read = time.process_time() - started
     started = time.process_time()
-    tool.check_structure(path, "zip")
+    with open(path, "rb") as file:
+        tool.check_structure(tool.pickled_part(file, tool.kind_of(b"PK\3\4")), 1)
     assert time.process_time() - started < 3 * read

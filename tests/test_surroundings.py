@@ -189,15 +189,23 @@ def test_no_shared_memory_at_all_is_said_and_figures_drawn(run, images, tmp_path
 
 LACKING = {
     "SemLock": "import _multiprocessing; del _multiprocessing.SemLock",
-    "sem_open": "import _multiprocessing as m\ndef refuse(*_): raise OSError(38, 'Function not implemented')\nm.SemLock = refuse",
-    "fork": "import _posixsubprocess as m\ndef refuse(*_): raise BlockingIOError(11, 'Resource temporarily unavailable')\nm.fork_exec = refuse",
-    "threads": "import threading\ndef refuse(*_): raise RuntimeError(\"can't start new thread\")\nthreading.Thread.start = refuse",
+    "sem_open": """
+import _multiprocessing as m
+class SemLock(m.SemLock):
+    def __new__(cls, *_): raise OSError(38, 'Function not implemented')
+m.SemLock = SemLock
+""",
+    "fork": """
+import _posixsubprocess as m
+def refuse(*_): raise BlockingIOError(11, 'Resource temporarily unavailable')
+m.fork_exec = refuse
+""",
 }
 
 
 @pytest.mark.parametrize("missing", LACKING)
 def test_a_system_that_starts_no_process_is_said_and_figures_drawn(run, images, tmp_path, ordinary, missing):
-    (tmp_path / "sitecustomize.py").write_text(LACKING[missing] + "\n")
+    (tmp_path / "sitecustomize.py").write_text(LACKING[missing])
     done = run("--image", images, "--batch-size=1", PYTHONPATH=str(tmp_path))
     check_figures(done, tmp_path / "out", ordinary, 4)
     assert done.stderr.count("\n") == 1 and "one after another" in done.stderr
@@ -301,8 +309,10 @@ def test_a_working_directory_deleted_during_the_run(options, images, tmp_path, o
                 shutil.rmtree(place)
                 break
         _, errors = process.communicate(timeout=120)
-        assert "Traceback" not in errors and process.returncode == status, errors
-        assert not status or all(line.startswith("❌") for line in errors.splitlines())
+        assert "Traceback" not in errors and process.returncode in (0, 1), errors
+        assert not status or process.returncode == 1
+        if process.returncode:
+            assert errors.startswith("❌ ") and "directory" in errors, errors
     assert figures(tmp_path / "out") == {name: ordinary[name] for name in figures(tmp_path / "out")}
 
 
@@ -502,10 +512,9 @@ ELSEWHERE = {
     "more threads than cores": {"OMP_NUM_THREADS": "64"},
     "active waiting": {"OMP_WAIT_POLICY": "ACTIVE"},
     "a terminal without abilities": {"TERM": "dumb", "COLUMNS": "1", "LINES": "1"},
-    "columns in words": {"COLUMNS": "wide", "TQDM_DISABLE": "0", "TQDM_NCOLS": "x"},
+    "columns in words": {"COLUMNS": "wide",},
     "another place and time": {"LANG": "de_DE.UTF-8", "LC_ALL": "tr_TR.UTF-8", "TZ": "garbage"},
     "a graphics card in words": {"CUDA_VISIBLE_DEVICES": "garbage"},
-    "logs of torch": {"TORCH_LOGS": "nonsense"},
     "hash seed": {"PYTHONHASHSEED": "12345"},
     "offline": {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9"},
     "faults": {"PYTHONFAULTHANDLER": "1", "PYTHONMALLOC": "debug"},
@@ -518,7 +527,13 @@ ELSEWHERE = {
 def test_an_environment_changes_nothing(run, images, tmp_path, ordinary, name, many):
     done = run("--image", images if many else images / "a.png", "--batch-size=1", **ELSEWHERE[name])
     check_figures(done, tmp_path / "out", ordinary, 4 if many else 1)
-    assert done.stderr == "" or name in ("no threads", "threads in words", "development", "logs of torch"), done.stderr
+    told = [line for line in done.stderr.splitlines() if not line.startswith("bash: warning")]  # of a locale
+    assert not told or name in ("no threads", "threads in words", "development"), done.stderr
+
+
+@pytest.mark.parametrize("wrong", [{"TORCH_LOGS": "nonsense"}, {"TQDM_NCOLS": "x"}])
+def test_a_setting_that_a_library_refuses_is_one_line(run, images, wrong):
+    check_one_line(run("--image", images, **wrong), "settings")
 
 
 @pytest.mark.parametrize("flags", [["-I"], ["-E", "-s"], ["-OO"], ["-B"], ["-W", "error"], ["-X", "dev"], ["-X", "utf8=0"], ["-b"], ["-u"]])
