@@ -32,11 +32,11 @@ import dataclasses
 import functools
 import glob
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import pickletools
@@ -59,6 +59,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
@@ -70,9 +71,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # import them on their first line, so that --help and a wrong path are answered at once.
 if TYPE_CHECKING:
     import torch
-    from matplotlib.artist import Artist
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from pydicom import Dataset
     from tqdm import tqdm
 
@@ -86,6 +84,7 @@ CHECKPOINT_FOLDER = PROJECT / "checkpoints"
 TEST_IMAGES = PROJECT / "data_original" / "test"
 OUTPUT_FOLDER = PROJECT / "explainability_outputs"
 TABLE_NAME = "summary.csv"
+SHEET_STEM = "summary"  # of the contact sheet's name, which ends as the figures' do
 
 CLASS_NAMES = ("Comminuted Fracture", "Simple Fracture")  # index = output of the networks
 INPUT_SIZE = 224  # pixels a side: both networks were trained on squashed squares
@@ -156,24 +155,52 @@ MAX_DRAWING_PROCESSES = 8
 MAX_WAITING_RESULTS = 24  # explained images whose figures are not drawn yet
 RULE = "=" * 80
 
-PANEL_INCHES = 4.1  # a side of a panel; a radiograph's longer side fills it
-MAX_LISTED_CLASSES = 3  # probabilities that the details panel has room for
-OVERLAY_WEIGHT = 0.45  # share of the heatmap's colour in the overlay
+INK, MUTED, TRACK, BAR, FRAME = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#3b6ea5", "#8c8c8c"
+WARNING, BADGE = "#a33b00", "#8a4b00"
+LEADING, CAPITALS = 1.38 / 72, 0.73 / 72  # inches of a line and of a capital letter for each point of size
+MARGIN, GAP = 0.28, 0.14  # inches
+BAR_ROOM = 0.76  # inches for a colour bar, its ticks and its label
+DETAILS_WIDTH = 4.1  # inches, beside panels in a row
+PANEL_AREA = 19  # square inches that a picture takes
+LONGEST_SIDE = 9  # inches
+MIN_COLUMN = 1.9  # inches: room for a panel's title over a narrow picture
+PROBABILITY_ROOM = 2.1  # inches for the list of classes
+BARE_INCHES = 6  # what a bare picture's longer side is taken for when lines are drawn on it
+OVERLAY_OPACITY = 0.6  # where the heat is greatest; nothing where there is none
+CONTOURS = (0.25, 0.5, 0.75)  # of the heatmap's maximum
+DIVERGING = "RdBu_r"  # for signed maps: blue against, white nothing, red for
+MAX_THUMBNAILS = 24
+THUMBNAIL_PIXELS = 400  # of what is kept for the contact sheet
+SURE = 0.95  # confidence from which a wrong prediction is looked at first
 PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
-FONT = "DejaVu Sans"  # comes with matplotlib, so figures look the same everywhere
-LARGE, BODY, SMALL = 17, 11.5, 9  # points
-INK, MUTED, TRACK, BAR = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#3b6ea5"
-CHANGING_DETAILS = ("Explained class", "Peak of raw map")  # from image to image
 READING_GUIDE = (  # (place on the colour bar, what it means)
     (1.0, "High attention: raised the score of the explained class"),
     (0.0, "Low attention: counted little or not at all"),
+)
+SIGNED_GUIDE = (
+    (1.0, "Raised the score of the explained class"),
+    (0.0, "Lowered the score of the explained class"),
 )
 READING_ADVICE = (
     "Good: on the fracture line and the bone around it.",
     "Red flag: on borders, markers, text, or nowhere in particular.",
 )
-BACKGROUNDS: dict[tuple[object, ...], Any] = {}  # pages with their fixed texts alone
-MAX_BACKGROUNDS = 4  # 9 MB each at 150 DPI; two models and their comparison need three
+READERS_CHECK = "☐ Clinical features match: for the reader to judge"
+DIGEST_PLACES = {  # how the digest stands in a whole file
+    ".png": re.compile(rb"tEXtDigest\0(\w*).{8}IDAT.*IEND.{4}$", re.DOTALL),
+    ".pdf": re.compile(rb"/Keywords \((\w*)\).*%%EOF\s*$", re.DOTALL),
+    ".svg": re.compile(rb"<dc:identifier>(\w*)</dc:identifier>.*</svg>\s*$", re.DOTALL),
+}
+METHOD_TITLES = {
+    "gradcam": "Grad-CAM",
+    "gradcam++": "Grad-CAM++",
+    "gradcam-hires": "Grad-CAM, high resolution",
+    "ig": "Integrated Gradients",
+    "shap": "SHAP",
+    "lrp": "LRP",
+    "occlusion": "Occlusion",
+}
+SIGNED_METHODS = ("ig", "shap", "lrp", "occlusion")
 
 
 # ------------------------------------------------------------------------------------------
@@ -318,6 +345,16 @@ class Classifier:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What one check found about one map."""
+
+    check: str
+    value: float  # the measured quantity
+    is_flagged: bool
+    text: str  # in words
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What one model said about one radiograph, and where in it that came from."""
 
@@ -326,7 +363,10 @@ class Explanation:
     explained: int  # class whose score was explained
     raw_map: np.ndarray  # (h, w) float32, signed
     heatmap: np.ndarray  # (h, w) float32 in [0, 1]
+    method: str = "gradcam"  # key in METHOD_TITLES
+    owed: float | None = None  # what the raw map's sum must equal; None: no promise
     remarks: tuple[str, ...] = ()  # what its reader must know beside the map
+    findings: tuple[Finding, ...] = ()  # one for each check
 
     @property
     def predicted(self) -> int:
@@ -365,6 +405,9 @@ class FigureStyle:
 
     colormap: str = "jet"
     dpi: int = 150
+    format: str = "png"  # or pdf, svg
+    contours: bool = False  # lines of equal heat in place of colours over the radiograph
+    signed: bool = False  # evidence for and against, in a diverging colormap
 
 
 @dataclass(frozen=True)
@@ -384,6 +427,7 @@ class Job:
     pages: tuple[Page, ...]
     maps: tuple[Path, ...]  # a .npy for each explanation; its .json lies beside it
     digest: str  # of the image's content and of all else that its results depend on
+    panels: tuple[Path, ...] = ()  # bare pictures: radiograph, then heatmap and overlay for each explanation
 
     @property
     def name(self) -> str:
@@ -393,7 +437,7 @@ class Job:
     def outputs(self) -> list[Path]:
         """Every file, in the order of writing: a .json tells that its .npy is whole."""
         notes = [path.with_suffix(".json") for path in self.maps]
-        return [page.path for page in self.pages] + list(self.maps) + notes
+        return [page.path for page in self.pages] + [*self.panels, *self.maps, *notes]
 
 
 @dataclass(frozen=True)
@@ -1203,11 +1247,11 @@ def architecture_of(
         head = weights.get(f"{family.head}.weight")
         inputs = head.shape[-1] if head is not None and head.ndim else 0
         count = sum(not key.endswith(COUNTER) for key in weights)
-        return family.sizes.get((count, inputs), family.full_size), "assumed, as the checkpoint names none"
+        return family.sizes.get((count, inputs), family.full_size), "assumed, as its config names none"
     if not isinstance(name, str) or not family.names.fullmatch(name):
         cause = f"records the network {brief(name)}, which is not of the family of {family.full_size}"
         raise refusal(path, cause, "give it to the option of its own family")
-    return name, "which the checkpoint names"
+    return name, "which its config names"
 
 
 def class_names_of(
@@ -1386,7 +1430,12 @@ def load_classifier(
     architecture, why = architecture_of(family, contents, weights, path)
     class_names, class_notes = class_names_of(family, contents, weights, class_names, path)
     preprocessing, preprocessing_notes = preprocessing_of(contents, path)
-    network, type_notes = network_of(family, architecture, why, len(class_names), weights, path)
+    try:
+        network, type_notes = network_of(family, architecture, why, len(class_names), weights, path)
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        raise refusal(path, "not enough memory for its network", "close other programs") from error
     return Classifier(
         Model(
             family=family,
@@ -1504,11 +1553,6 @@ def normalised(raw_map: np.ndarray) -> np.ndarray:
     return positive / peak if peak > 0 else positive
 
 
-def resized(heatmap: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A heatmap (h, w) at (height, width): bilinear, cell centres aligned, still in [0, 1]."""
-    return np.asarray(Image.fromarray(heatmap).resize((width, height), Image.Resampling.BILINEAR))
-
-
 def target_index(target_class: str | None, class_names: Sequence[str]) -> int | None:
     """The class that --target-class means, by name or index; None stands for the predicted one.
 
@@ -1574,194 +1618,502 @@ def explain_batch(
 # Panels and figures
 # ------------------------------------------------------------------------------------------
 
+# A figure is a sheet: texts, boxes and pictures at places in inches from its top left. matplotlib's
+# renderers draw it. Its Figure, Axes and Text would do, but take several times as long.
+
 
 @functools.cache
 def plain_matplotlib() -> Any:
-    """matplotlib without anyone's settings and fonts, so that the same figure has the same bytes everywhere.
+    """matplotlib as it comes: no file, variable or style of the user's reaches the figures.
 
-    Whatever uses matplotlib calls this first. Raises ExplainError where it cannot be imported.
+    A matplotlibrc in the working directory is read before all others, so the import happens in the
+    folder that holds matplotlib's own. Raises ExplainError where that fails.
     """
-    folder = Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data"
     os.environ["MPLBACKEND"] = "agg"  # a notebook leaves its own, which may not be importable from here
-    os.environ["MATPLOTLIBRC"] = str(folder / "matplotlibrc")
     os.environ.pop("FREETYPE_PROPERTIES", None)  # how outlines of letters become pixels
-    here = os.getcwd()
-    try:
-        if os.path.exists("matplotlibrc"):  # read from the working directory before any other
-            os.chdir(folder)
-        with silenced():
+    with silenced(), contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # the working directory is gone, and no file in it
+            stack.enter_context(contextlib.chdir(Path(find_spec("matplotlib").origin).parent / "mpl-data"))
+        try:
             import matplotlib
-            from matplotlib import font_manager
-    except Exception as error:  # no folder for its cache ...
-        raise ExplainError(f"matplotlib: cannot be imported ({brief(str(error))}); set MPLCONFIGDIR to a folder that can be written") from error
-    finally:
-        os.chdir(here)
-    font_manager.fontManager.ttflist = []
-    for path in sorted((folder / "fonts" / "ttf").glob(f"{FONT.replace(' ', '')}*.ttf")):
-        font_manager.fontManager.addfont(path)
+            from matplotlib import font_manager  # noqa: F401  here, as it looks for a folder for its cache
+        except Exception as error:
+            cause = f"cannot be imported ({brief(str(error))})"
+            raise ExplainError(f"matplotlib: {cause}; set MPLCONFIGDIR to a folder that can be written") from error
+    lasting = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "explainability"}
+    matplotlib.rcParams.update({**lasting, "text.hinting": "none"})
     return matplotlib
 
 
+# Texts
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a text looks."""
+
+    points: float
+    colour: str = INK
+    is_bold: bool = False
+
+    @property
+    def leading(self) -> float:
+        """Inches from line to line."""
+        return self.points * LEADING
+
+
+LARGE, MEDIUM, BOLD = (Look(points, is_bold=True) for points in (15, 12, 10))
+BODY, SMALL = Look(10), Look(8.5)
+NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
+
+
 @functools.cache
-def drawable_characters() -> frozenset[int]:
-    """The code points that the figures' font can draw."""
+def font_file(is_bold: bool) -> str:
+    """DejaVu Sans, which comes with matplotlib, so that figures look the same everywhere."""
+    return str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' * is_bold}.ttf"))
+
+
+@functools.cache
+def advances(is_bold: bool) -> dict[str, float]:
+    """Width of each character that the figures' font can draw, in inches for each point of size."""
     plain_matplotlib()
-    from matplotlib.font_manager import findfont, get_font
+    from matplotlib.ft2font import FT2Font, LoadFlags
 
-    return frozenset(get_font(findfont(FONT)).get_charmap())
+    font = FT2Font(font_file(is_bold))
+    scale = 1 / font.units_per_EM / 72
+    codes = font.get_charmap().items()
+    glyphs = {chr(code): font.load_glyph(index, LoadFlags.NO_SCALE) for code, index in codes}
+    return {character: glyph.horiAdvance * scale for character, glyph in glyphs.items()}
 
 
+@functools.lru_cache(maxsize=4096)
 def drawable(text: str) -> str:
     """Text in which every character that the figures' font lacks is shown as an escape."""
-    known = drawable_characters()
+    known = advances(False)
     return "".join(
-        character if ord(character) in known else character.encode("unicode_escape").decode()
+        character if character in known else character.encode("unicode_escape").decode()
         for character in printable(text)
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def text_width(text: str, points: float, bold: bool) -> float:
-    """Width of a line of text in inches."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    font = FontProperties(family=FONT, size=points, weight="bold" if bold else "normal")
-    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
+def text_width(text: str, look: Look) -> float:
+    """Inches that a line of drawable text takes; kerning is left out."""
+    widths = advances(look.is_bold)
+    return look.points * sum(widths.get(character, widths["M"]) for character in text)
 
 
-def elided(text: str, points: float, inches: float, bold: bool = False) -> str:
-    """Text cut in the middle until it fits; both ends of a name tell something."""
-    text = drawable(text)
-    if text_width(text, points, bold) <= inches:
+def elided(text: str, look: Look, inches: float) -> str:
+    """Drawable text cut in the middle until it fits; both ends of a name tell something."""
+    if text_width(text, look) <= inches:
         return text
     low, high = 1, len(text) // 2  # characters kept at each end
     while low < high:
         kept = (low + high + 1) // 2
-        fits = text_width(f"{text[:kept]}…{text[-kept:]}", points, bold) <= inches
+        fits = text_width(f"{text[:kept]}…{text[-kept:]}", look) <= inches
         low, high = (kept, high) if fits else (low, kept - 1)
     return f"{text[:low]}…{text[-low:]}"
 
 
-def fitted(pixels: np.ndarray, side: int) -> np.ndarray:
-    """A radiograph at the size of a panel: (H, W, 3) -> its longer side `side` pixels."""
-    height, width = pixels.shape[:2]
-    scale = side / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=3))
+def wrapped(text: str, look: Look, inches: float, most: int = 2) -> list[str]:
+    """A text in at most so many lines, broken at spaces; the last is cut in the middle where it must be."""
+    words, lines = drawable(text).split(" "), []
+    while words and len(lines) < most - 1:
+        count = 1
+        while count < len(words) and text_width(" ".join(words[: count + 1]), look) <= inches:
+            count += 1
+        lines.append(elided(" ".join(words[:count]), look, inches))
+        words = words[count:]
+    return [*lines, elided(" ".join(words), look, inches)] if words else lines
+
+
+# What lies on a sheet. Each draws itself through a renderer, for a page of this height in inches.
+
+
+@functools.lru_cache(maxsize=4096)
+def text_strip(text: str, points: float, is_bold: bool, dpi: float) -> np.ndarray:
+    """How much of each pixel a line of text covers, (h, w) uint8; most lines come again on every page."""
+    plain_matplotlib()
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    pad = strip_pad(points, dpi)
+    width = round(text_width(text, Look(points, is_bold=is_bold)) * dpi) + 2 * pad
+    renderer = RendererAgg(width, 6 * pad, dpi)
+    font = FontProperties(fname=font_file(is_bold), size=points)
+    renderer.draw_text(renderer.new_gc(), pad, 4 * pad, text, font, 0)
+    return np.array(renderer.buffer_rgba())[:, :, 3]
+
+
+def strip_pad(points: float, dpi: float) -> int:
+    """Pixels around the text of a strip: one at its sides, two below the baseline."""
+    return max(1, round(0.3 * points / 72 * dpi))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of text; upright ones are turned left and start at the bottom."""
+
+    x: float
+    baseline: float
+    text: str
+    look: Look
+    is_upright: bool
+
+    def draw(self, renderer: Any, dpi: float, height: float) -> None:
+        from matplotlib.font_manager import FontProperties
+
+        gc, x, y = renderer.new_gc(), self.x * dpi, (height - self.baseline) * dpi
+        gc.set_foreground(self.look.colour)
+        if not hasattr(renderer, "buffer_rgba"):  # text stays text
+            font = FontProperties(fname=font_file(self.look.is_bold), size=self.look.points)
+            y = self.baseline * dpi if renderer.flipy() else y
+            renderer.draw_text(gc, x, y, self.text, font, 90 * self.is_upright)
+            return
+        strip = text_strip(self.text, self.look.points, self.look.is_bold, dpi)
+        pad = strip_pad(self.look.points, dpi)
+        image = np.empty((*strip.shape, 4), np.uint8)
+        image[:, :, :3], image[:, :, 3] = np.multiply(gc.get_rgb()[:3], 255).round(), strip
+        if self.is_upright:
+            renderer.draw_image(gc, round(x) - 4 * pad, round(y) - pad, np.rot90(image)[::-1])
+        else:
+            renderer.draw_image(gc, round(x) - pad, round(y) - 2 * pad, image[::-1])
+
+
+@dataclass(frozen=True)
+class Box:
+    """A filled rectangle, or its outline where the line has a width."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    colour: str | tuple[float, ...]
+    line: float = 0  # points
+    dashes: tuple[float, ...] = ()  # points
+
+    def draw(self, renderer: Any, dpi: float, height: float) -> None:
+        from matplotlib.path import Path as Outline
+        from matplotlib.transforms import Affine2D
+
+        gc, corner = renderer.new_gc(), (self.x * dpi, (height - self.y - self.height) * dpi)
+        gc.set_foreground(self.colour)
+        gc.set_linewidth(self.line * dpi / 72)
+        gc.set_joinstyle("miter")
+        gc.set_dashes(0, [dash * dpi / 72 for dash in self.dashes] or None)
+        place = Affine2D().scale(self.width * dpi, self.height * dpi).translate(*corner)
+        renderer.draw_path(gc, Outline.unit_rectangle(), place, None if self.line else gc.get_rgb())
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Pixels, copied to the page as they are, in a thin frame: white borders must not vanish."""
+
+    x: float
+    y: float
+    pixels: np.ndarray  # (H, W, 3) uint8
+    title: str
+
+    def draw(self, renderer: Any, dpi: float, height: float) -> None:
+        rows, columns = self.pixels.shape[:2]
+        finer = renderer.get_image_magnification() * dpi  # pixels of a picture for each inch
+        left, bottom = round(self.x * finer), round((height - self.y) * finer) - rows
+        opaque = np.full((rows, columns, 4), 255, np.uint8)
+        opaque[:, :, :3] = self.pixels[::-1]
+        renderer.draw_image(renderer.new_gc(), left * dpi / finer, bottom * dpi / finer, opaque)
+        hair = 0.25 / 72
+        top = height - (bottom + rows) / finer
+        size = (columns / finer + 2 * hair, rows / finer + 2 * hair)
+        Box(left / finer - hair, top - hair, *size, FRAME, 0.5).draw(renderer, dpi, height)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Lines of equal heat over a picture, on a dark ground that shows on bright bone."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    heat: np.ndarray  # (h, w) in [0, 1]
+    colours: tuple[tuple[float, ...], ...]  # one for each of CONTOURS
+
+    def draw(self, renderer: Any, dpi: float, height: float) -> None:
+        from matplotlib.transforms import Affine2D
+
+        rows, columns = self.heat.shape
+        cells = Affine2D().translate(0.5, 0.5).scale(self.width * dpi / columns, -self.height * dpi / rows)
+        place, gc = cells.translate(self.x * dpi, (height - self.y) * dpi), renderer.new_gc()
+        for outline, colour in zip(contour_lines(self.heat), self.colours):
+            for points, shade in ((2, "black"), (1, colour)):
+                gc.set_linewidth(points * dpi / 72)
+                gc.set_foreground(shade)
+                renderer.draw_path(gc, outline, place, None)
+
+
+def contour_lines(heat: np.ndarray) -> list[Any]:
+    """A matplotlib path for each of CONTOURS, in cells from the centre of the first."""
+    from matplotlib.figure import Figure
+
+    return Figure().add_subplot().contour(heat, levels=CONTOURS).get_paths()
+
+
+@dataclass
+class Sheet:
+    """A page as it is filled; lines of text are placed by their top."""
+
+    width: float
+    height: float = 0
+    items: list[Line | Box | Picture | Curves] = dataclasses.field(default_factory=list)
+    details: Box | None = None  # the place of the details panel, margins included
+
+    def write(self, x: float, y: float, text: str, look: Look = SMALL) -> None:
+        """One line of drawable text."""
+        self.items.append(Line(x, y + (LEADING + CAPITALS) / 2 * look.points, text, look, False))
+
+    def paragraph(
+        self, x: float, y: float, text: str, inches: float, look: Look = SMALL, most: int = 2
+    ) -> float:
+        """A text in at most so many lines; returns where it ends."""
+        for line in wrapped(text, look, inches, most):
+            self.write(x, y, line, look)
+            y += look.leading
+        return y
+
+    def fill(self, x: float, y: float, width: float, height: float, colour: Any, line: float = 0) -> None:
+        """A rectangle of one colour, with a thin frame where the line has a width."""
+        self.items.append(Box(x, y, width, height, colour))
+        self.items += [Box(x, y, width, height, FRAME, line)] * bool(line)
+
+    def show(self, x: float, y: float, pixels: np.ndarray, title: str = "") -> None:
+        self.items.append(Picture(x, y, pixels, title))
+
+
+# Maps in colour
 
 
 @functools.cache
 def colour_table(colormap: str) -> np.ndarray:
-    """A matplotlib colormap as (256, 3) uint8."""
-    return (plain_matplotlib().colormaps[colormap](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    """A matplotlib colormap as (256, 3) uint8, however many colours it is made of."""
+    colours = plain_matplotlib().colormaps[colormap](np.linspace(0, 1, 256))
+    return (colours[:, :3] * 255).round().astype(np.uint8)
 
 
-def coloured(heatmap: np.ndarray, picture: np.ndarray, colormap: str) -> np.ndarray:
-    """A heatmap (h, w) in colour at the size of `picture`: (H, W, 3) uint8."""
-    levels = resized(heatmap, *picture.shape[:2]) * 255
-    return colour_table(colormap)[levels.round().astype(np.uint8)]
+def colours_of(style: FigureStyle) -> np.ndarray:
+    return colour_table(DIVERGING if style.signed else style.colormap)
+
+
+def colour_at(place: float, style: FigureStyle) -> tuple[float, ...]:
+    """The colour at a place of the colour bar, 0 to 1, as matplotlib takes it."""
+    return tuple(colours_of(style)[round(255 * place)] / 255)
+
+
+def drawn_map(explanation: Explanation, style: FigureStyle) -> np.ndarray:
+    """What is drawn of a map: heat in [0, 1] or, signed, evidence for and against in [-1, 1]."""
+    peak = np.abs(explanation.raw_map).max()
+    return explanation.raw_map / peak if style.signed and peak > 0 else explanation.heatmap
+
+
+def has_colours(explanation: Explanation, style: FigureStyle) -> bool:
+    """Whether there is anything to draw of a map."""
+    return bool(drawn_map(explanation, style).any())
+
+
+def resized(values: np.ndarray, height: int, width: int, low: float = 0) -> np.ndarray:
+    """A map (h, w) at (height, width): bicubic, cell centres aligned, clipped to [low, 1]."""
+    image = Image.fromarray(values.astype(np.float32, copy=False))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).clip(low, 1)
+
+
+def colour_levels(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
+    """A map as places in the table of colours: (height, width) uint8."""
+    values = resized(drawn_map(explanation, style), height, width, -1 if style.signed else 0)
+    return ((values + 1) * 127.5 if style.signed else values * 255).round().astype(np.uint8)
+
+
+def opacities(style: FigureStyle) -> np.ndarray:
+    """Opacity of each colour over the radiograph, (256,) uint8: it follows the heat, so cold bone stays."""
+    places = np.arange(256)
+    strength = np.maximum(np.abs(places - 127.5) - 0.5, 0) / 127 if style.signed else places / 255
+    return (OVERLAY_OPACITY * 255 * strength).round().astype(np.uint8)
+
+
+def heatmap_pixels(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
+    """The map alone in colour, (height, width, 3) uint8; plain grey where there is none."""
+    if not has_colours(explanation, style):
+        return np.full((height, width, 3), 228, np.uint8)
+    return colours_of(style)[colour_levels(explanation, height, width, style)]
+
+
+def overlay_pixels(picture: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
+    """The map in colour over a radiograph (H, W, 3) uint8; a blank map leaves it as it is."""
+    if style.contours or not has_colours(explanation, style):
+        return picture
+    levels = colour_levels(explanation, *picture.shape[:2], style)
+    colours, mask = Image.fromarray(colours_of(style)[levels]), Image.fromarray(opacities(style)[levels])
+    return np.asarray(Image.composite(colours, Image.fromarray(picture), mask))
+
+
+def add_contours(
+    sheet: Sheet, x: float, y: float, width: float, height: float,
+    explanation: Explanation, style: FigureStyle,
+) -> None:  # fmt: skip
+    """Lines of equal heat, where they are asked for and there is any."""
+    if style.contours and explanation.heatmap.any():
+        scale = 128 / min(width, height)
+        cells = (round(min(scale * side, 1024)) for side in (height, width))
+        colours = tuple(colour_at(level, style) for level in CONTOURS)
+        sheet.items.append(Curves(x, y, width, height, resized(explanation.heatmap, *cells), colours))
+
+
+def bare_overlay(pixels: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
+    """The overlay alone at the radiograph's own size, (H, W, 3) uint8, contours included."""
+    over, dpi = overlay_pixels(pixels, explanation, style), max(pixels.shape[:2]) / BARE_INCHES
+    sheet = Sheet(pixels.shape[1] / dpi, pixels.shape[0] / dpi)
+    add_contours(sheet, 0, 0, sheet.width, sheet.height, explanation, style)
+    return sheet_pixels(sheet, dpi, over) if sheet.items else over
+
+
+# Panels
 
 
 @dataclass(frozen=True)
-class Panel:
-    """A rectangle of a page, in inches from the bottom left; points inside it are (0, 0) to (1, 1).
+class View:
+    """What the figures of one image have in common."""
 
-    A matplotlib Axes would do, but eight of them take longer than everything drawn in them.
-    """
+    picture: np.ndarray  # (H, W, 3) uint8: the radiograph at the size of a panel
+    name: str
+    style: FigureStyle
+    boxes: tuple[tuple[float, ...], ...] = ()  # known fractures: left, top, right, bottom, in [0, 1]
 
-    figure: Figure
-    left: float
-    bottom: float
-    width: float
-    height: float
+    @property
+    def width(self) -> float:
+        """Inches of the picture on the page."""
+        return self.picture.shape[1] / self.style.dpi
 
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        """A point of the panel in fractions of the page."""
-        across, up = self.figure.get_size_inches()
-        return (self.left + x * self.width) / across, (self.bottom + y * self.height) / up
+    @property
+    def height(self) -> float:
+        return self.picture.shape[0] / self.style.dpi
 
-    def write(self, x: float, y: float, text: str, points: float, inches: float, **look: Any) -> None:
-        """One line at (x, y), cut in the middle to `inches`; `animated` if it changes from image to image."""
-        line = elided(text, points, inches, bold=look.get("weight") == "bold")
-        self.figure.text(*self.place(x, y), line, fontsize=points, parse_math=False, **{"color": INK, "va": "top", **look})
-
-    def fill(self, x: float, y: float, width: float, height: float, colour: Any) -> None:
-        """A rectangle of one colour, its bottom left at (x, y)."""
-        from matplotlib.patches import Rectangle
-
-        (x0, y0), (x1, y1) = self.place(x, y), self.place(x + width, y + height)
-        self.figure.add_artist(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, edgecolor="none", animated=True))
-
-    def show(self, pixels: np.ndarray, title: str) -> None:
-        """A picture (H, W, 3) uint8, pixel for pixel in the middle of the panel, under its title."""
-        (height, width), dpi = pixels.shape[:2], self.figure.dpi
-        left = round((self.left + self.width / 2) * dpi - width / 2)
-        bottom = round((self.bottom + self.height / 2) * dpi - height / 2)
-        self.figure.add_artist(picture_class()(pixels, left, bottom, title))
-        # The title sits on its picture, not on the top of a panel that a wide picture leaves empty.
-        top = (bottom + height) / dpi - self.bottom
-        self.write(0.5, top / self.height + 0.02, title, BODY, self.width, ha="center", va="bottom")
+    @property
+    def column(self) -> float:
+        """Inches that a panel takes with its title."""
+        return max(self.width, MIN_COLUMN)
 
 
-@functools.cache
-def picture_class() -> type[Artist]:
-    """An artist that copies pixels to the page as they are; matplotlib's own images are resampled."""
-    from matplotlib.artist import Artist
-
-    class Picture(Artist):
-        def __init__(self, pixels: np.ndarray, left: int, bottom: int, title: str) -> None:
-            super().__init__()
-            self.pixels, self.left, self.bottom = pixels, left, bottom
-            self.set(label=title, animated=True)
-
-        def draw(self, renderer: Any) -> None:
-            opaque = np.full((*self.pixels.shape[:2], 1), 255, np.uint8)
-            upwards = np.concatenate([self.pixels, opaque], axis=2)[::-1]  # as Agg draws
-            renderer.draw_image(renderer.new_gc(), self.left, self.bottom, upwards)
-
-    return Picture
+def fitted(pixels: np.ndarray, dpi: float) -> np.ndarray:
+    """A radiograph (H, W, 3) at the size of a panel: about the same area whatever its shape."""
+    rows, columns = pixels.shape[:2]
+    area = PANEL_AREA * max(1, columns / rows) ** 0.25  # wide ones lose more of the page to their titles
+    longest = min(LONGEST_SIDE, math.sqrt(area * max(rows, columns) / min(rows, columns)))
+    scale = longest * dpi / max(rows, columns)
+    size = max(1, round(columns * scale)), max(1, round(rows * scale))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=3))
 
 
-def draw_heatmap(panel: Panel, picture: np.ndarray, explanation: Explanation, style: FigureStyle, title: str) -> None:
-    """The heatmap alone, at the size of the picture; a map with a remark says it."""
-    panel.show(coloured(explanation.heatmap, picture, style.colormap), title)
+def title_room(titles: Sequence[str], inches: float) -> float:
+    """Inches that the titles of a row of panels need above their pictures."""
+    return 0.08 + BODY.leading * max(len(wrapped(title, BODY, inches)) for title in titles)
+
+
+def draw_picture(sheet: Sheet, x: float, y: float, view: View, pixels: np.ndarray, title: str) -> None:
+    """A picture with its title, whose last line sits on it."""
+    lines = len(wrapped(title, BODY, view.column))
+    sheet.paragraph(x, y - 0.06 - BODY.leading * lines, title, view.column, BODY)
+    sheet.show(x, y, pixels, title)
+
+
+def draw_boxes(sheet: Sheet, x: float, y: float, view: View) -> None:
+    """Dashed outlines of what is known to be there."""
+    for left, top, right, bottom in view.boxes:
+        size = (right - left) * view.width, (bottom - top) * view.height
+        place = (x + left * view.width, y + top * view.height, *size)
+        sheet.items += [Box(*place, "black", 1.8), Box(*place, "white", 0.9, (3, 2))]
+
+
+def draw_heatmap(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
+    """The map alone, at the size of the picture; a map with nothing to show says so."""
+    draw_picture(sheet, x, y, view, heatmap_pixels(explanation, *view.picture.shape[:2], view.style), title)
+    draw_boxes(sheet, x, y, view)
     if explanation.blankness:
-        frame = {"facecolor": "white", "edgecolor": MUTED, "boxstyle": "round,pad=0.6"}
-        panel.write(0.5, 0.5, explanation.blankness, SMALL, panel.width - 0.3, ha="center", va="center", bbox=frame, animated=True)
+        lines = wrapped(explanation.blankness, SMALL, view.column - 0.3, 4)
+        width, height = max(text_width(line, SMALL) for line in lines), SMALL.leading * len(lines)
+        left, top = x + max(0.1, (view.width - width) / 2), y + max(0, (view.height - height) / 2)
+        sheet.fill(left - 0.1, top - 0.08, width + 0.2, height + 0.16, "white", 0.5)
+        sheet.paragraph(left, top, explanation.blankness, view.column - 0.3, SMALL, 4)
 
 
-def draw_overlay(panel: Panel, picture: np.ndarray, explanation: Explanation, style: FigureStyle, title: str) -> None:
-    """The heatmap over the radiograph; a blank map leaves the radiograph as it is."""
-    if explanation.heatmap.any():
-        colours = coloured(explanation.heatmap, picture, style.colormap)
-        picture = np.asarray(Image.blend(Image.fromarray(picture), Image.fromarray(colours), OVERLAY_WEIGHT))
-    panel.show(picture, title)
+def draw_overlay(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
+    """The map over the radiograph."""
+    title += ", dashed: the true fracture" * bool(view.boxes)
+    draw_picture(sheet, x, y, view, overlay_pixels(view.picture, explanation, view.style), title)
+    add_contours(sheet, x, y, view.width, view.height, explanation, view.style)
+    draw_boxes(sheet, x, y, view)
 
 
-def draw_colour_bar(panel: Panel, style: FigureStyle) -> None:
-    """The scale of the heatmaps: 0 at the bottom, 1 at the top."""
-    height, width = round(panel.height * style.dpi), round(panel.width * style.dpi)
-    levels = np.linspace(255, 0, height).round().astype(np.uint8)
-    panel.show(colour_table(style.colormap)[np.repeat(levels[:, None], width, axis=1)], "")
-    for value in (0, 0.5, 1):
-        panel.write(1.4, value, f"{value:g}", SMALL, 1, va="center")
-    panel.write(3.6, 0.25, "relative importance", SMALL, 2, color=MUTED, rotation=90, va="center", ha="center")
+def draw_colour_bar(sheet: Sheet, x: float, y: float, view: View) -> None:
+    """The scale of the maps, its greatest value at the top; none beside a picture too low for its ticks."""
+    height, style = view.height, view.style
+    if height < 0.3:
+        return
+    levels = np.linspace(255, 0, len(view.picture)).round().astype(np.uint8)
+    sheet.show(x, y, colours_of(style)[np.repeat(levels[:, None], round(0.16 * style.dpi), axis=1)])
+    for place in (0, 0.5, 1) if height > 0.5 else (0, 1):
+        value = 2 * place - 1 if style.signed else place
+        sheet.write(x + 0.22, y + (1 - place) * height - SMALL.leading / 2, f"{value:g}")
+    label = "against    evidence    for" if style.signed else "relative importance"
+    length = text_width(label, FAINT)
+    if height > length:
+        sheet.items.append(Line(x + 0.62, y + (height + length) / 2, label, FAINT, True))
 
 
-def draw_probabilities(panel: Panel, explanation: Explanation, top: float) -> float:
-    """A line and a bar for each of the likeliest classes from `top` down; returns where they end."""
-    listed = explanation.ranking[:MAX_LISTED_CLASSES]
-    step = 0.115 if len(listed) < 3 else 0.088
-    for index in listed:
-        weight = "bold" if index == explanation.predicted else "normal"
+# The details panel: blocks of text, each of which returns where it ends
+
+
+def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
+    """The prediction, and a line and a bar for each of the likeliest classes."""
+    names, last = explanation.model.class_names, y + 0.26 + PROBABILITY_ROOM
+    look = LARGE if text_width(drawable(explanation.prediction), LARGE) < 1.8 * width else MEDIUM
+    y = sheet.paragraph(x, y - 0.05, explanation.prediction, width, look)
+    sheet.write(x, y, f"Confidence: {explanation.confidence:.2%}", BODY)
+    y, listed = y + 0.3, 0
+    for index in explanation.ranking:
+        look = BOLD if index == explanation.predicted else BODY
+        below = y + look.leading * len(wrapped(names[index], look, width - 0.8))
+        if listed and below > last:
+            break
         probability = float(explanation.probabilities[index])
-        panel.write(0, top, explanation.model.class_names[index], BODY, 3.5, weight=weight, animated=True)
-        panel.write(1, top, f"{probability:.2%}", BODY, 1, weight=weight, ha="right", animated=True)
-        panel.fill(0, top - 0.7 * step, 1, 0.018, TRACK)
-        panel.fill(0, top - 0.7 * step, probability, 0.018, BAR)
-        top -= step
-    return top
+        text = f"{probability:.2%}"
+        sheet.paragraph(x, y, names[index], width - 0.8, look)
+        sheet.write(x + width - text_width(text, look), y, text, look)
+        sheet.fill(x, below, width, 0.075, TRACK)
+        sheet.fill(x, below, width * probability, 0.075, BAR)
+        y, listed = below + 0.15, listed + 1
+    if rest := explanation.ranking[listed:]:
+        together = float(explanation.probabilities[rest].sum())
+        y = sheet.paragraph(x, y - 0.02, f"and {len(rest)} more, together {together:.2%}", width, FAINT)
+    return y + 0.06
+
+
+def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
+    """The checks: those flagged in words, the others in one line, and what only the reader can judge."""
+    if not explanation.findings:
+        return y
+    for finding in explanation.findings:
+        if finding.is_flagged:
+            sheet.write(x, y, "⚠", ALERT)
+            y = sheet.paragraph(x + 0.2, y, finding.text, width - 0.2, ALERT, 3) + 0.03
+    passed = [check_title(finding.check) for finding in explanation.findings if not finding.is_flagged]
+    if passed:
+        y = sheet.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
+    return sheet.paragraph(x, y, READERS_CHECK, width) + 0.1
+
+
+def check_title(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def method_title(key: str) -> str:
+    return METHOD_TITLES[key]
 
 
 def explained_text(explanation: Explanation) -> str:
@@ -1771,69 +2123,137 @@ def explained_text(explanation: Explanation) -> str:
     return f"{explanation.probabilities[explanation.explained]:.2%} {explanation.explained_class}"
 
 
-def detail_lines(explanation: Explanation) -> list[tuple[str, str]]:
+def negative_share(raw_map: np.ndarray) -> float:
+    """Share of a map's magnitude that speaks against the explained class."""
+    magnitude = float(np.abs(raw_map).sum())
+    return float(np.maximum(-raw_map, 0).sum()) / magnitude if magnitude else 0.0
+
+
+def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str, str]]:
     """What the details panel lists: (label, value)."""
-    h, w = explanation.heatmap.shape
-    return [
+    model, raw = explanation.model, explanation.raw_map
+    h, w = raw.shape
+    relative = "" if style.signed else " (the colours are relative to it)"
+    lines = [
         ("Explained class", explained_text(explanation)),
-        ("Model", explanation.model.architecture),
-        ("Checkpoint", printable(explanation.model.checkpoint.name)),
-        ("", explanation.model.accuracy),
-        ("Target layer", f"{explanation.model.family.target_layer}, {h}×{w} grid: one cell is 1/{h * w} of the image"),
-        ("Peak of raw map", f"{explanation.raw_map.max():.3g} (the colours are relative to it)"),
+        ("Model", model.architecture),
+        ("Checkpoint", printable(model.checkpoint.name)),
+        ("", model.accuracy + " (synthetic test images)" * is_demo(model.checkpoint)),
+        ("Method", method_title(explanation.method)),
     ]
+    if explanation.method.startswith("gradcam"):
+        lines.append(("Target layer", model.family.target_layer))
+    lines.append(("Map", f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"))
+    if explanation.heatmap.any():
+        lines.append(("Peak of raw map", f"{raw.max():.3g}{relative}"))
+    if explanation.owed is not None:
+        lines.append(("Sum of raw map", f"{raw.sum():.3g}, must be {explanation.owed:.3g}"))
+    if explanation.method in SIGNED_METHODS:
+        lines.append(("Negative share", f"{negative_share(raw):.0%} of the map's magnitude"))
+    return lines
 
 
-def draw_details(panel: Panel, explanation: Explanation, style: FigureStyle) -> None:
-    """The panel of text: prediction, probabilities, provenance and how to read the colours."""
-    panel.write(0, 1, "Prediction", SMALL, 4, color=MUTED)
-    panel.write(0, 0.955, explanation.prediction, LARGE, panel.width, weight="bold", animated=True)
-    panel.write(0, 0.88, f"Confidence: {explanation.confidence:.2%}", BODY, 4, animated=True)
-    top = draw_probabilities(panel, explanation, top=0.79) - 0.01
-    for label, value in detail_lines(explanation):
-        panel.write(0, top, label, SMALL, 1.2, color=MUTED)
-        panel.write(0.26, top, value, SMALL, panel.width * 0.74, animated=label in CHANGING_DETAILS)
-        top -= 0.046
-    panel.write(0, top - 0.02, "How to read the heatmap", SMALL, 4, color=MUTED)
-    for place, text in READING_GUIDE:
-        top -= 0.055
-        panel.fill(0, top - 0.048, 0.05, 0.03, colour_table(style.colormap)[int(255 * place)] / 255)
-        panel.write(0.08, top - 0.017, text, SMALL, panel.width * 0.92)
-    for text in READING_ADVICE:
-        top -= 0.046
-        panel.write(0, top - 0.025, text, SMALL, panel.width)
+def provenance_block(
+    sheet: Sheet, x: float, y: float, width: float, explanation: Explanation, style: FigureStyle
+) -> float:
+    """Where the map came from, and what its reader must know."""
+    for label, value in detail_lines(explanation, style):
+        sheet.write(x, y, label, FAINT)
+        y = sheet.paragraph(x + 1.12, y, value, width - 1.12) + 0.01
+    for remark in explanation.remarks:
+        y = sheet.paragraph(x, y + 0.03, remark, width, ALERT, 3)
+    return y + 0.1
 
 
-def footer_text(explanations: Sequence[Explanation]) -> str:
-    """What stands below every figure."""
+def guide_block(sheet: Sheet, x: float, y: float, width: float, style: FigureStyle) -> float:
+    """How to read the colours."""
+    sheet.write(x, y, "How to read the heatmap", FAINT)
+    y += 0.19
+    for place, text in SIGNED_GUIDE if style.signed else READING_GUIDE:
+        sheet.fill(x, y + 0.02, 0.22, 0.13, colour_at(place, style), 0.5)
+        y = max(sheet.paragraph(x + 0.32, y, text, width - 0.32), y + 0.19)
+    for text in ("Lines: 25, 50 and 75 % of the maximum.",) * style.contours + READING_ADVICE:
+        y = sheet.paragraph(x, y + 0.01, text, width)
+    return y + 0.05
+
+
+def draw_details(
+    sheet: Sheet, x: float, y: float, width: float, explanation: Explanation, style: FigureStyle
+) -> float:
+    """The panel of text, in two columns where it is wide; returns where it ends."""
+    inches = width if width < 6 else (width - 0.3) / 2
+    first = prediction_block(sheet, x, y, inches, explanation)
+    first = findings_block(sheet, x, first, inches, explanation)
+    across, down = (x, first) if inches == width else (x + inches + 0.3, y)
+    end = provenance_block(sheet, across, down, inches, explanation, style)
+    if has_colours(explanation, style):
+        end = guide_block(sheet, across, end, inches, style)
+    return max(first, end)
+
+
+# Figures
+
+
+def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool, beside: float = 0) -> float:
+    """The title, a tag for demo networks and the file's name; returns where they end.
+
+    So many inches at the right of the page are left to what lies `beside`.
+    """
+    room, tag = sheet.width - 2 * MARGIN - beside, 0.75 * is_from_demo
+    y = sheet.paragraph(MARGIN, 0.16, title, room - tag, LARGE)
+    right = MARGIN + 0.15 + text_width(wrapped(title, LARGE, room - tag)[-1], LARGE)
+    middle = y - LARGE.leading / 2
+    if is_from_demo:
+        sheet.fill(right, middle - 0.115, 0.6, 0.23, BADGE)
+        sheet.write(right + 0.08, middle - BODY.leading / 2, "DEMO", Look(10, "white", True))
+    name, right = drawable(name), right + tag
+    if text_width(name, NAME) <= MARGIN + room - right:  # beside the title, else below it
+        sheet.write(right, middle - NAME.leading / 2 + 0.03, name, NAME)
+        return y + 0.08
+    sheet.write(MARGIN, y - 0.02, elided(name, NAME, room), NAME)
+    return y + 0.28
+
+
+def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float, beside: float = 0) -> None:
+    """What stands below every figure; ends the page."""
     if is_demo(explanations[0].model.checkpoint):
-        return f"Demo {'networks' if len(explanations) > 1 else 'network'}: {DEMO_NOTICE}."
-    return "Grad-CAM shows correlation, not cause. Not for diagnosis."
+        text = f"Demo {'networks' if len(explanations) > 1 else 'network'}: {DEMO_NOTICE}."
+    else:
+        text = f"{method_title(explanations[0].method)} shows correlation, not cause. Not for diagnosis."
+    inches = sheet.width - 2 * MARGIN - beside
+    sheet.height = sheet.paragraph(MARGIN, bottom + 0.1, text, inches, FAINT) + 0.12
 
 
-def new_figure(width: float, height: float, style: FigureStyle, title: str, name: str, footer: str) -> Figure:
-    """A page of width x height inches with its title, the file's name and a footer."""
-    plain_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=style.dpi, facecolor="white")
-    write = functools.partial(figure.text, ha="center", va="center", parse_math=False)
-    write(0.5, 1 - 0.32 / height, elided(title, LARGE, width - 0.6, bold=True), fontsize=LARGE, weight="bold", color=INK, animated=True)
-    write(0.5, 1 - 0.62 / height, elided(name, BODY, width - 0.6), fontsize=BODY, color=MUTED, animated=True)
-    write(0.5, 0.2 / height, footer, fontsize=SMALL, color=MUTED)
-    return figure
+ROW = ((0, 0), (1, 0), (2, 0), (3, 0))  # column and row of radiograph, heatmap, overlay and details
+GRID = ((0, 0), (1, 0), (0, 1), (1, 1))
+STACK = ((0, 0), (0, 1), (0, 2), (0, 3))
 
 
-def explanation_figure(picture: np.ndarray, name: str, explanation: Explanation, style: FigureStyle) -> Figure:
+def explanation_figure(view: View, explanation: Explanation) -> Sheet:
     """The 4-panel figure: radiograph, heatmap, overlay, prediction details."""
-    figure = new_figure(10, 10, style, f"Grad-CAM: {explanation.model.title}", name, footer_text([explanation]))
-    side, top, bottom = PANEL_INCHES, 4.9, 0.45
-    Panel(figure, 0.4, top, side, side).show(picture, "Original X-ray")
-    draw_heatmap(Panel(figure, 4.9, top, side, side), picture, explanation, style, "Grad-CAM Heatmap")
-    draw_colour_bar(Panel(figure, 9.15, top, 0.15, side), style)
-    draw_overlay(Panel(figure, 0.4, bottom, side, side), picture, explanation, style, "Overlay (Model Focus)")
-    draw_details(Panel(figure, 4.95, bottom, 4.65, side), explanation, style)
-    return figure
+    aspect, column, method = view.width / view.height, view.column, method_title(explanation.method)
+    cells = ROW if aspect < 0.6 else GRID if aspect < 2 else STACK  # what fills the page best
+    titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", "Overlay (Model Focus)")
+    room, model = title_room(titles, column), explanation.model
+    across = [MARGIN + number * (column + GAP) + BAR_ROOM * (number > 1) for number in range(4)]
+    details_width = DETAILS_WIDTH if cells is ROW else column + BAR_ROOM - 0.1
+    beside = details_width + GAP if cells is ROW else 0  # there the details take the page's whole height
+    sheet = Sheet(across[cells[3][0]] + details_width + MARGIN)
+    top = draw_header(sheet, f"{method}: {model.title}", view.name, is_demo(model.checkpoint), beside) + room
+    places = [(across[number], top + row * (room + view.height + GAP / 2)) for number, row in cells]
+    draw_picture(sheet, *places[0], view, view.picture, titles[0])
+    draw_heatmap(sheet, *places[1], view, explanation, titles[1])
+    if has_colours(explanation, view.style):
+        draw_colour_bar(sheet, places[1][0] + view.width + 0.12, places[1][1], view)
+    draw_overlay(sheet, *places[2], view, explanation, titles[2])
+    x, y = places[3][0], MARGIN if cells is ROW else places[3][1] - room + 0.06
+    end = draw_details(sheet, x, y, details_width, explanation, view.style)
+    bottom = max(place[1] + view.height for place in places[:3])
+    draw_footer(sheet, [explanation], bottom if cells is ROW else max(bottom, end), beside)
+    sheet.height = max(sheet.height, end + 0.12)
+    left, (upper, lower) = x - GAP / 2, (0, sheet.height) if cells is ROW else (y - 0.06, max(bottom, end))
+    sheet.details = Box(left, upper, sheet.width - left, lower - upper, TRACK)
+    return sheet
 
 
 def agree(explanations: Sequence[Explanation]) -> bool:
@@ -1846,52 +2266,301 @@ def agreement_text(explanations: Sequence[Explanation]) -> str:
     first, second = explanations
     if agree(explanations):
         return f"Both models agree: {first.prediction}"
-    return f"Models disagree: {first.model.title} says {first.prediction}, {second.model.title} says {second.prediction}"
+    said = (f"{each.model.title} says {each.prediction}" for each in (first, second))
+    return f"Models disagree: {', '.join(said)}"
 
 
 def row_heading(explanation: Explanation) -> str:
     heading = f"{explanation.model.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
     if explanation.explained != explanation.predicted:
-        heading += f" (explained class: {explanation.model.class_names[explanation.explained]})"
+        heading += f" (explained class: {explanation.explained_class})"
     return heading
 
 
-def comparison_figure(picture: np.ndarray, name: str, explanations: Sequence[Explanation], style: FigureStyle) -> Figure:
-    """The 6-panel figure: a row for each model of radiograph, heatmap and overlay."""
-    figure = new_figure(14, 10.8, style, agreement_text(explanations), name, footer_text(explanations))
-    side = PANEL_INCHES
-    for explanation, bottom in zip(explanations, (5.4, 0.45)):
-        Panel(figure, 0.4, bottom, 13.2, side).write(0, 1.1, row_heading(explanation), BODY, 13.2, weight="bold", va="center", animated=True)
-        Panel(figure, 0.2, bottom, side, side).show(picture, "Original")
-        draw_heatmap(Panel(figure, 4.6, bottom, side, side), picture, explanation, style, "Heatmap")
-        draw_overlay(Panel(figure, 9.0, bottom, side, side), picture, explanation, style, "Overlay")
-        draw_colour_bar(Panel(figure, 13.25, bottom, 0.15, side), style)
-    return figure
+def comparison_figure(
+    view: View, explanations: Sequence[Explanation], overlap: Finding | None = None
+) -> Sheet:
+    """The 6-panel figure: a row for each model of radiograph, heatmap and overlay.
 
-
-def draw_page(figure: Figure) -> FigureCanvasAgg:
-    """Draw a page: its fixed texts once for all pages that have the same, then what is `animated`.
-
-    Texts are half of a page's drawing time, and most of them stay from image to image.
+    `overlap` says how far the two maps agree, which is another thing than the same class.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    across = [MARGIN + number * (view.column + GAP) for number in range(3)]
+    bar = across[2] + view.width + 0.12
+    sheet = Sheet(across[2] + view.column + BAR_ROOM + 0.1)
+    inches = sheet.width - 2 * MARGIN
+    title = agreement_text(explanations) if agree(explanations) else "Models disagree"
+    y = draw_header(sheet, title, view.name, is_demo(explanations[0].model.checkpoint))
+    if overlap is not None:
+        text = "⚠ " * overlap.is_flagged + overlap.text
+        y = sheet.paragraph(MARGIN, y - 0.04, text, inches, ALERT if overlap.is_flagged else FAINT) + 0.06
+    for explanation in explanations:
+        y = sheet.paragraph(MARGIN, y, row_heading(explanation), inches, BOLD)
+        flagged = "; ".join(finding.text for finding in explanation.findings if finding.is_flagged)
+        y = sheet.paragraph(MARGIN, y, f"⚠ {flagged}", inches, ALERT) if flagged else y
+        titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay")
+        y += title_room(titles, view.column)
+        draw_picture(sheet, across[0], y, view, view.picture, titles[0])
+        draw_heatmap(sheet, across[1], y, view, explanation, titles[1])
+        draw_overlay(sheet, across[2], y, view, explanation, titles[2])
+        if has_colours(explanation, view.style):
+            draw_colour_bar(sheet, bar, y, view)
+        y += view.height + 0.16
+    draw_footer(sheet, explanations, y - 0.16)
+    return sheet
 
-    canvas = FigureCanvasAgg(figure)
-    fixed = [text for text in figure.texts if not text.get_animated()]
-    key = (figure.bbox.bounds, *((text.get_text(), text.get_position(), text.get_color()) for text in fixed))
-    if key not in BACKGROUNDS:
-        canvas.draw()
-        if len(BACKGROUNDS) == MAX_BACKGROUNDS or figure.dpi > 200:  # 100 MB and more at 600 DPI
-            BACKGROUNDS.clear()
-        BACKGROUNDS[key] = canvas.copy_from_bbox(figure.bbox)
-    canvas.restore_region(BACKGROUNDS[key])
-    for artist in (*figure.artists, *figure.patches, *figure.texts):
-        if artist.get_animated():
-            figure.draw_artist(artist)
-    return canvas
+
+# Several methods
 
 
-def png(pixels: np.ndarray, dpi: float, digest: str) -> bytes:
+def map_overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """Agreement of two heatmaps (h, w): the sum of the smaller shares of heat, 1 the same, 0 disjoint.
+
+    Maps of different grids are compared on the coarser one.
+    """
+    size = min(one.shape[::-1], other.shape[::-1])
+    grids = [np.asarray(Image.fromarray(each).resize(size, Image.Resampling.BOX)) for each in (one, other)]
+    sums = [float(grid.sum()) for grid in grids]
+    return float(np.minimum(grids[0] / sums[0], grids[1] / sums[1]).sum()) if all(sums) else 0.0
+
+
+def fill_share(
+    sheet: Sheet, x: float, y: float, width: float, height: float, share: float, text: str
+) -> None:
+    """A cell of a table, white for a share of 0 to blue for 1, with its text in the middle."""
+    shade = tuple(1 - share * (1 - part) for part in (0.23, 0.43, 0.65))  # towards the colour of the bars
+    sheet.fill(x, y, width - 0.03, height - 0.03, shade, 0.5)
+    look = Look(SMALL.points, "white" if share > 0.6 else INK)
+    left = x + (width - 0.03 - text_width(text, look)) / 2
+    if height > SMALL.leading:
+        sheet.write(left, y + (height - 0.03 - SMALL.leading) / 2, text, look)
+
+
+def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Explanation]) -> float:
+    """A table of how far each two maps agree; returns where it ends."""
+    heading, cell, first = "Agreement of each two maps: 1 the same places, 0 none in common", 0.6, 2.1
+    y = sheet.paragraph(x, y, heading, sheet.width - 2 * MARGIN, BODY) + 0.06
+    for number, explanation in enumerate(explanations):
+        sheet.write(x + first + number * cell + 0.25, y, str(number + 1), FAINT)
+        top = y + 0.22 + 0.28 * number
+        sheet.write(x, top + 0.04, f"{number + 1}  {method_title(explanation.method)}")
+        for place, other in enumerate(explanations):
+            share = map_overlap(explanation.heatmap, other.heatmap)
+            fill_share(sheet, x + first + place * cell, top, cell, 0.28, share, f"{share:.2f}")
+    return y + 0.22 + 0.28 * len(explanations)
+
+
+def draw_method(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, cost: str) -> None:
+    """One method's overlay, with its cost and the sum of its map beside what it owes."""
+    draw_overlay(sheet, x, y, view, explanation, method_title(explanation.method))
+    owed = "" if explanation.owed is None else f", must be {explanation.owed:.3g}"
+    text = f"{cost}; sum {explanation.raw_map.sum():.3g}{owed}"
+    end = sheet.paragraph(x, y + view.height + 0.05, text, view.column)
+    sheet.paragraph(x, end, explanation.blankness, view.column, ALERT, 1)
+
+
+def methods_figure(view: View, explanations: Sequence[Explanation], costs: Sequence[str]) -> Sheet:
+    """One model's maps by several methods over the same radiograph, and how far they agree.
+
+    `costs` says in words what each method took.
+    """
+    size = tuple(max(1, round(0.7 * side)) for side in view.picture.shape[1::-1])
+    small = np.asarray(Image.fromarray(view.picture).resize(size, Image.Resampling.BILINEAR))
+    view, model = dataclasses.replace(view, picture=small), explanations[0].model
+    count = len(explanations) + 1
+    columns = min(count, max(2, round(11 / view.column)))
+    pitch = view.column + GAP
+    sheet = Sheet(max(2 * MARGIN + columns * pitch + BAR_ROOM, 7))
+    title = f"{model.title}: evidence for {explanations[0].explained_class}"
+    room = title_room([method_title(each.method) for each in explanations], view.column)
+    y = draw_header(sheet, title, view.name, is_demo(model.checkpoint)) + room
+    down = room + view.height + 3 * SMALL.leading
+    places = [(MARGIN + n % columns * pitch, y + n // columns * down) for n in range(count)]
+    draw_picture(sheet, *places[0], view, view.picture, "Original X-ray")
+    for place, explanation, cost in zip(places[1:], explanations, costs):
+        draw_method(sheet, *place, view, explanation, cost)
+    draw_colour_bar(sheet, places[columns - 1][0] + view.width + 0.12, y, view)
+    end = draw_overlaps(sheet, MARGIN, places[-1][1] + down - room + 0.1, explanations)
+    draw_footer(sheet, explanations[:1], end)
+    return sheet
+
+
+# The contact sheet of a run. Its data are the rows of the table, as text.
+
+
+def said_by(row: dict[str, str], model: Model, column: str) -> str:
+    """What a row says in one of a model's columns; empty where there is no such column."""
+    return row.get(f"{model.family.key}_{column}", "")
+
+
+def confidence_in(row: dict[str, str], model: Model) -> float:
+    return max(float(said_by(row, model, f"p_{name}")) for name in model.class_names)
+
+
+def flags_in(row: dict[str, str], models: Sequence[Model]) -> str:
+    """What is flagged about the maps of a row."""
+    flags = {model.title: said_by(row, model, "flags") for model in models}
+    flags |= {model.title: "blank map" for model in models if said_by(row, model, "blank_map") == "yes"}
+    return "; ".join(f"{title}: {text}" for title, text in flags.items() if text)
+
+
+def looked_at_first(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> list[dict[str, str]]:
+    """What a person should look at: wrong and sure, disagreements, the rest of the wrong, flagged maps."""
+
+    def order(row: dict[str, str]) -> tuple[int, float]:
+        wrong = [confidence_in(row, model) for model in models if said_by(row, model, "correct") == "no"]
+        surest = max(wrong, default=0)
+        kinds = surest >= SURE, row.get("agree") == "no", bool(wrong), bool(flags_in(row, models)), True
+        return kinds.index(True), -surest
+
+    ranked = sorted((row for row in rows if not row["error"]), key=order)
+    return [row for row in ranked if order(row)[0] < 4][:MAX_THUMBNAILS]
+
+
+def draw_confusion(
+    sheet: Sheet, x: float, y: float, width: float, rows: Sequence[dict[str, str]], model: Model
+) -> None:
+    """How often each true class (a line) was predicted as each class (a column)."""
+    names, first = model.class_names, 1.25
+    pairs = ((class_key(row["true_class"]), class_key(said_by(row, model, "predicted"))) for row in rows)
+    counts, keys = Counter(pairs), [class_key(name) for name in names]
+    cell, high, is_small = (width - first) / len(names), min(0.5, 1.4 / len(names)), len(names) > 3
+    sheet.write(x + first, y, "predicted as", FAINT)
+    top = y + 0.54
+    for number, name in enumerate(names):
+        label = f"{number + 1} {name}" if is_small else name
+        heading = str(number + 1) if is_small else name
+        if high > SMALL.leading:
+            sheet.paragraph(x + first + number * cell, y + 0.19, heading, cell - 0.06)
+            lines = wrapped(label, SMALL, first - 0.1, 1 if is_small else 2)
+            middle = top + number * high + (high - SMALL.leading * len(lines)) / 2
+            sheet.paragraph(x, middle, label, first - 0.1, SMALL, 1 if is_small else 2)
+        total = sum(counts[keys[number], key] for key in keys)
+        for place, key in enumerate(keys):
+            count = counts[keys[number], key]
+            corner = x + first + place * cell, top + number * high
+            fill_share(sheet, *corner, cell, high, count / total if total else 0, str(count))
+
+
+def draw_histogram(
+    sheet: Sheet, x: float, y: float, width: float, height: float,
+    rows: Sequence[dict[str, str]], model: Model,
+) -> None:  # fmt: skip
+    """How sure right and wrong predictions are, or all where the truth is not known.
+
+    In steps of 5 % from the least possible confidence.
+    """
+    lowest = 20 // len(model.class_names)  # in steps
+    right, wrong = Look(8.5, BAR, True), Look(8.5, WARNING, True)
+    looks = {"yes": right, "no": wrong} if rows[0]["true_class"] else {"": right}
+    said = [("right ", right), ("and ", FAINT), ("wrong ", wrong)] if len(looks) > 1 else []
+    steps = {side: Counter[int]() for side in looks}
+    for row in rows:
+        step = math.floor(confidence_in(row, model) * 20 + 1e-9)
+        steps[said_by(row, model, "correct")][min(19, max(lowest, step))] += 1
+    most = max(max(counts.values(), default=1) for counts in steps.values())
+    across = x
+    for text, look in [("Confidence of ", FAINT), *said, (f"predictions; the highest bar is {most}", FAINT)]:
+        sheet.write(across, y, text, look)
+        across += text_width(text, look)
+    base, step = y + 0.3 + height, width / (20 - lowest)
+    for side, counts in steps.items():
+        for place, count in counts.items():
+            left, tall = x + (place - lowest + 0.45 * (side == "no")) * step, height * count / most
+            sheet.fill(left, base - tall, 0.42 * step, tall, looks[side].colour)
+    sheet.fill(x, base, width, 0.012, INK)
+    sheet.write(x, base + 0.05, f"{lowest / 20:.0%}")
+    sheet.write(x + width - text_width("100%", SMALL), base + 0.05, "100%")
+
+
+def draw_model(
+    sheet: Sheet, y: float, rows: Sequence[dict[str, str]], model: Model,
+    mean_map: np.ndarray | None, style: FigureStyle,
+) -> float:  # fmt: skip
+    """How one model did in a run; returns where that ends."""
+    known = [row for row in rows if row["true_class"]]
+    right = sum(said_by(row, model, "correct") == "yes" for row in known)
+    told = f"{right / len(known):.1%} of {len(known)} right" if known else "no folder is named after a class"
+    sheet.write(MARGIN, y, f"{model.title}: {told}", BOLD)
+    y += 0.28
+    if known:
+        draw_confusion(sheet, MARGIN, y, 4.3, known, model)
+    if rows:
+        draw_histogram(sheet, MARGIN + 4.7, y, 5.2, 1.4, known or rows, model)
+    if mean_map is not None:
+        side = round(1.75 * style.dpi)
+        levels = (resized(mean_map, side, side) * 255).round().astype(np.uint8)
+        sheet.write(MARGIN + 10.4, y, "Mean map of this run", FAINT)
+        sheet.show(MARGIN + 10.4, y + 0.22, colour_table(style.colormap)[levels], "Mean map")
+    return y + (2.2 if rows else 0)
+
+
+def draw_thumbnail(
+    sheet: Sheet, x: float, y: float, inches: float, row: dict[str, str], models: Sequence[Model],
+    seen: tuple[np.ndarray, Explanation] | None, style: FigureStyle,
+) -> None:  # fmt: skip
+    """An image to look at, with its name, its true class and what each model said."""
+    name = Path(row["file"]).name
+    if seen is not None:
+        overlay = Image.fromarray(bare_overlay(*seen, style))
+        overlay.thumbnail((round(inches * style.dpi),) * 2, Image.Resampling.BILINEAR)
+        sheet.show(x, y, np.asarray(overlay), name)
+    y = sheet.paragraph(x, y + inches + 0.06, name, inches, Look(8.5, INK, True), 1)
+    if row["true_class"]:
+        y = sheet.paragraph(x, y, f"true: {row['true_class']}", inches, SMALL, 1)
+    for model in models:
+        said = f"{confidence_in(row, model):.1%} {said_by(row, model, 'predicted')}"
+        y = sheet.paragraph(x, y, said, inches, ALERT if said_by(row, model, "correct") == "no" else SMALL, 1)
+    if flags := flags_in(row, models):
+        sheet.paragraph(x, y, f"⚠ {flags}", inches, ALERT, 1)
+
+
+def summary_figure(
+    rows: Sequence[dict[str, str]], models: Sequence[Model], mean_maps: dict[str, np.ndarray],
+    seen: dict[str, tuple[np.ndarray, Explanation]], style: FigureStyle,
+) -> Sheet:  # fmt: skip
+    """The contact sheet of a run: how each model did, and the images to look at first.
+
+    `rows` are those of the table; mean maps (h, w) in [0, 1] go by the family's key, what was seen
+    (pictures (H, W, 3) uint8, with the explanation to show) by the row's file.
+    """
+    sheet, done, columns, inches = Sheet(13.6), [row for row in rows if not row["error"]], 6, 1.98
+    failed = f", {len(rows) - len(done)} failed" * (len(done) < len(rows))
+    is_from_demo = is_demo(models[0].checkpoint)
+    y = draw_header(sheet, f"Run over {len(done)} images{failed}", "", is_from_demo)
+    for model in models:
+        y = draw_model(sheet, y, done, model, mean_maps.get(model.family.key), style) + 0.1
+    first = looked_at_first(done, models)
+    title = "To look at first: wrong and sure, disagreements, other wrong ones, flagged maps"
+    sheet.write(MARGIN, y, title if first else "Nothing wrong, nothing flagged, no disagreement", BOLD)
+    pitch = inches + (len(models) + 3) * SMALL.leading + 0.2
+    for number, row in enumerate(first):
+        place = MARGIN + number % columns * (inches + 0.204), y + 0.28 + number // columns * pitch
+        draw_thumbnail(sheet, *place, inches, row, models, seen.get(row["file"]), style)
+    text = f"Demo networks: {DEMO_NOTICE}." if is_from_demo else "Not for diagnosis."
+    y += 0.28 + -(-len(first) // columns) * pitch
+    sheet.height = sheet.paragraph(MARGIN, y, text, sheet.width - 2 * MARGIN, FAINT) + 0.12
+    return sheet
+
+
+# Figures as files
+
+
+def sheet_pixels(sheet: Sheet, dpi: float, background: np.ndarray | None = None) -> np.ndarray:
+    """A sheet as pixels (H, W, 3) uint8, on white or on a background of its size."""
+    plain_matplotlib()
+    from matplotlib.backends.backend_agg import RendererAgg
+
+    renderer = RendererAgg(round(sheet.width * dpi), round(sheet.height * dpi), dpi)
+    pixels = np.asarray(renderer.buffer_rgba())
+    pixels[:] = 255
+    if background is not None:
+        pixels[:, :, :3] = background
+    for item in sheet.items:
+        item.draw(renderer, dpi, renderer.height / dpi)
+    return pixels[:, :, :3]
+
+
+def png(pixels: np.ndarray, dpi: float, digest: str = "") -> bytes:
     """Pixels (H, W, 3) uint8 as a PNG file, with its resolution and a text chunk named Digest.
 
     Each row is stored as its difference from the row above (PNG, 2nd edition, section 9.2). Pillow
@@ -1910,16 +2579,34 @@ def png(pixels: np.ndarray, dpi: float, digest: str) -> bytes:
         (b"IDAT", zlib.compress(rows, PNG_LEVEL)),
         (b"IEND", b""),
     )
-    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    ends = (struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    packed = (struct.pack(">I", len(data)) + kind + data + end for (kind, data), end in zip(chunks, ends))
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
-def figure_bytes(figure: Figure, digest: str = "") -> bytes:
-    """A figure drawn, as a PNG file that holds the digest of its job."""
-    canvas = draw_page(figure)
-    content = png(np.asarray(canvas.buffer_rgba())[:, :, :3], figure.dpi, digest)
-    canvas.renderer = None  # 9 MB that would stay until Python looks for cycles: figure and canvas hold each other
-    return content
+def vector_bytes(sheet: Sheet, style: FigureStyle, digest: str) -> bytes:
+    """A sheet as PDF or SVG: texts and lines as such, pictures at the size of their panels, no date."""
+    plain_matplotlib()
+    from matplotlib.artist import Artist
+    from matplotlib.figure import Figure
+
+    class Items(Artist):
+        def draw(self, renderer: Any) -> None:
+            for item in sheet.items:
+                item.draw(renderer, self.get_figure().dpi, sheet.height)
+
+    figure, file = Figure(figsize=(sheet.width, sheet.height), facecolor="white"), io.BytesIO()
+    figure.add_artist(Items())
+    told = {"pdf": {"Keywords": digest, "CreationDate": None}, "svg": {"Identifier": digest, "Date": None}}
+    figure.savefig(file, format=style.format, dpi=style.dpi, metadata=told[style.format])
+    return file.getvalue()
+
+
+def figure_bytes(sheet: Sheet, style: FigureStyle, digest: str = "") -> bytes:
+    """A sheet as a file of the style's format that holds the digest of its job."""
+    if style.format == "png":
+        return png(sheet_pixels(sheet, style.dpi), style.dpi, digest)
+    return vector_bytes(sheet, style, digest)
 
 
 # ------------------------------------------------------------------------------------------
@@ -2007,27 +2694,32 @@ def file_mark(path: Path) -> tuple[int, str]:
 
 def make_jobs(
     images: Sequence[Path], labels: Sequence[str], keys: Sequence[str], folder: Path,
-    maps: bool, figures: bool, asked: object,
+    kinds: Sequence[str], ending: str, asked: object,
 ) -> list[Job]:  # fmt: skip
     """A job for each image, known by its label; `asked` is all that results depend on beside the image.
+
+    It writes outputs of these kinds: figures, whose names have this ending, maps and panels.
 
     Raises ExplainError where an output would replace one of the images.
     """
     prefixes = {f"gradcam_{key}": (index,) for index, key in enumerate(keys)}
     prefixes |= {"comparison": tuple(range(len(keys)))} if len(keys) > 1 else {}
-    shown_by = prefixes if figures else {}
+    shown_by = prefixes if "figures" in kinds else {}
+    bare = ["radiograph", *(f"{kind}_{key}" for key in keys for kind in ("heatmap", "overlay"))]
     jobs = [
         Job(
             image,
             label,
-            tuple(Page(folder / f"{prefix}_{stem}.png", shows) for prefix, shows in shown_by.items()),
-            tuple(folder / f"map_{key}_{stem}.npy" for key in keys if maps),
+            tuple(Page(folder / f"{prefix}_{stem}.{ending}", shows) for prefix, shows in shown_by.items()),
+            tuple(folder / f"map_{key}_{stem}.npy" for key in keys if "maps" in kinds),
             digest_of(asked, file_mark(image)),
+            tuple(folder / f"{prefix}_{stem}.png" for prefix in bare if "panels" in kinds),
         )
         for image, label, stem in zip(images, labels, output_stems(labels))
     ]
     inputs = {os.path.realpath(image) for image in images}
-    for path in (folder / TABLE_NAME, *(path for job in jobs for path in job.outputs)):
+    written = folder / TABLE_NAME, folder / f"{SHEET_STEM}.{ending}"
+    for path in (*written, *(path for job in jobs for path in job.outputs)):
         if os.path.realpath(path) in inputs:
             cause = "is an input of this run and would be replaced"
             raise refusal(path, cause, "choose another --output-dir")
@@ -2049,17 +2741,38 @@ def digest_of(*parts: object) -> str:
 def write_page(result: Result, page: Page, style: FigureStyle) -> None:
     """Draw one figure of a job and write it. Raises ExplainError where it cannot be written."""
     explanations = [result.explanations[index] for index in page.shows]
-    name = result.job.name
-    if len(explanations) == 1:
-        figure = explanation_figure(result.picture, name, explanations[0], style)
-    else:
-        figure = comparison_figure(result.picture, name, explanations, style)
+    view = View(result.picture, result.job.name, style)
+    single = len(explanations) == 1
+    figure = explanation_figure(view, explanations[0]) if single else comparison_figure(view, explanations)
     try:
-        content = figure_bytes(figure, result.job.digest)
+        content = figure_bytes(figure, style, result.job.digest)
     except MemoryError as error:
         cause = f"not enough memory to draw it at {style.dpi} DPI"
         raise refusal(page.path, cause, "choose a smaller --dpi") from error
     with replacing(page.path) as file:
+        file.write(content)
+
+
+def write_panels(result: Result, style: FigureStyle) -> None:
+    """The radiograph, and each model's heatmap and overlay, as bare pictures of the radiograph's own size."""
+    pixels = load_radiograph(result.job.image).pixels
+    pictures = [pixels]
+    for explanation in result.explanations:
+        pictures.append(heatmap_pixels(explanation, *pixels.shape[:2], style))
+        pictures.append(bare_overlay(pixels, explanation, style))
+    for path, picture in zip(result.job.panels, pictures):
+        content = png(picture, style.dpi, result.job.digest)
+        with replacing(path) as file:
+            file.write(content)
+
+
+def write_contact_sheet(
+    path: Path, rows: Sequence[dict[str, str]], highlights: Highlights, style: FigureStyle
+) -> None:
+    """The contact sheet of a run. Raises ExplainError where it cannot be written."""
+    sheet = summary_figure(rows, highlights.models, highlights.mean_maps, highlights.seen, style)
+    content = figure_bytes(sheet, style)
+    with replacing(path) as file:
         file.write(content)
 
 
@@ -2114,9 +2827,8 @@ def digest_in(path: Path) -> str | None:
         with open_regular(path) as file:
             if path.suffix == ".json":
                 return json.load(file)["digest"]
-            if path.suffix == ".png":
-                with Image.open(file, formats=("PNG",)) as page:
-                    return page.info["Digest"]
+            if path.suffix in DIGEST_PLACES:
+                return DIGEST_PLACES[path.suffix].search(file.read())[1].decode()
             return ""
     except (ExplainError, OSError, SyntaxError, ValueError, KeyError, TypeError):
         return None
@@ -2169,7 +2881,7 @@ def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
             row[f"{model.family.key}_p_{name}"] = f"{probability:.6f}"
     if len(models) > 1:
         row["agree"] = yes_or_no(agree(result.explanations))
-    files = [page.path.name for page in job.pages] + [path.name for path in job.maps]
+    files = [path.name for path in job.outputs if path.suffix != ".json"]
     return row | {"digest": job.digest, "outputs": ";".join(files)}
 
 
@@ -2310,8 +3022,9 @@ def single_lines(result: Result) -> list[str]:
     for page in result.job.pages[len(result.explanations) :]:
         lines += ["📊 Creating comparison visualization..."]
         lines += [f"✅ Comparison saved: {shown(page.path)}", ""]
+    lines += [f"✅ Picture saved: {shown(path)}" for path in result.job.panels]
     lines += [f"✅ Map saved: {shown(path)}" for path in result.job.maps]
-    return lines + [""] * bool(result.job.maps)
+    return lines + [""] * bool(result.job.panels or result.job.maps)
 
 
 def summary_lines(result: Result) -> list[str]:
@@ -2440,7 +3153,7 @@ def load_classifiers(
 
 
 def panel_picture(radiograph: Radiograph, style: FigureStyle) -> np.ndarray:
-    return fitted(radiograph.pixels, round(PANEL_INCHES * style.dpi))
+    return fitted(radiograph.pixels, style.dpi)
 
 
 def read_result(job: Job, models: Sequence[Model], style: FigureStyle) -> Result:
@@ -2488,6 +3201,8 @@ def explain_jobs(
                 told = dataclasses.replace(result, inputs=())
                 ready = [page for page in result.job.pages if max(page.shows) == index and not result.error]
                 begun += [submit(write_page, told, page, style) for page in ready]
+                if index == len(classifiers) - 1 and result.job.panels and not result.error:
+                    begun.append(submit(write_panels, told, style))
         yield from zip(results, drawings)
 
 
@@ -2521,6 +3236,40 @@ def written(result: Result, drawings: Sequence[Future[None]]) -> Result:
     return result
 
 
+@dataclass
+class Highlights:
+    """What the contact sheet takes from the results of a run, no more than it can show."""
+
+    models: Sequence[Model]
+    heat: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # sum of the heatmaps, by family
+    seen: dict[str, tuple[np.ndarray, Explanation]] = dataclasses.field(default_factory=dict)  # by label
+
+    @property
+    def mean_maps(self) -> dict[str, np.ndarray]:
+        return {key: normalised(heat) for key, heat in self.heat.items()}
+
+    def add(self, result: Result, rows: Sequence[dict[str, str]]) -> None:
+        """Count a result in, and forget the pictures of those that others push from the sheet."""
+        for explanation in result.explanations:
+            key = explanation.model.family.key
+            self.heat[key] = self.heat.get(key, 0) + explanation.heatmap
+        self.look_at(result)
+        if len(self.seen) > 2 * MAX_THUMBNAILS:
+            first = looked_at_first(rows, self.models)
+            self.seen = {row["file"]: self.seen[row["file"]] for row in first if row["file"] in self.seen}
+
+    def look_at(self, result: Result) -> None:
+        """Keep the picture of a result, with the surest wrong explanation or else the first."""
+        if result.error:
+            return
+        truth = true_class(result.job.image, self.models[0].class_names)
+        wrong = [each for each in result.explanations if truth and not is_right(each, truth)]
+        picture = Image.fromarray(result.picture)
+        picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+        shown_one = max(wrong or result.explanations[:1], key=lambda each: each.confidence)
+        self.seen[result.job.label] = np.asarray(picture), shown_one
+
+
 def done_here(function: Callable[..., None], *arguments: object) -> Future[None]:
     """Call a function at once, in this process, as an executor would elsewhere."""
     future: Future[None] = Future()
@@ -2538,7 +3287,7 @@ def can_be_imported() -> bool:
 
 
 def prepare_drawing() -> None:
-    """Run first in a drawing process: end with the parent, whatever ended that; import what drawing needs."""
+    """Run first in a drawing process: end with the parent, whatever ended that."""
 
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()
@@ -2546,7 +3295,6 @@ def prepare_drawing() -> None:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")
-    drawable_characters()
 
 
 @contextlib.contextmanager
@@ -2576,7 +3324,7 @@ def started_pool(processes: int) -> ProcessPoolExecutor:
     try:
         with holding_signals():
             for _ in range(processes):
-                pool.submit(int)  # so they start now, while the networks are loaded
+                pool.submit(text_strip, "", 9, False, 150)  # so they start now, while the networks are loaded
         return pool
     except Exception:
         for process in multiprocessing.active_children():
@@ -2650,6 +3398,7 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
         models = [classifier.model for classifier in classifiers]
         targets = [target_index(args.target_class, model.class_names) for model in models]
         batch = args.batch_size or DEFAULT_BATCH[classifiers[0].device.type]
+        highlights, sheet = Highlights(models), args.output_dir / f"{SHEET_STEM}.{args.format}"
         with results_table(request, models, args.output_dir, args.skip_existing) as (rows, jobs, append):
             started, finished = time.monotonic(), len(rows)
             results = written_results(explain_jobs(jobs, classifiers, targets, batch, request.style, submit))
@@ -2657,14 +3406,24 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
                 for result in results:
                     rows.append(table_row(result, models))
                     append(rows[-1])
+                    highlights.add(result, rows)
                     report(bar, result, request.is_single, args.quiet)
                     bar.update()
+            spent = time.monotonic() - started
+            if not (request.is_single or args.no_figures) and (jobs or not sheet.exists()):
+                first = {row["file"] for row in looked_at_first(rows, models)} - set(highlights.seen)
+                again = [Job(job.image, job.label, (), (), "") for job in request.jobs if job.label in first]
+                for result, _ in explain_jobs(again, classifiers, targets, batch, request.style, submit):
+                    highlights.look_at(result)
+                submit(write_contact_sheet, sheet, rows, highlights, request.style).result()
     status = int(any(row["error"] for row in rows))
     if request.is_single:
         return [] if status else summary_lines(result), status
     fresh = sum(not row["error"] for row in rows[finished:])
-    lines = run_lines(rows, models, fresh, time.monotonic() - started)
-    return [*lines, f"Table: {shown(args.output_dir / TABLE_NAME)}"], status
+    lines = run_lines(rows, models, fresh, spent)
+    files = [f"Table: {shown(args.output_dir / TABLE_NAME)}"]
+    files += [f"Contact sheet: {shown(sheet)}"] * (not args.no_figures)
+    return [*lines, *files], status
 
 
 def report(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
@@ -2794,7 +3553,7 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
     "outputs": {
         "--output-dir": (
             "where results go (default: explainability_outputs)",
-            {"type": Path, "default": OUTPUT_FOLDER, "metavar": "DIR"},
+            {"type": Path, "metavar": "DIR"},
         ),
         "--colormap": (
             "any matplotlib colormap (default: jet; viridis is perceptually uniform)",
@@ -2803,6 +3562,15 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
         "--dpi": (
             "resolution of the figures (default: 150)",
             {"type": whole_number(30, 1200), "default": 150, "metavar": "N"},
+        ),
+        "--format": (
+            "kind of the figures' files; pdf and svg for print (default: png)",
+            {"choices": ("png", "pdf", "svg"), "default": "png"},
+        ),
+        "--contours": ("lines of equal heat over the radiograph, not colours", {"action": "store_true"}),
+        "--save-panels": (
+            "also write radiograph, heatmap and overlay as bare pictures of the radiograph's size",
+            {"action": "store_true"},
         ),
         "--no-figures": ("numbers alone", {"action": "store_true"}),
         "--save-maps": (
@@ -2825,6 +3593,7 @@ def argument_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(heading)
         for name, (what, how) in options.items():
             group.add_argument(name, help=what, **how)
+    parser.set_defaults(output_dir=OUTPUT_FOLDER)
     return parser
 
 
@@ -2939,12 +3708,14 @@ def checked_request(args: argparse.Namespace) -> Request:
         check_image_path(images[0])
     checkpoints, notes = chosen_checkpoints(args)
     check_output_folder(args.output_dir)
-    style = FigureStyle(args.colormap, args.dpi)
+    style = FigureStyle(args.colormap, args.dpi, args.format, args.contours)
     labels = [content_label(image) if args.anonymous else str(image) for image in images]
     marks = [(family.key, file_mark(path)) for family, path in checkpoints]
     asked = marks, args.target_class, args.class_names, style
     keys = [family.key for family, _ in checkpoints]
-    jobs = make_jobs(images, labels, keys, args.output_dir, args.save_maps, not args.no_figures, asked)
+    wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
+    kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
+    jobs = make_jobs(images, labels, keys, args.output_dir, kinds, args.format, asked)
     return Request(tuple(jobs), is_single, tuple(checkpoints), style, tuple(notes))
 
 

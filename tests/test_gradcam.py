@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import explainability
-from conftest import explain, save, users_checkpoint
+from conftest import a_model, explain, save, users_checkpoint
 from explainability import FAMILIES, Classifier, ExplainError, Preprocessing, Radiograph, grad_cam, normalised
 
 torch = pytest.importorskip("torch")
@@ -39,7 +39,7 @@ def toy(head: Sequence[Sequence[float]], kernel: float = 1.0) -> Classifier:
     plain = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # activations stay positive
     family = dataclasses.replace(FAMILIES["convnext"], target_layer="grid")
     network.eval().requires_grad_(False)
-    return Classifier(family, "Toy", "toy", Path("toy.pth"), "", CLASSES, plain, network)
+    return Classifier(a_model(family=family, class_names=CLASSES, preprocessing=plain), network)
 
 
 def changed(classifier: Classifier) -> Classifier:
@@ -159,15 +159,15 @@ def test_blank_map_stays_blank_and_is_named():
     blank, full = (explain(classifier, [noise(1)], target)[0] for target in (0, 1))
     assert blank.raw_map.max() < 0
     assert not blank.heatmap.any()
-    assert blank.remark == "Blank map: no positive evidence for Comminuted Fracture"
+    assert blank.blankness == "Blank map: no positive evidence for Comminuted Fracture"
     assert full.heatmap.max() == 1
-    assert full.remark == ""
+    assert full.blankness == ""
 
 
 def test_constant_map_is_named():
     (explanation,) = explain(toy([[1.0, 2.0], [0.0, 0.0]], kernel=0.0), [noise(1)])
     assert (explanation.heatmap == 1).all()
-    assert explanation.remark.startswith("Constant map")
+    assert explanation.blankness.startswith("Constant map")
 
 
 def test_rounding_noise_is_not_stretched_to_a_heatmap():

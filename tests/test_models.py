@@ -438,8 +438,12 @@ def test_size_that_differs_from_config_is_refused(key: str, pristine: dict[str, 
     refused(path, f"its {found} weights do not fit the {needed} of {larger} (which its config names)", wrong, key=key)
 
 
-def test_size_assumed_without_config_is_said(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+def test_size_without_config_is_told_by_shapes_else_assumed_and_said(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     path = save(checkpoint["model_state_dict"], tmp_path / "bare.pth")
+    assert load(path).model.architecture == "convnextv2_atto"
+    weights = checkpoint["model_state_dict"]
+    del weights["head.norm.weight"]
+    path = save(weights, tmp_path / "incomplete.pth")
     refused(path, "convnextv2_base.fcmae_ft_in22k_in1k (assumed, as its config names none)", "other shapes", "model_name")
 
 
@@ -547,15 +551,70 @@ def test_plain_pickle_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (np.float64(99.1), ("numpy", "float(val_acc)")),
-        (np.ones(3), ("numpy", "plain numbers")),
+        (np.ones(3), ("numpy", "plain values")),
         (Path("/data"), ("pathlib", "plain values")),
-        (argparse.Namespace(a=1), ("argparse.Namespace", "plain values")),
         (torch.nn.Linear(2, 2), ("torch.nn.modules.linear.Linear", "state_dict()")),
     ],
 )
 def test_objects_are_named_with_their_remedy(stub: dict[str, Any], tmp_path: Path, value: object, words: tuple) -> None:
     refused(save({**stub, "val_acc": value}, tmp_path / "object.pth"), *words)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("number", [np.float64(99.25), np.float32(99.25), np.int64(99)])
+def test_a_numpy_accuracy_is_read(checkpoint: dict[str, Any], tmp_path: Path, number: np.number, zipped: bool) -> None:
+    path = tmp_path / "numpy.pth"
+    torch.save({**checkpoint, "val_acc": number}, path, _use_new_zipfile_serialization=zipped)
+    assert load(path).model.accuracy == f"Validation accuracy: {number:.2f}%"
+
+
+def test_a_numpy_number_of_another_type_is_refused(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    refused(save({**checkpoint, "val_acc": np.complex128(1)}, tmp_path / "complex.pth"), "damaged")
+
+
+def test_a_checkpoint_of_timms_trainer_loads(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
+    options = argparse.Namespace(model=TINY[key], img_size=256, num_classes=None, mean=None, std=(0.5, 0.5, 0.5), lr=0.1)
+    contents = {"epoch": 3, "arch": TINY[key], "state_dict": pristine[key]["model_state_dict"], "args": options,
+                "optimizer": {}, "version": 2, "metric": 97.1}  # fmt: skip
+    model = load(save(contents, tmp_path / "timm.pth"), key).model
+    assert (model.architecture, model.preprocessing.size, model.preprocessing.std) == (TINY[key], 256, (0.5,) * 3)
+
+
+def test_missing_counters_of_batches_are_harmless(pristine: dict[str, Any], tmp_path: Path) -> None:
+    contents = copied(pristine["efficientnet"])
+    weights = contents["model_state_dict"]
+    counters = [name for name in weights if name.endswith("num_batches_tracked")]
+    for name in counters:
+        del weights[name]
+    classifier = load(save(contents, tmp_path / "counters.pth"), "efficientnet")
+    assert told(classifier) == (f"{len(counters)} counters of batches missing, which only training needs",)
+    assert classifier.network(torch.zeros(1, 3, 64, 64)).isfinite().all()
+
+
+@pytest.mark.slow
+def test_every_size_is_told_by_its_shapes() -> None:
+    for family in tool.FAMILIES.values():
+        sizes = [*family.sizes.values(), family.full_size]
+        for name in sizes:
+            weights = tool.build_network(name, 3).state_dict()
+            assert tool.architecture_of(family, {}, weights, Path("x"))[0] == name
+        assert len({family.names.fullmatch(name).group(1) for name in sizes}) == len(sizes)
+
+
+def test_another_kind_of_network_is_told_which_fit(key: str, tmp_path: Path) -> None:
+    path = save(timm.create_model("resnet10t", num_classes=2).state_dict(), tmp_path / "resnet.pth")
+    refused(path, "another network", "convnextv2_*", "tf_efficientnetv2_*", key=key)
+
+
+def test_assumed_order_of_classes_is_said_and_can_be_given(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    path = save(checkpoint, tmp_path / "x.pth")
+    assert load(path).model.notes[0].startswith("class order assumed: 0 = Comminuted Fracture, 1 = Simple Fracture")
+    given = tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", ("simple_fracture", "Comminuted"))
+    assert given.model.class_names == ("Simple Fracture", "Comminuted") and given.model.notes == ()
+    save({**checkpoint, "class_names": ["a", "b"]}, path)
+    with pytest.raises(tool.ExplainError, match="records its own class names"):
+        tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", ("b", "a"))
+    assert tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", ("A", "b")).model.class_names == ("a", "b")
 
 
 def fill_memory(path: Path, zipped: bool) -> Path:
@@ -614,7 +673,7 @@ def test_lack_of_memory_is_one_line(tiny_checkpoints: dict[str, Path], monkeypat
     def exhausted(*args: object, **kwargs: object) -> None:
         raise MemoryError
 
-    for module, name, word in ((torch, "load", "too large for the memory"), (timm, "create_model", "MemoryError")):
+    for module, name, word in ((torch, "load", "too large for the memory"), (timm, "create_model", "not enough memory")):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, exhausted)
             refused(tiny_checkpoints["convnext"], word)
@@ -740,7 +799,9 @@ def test_file_name_that_is_not_unicode_is_named(tiny_checkpoints: dict[str, Path
 @pytest.mark.parametrize("zipped", [True, False])
 def test_path_check_accepts_checkpoints_without_torch(checkpoint: dict[str, Any], tmp_path: Path, zipped: bool) -> None:
     torch.save(checkpoint, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
-    assert tool.check_checkpoint_path(tmp_path / "c.pth") == ("zip" if zipped else "pickle")
+    file, kind = tool.open_checkpoint(tmp_path / "c.pth")
+    file.close()
+    assert kind.use == ("zip" if zipped else "pickle")
 
 
 # ------------------------------------------------------------------------------------------

@@ -82,8 +82,20 @@ def check_figures(done: subprocess.CompletedProcess[str], folder: Path, expected
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     written = figures(folder)
-    assert len(written) == count
+    assert len(written) == count + (count > 1)  # a run over many ends with its contact sheet
     assert written == {name: expected[name] for name in written}
+
+
+def beside_notes(done: subprocess.CompletedProcess[str]) -> str:
+    """What stands on standard error but for notes on the checkpoint."""
+    lines = [line for line in done.stderr.splitlines() if "class order assumed" not in line]
+    return "\n".join(line for line in lines if not line.startswith("bash: warning"))  # of a locale
+
+
+def check_drawn_here(done: subprocess.CompletedProcess[str]) -> None:
+    """One line says that there are no drawing processes."""
+    told = beside_notes(done)
+    assert told.startswith("ℹ️") and told.count("\n") == 0 and "one after another" in told, told
 
 
 def check_one_line(done: subprocess.CompletedProcess[str], *words: str, status: int = 1) -> None:
@@ -122,7 +134,7 @@ def test_a_backend_from_elsewhere_changes_nothing(run, images, tmp_path, ordinar
 
 def test_a_backend_from_elsewhere_does_not_disturb_the_choice_of_a_colormap(run, images, tmp_path):
     done = run(f"--image={images / 'a.png'}", "--colormap=viridis", MPLBACKEND="absent")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, beside_notes(done)) == (0, "")
     assert "no colormap" in run("--colormap=nowhere", MPLBACKEND="absent").stderr
 
 
@@ -136,7 +148,7 @@ def test_settings_of_matplotlib_change_nothing(run, images, tmp_path, ordinary, 
     elsewhere = {"HOME": str(home), "XDG_CONFIG_HOME": None, "MATPLOTLIBRC": str(path) if place == "named" else None}
     done = run("--image", images, "--batch-size=1", **elsewhere)
     check_figures(done, tmp_path / "out", ordinary, 4)
-    assert done.stderr == ""
+    assert beside_notes(done) == ""
 
 
 def test_a_font_of_the_same_name_changes_nothing(run, images, tmp_path, ordinary):
@@ -176,7 +188,7 @@ SHM = {
 def test_shared_memory_that_cannot_be_used_is_said_and_figures_drawn(run, images, tmp_path, ordinary, state):
     done = run("--image", images, "--batch-size=1", before=SHM[state], mounts=True)
     check_figures(done, tmp_path / "out", ordinary, 4)
-    assert done.stderr.startswith("ℹ️") and done.stderr.count("\n") == 1 and "one after another" in done.stderr
+    check_drawn_here(done)
 
 
 @needs_mounts
@@ -184,7 +196,7 @@ def test_no_shared_memory_at_all_is_said_and_figures_drawn(run, images, tmp_path
     devices = "mount -t tmpfs none /mnt && cp -a /dev/null /dev/zero /dev/urandom /dev/random /mnt && mount --bind /mnt /dev"
     done = run("--image", images, "--batch-size=1", before=devices, mounts=True)
     check_figures(done, tmp_path / "out", ordinary, 4)
-    assert done.stderr.count("\n") == 1 and "one after another" in done.stderr
+    check_drawn_here(done)
 
 
 LACKING = {
@@ -208,7 +220,7 @@ def test_a_system_that_starts_no_process_is_said_and_figures_drawn(run, images, 
     (tmp_path / "sitecustomize.py").write_text(LACKING[missing])
     done = run("--image", images, "--batch-size=1", PYTHONPATH=str(tmp_path))
     check_figures(done, tmp_path / "out", ordinary, 4)
-    assert done.stderr.count("\n") == 1 and "one after another" in done.stderr
+    check_drawn_here(done)
 
 
 def test_a_limit_of_open_files_is_said_and_figures_drawn(run, images, tmp_path, ordinary):
@@ -225,7 +237,7 @@ def test_a_limit_of_open_files_is_said_and_figures_drawn(run, images, tmp_path, 
 def test_a_script_from_standard_input_explains_many(run, images, tmp_path, ordinary):
     done = run("--image", images, "--batch-size=1", shell=f'"$@" < {shlex.quote(str(TOOL))}', python=("-",))
     check_figures(done, tmp_path / "out", ordinary, 4)
-    assert done.stderr.count("\n") == 1 and "one after another" in done.stderr
+    check_drawn_here(done)
 
 
 def test_a_script_from_standard_input_finds_the_project_in_the_working_directory(run, tmp_path, ordinary):
@@ -274,7 +286,7 @@ def test_a_working_directory_that_is_gone_does_no_harm(run, images, tmp_path, or
         gone = f"mkdir -p {tmp_path}/gone; cd {tmp_path}/gone; rmdir {tmp_path}/gone"
         done = run("--image", image, "--batch-size=1", before=gone)
         check_figures(done, tmp_path / "out", ordinary, count)
-        assert done.stderr == ""
+        assert beside_notes(done) == ""
 
 
 @pytest.mark.parametrize("arguments", [["--image=a.png"], ["--image=."], ["--output-dir=out", "--image=/nowhere.png"], ["--image=*.png"]])
@@ -312,7 +324,7 @@ def test_a_working_directory_deleted_during_the_run(options, images, tmp_path, o
         assert "Traceback" not in errors and process.returncode in (0, 1), errors
         assert not status or process.returncode == 1
         if process.returncode:
-            assert errors.startswith("❌ ") and "directory" in errors, errors
+            assert "❌ " in errors and ("directory" in errors or "here" in errors), errors
     assert figures(tmp_path / "out") == {name: ordinary[name] for name in figures(tmp_path / "out")}
 
 
@@ -390,7 +402,7 @@ def started(options, images, tmp_path):
         )
         processes.append(process)
         for line in process.stdout:
-            if "00.png" in line:
+            if "00" in line and line.startswith(("✅", "⚠️")):
                 break
         children = drawing_children(process.pid)
         assert children
@@ -447,7 +459,8 @@ def test_a_drawing_process_that_is_killed_is_one_line(started):
     process, children = started()
     os.kill(children[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and errors.startswith("❌") and errors.count("\n") == 1 and "--skip-existing" in errors
+    told = [line for line in errors.splitlines() if not line.startswith("ℹ️")]
+    assert process.returncode == 1 and len(told) == 1 and told[0].startswith("❌") and "--skip-existing" in told[0]
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -527,8 +540,7 @@ ELSEWHERE = {
 def test_an_environment_changes_nothing(run, images, tmp_path, ordinary, name, many):
     done = run("--image", images if many else images / "a.png", "--batch-size=1", **ELSEWHERE[name])
     check_figures(done, tmp_path / "out", ordinary, 4 if many else 1)
-    told = [line for line in done.stderr.splitlines() if not line.startswith("bash: warning")]  # of a locale
-    assert not told or name in ("no threads", "threads in words", "development"), done.stderr
+    assert not beside_notes(done) or name in ("no threads", "threads in words", "development"), done.stderr
 
 
 @pytest.mark.parametrize("wrong", [{"TORCH_LOGS": "nonsense"}, {"TQDM_NCOLS": "x"}])
