@@ -39,6 +39,7 @@ import logging
 import math
 import multiprocessing
 import os
+import pickletools
 import random
 import re
 import secrets
@@ -47,7 +48,9 @@ import stat
 import struct
 import sys
 import tempfile
+import threading
 import time
+import traceback
 import warnings
 import zipfile
 import zlib
@@ -58,7 +61,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -75,7 +78,8 @@ if TYPE_CHECKING:
 # Constants
 # ------------------------------------------------------------------------------------------
 
-PROJECT = Path(__file__).resolve().parent
+SCRIPT = Path(globals().get("__file__", ""))  # no file where Python reads it from a pipe or an archive
+PROJECT = SCRIPT.resolve().parent if SCRIPT.is_file() else Path()
 CHECKPOINT_FOLDER = PROJECT / "checkpoints"
 TEST_IMAGES = PROJECT / "data_original" / "test"
 OUTPUT_FOLDER = PROJECT / "explainability_outputs"
@@ -91,6 +95,29 @@ IMAGENET_STD = (0.229, 0.224, 0.225)  # these, although timm's default for it sa
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net")  # where trainers put the weights, in order
 EMA_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema")  # the same, averaged over the training
+STRUCTURE_BYTES = 64_000_000  # of a checkpoint without its tensors; a gigabyte of weights needs a hundredth
+STRUCTURE_STEPS = 1_000_000  # of unpickling it; a second or two
+STRUCTURE_WEIGHT = 100_000_000  # parts and characters, each counted as often as it is put into something
+STRUCTURE_WIDTH = 200_000  # parts that wait to be put together
+STRUCTURE_DEPTH = 200  # containers in containers
+CALL_WEIGHT = 20  # times what a call is given: it may hash and copy it
+LONG_WEIGHT = 5_000  # of a number beyond 32 bits; as keys, they can be chosen to make a dictionary take hours
+OLD_PICKLES = 5  # of the container before PyTorch 1.6: its mark, version, system, contents, keys of the storages
+ATOMS = ("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "EMPTY_TUPLE")
+TEXTS = ("BINUNICODE", "SHORT_BINSTRING", "GLOBAL")
+ABOVE_THE_MARK = -1
+TAKING_STEPS = {  # how many parts the other steps take that torch knows
+    **{"EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "LONG1": 0, "STOP": 1, "BINPERSID": 1, "REDUCE": 2, "NEWOBJ": 2},
+    **{"TUPLE": ABOVE_THE_MARK, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1},
+    **{"APPENDS": ABOVE_THE_MARK, "SETITEMS": ABOVE_THE_MARK},
+}
+FILLING_STEPS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # into the part below what they take
+CALLING_STEPS = ("REDUCE", "NEWOBJ")
+CHECKPOINT_CALLS = re.compile(  # what a checkpoint may call: none gives much more than it is given
+    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode|torch (Size|device)"
+    r"|numpy dtype|numpy\._?core\.multiarray scalar|argparse Namespace"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state|qtensor|meta_tensor_no_storage)"
+)
 NUMBER_KINDS = ("float32", "float16", "bfloat16", "float64", "int64")  # int64: counters of batches
 COUNTER = "num_batches_tracked"  # end of the keys of those counters, which inference never reads
 MAX_CLASSES = 100
@@ -102,6 +129,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may
 MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 million
 HEAD_BYTES = 1024  # enough to tell what a file is
 DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
+UNFOLDING = "its structure unfolds to more than a network's checkpoint holds; save the network's state_dict() alone"
 COPY_AGAIN = "copy it again from where it came"
 NOTHING_TO_SEE = "every pixel is the same: there is nothing to see"
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
@@ -471,8 +499,9 @@ def refusal(path: Path, cause: str, remedy: str) -> ExplainError:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an exception means that; torch reports it as RuntimeError too."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
+    """Whether an exception means that; torch and the loader of libraries have words of their own for it."""
+    words = ("memory", "failed to map", "start new thread")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 @contextlib.contextmanager
@@ -948,6 +977,8 @@ def check_archive(file: BinaryIO) -> None:
     if "data.pkl" not in names:
         remedy = "give a file that torch.save wrote, or a .safetensors file"
         raise ExplainError(f"a zip archive without weights; {remedy}")
+    if any(entry.file_size > STRUCTURE_BYTES for entry in entries if entry.filename.lower().endswith("/data.pkl")):
+        raise ExplainError(UNFOLDING)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could unpack to any size
         cause = "a compressed archive, which torch.save never writes"
         raise ExplainError(f"{cause}; save the checkpoint again with torch.save")
@@ -1004,8 +1035,7 @@ def read_torch(path: Path, pickled: bytes, is_mapped: bool) -> tuple[Any, list[s
         origins.add(origin)
         return storage
 
-    if b"bytearray\n" in pickled:  # the call that torch permits and that fills any memory
-        raise ValueError("GLOBAL bytearray")
+    check_structure(pickled, 1 if is_mapped else OLD_PICKLES)
     with torch.serialization.safe_globals(HARMLESS_TYPES):
         contents = torch.load(path, map_location=on_cpu, weights_only=True, mmap=is_mapped)
     notes = [] if is_mapped else ["container of PyTorch before 1.6 read whole"]
@@ -1015,10 +1045,99 @@ def read_torch(path: Path, pickled: bytes, is_mapped: bool) -> tuple[Any, list[s
 
 def pickled_part(file: BinaryIO, kind: FileKind) -> bytes:
     """The bytes that hold the structure of what torch.save wrote; the older container does not part them."""
+    import torch
+
+    file.seek(0)  # from behind the archive's list of contents
     if kind.use == "pickle":
-        return file.read()
-    archive = zipfile.ZipFile(file)
-    return b"".join(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
+        return file.read(STRUCTURE_BYTES)
+    # By torch's own reader: in a crafted archive, another might see another structure.
+    return torch._C.PyTorchFileReader(file).get_record("data.pkl")
+
+
+def check_structure(pickled: bytes, count: int) -> None:
+    """Raise ExplainError, without the path, where unpickling takes far more than the file's own size.
+
+    `count` pickles follow each other.
+    """
+    file, walk = io.BytesIO(pickled), StructureWalk()
+    for _ in range(count):
+        walk.follow(file)
+
+
+@dataclass(slots=True)
+class Part:
+    """Something that a pickle would make."""
+
+    weight: int = 1  # parts and characters in it
+    depth: int = 0  # containers in it, one in the other
+    told: str = ""  # a text, the name of what may be called, or the second of a pair
+    is_used: bool = False  # it is in another part
+
+
+ATOM = Part()  # a number, a truth value, nothing
+
+
+class StructureWalk:
+    """Adds up what it would take to make what pickles describe, without making it.
+
+    A few bytes can stand for hours and gigabytes: a pair of the same pair of the same pair ..., hashed
+    as a key; calls that double what they are given. So each step pays for all that it puts together,
+    as often as that is done.
+    """
+
+    def __init__(self) -> None:
+        self.steps = self.weight = 0
+
+    def follow(self, pickles: BinaryIO) -> None:
+        """Go through the next pickle. Raises ExplainError, without the path, where it is too much."""
+        stack: list[Part] = []
+        marks: list[int] = []  # heights of the stack
+        memo: dict[int, Part] = {}
+        for opcode, argument, _ in pickletools.genops(pickles):
+            self.steps += 1
+            if self.steps > STRUCTURE_STEPS or len(stack) > STRUCTURE_WIDTH or len(marks) > STRUCTURE_DEPTH:
+                raise ExplainError(UNFOLDING)
+            if opcode.name in ATOMS:
+                stack.append(ATOM)
+            elif opcode.name == "MARK":
+                marks.append(len(stack))
+            elif opcode.name in ("BINPUT", "LONG_BINPUT"):
+                memo[argument] = stack[-1]
+            elif opcode.name in ("BINGET", "LONG_BINGET"):
+                stack.append(memo[argument])
+            elif opcode.name in TEXTS:
+                stack.append(Part(len(argument), told=argument))
+            elif opcode.name != "PROTO":
+                taken = TAKING_STEPS[opcode.name]
+                height = marks.pop() if taken is ABOVE_THE_MARK else len(stack) - taken
+                items = stack[height:]
+                del stack[height:]
+                self.put_together(opcode.name, items, stack)
+
+    def put_together(self, step: str, items: list[Part], stack: list[Part]) -> None:
+        """Items from the stack become a new part on it, or go into the one that is there."""
+        weight = sum(item.weight for item in items)
+        depth = max((item.depth for item in items), default=-1) + 1
+        if step in CALLING_STEPS:
+            check_call(*items)
+        self.steps += 3  # beside its own: containers take more time and memory than numbers
+        self.weight += weight * (CALL_WEIGHT if step in CALLING_STEPS else 1)
+        if step not in FILLING_STEPS:
+            stack.append(Part(LONG_WEIGHT if step == "LONG1" else 1, told=items[1].told if step == "TUPLE2" else ""))
+        whole = stack[-1]
+        whole.weight, whole.depth = whole.weight + weight, max(whole.depth, depth)
+        # A part that is filled when it is in another already could come to hold itself.
+        if self.weight > STRUCTURE_WEIGHT or depth > STRUCTURE_DEPTH or (whole.is_used and items):
+            raise ExplainError(UNFOLDING)
+        for item in items:
+            item.is_used = True
+
+
+def check_call(function: Part, arguments: Part) -> None:
+    """Raise ValueError, in torch's words, for a call that no checkpoint of a network makes."""
+    is_known = CHECKPOINT_CALLS.fullmatch(function.told)
+    if not is_known or (function.told == "_codecs encode" and arguments.told != "latin1"):
+        raise ValueError(f"GLOBAL {function.told.replace(' ', '.')}")
 
 
 class NumberType:
@@ -1092,7 +1211,16 @@ def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Te
         notes = [f"EMA weights taken from {taken}: the only ones in the file"]
     notes += [f"EMA weights beside them ({key}) not used" for key in others if key in EMA_KEYS]
     notes += [f"other weights beside them ({key}) not used" for key in others if key in MODEL_KEYS]
+    check_numbers(places[taken], path)
     return places[taken], notes
+
+
+def check_numbers(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise ExplainError where weights share their numbers: a few could stand for gigabytes."""
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    if claimed > path.stat().st_size:
+        cause = f"its weights are {claimed:,} bytes of numbers, and the file holds fewer numbers"
+        raise refusal(path, cause, "save each weight with its own numbers (tensor.clone())")
 
 
 def without_prefix(
@@ -1996,14 +2124,19 @@ def plain_matplotlib() -> Any:
     """matplotlib as it comes: no file, variable or style of the user's reaches the figures.
 
     A matplotlibrc in the working directory is read before all others, so the import happens in the
-    folder that holds matplotlib's own.
+    folder that holds matplotlib's own. Raises ExplainError where that fails.
     """
-    os.environ["MPLBACKEND"] = "agg"
-    with contextlib.ExitStack() as stack:
+    os.environ["MPLBACKEND"] = "agg"  # a notebook leaves its own, which may not be importable from here
+    os.environ.pop("FREETYPE_PROPERTIES", None)  # how outlines of letters become pixels
+    with silenced(), contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # the working directory is gone, and no file in it
             stack.enter_context(contextlib.chdir(Path(find_spec("matplotlib").origin).parent / "mpl-data"))
-        import matplotlib
-    matplotlib.rcdefaults()
+        try:
+            import matplotlib
+            from matplotlib import font_manager  # noqa: F401  here, as it looks for a folder for its cache
+        except Exception as error:
+            cause = f"cannot be imported ({brief(str(error))})"
+            raise ExplainError(f"matplotlib: {cause}; set MPLCONFIGDIR to a folder that can be written") from error
     lasting = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "explainability"}
     matplotlib.rcParams.update({**lasting, "text.hinting": "none"})
     return matplotlib
@@ -3376,12 +3509,37 @@ def open_table(
 
 
 def say(*lines: str) -> None:
-    print(*lines, sep="\n", flush=True)
+    """Print to standard output, at once. Raises ExplainError where that cannot be written."""
+    with writing_output():
+        print(*lines, sep="\n", flush=True)
+
+
+@contextlib.contextmanager
+def writing_output() -> Iterator[None]:
+    """Turn a full disk behind standard output into an ExplainError; a reader that has gone stays what it is."""
+    try:
+        yield
+    except OSError as error:
+        discard(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise ExplainError(f"standard output: cannot be written ({error.strerror}); free space, or send it elsewhere") from error
+
+
+def discard(stream: TextIO) -> None:
+    """Let what is left in a stream that cannot be written go nowhere, or Python complains of it at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def warn(*lines: str) -> None:
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)
+    """Print to standard error; where that cannot be written, nothing can be said."""
+    try:
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
 
 
 def note_lines(file: Path | str, notes: Sequence[str]) -> list[str]:
@@ -3699,29 +3857,78 @@ def done_here(function: Callable[..., None], *arguments: object) -> Future[None]
     return future
 
 
+def can_be_imported() -> bool:
+    """Whether a new process finds this code: not where it came through a pipe, from an archive or from exec()."""
+    module = sys.modules.get(__name__)
+    return SCRIPT.is_file() and os.access(SCRIPT, os.R_OK) and getattr(module, "can_be_imported", None) is can_be_imported
+
+
+def prepare_drawing() -> None:
+    """Run first in a drawing process: end with the parent, whatever ended that."""
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    warnings.simplefilter("ignore")
+
+
 @contextlib.contextmanager
-def drawing_pool(processes: int) -> Iterator[Submit]:
+def holding_signals() -> Iterator[None]:
+    """Let signals that end a run wait; processes that are started inside never get them.
+
+    What these have begun they finish; what waits is dropped.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def started_pool(processes: int) -> ProcessPoolExecutor:
     """Processes that draw figures; they import matplotlib and never torch.
+
+    Raises OSError and others where the system starts none.
+    """
+    if not can_be_imported():
+        raise OSError("they could not import this script")
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
+    try:
+        with holding_signals():
+            for _ in range(processes):
+                pool.submit(text_strip, "", 9, False, 150)  # so they start now, while the networks are loaded
+        return pool
+    except Exception:
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
+
+
+@contextlib.contextmanager
+def drawing_pool(processes: int, is_told: bool) -> Iterator[Submit]:
+    """What draws figures: processes, or this one where none is asked for or none can be started.
 
     Raises ExplainError where one of them is killed.
     """
-    if not processes:
-        yield done_here
-        return
-    ignoring = signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), *ignoring)
-    # Ctrl-C is not for them, from their start: what they have begun they finish, what waits is dropped.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for _ in range(processes):
-        pool.submit(text_strip, "", 9, False, 150)  # so they start now, while the networks are loaded
-    signal.signal(signal.SIGINT, handler)
     try:
-        yield pool.submit
+        pool = started_pool(processes) if processes else None
+    except Exception as error:  # no semaphores, no shared memory, no more processes, threads or files
+        why = printable(str(getattr(error, "strerror", None) or error))
+        warn(*[f"ℹ️  Without drawing processes ({why}), figures are drawn one after another: slower"] * is_told)
+        pool = None
+    try:
+        yield pool.submit if pool else done_here
     except BrokenExecutor as error:
         remedy = "free some memory, then go on with --skip-existing"
         raise ExplainError(f"drawing: a process that draws figures was killed; {remedy}") from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -3791,7 +3998,8 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
     # Read when torch is imported: its threads then sleep while they wait, and leave the cores to the drawing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     pages = sum(len(job.pages) for job in request.jobs)
-    with drawing_pool(min(MAX_DRAWING_PROCESSES, os.cpu_count() or 1, pages)) as submit:
+    processes = min(MAX_DRAWING_PROCESSES, os.cpu_count() or 1, pages)
+    with drawing_pool(processes, is_told=not (args.quiet or request.is_single)) as submit:
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
         classifiers = load_classifiers(request.checkpoints, args.device, args.class_names, args.quiet)
@@ -3833,9 +4041,10 @@ def report(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
     for line in [*notes, *[f"❌ {result.error}"] * bool(result.error)]:
         bar.write(line, file=sys.stderr)
     if not result.error:
-        for line in single_lines(result) if is_single else [result_line(result)]:
-            bar.write(line, file=sys.stdout)
-    sys.stdout.flush()
+        with writing_output():
+            for line in single_lines(result) if is_single else [result_line(result)]:
+                bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -4008,7 +4217,11 @@ def argument_parser() -> argparse.ArgumentParser:
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; ends with 2 where they are wrong."""
     parser = argument_parser()
-    args, unknown = parser.parse_known_args(argv)
+    try:
+        args, unknown = parser.parse_known_args(argv)
+    finally:
+        with writing_output():
+            sys.stdout.flush()  # of --help
     if unknown:
         hint = "" if unknown[0].startswith("-") else f"; did you mean --image {printable(unknown[0])}?"
         parser.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}{hint}")
@@ -4124,27 +4337,86 @@ def checked_request(args: argparse.Namespace) -> Request:
     return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, tuple(notes))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: returns the exit status."""
+def hold_streams() -> None:
+    """Open the null device in place of standard streams that are closed; no other file must get their numbers.
+
+    Raises ExplainError where standard output is closed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)
+    if sys.stdout is None:
+        raise ExplainError("standard output: closed; send it somewhere, such as to /dev/null")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an emoji that the terminal lacks becomes "?"
+
+
+def check_working_folder(args: argparse.Namespace) -> None:
+    """Leave a working directory that is gone. Raises ExplainError where a path starts from it."""
     try:
-        args = parsed(argv)
-        return run(args, checked_request(args))
+        os.getcwd()
+    except OSError as error:
+        checkpoints = (path for key in FAMILIES if (path := vars(args)[f"{key}_checkpoint"]))
+        for path in (args.output_dir, *map(Path, args.image or ()), *checkpoints):
+            if not path.is_absolute():
+                raise working_folder_gone() from error
+        os.chdir(os.sep)
+
+
+def working_folder_gone() -> ExplainError:
+    return ExplainError("the working directory: gone; change to another, or give whole paths from there")
+
+
+def end_on_signal(number: int, _: Any) -> None:
+    """End as after Ctrl-C, so that nothing half done stays behind."""
+    sys.exit(128 + number)
+
+
+def fault_text(error: Exception) -> str:
+    """One line for an error that nothing has worded yet: it comes of what surrounds the tool, or of a fault in it."""
+    if lacks_memory(error):
+        return "memory: not enough; close other programs, or choose a smaller --batch-size or --dpi"
+    if isinstance(error, ImportError):
+        what = printable(error.name or "a library")
+        return f"{what}: cannot be imported ({brief(str(error))}); pip install -r requirements.txt"
+    try:
+        os.getcwd()
+    except OSError:
+        return str(working_folder_gone())
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    place = f"{Path(frame.f_code.co_filename).name}:{line}"
+    cause = f"{type(error).__name__} {brief(str(error))} at {place}"
+    return f"{cause}; look at the settings that this names, or report it"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: returns the exit status."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of libraries, for their programmers
+            hold_streams()
+            args = parsed(argv)
+            check_working_folder(args)
+            return run(args, checked_request(args))
     except ExplainError as error:
         warn(f"❌ {error}")
-        return 1
-    except MemoryError:
-        warn("❌ not enough memory; close other programs, or choose a smaller --batch-size or --dpi")
         return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         return 141
+    except Exception as error:
+        warn(f"❌ {fault_text(error)}")
+        return 1
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half done stays behind
+    for ending in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; under nohup it is ignored, and stays so
+        if hasattr(signal, ending) and signal.getsignal(getattr(signal, ending)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, ending), end_on_signal)
     raise SystemExit(main())
