@@ -4137,7 +4137,7 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
         "--compare": ("both models and their comparison, whatever --model says", {"action": "store_true"}),
         "--method": (
             f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)",
-            {"nargs": "+", "choices": list(METHODS), "default": ["gradcam"], "metavar": "METHOD"},
+            {"nargs": "+", "choices": METHODS, "default": ["gradcam"], "metavar": "METHOD"},
         ),
         "--target-class": (
             "name or index of the class to explain (default: the predicted class)",
