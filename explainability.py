@@ -37,6 +37,7 @@ import itertools
 import json
 import logging
 import multiprocessing
+import operator
 import os
 import random
 import re
@@ -243,6 +244,16 @@ class Classifier:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What one check found about one map."""
+
+    check: str  # key in CHECKS
+    value: float  # the measured quantity; NaN where it cannot be measured
+    is_flagged: bool
+    text: str  # in words
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What one classifier said about one radiograph, and where that came from."""
 
@@ -258,6 +269,7 @@ class Explanation:
     explained: int  # class whose score was explained
     raw_map: np.ndarray  # (h, w) float32, signed
     heatmap: np.ndarray  # (h, w) float32 in [0, 1]
+    findings: tuple[Finding, ...] = ()  # one for each check that applies
 
     @property
     def predicted(self) -> int:
@@ -1283,6 +1295,721 @@ def explanation(classifier: Classifier, probabilities: np.ndarray, explained: in
         raw_map=raw_map,
         heatmap=normalised(raw_map),
     )
+
+
+# ------------------------------------------------------------------------------------------
+# Checks
+# ------------------------------------------------------------------------------------------
+
+# Everything is measured on one grid for all networks and methods, so that a threshold means the
+# same share of the area everywhere. Heat is max(raw map, 0) divided by its sum.
+
+CELLS = 7  # a side of that grid, which is both families' own at 224 pixels
+CHECKED_SIDE = 224  # pixels; radiographs are looked at squashed, as networks of that size see them
+OUTER = np.pad(np.zeros((CELLS - 2, CELLS - 2), bool), 1, constant_values=True)  # the frame of 24 cells
+DENSE_SHARE = 0.02  # of a cell's pixels; with fewer the cell holds nothing as dense as bone
+HOT_AREA = 0.25  # of the image
+
+# A marker or annotation is bright, thin, small and set off from all around it. Lengths in pixels
+# of CHECKED_SIDE, brightness in shares of the radiograph's range (1st to 99th percentile).
+STROKE_REACH, STROKE_CONTRAST = 4, 0.30  # an opening of 9 x 9 takes away strokes of up to 8 pixels
+JOINING_REACH = 2  # letters at most 4 pixels apart are one marker
+MARKER_PIXELS, MARKER_SIDES = 12, range(6, 50)  # fewer pixels are noise; sides are the longer ones
+TEXT_SIDES, TEXT_HEIGHT = range(6, 124), 27  # a line of text may be longer while it is lower than this
+RING, RING_CONTRAST = (2, 5), 0.25  # pixels outside the box; bone's edges go on there, markers do not
+
+BORDER_LIMIT = 0.5  # just above the 24/49 of the area that the frame has
+DARK_LIMIT = 0.35  # cells without bone are no place for evidence of fractures; some spill beside bone is usual
+MARKER_LIMIT = 0.2  # a marker touches 1 to 4 of 49 cells: 0.02 to 0.08 by chance
+FOCUS_LIMIT = 0.5  # a map without focus has 0.25 there
+AGREEMENT_LIMIT = 0.4  # equal maps share 1, disjoint ones 0
+CONFIDENCE_LIMIT = 0.95  # the guide's, for clear cases
+COVERING_LIMIT = 0.1  # of probability; covering as much elsewhere costs honest networks less
+BLUR = 8 / 224  # of the image's side: standard deviation of the Gaussian that erases
+ERASED_AREA = 0.2  # of the image, the hottest
+MOVED_MASKS = 15  # with the hot area, the blurred and two covered copies 19 passes
+MAX_OVERLAP = 0.25  # of a moved mask with the hot area
+MARKER_MARGIN = 4  # pixels of CHECKED_SIDE round a covered marker
+ERASING_LIMIT = 0.5  # where masks put anywhere do as much, the map says nothing
+
+
+
+@dataclass(frozen=True)
+class Landmarks:
+    """What of a radiograph the checks compare its maps with."""
+
+    dense: np.ndarray  # (CELLS, CELLS) share of each cell's pixels that are as dense as bone
+    markers: tuple[tuple[int, int, int, int], ...]  # boxes x0, y0, x1, y1, half-open, pixels of CHECKED_SIDE
+
+
+# What a radiograph shows
+
+
+def landmarks_of(pixels: np.ndarray) -> Landmarks:
+    """Look for bone and markers in a radiograph (H, W, 3) uint8."""
+    small = Image.fromarray(pixels).resize((CHECKED_SIDE, CHECKED_SIDE), Image.Resampling.BILINEAR)
+    grey = np.asarray(small.convert("L"))
+    return Landmarks(dense_shares(grey), tuple(marker_boxes(grey)))
+
+
+def over_windows(values: np.ndarray, reach: int, combine: np.ufunc) -> np.ndarray:
+    """Combine the 2 * reach + 1 values a side around each one: (H, W) -> (H, W).
+
+    np.minimum gives the erosion, np.maximum the dilation; outside, the edge's values count.
+    """
+    for _ in range(2):
+        length = len(values)
+        padded = np.pad(values, ((reach, reach), (0, 0)), mode="edge")
+        shifted = (padded[start : start + length] for start in range(2 * reach + 1))
+        values = functools.reduce(combine, shifted).T
+    return values
+
+
+def otsu_threshold(values: np.ndarray) -> int:
+    """The grey value that best parts uint8 values into dark and bright ones: N. Otsu, IEEE SMC-9, 1979.
+
+    Of the thresholds with the largest variance between the two parts, the lowest; values equal to
+    it are dark. 255 where there is but one value.
+    """
+    counts = np.bincount(values.ravel(), minlength=256)
+    dark, mass = counts.cumsum(), (counts * np.arange(256)).cumsum()
+    pairs = dark * (values.size - dark)  # 0 where one part is empty
+    distance = (mass[-1] * (dark / values.size) - mass) ** 2
+    between = np.divide(distance, pairs, out=np.zeros(256), where=pairs > 0)
+    return int(between.argmax()) if pairs.any() else 255
+
+
+def dense_shares(grey: np.ndarray) -> np.ndarray:
+    """Share of each cell's pixels above Otsu's threshold: (CHECKED_SIDE, CHECKED_SIDE) uint8 -> (CELLS, CELLS).
+
+    Means of 3 x 3 pixels are compared, or noise in the dark would count.
+    """
+    smooth = (over_windows(grey.astype(np.uint16), 1, np.add) // 9).astype(np.uint8)
+    side = CHECKED_SIDE // CELLS
+    return (smooth > otsu_threshold(smooth)).reshape(CELLS, side, CELLS, side).mean(axis=(1, 3))
+
+
+def marker_boxes(grey: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """Boxes of what looks like a side marker or text: (CHECKED_SIDE, CHECKED_SIDE) uint8, see STROKE_REACH and below.
+
+    Strokes stand out from an opening (white top-hat: J. Serra, Image Analysis, 1982); those close
+    together are one marker.
+    """
+    low, high = np.percentile(grey, (1, 99))
+    eroded = over_windows(grey, STROKE_REACH, np.minimum)
+    strokes = grey - over_windows(eroded, STROKE_REACH, np.maximum) > STROKE_CONTRAST * (high - low)
+    found = []
+    for rows, columns in regions(strokes, JOINING_REACH):
+        box = int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
+        if is_marker_size(len(rows), box) and stands_out(grey, rows, columns, box, RING_CONTRAST * (high - low)):
+            found.append(box)
+    return found
+
+
+def regions(mask: np.ndarray, reach: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Parts of a mask (H, W): rows and columns of the pixels that hang together once dilated by `reach`."""
+    joined = over_windows(mask, reach, np.maximum)
+    labels = connected(joined)[mask[joined]]  # of the mask's own pixels
+    order = labels.argsort(kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order])) + 1
+    rows, columns = (np.split(each[order], starts) for each in mask.nonzero())
+    return [part for part in zip(rows, columns) if part[0].size]
+
+
+def connected(mask: np.ndarray) -> np.ndarray:
+    """A label for each of a mask's n pixels, row by row: the lowest number among those 8-connected with it.
+
+    Numbers spread along the edges; a label's own label is looked up, so that each turn reaches
+    about twice as far.
+    """
+    rows, columns = mask.nonzero()
+    labels = np.arange(rows.size)
+    numbers = np.full(np.add(mask.shape, 2), -1)  # with a rim, so that every pixel has neighbours
+    numbers[rows + 1, columns + 1] = labels
+    onward = ((1, 2), (2, 0), (2, 1), (2, 2))  # right, and the three below; the other four look back
+    second = np.concatenate([numbers[rows + down, columns + right] for down, right in onward])
+    first, second = np.tile(labels, len(onward))[second >= 0], second[second >= 0]
+    while (labels[first] != labels[second]).any():
+        lower = np.minimum(labels[first], labels[second])
+        for end in (labels[first], labels[second]):
+            np.minimum.at(labels, end, lower)
+        labels = labels[labels]
+    return labels
+
+
+def is_marker_size(pixels: int, box: tuple[int, int, int, int]) -> bool:
+    short, long = sorted((box[2] - box[0], box[3] - box[1]))
+    return pixels >= MARKER_PIXELS and (long in MARKER_SIDES or (long in TEXT_SIDES and short < TEXT_HEIGHT))
+
+
+def stands_out(grey: np.ndarray, rows: np.ndarray, columns: np.ndarray, box: tuple[int, int, int, int], by: float) -> bool:
+    """Whether a region's median lies `by` above the 90th percentile of the ring round its box."""
+    inner, outer = (grown(box, reach, CHECKED_SIDE) for reach in (RING[0] - 1, RING[1]))
+    x0, y0, x1, y1 = outer
+    ring = np.ones((y1 - y0, x1 - x0), bool)
+    ring[inner[1] - y0 : inner[3] - y0, inner[0] - x0 : inner[2] - x0] = False
+    around = grey[y0:y1, x0:x1][ring]
+    return bool(around.size and np.median(grey[rows, columns]) - np.percentile(around, 90) >= by)
+
+
+def grown(box: tuple[int, int, int, int], reach: int, side: int) -> tuple[int, int, int, int]:
+    """A box with `reach` pixels more on each side, cut at the edges of a square image."""
+    x0, y0, x1, y1 = box
+    return max(0, x0 - reach), max(0, y0 - reach), min(side, x1 + reach), min(side, y1 + reach)
+
+
+# What a map shows
+
+
+def overlaps(cells: int, others: int) -> np.ndarray:
+    """(cells, others): how much of each of `others` equal parts of a length lies in each of `cells`; columns sum to 1."""
+    ends, other_ends = np.arange(1, cells + 1)[:, None] * others, np.arange(1, others + 1) * cells
+    shared = np.minimum(ends, other_ends) - np.maximum(ends - others, other_ends - cells)
+    return np.maximum(shared, 0) / cells
+
+
+def heat_on_cells(raw_map: np.ndarray) -> np.ndarray:
+    """Share of the heat in each cell, by area: (h, w) -> (CELLS, CELLS) that sums to 1, or to 0 for a blank map."""
+    heat = np.maximum(raw_map, 0).astype(np.float64)
+    total = heat.sum()
+    if total == 0:
+        return np.zeros((CELLS, CELLS))
+    h, w = heat.shape
+    return overlaps(CELLS, h) @ (heat / total) @ overlaps(CELLS, w).T
+
+
+def touched_cells(boxes: Iterable[tuple[int, int, int, int]]) -> np.ndarray:
+    """(CELLS, CELLS) bool: the cells that boxes touch."""
+    touched, side = np.zeros((CELLS, CELLS), bool), CHECKED_SIDE // CELLS
+    for x0, y0, x1, y1 in boxes:
+        touched[y0 // side : (y1 - 1) // side + 1, x0 // side : (x1 - 1) // side + 1] = True
+    return touched
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a network says of changed copies of a radiograph: class scores before the softmax, (K,) each."""
+
+    blurred: np.ndarray  # the whole radiograph
+    covered: np.ndarray | None = None  # its markers; None where none was found
+    covered_elsewhere: np.ndarray | None = None
+    erased: np.ndarray | None = None  # the map's hot area; None for a map without one
+    erased_elsewhere: np.ndarray | None = None  # (n, K), n moved masks
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a check may look at."""
+
+    explanation: Explanation
+    landmarks: Landmarks
+    other_map: np.ndarray | None = None  # the other model's raw map, where there is one
+    trial: Trial | None = None  # with --verify
+
+    @functools.cached_property
+    def heat(self) -> np.ndarray:
+        """(CELLS, CELLS) shares."""
+        return heat_on_cells(self.explanation.raw_map)
+
+
+def is_uniform(raw_map: np.ndarray) -> bool:
+    """Whether a map is blank (nothing positive) or constant: neither has a place to judge."""
+    return bool(raw_map.max() <= 0 or raw_map.min() == raw_map.max())
+
+
+def border_heat(evidence: Evidence) -> float:
+    """Share of the heat in the frame of outer cells; 24/49 for a uniform map."""
+    return float(evidence.heat[OUTER].sum())
+
+
+def dark_heat(evidence: Evidence) -> float:
+    """Share of the heat in cells where less than DENSE_SHARE of the pixels is as dense as bone."""
+    return float(evidence.heat[evidence.landmarks.dense < DENSE_SHARE].sum())
+
+
+def marker_heat(evidence: Evidence) -> float:
+    """Share of the heat in cells that a marker's box touches; 0 where there is no marker."""
+    return float(evidence.heat[touched_cells(evidence.landmarks.markers)].sum())
+
+
+def focus(evidence: Evidence) -> float:
+    """Share of the heat in the hottest HOT_AREA of the image; HOT_AREA for a uniform map, 1 for a spot."""
+    hottest = np.sort(evidence.heat, axis=None)[::-1]
+    cells = HOT_AREA * hottest.size
+    whole = int(cells)
+    return float(hottest[:whole].sum() + (cells - whole) * hottest[whole])
+
+
+def map_agreement(evidence: Evidence) -> float | None:
+    """Heat that the two models' maps share, sum of min(a, b): histogram intersection, Swain and Ballard, IJCV 1991.
+
+    1 for equal maps, 0 for disjoint ones; None without a second map that has a place to judge.
+    """
+    if evidence.other_map is None or is_uniform(evidence.other_map):
+        return None
+    return float(np.minimum(evidence.heat, heat_on_cells(evidence.other_map)).sum())
+
+
+# What a network says of changed copies (--verify)
+
+
+def probability(scores: np.ndarray, index: int) -> float:
+    """Softmax of class scores (K,) at one class."""
+    return float(1 / np.exp(scores - scores[index]).sum())
+
+
+def log_odds(scores: np.ndarray, index: int) -> np.ndarray:
+    """log p / (1 - p) of one class from scores (..., K), also where p rounds to 1: (...)."""
+    return scores[..., index] - np.logaddexp.reduce(np.delete(scores, index, axis=-1), axis=-1)
+
+
+def covering_fall(evidence: Evidence) -> float | None:
+    """Probability of the predicted class that covering the markers takes, beyond covering as much elsewhere."""
+    trial, explanation = evidence.trial, evidence.explanation
+    if trial is None or trial.covered is None:
+        return None
+    covered, elsewhere = (probability(each, explanation.predicted) for each in (trial.covered, trial.covered_elsewhere))
+    return min(explanation.confidence, elsewhere) - covered
+
+
+def default_probability(evidence: Evidence) -> float | None:
+    """Probability of the class that the network gives to the whole radiograph blurred."""
+    return None if evidence.trial is None else probability(evidence.trial.blurred, int(evidence.trial.blurred.argmax()))
+
+
+def erasing_rank(evidence: Evidence) -> float | None:
+    """Share of the moved masks that take at least as much from the explained class as the hot area's does.
+
+    In log-odds, which do not saturate; 0 for a map that found what counts, about 0.5 for one that
+    points anywhere. NaN for the class that the network gives to a blurred radiograph as well:
+    nothing that is erased can lower it.
+    """
+    trial, explained = evidence.trial, evidence.explanation.explained
+    if trial is None or trial.erased is None:
+        return None
+    if trial.blurred.argmax() == explained:
+        return float("nan")
+    return float((log_odds(trial.erased_elsewhere, explained) <= log_odds(trial.erased, explained)).mean())
+
+
+# The table of checks
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def covering_text(evidence: Evidence, value: float) -> str:
+    explanation, trial, count = evidence.explanation, evidence.trial, len(evidence.landmarks.markers)
+    what = "the side marker" if count == 1 else f"{count} markers"
+    covered, elsewhere = (probability(each, explanation.predicted) for each in (trial.covered, trial.covered_elsewhere))
+    verb = "lowers" if covered < explanation.confidence else "takes"
+    return (
+        f"covering {what} {verb} {explanation.prediction} from {percent(explanation.confidence)} "
+        f"to {percent(covered)}; covering as much elsewhere, {percent(elsewhere)}"
+    )
+
+
+def default_text(evidence: Evidence, value: float) -> str:
+    name = evidence.explanation.class_names[evidence.trial.blurred.argmax()]
+    return f"with everything blurred it says {name} at {percent(value)}"
+
+
+def erasing_text(evidence: Evidence, value: float) -> str:
+    trial, explained = evidence.trial, evidence.explanation.explained
+    name = evidence.explanation.class_names[explained]
+    if np.isnan(value):
+        return f"erasing cannot be tested: it says {name} even when everything is blurred"
+    moved = trial.erased_elsewhere
+    usual = moved[log_odds(moved, explained).argsort(kind="stable")[len(moved) // 2]]  # the median one
+    return (
+        f"erasing the hot area leaves {name} at {percent(probability(trial.erased, explained))}; erasing as much in "
+        f"{len(moved)} other places, {percent(probability(usual, explained))} (log-odds "
+        f"{log_odds(trial.erased, explained):+.1f} against {log_odds(usual, explained):+.1f})"
+    )
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question asked of every map; a further check is one entry of CHECKS and one function."""
+
+    key: str  # in the table's columns and in JSON; in words where passed checks are listed
+    title: str  # the guide's words where it has some
+    about: str  # "map", "pair" of maps, "prediction", or "verify": asked only with --verify
+    measure: Callable[[Evidence], float | None]  # None: does not apply
+    limit: float
+    flags: Callable[[float, float], bool]  # value, limit; False for NaN
+    text: Callable[[Evidence, float], str]
+
+
+CHECKS = {
+    check.key: check
+    for check in (
+        Check(
+            "blank", "No positive evidence", "map",
+            lambda evidence: float(is_uniform(evidence.explanation.raw_map)), 0, operator.gt,
+            lambda evidence, value: evidence.explanation.remark or "the map has a place to judge",
+        ),
+        Check(
+            "border", "Attention on image borders", "map", border_heat, BORDER_LIMIT, operator.gt,
+            lambda evidence, value: f"{percent(value)} of the heat lies in the outer ring of cells, "
+            f"which is {percent(OUTER.mean())} of the area",
+        ),
+        Check(
+            "dark", "Attention on irrelevant areas", "map", dark_heat, DARK_LIMIT, operator.gt,
+            lambda evidence, value: f"{percent(value)} of the heat lies where nothing as dense as bone is",
+        ),
+        Check(
+            "markers", "Focus on text/labels/artifacts", "map", marker_heat, MARKER_LIMIT, operator.gt,
+            lambda evidence, value: f"{percent(value)} of the heat lies on cells with a marker or text",
+        ),
+        Check(
+            "focus", "No clear focal point", "map", focus, FOCUS_LIMIT, operator.lt,
+            lambda evidence, value: f"the hottest quarter of the area holds {percent(value)} of the heat",
+        ),
+        Check(
+            "map_agreement", "Models strongly disagree", "pair", map_agreement, AGREEMENT_LIMIT, operator.lt,
+            lambda evidence, value: f"the two maps share {percent(value)} of their heat",
+        ),
+        Check(
+            "confidence", "Low confidence overall", "prediction",
+            lambda evidence: evidence.explanation.confidence, CONFIDENCE_LIMIT, operator.lt,
+            lambda evidence, value: f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}",
+        ),
+        Check(
+            "covering", "Reads the side marker", "verify", covering_fall, COVERING_LIMIT, operator.gt, covering_text,
+        ),
+        Check(
+            "default", "Says so of anything", "verify", default_probability, 1, operator.gt, default_text,
+        ),
+        Check(
+            "erasing", "The hot area counts no more than others", "verify", erasing_rank, ERASING_LIMIT, operator.gt, erasing_text,
+        ),
+    )
+}  # fmt: skip
+MAP_CHECKS = sum(check.about == "map" for check in CHECKS.values())
+
+
+def findings_of(evidence: Evidence) -> tuple[Finding, ...]:
+    """What the checks say of one map. Of a blank or constant one only that is told, beside what needs no map."""
+    uniform = is_uniform(evidence.explanation.raw_map)
+    asked = [check for check in CHECKS.values() if not (uniform and check.about in ("map", "pair") and check.key != "blank")]
+    measured = [(check, check.measure(evidence)) for check in asked]
+    return tuple(
+        Finding(check.key, value, bool(check.flags(value, check.limit)), check.text(evidence, value))
+        for check, value in measured
+        if value is not None
+    )
+
+
+def checked(explanations: Sequence[Explanation], landmarks: Landmarks, trials: Sequence[Trial | None] = (None, None)) -> tuple[Explanation, ...]:
+    """Explanations of one radiograph, one a model, with their findings."""
+    maps = [explanation.raw_map for explanation in explanations]
+    others = maps[::-1] if len(maps) == 2 else [None]
+    return tuple(
+        dataclasses.replace(explanation, findings=findings_of(Evidence(explanation, landmarks, other, trial)))
+        for explanation, other, trial in zip(explanations, others, trials)
+    )
+
+
+def flagged(findings: Sequence[Finding], about: str) -> list[Finding]:
+    return [finding for finding in findings if finding.is_flagged and CHECKS[finding.check].about == about]
+
+
+def verdict_text(findings: Sequence[Finding]) -> str:
+    """What the map checks say of one map, as one sentence."""
+    found = flagged(findings, "map")
+    if not found:
+        return f"{MAP_CHECKS} map checks passed"
+    return f"{len(found)} of {MAP_CHECKS} map checks flagged: {'; '.join(finding.text for finding in found)}"
+
+
+# --verify: copies of a radiograph in which something is covered or erased
+
+
+def blurred(image: np.ndarray) -> np.ndarray:
+    """Gaussian blur of (C, N, N); at the edge over what there is of the image."""
+    places = np.arange(image.shape[1])
+    weights = np.exp(-(((places[:, None] - places) / (BLUR * len(places))) ** 2) / 2).astype(np.float32)
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights @ image @ weights.T
+
+
+def covered(image: np.ndarray, boxes: Iterable[tuple[int, int, int, int]]) -> np.ndarray:
+    """(C, N, N) with boxes filled: each pixel the mean of the four nearest ones outside, in its row and
+    column, weighted by their closeness."""
+    image, end = image.copy(), image.shape[1]
+    for x0, y0, x1, y1 in boxes:
+        right, down = np.arange(1, x1 - x0 + 1), np.arange(1, y1 - y0 + 1)[:, None]
+        sides = (
+            (x0 > 0, image[:, y0:y1, x0 - 1 : x0], 1 / right),
+            (x1 < end, image[:, y0:y1, x1 : x1 + 1], 1 / right[::-1]),
+            (y0 > 0, image[:, y0 - 1 : y0, x0:x1], 1 / down),
+            (y1 < end, image[:, y1 : y1 + 1, x0:x1], 1 / down[::-1]),
+        )
+        there = [(values, weights) for is_there, values, weights in sides if is_there]
+        image[:, y0:y1, x0:x1] = sum(values * weights for values, weights in there) / sum(weights for _, weights in there)
+    return image
+
+
+def marker_masks(markers: Sequence[tuple[int, int, int, int]], side: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Boxes to cover in an image of `side` pixels: the markers with a margin, and as much elsewhere.
+
+    Elsewhere is their mirror image, left-right, up-down or both, that overlaps them least: about
+    as far from the centre.
+    """
+    boxes = [tuple(round(end * side / CHECKED_SIDE) for end in grown(box, MARKER_MARGIN, CHECKED_SIDE)) for box in markers]
+    across = [(side - x1, y0, side - x0, y1) for x0, y0, x1, y1 in boxes]
+    mirrors = [across, *([(x0, side - y1, x1, side - y0) for x0, y0, x1, y1 in each] for each in (boxes, across))]
+    return boxes, min(mirrors, key=lambda mirror: (box_mask(mirror, side) & box_mask(boxes, side)).sum())
+
+
+def box_mask(boxes: Iterable[tuple[int, ...]], side: int) -> np.ndarray:
+    mask = np.zeros((side, side), bool)
+    for x0, y0, x1, y1 in boxes:
+        mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def hot_mask(heatmap: np.ndarray, side: int) -> np.ndarray:
+    """(side, side) bool: the hottest ERASED_AREA of the image; less where less has any heat."""
+    heat = resized(heatmap, side, side)
+    return (heat > 0) & (heat >= np.quantile(heat, 1 - ERASED_AREA))
+
+
+def moved_masks(mask: np.ndarray) -> list[np.ndarray]:
+    """At most MOVED_MASKS shifted and mirrored copies of a mask that hardly overlap it, the same for the same mask."""
+    step = len(mask) // CELLS
+    moved = [
+        np.roll(mirrored, (step * down, step * across), axis=(0, 1))
+        for down, across in itertools.product(range(CELLS), repeat=2)
+        for mirrored in (mask, mask[:, ::-1], mask[::-1], mask[::-1, ::-1])
+    ]
+    apart = [each for each in moved if (each & mask).sum() < MAX_OVERLAP * mask.sum()]
+    chosen = np.linspace(0, len(apart) - 1, min(MOVED_MASKS, len(apart))).round().astype(int)
+    return [apart[index] for index in chosen]
+
+
+def class_scores(classifier: Classifier, images: np.ndarray, batch_size: int) -> np.ndarray:
+    """Forward passes alone: (n, 3, N, N) -> (n, K) float64."""
+    import torch
+
+    with torch.inference_mode():
+        batches = (torch.from_numpy(images[start : start + batch_size]) for start in range(0, len(images), batch_size))
+        scores = [classifier.network(batch.to(classifier.device)).cpu().numpy() for batch in batches]
+    return np.concatenate(scores).astype(np.float64)
+
+
+def tried(classifier: Classifier, image: np.ndarray, explanation: Explanation, landmarks: Landmarks, batch_size: int) -> Trial:
+    """Ask the network about changed copies of one input (3, N, N): at most 19 forward passes."""
+    erasing = blurred(image)
+    copies, side = [erasing], image.shape[1]
+    if landmarks.markers:
+        copies += [covered(image, boxes) for boxes in marker_masks(landmarks.markers, side)]
+    first_erased = len(copies)
+    if not is_uniform(explanation.raw_map):
+        mask = hot_mask(explanation.heatmap, side)
+        copies += [np.where(each, erasing, image) for each in (mask, *moved_masks(mask))]
+    scores = class_scores(classifier, np.stack(copies), batch_size)
+    covering = scores[1:first_erased] if landmarks.markers else (None, None)
+    hot = scores[first_erased:]
+    return Trial(scores[0], *covering, *((hot[0], hot[1:]) if len(hot) > 1 else (None, None)))
+
+
+# Over a run
+
+
+FEW_MAPS = 20  # fewer tell more about chance than about the network
+SAME_PLACE_LIMIT = 0.5  # mean correlation of the maps of different images: fractures lie in different places
+SAME_CELL_LIMIT = 0.5  # of the hottest cells; 1/49 by chance
+MEAN_DARK_LIMIT = 0.25  # of the heat
+MEAN_MARKER_LIMIT = 0.1  # of the heat, where there is a marker
+BLANK_LIMIT = 0.5  # of a class's maps: then the network decides for it by what it does not see
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a run keeps of one map for its audit."""
+
+    explained: str  # class
+    heat: np.ndarray  # (CELLS, CELLS) shares; all 0 for a blank map
+    has_marker: bool
+    findings: tuple[Finding, ...]
+
+    def value(self, check: str) -> float | None:
+        return next((finding.value for finding in self.findings if finding.check == check), None)
+
+
+def observation(explanation: Explanation, landmarks: Landmarks) -> Observation:
+    name, heat = explanation.class_names[explanation.explained], heat_on_cells(explanation.raw_map)
+    return Observation(name, heat, bool(landmarks.markers), explanation.findings)
+
+
+def mean_correlation(heats: np.ndarray) -> float:
+    """Mean correlation (Pearson) between the maps of two different images: (n, CELLS, CELLS), none constant.
+
+    Of standardised maps z, |sum z|^2 / CELLS^2 holds each pair twice and each map with itself once.
+    """
+    flat = heats.reshape(len(heats), -1)
+    standardised = (flat - flat.mean(axis=1, keepdims=True)) / flat.std(axis=1, keepdims=True)
+    summed = (standardised.sum(axis=0) ** 2).mean()
+    return float((summed - len(heats)) / (len(heats) * (len(heats) - 1)))
+
+
+def same_cell_share(heats: np.ndarray) -> float:
+    """The largest share of maps whose hottest cell is the same one: (n, CELLS, CELLS)."""
+    return float(np.bincount(heats.reshape(len(heats), -1).argmax(axis=1)).max() / len(heats))
+
+
+def audit_lines(observations: Sequence[Observation]) -> list[str]:
+    """What the maps of one model have in common over a run, with the guide's flag where that is suspect."""
+    with_flags = [found for each in observations if (found := flagged(each.findings, "map"))]
+    counts = Counter(finding.check for found in with_flags for finding in found)
+    each_check = ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key])
+    lines = [f"Map checks: {len(with_flags)} of {len(observations)} maps flagged{f': {each_check}' if each_check else ''}"]
+    for text, value, limit, form in audited(observations):
+        sign = "🚩 " if value > limit else ""
+        lines.append(f"{sign}{text}: {form(value)}{f', flagged above {form(limit)}' if sign else ''}")
+    placed = sum(each.value("focus") is not None for each in observations)
+    if placed < FEW_MAPS:
+        lines.append(f"Same place in every image: needs {FEW_MAPS} maps that are not blank, here {placed}")
+    return lines
+
+
+def audited(observations: Sequence[Observation]) -> Iterator[tuple[str, float, float, Callable[[float], str]]]:
+    """What is measured over a run: words, value, limit, and how to write a value."""
+    for name in sorted({each.explained for each in observations}):
+        blank = [each.value("blank") for each in observations if each.explained == name]
+        if any(blank) and len(blank) >= FEW_MAPS:
+            yield f"Blank maps for {printable(name)}", float(np.mean(blank)), BLANK_LIMIT, percent
+    placed = [each for each in observations if each.value("focus") is not None]
+    if len(placed) >= FEW_MAPS:
+        heats = np.stack([each.heat for each in placed])
+        yield "Same place in every image, mean correlation of the maps", mean_correlation(heats), SAME_PLACE_LIMIT, "{:.2f}".format
+        yield "Same hottest cell", same_cell_share(heats), SAME_CELL_LIMIT, percent
+        dark = [each.value("dark") for each in placed]
+        yield "Mean heat where nothing as dense as bone is", float(np.mean(dark)), MEAN_DARK_LIMIT, percent
+    marked = [each.value("markers") for each in placed if each.has_marker]
+    if len(marked) >= FEW_MAPS:
+        yield "Mean heat on markers, where there are any", float(np.mean(marked)), MEAN_MARKER_LIMIT, percent
+
+
+# Where the fracture is known (--boxes)
+
+
+TEST_BOXES = TEST_IMAGES / "fracture_boxes.csv"  # used by itself for the images beside it
+BOX_COLUMNS = ("file", "x0", "y0", "x1", "y1")  # that a table of boxes must have; class may be there
+MAX_BOX_TABLE = 100_000_000  # bytes
+
+
+@dataclass(frozen=True)
+class TrueBox:
+    """Where the fracture of one image is, in pixels of the upright image, half-open."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+    source: str  # table and line, for messages
+
+
+@dataclass(frozen=True)
+class Pointing:
+    """How a map compares with the true box, enlarged by half a cell of the map's grid on each side."""
+
+    is_inside: bool  # the map's maximum
+    heat: float  # share of the heatmap inside
+    area: float  # of the image: what heat and maxima in random places reach
+
+
+def read_boxes(path: Path) -> dict[str, TrueBox]:
+    """The boxes of a table `file,class,x0,y0,x1,y1`, by the real path of the image; files are named beside the table.
+
+    Lines without coordinates are images without a fracture. Raises ExplainError, with the line,
+    for whatever is no box.
+    """
+    boxes: dict[str, TrueBox] = {}
+    for number, row in box_rows(path):
+        source = f"{shown(path)}, line {number}"
+        try:
+            image, box = path.parent / row["file"], box_of(row, source)
+            if not row["file"] or not image.is_file():
+                raise ExplainError(f"no such file as {brief(row['file'])} beside the table; correct its name")
+            if os.path.realpath(image) in boxes:
+                raise ExplainError(f"a second box for {brief(row['file'])}; keep one that holds the whole fracture")
+        except (ExplainError, ValueError, OSError) as error:
+            cause = error if isinstance(error, ExplainError) else "not a file name; correct it"
+            raise ExplainError(f"{source}: {cause}") from error
+        if box:
+            boxes[os.path.realpath(image)] = box
+    return boxes
+
+
+def box_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line numbers and rows of a table of boxes. Raises ExplainError for what is no such table."""
+    try:
+        with open_regular(path) as file:
+            text = file.read(MAX_BOX_TABLE).decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        header = reader.fieldnames or []
+        if any(header.count(name) != 1 for name in BOX_COLUMNS):
+            raise ExplainError(f"its header is {brief(','.join(header))}, not file,class,x0,y0,x1,y1; correct it")
+        for row in reader:
+            if None in row or None in row.values():
+                cause = f"{len(header)} values expected, as in the header; correct it"
+                raise ExplainError(f"line {reader.line_num}: {cause}")
+            yield reader.line_num, row
+    except ExplainError as error:
+        raise ExplainError(f"{shown(path)}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ExplainError(f"{shown(path)}: not UTF-8 text; save it as CSV in UTF-8") from error
+    except csv.Error as error:
+        raise ExplainError(f"{shown(path)}: not a CSV table ({error}); save it as CSV again") from error
+
+
+def box_of(row: dict[str, str], source: str) -> TrueBox | None:
+    """The box of one row; None without coordinates. Raises ExplainError, without the line."""
+    if not any(row[name].strip() for name in BOX_COLUMNS[1:]):
+        return None
+    ends = {}
+    for name in BOX_COLUMNS[1:]:
+        try:
+            ends[name] = float(row[name])
+        except ValueError as error:
+            raise ExplainError(f"{name} is {brief(row[name])}, not a number; correct it") from error
+        if not np.isfinite(ends[name]):
+            raise ExplainError(f"{name} is {row[name].strip()}, not a finite number; correct it")
+        if ends[name] < 0:
+            raise ExplainError(f"{name} is {ends[name]:g}, outside the image; correct it")
+    for low, high in (("x0", "x1"), ("y0", "y1")):
+        if ends[low] >= ends[high]:
+            raise ExplainError(f"{high} ({ends[high]:g}) is not larger than {low} ({ends[low]:g}); exchange or correct them")
+    return TrueBox(**ends, source=source)
+
+
+def box_in_shares(box: TrueBox, width: int, height: int) -> tuple[float, float, float, float]:
+    """A box in shares of the image's sides. Raises ExplainError where it reaches outside the image."""
+    if box.x1 > width or box.y1 > height:
+        cause = f"the box ends at ({box.x1:g}, {box.y1:g}), outside the image of {width} x {height} pixels; correct it"
+        raise ExplainError(f"{box.source}: {cause}")
+    return box.x0 / width, box.y0 / height, box.x1 / width, box.y1 / height
+
+
+def pointing(raw_map: np.ndarray, box: tuple[float, float, float, float]) -> Pointing:
+    """The pointing game (J. Zhang et al., ECCV 2016) and the heat inside: a map (h, w), a box in shares of the sides.
+
+    Half a cell more on each side, because a map's maximum cannot be told more exactly than that.
+    """
+    h, w = raw_map.shape
+    x0, y0 = max(0, box[0] - 0.5 / w), max(0, box[1] - 0.5 / h)
+    x1, y1 = min(1, box[2] + 0.5 / w), min(1, box[3] + 0.5 / h)
+    row, column = np.unravel_index(raw_map.argmax(), raw_map.shape)
+    x, y = (column + 0.5) / w, (row + 0.5) / h
+    heat = resized(normalised(raw_map), CHECKED_SIDE, CHECKED_SIDE)
+    left, top, right, bottom = (round(end * CHECKED_SIDE) for end in (x0, y0, x1, y1))
+    share = heat[top:bottom, left:right].sum() / heat.sum() if heat.any() else 0
+    is_inside = not is_uniform(raw_map) and x0 <= x <= x1 and y0 <= y <= y1
+    return Pointing(bool(is_inside), float(share), (x1 - x0) * (y1 - y0))
 
 
 # ------------------------------------------------------------------------------------------
