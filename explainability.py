@@ -1312,14 +1312,14 @@ HOT_AREA = 0.25  # of the image
 
 # A marker or annotation is bright, thin, small and set off from all around it. Lengths in pixels
 # of CHECKED_SIDE, brightness in shares of the radiograph's range (1st to 99th percentile).
-STROKE_REACH, STROKE_CONTRAST = 4, 0.30  # an opening of 9 x 9 takes away strokes of up to 8 pixels
+STROKE_REACH, STROKE_CONTRAST = 4, 0.3  # an opening of 9 x 9 takes away strokes of up to 8 pixels
 JOINING_REACH = 2  # letters at most 4 pixels apart are one marker
 MARKER_PIXELS, MARKER_SIDES = 12, range(6, 50)  # fewer pixels are noise; sides are the longer ones
 TEXT_SIDES, TEXT_HEIGHT = range(6, 124), 27  # a line of text may be longer while it is lower than this
 RING, RING_CONTRAST = (2, 5), 0.25  # pixels outside the box; bone's edges go on there, markers do not
 
 BORDER_LIMIT = 0.5  # just above the 24/49 of the area that the frame has
-DARK_LIMIT = 0.35  # cells without bone are no place for evidence of fractures; some spill beside bone is usual
+DARK_LIMIT = 0.35  # fractures lie in bone; some heat spills into the cells beside it
 MARKER_LIMIT = 0.2  # a marker touches 1 to 4 of 49 cells: 0.02 to 0.08 by chance
 FOCUS_LIMIT = 0.5  # a map without focus has 0.25 there
 AGREEMENT_LIMIT = 0.4  # equal maps share 1, disjoint ones 0
@@ -1332,6 +1332,18 @@ MAX_OVERLAP = 0.25  # of a moved mask with the hot area
 MARKER_MARGIN = 4  # pixels of CHECKED_SIDE round a covered marker
 ERASING_LIMIT = 0.5  # where masks put anywhere do as much, the map says nothing
 
+FEW_MAPS = 20  # fewer tell more about chance than about the network
+SAME_PLACE_LIMIT = 0.5  # mean correlation of the maps of different images: fractures lie in different places
+SAME_CELL_LIMIT = 0.5  # of the hottest cells; 1/49 by chance
+MEAN_DARK_LIMIT = 0.25  # of the heat
+MEAN_MARKER_LIMIT = 0.1  # of the heat, where there is a marker
+BLANK_LIMIT = 0.5  # of a class's maps: then the network decides for it by what it does not see
+
+TEST_BOXES = TEST_IMAGES / "fracture_boxes.csv"  # used by itself for the images beside it
+BOX_COLUMNS = ("file", "x0", "y0", "x1", "y1")  # that a table of boxes must have; class may be there
+MAX_BOX_TABLE = 100_000_000  # bytes
+
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1, half-open
 
 
 @dataclass(frozen=True)
@@ -1339,7 +1351,7 @@ class Landmarks:
     """What of a radiograph the checks compare its maps with."""
 
     dense: np.ndarray  # (CELLS, CELLS) share of each cell's pixels that are as dense as bone
-    markers: tuple[tuple[int, int, int, int], ...]  # boxes x0, y0, x1, y1, half-open, pixels of CHECKED_SIDE
+    markers: tuple[Box, ...]  # pixels of CHECKED_SIDE
 
 
 # What a radiograph shows
@@ -1366,7 +1378,7 @@ def over_windows(values: np.ndarray, reach: int, combine: np.ufunc) -> np.ndarra
 
 
 def otsu_threshold(values: np.ndarray) -> int:
-    """The grey value that best parts uint8 values into dark and bright ones: N. Otsu, IEEE SMC-9, 1979.
+    """The grey value that best parts uint8 values into dark and bright: N. Otsu, IEEE SMC-9, 1979.
 
     Of the thresholds with the largest variance between the two parts, the lowest; values equal to
     it are dark. 255 where there is but one value.
@@ -1380,7 +1392,7 @@ def otsu_threshold(values: np.ndarray) -> int:
 
 
 def dense_shares(grey: np.ndarray) -> np.ndarray:
-    """Share of each cell's pixels above Otsu's threshold: (CHECKED_SIDE, CHECKED_SIDE) uint8 -> (CELLS, CELLS).
+    """Share of each cell's pixels above Otsu's threshold: grey (H, W) uint8 -> (CELLS, CELLS).
 
     Means of 3 x 3 pixels are compared, or noise in the dark would count.
     """
@@ -1389,8 +1401,8 @@ def dense_shares(grey: np.ndarray) -> np.ndarray:
     return (smooth > otsu_threshold(smooth)).reshape(CELLS, side, CELLS, side).mean(axis=(1, 3))
 
 
-def marker_boxes(grey: np.ndarray) -> list[tuple[int, int, int, int]]:
-    """Boxes of what looks like a side marker or text: (CHECKED_SIDE, CHECKED_SIDE) uint8, see STROKE_REACH and below.
+def marker_boxes(grey: np.ndarray) -> list[Box]:
+    """Boxes of what looks like a side marker or text in grey (H, W) uint8; see STROKE_REACH and below.
 
     Strokes stand out from an opening (white top-hat: J. Serra, Image Analysis, 1982); those close
     together are one marker.
@@ -1401,7 +1413,9 @@ def marker_boxes(grey: np.ndarray) -> list[tuple[int, int, int, int]]:
     found = []
     for rows, columns in regions(strokes, JOINING_REACH):
         box = int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
-        if is_marker_size(len(rows), box) and stands_out(grey, rows, columns, box, RING_CONTRAST * (high - low)):
+        if is_marker_size(len(rows), box) and stands_out(
+            grey, rows, columns, box, RING_CONTRAST * (high - low)
+        ):
             found.append(box)
     return found
 
@@ -1437,12 +1451,12 @@ def connected(mask: np.ndarray) -> np.ndarray:
     return labels
 
 
-def is_marker_size(pixels: int, box: tuple[int, int, int, int]) -> bool:
+def is_marker_size(pixels: int, box: Box) -> bool:
     short, long = sorted((box[2] - box[0], box[3] - box[1]))
     return pixels >= MARKER_PIXELS and (long in MARKER_SIDES or (long in TEXT_SIDES and short < TEXT_HEIGHT))
 
 
-def stands_out(grey: np.ndarray, rows: np.ndarray, columns: np.ndarray, box: tuple[int, int, int, int], by: float) -> bool:
+def stands_out(grey: np.ndarray, rows: np.ndarray, columns: np.ndarray, box: Box, by: float) -> bool:
     """Whether a region's median lies `by` above the 90th percentile of the ring round its box."""
     inner, outer = (grown(box, reach, CHECKED_SIDE) for reach in (RING[0] - 1, RING[1]))
     x0, y0, x1, y1 = outer
@@ -1452,7 +1466,7 @@ def stands_out(grey: np.ndarray, rows: np.ndarray, columns: np.ndarray, box: tup
     return bool(around.size and np.median(grey[rows, columns]) - np.percentile(around, 90) >= by)
 
 
-def grown(box: tuple[int, int, int, int], reach: int, side: int) -> tuple[int, int, int, int]:
+def grown(box: Box, reach: int, side: int) -> Box:
     """A box with `reach` pixels more on each side, cut at the edges of a square image."""
     x0, y0, x1, y1 = box
     return max(0, x0 - reach), max(0, y0 - reach), min(side, x1 + reach), min(side, y1 + reach)
@@ -1462,14 +1476,14 @@ def grown(box: tuple[int, int, int, int], reach: int, side: int) -> tuple[int, i
 
 
 def overlaps(cells: int, others: int) -> np.ndarray:
-    """(cells, others): how much of each of `others` equal parts of a length lies in each of `cells`; columns sum to 1."""
+    """(cells, others): the share of each of `others` equal parts of a length in each of `cells`."""
     ends, other_ends = np.arange(1, cells + 1)[:, None] * others, np.arange(1, others + 1) * cells
     shared = np.minimum(ends, other_ends) - np.maximum(ends - others, other_ends - cells)
     return np.maximum(shared, 0) / cells
 
 
 def heat_on_cells(raw_map: np.ndarray) -> np.ndarray:
-    """Share of the heat in each cell, by area: (h, w) -> (CELLS, CELLS) that sums to 1, or to 0 for a blank map."""
+    """Share of the heat in each cell, by area: (h, w) -> (CELLS, CELLS); all 0 for a blank map."""
     heat = np.maximum(raw_map, 0).astype(np.float64)
     total = heat.sum()
     if total == 0:
@@ -1478,7 +1492,7 @@ def heat_on_cells(raw_map: np.ndarray) -> np.ndarray:
     return overlaps(CELLS, h) @ (heat / total) @ overlaps(CELLS, w).T
 
 
-def touched_cells(boxes: Iterable[tuple[int, int, int, int]]) -> np.ndarray:
+def touched_cells(boxes: Iterable[Box]) -> np.ndarray:
     """(CELLS, CELLS) bool: the cells that boxes touch."""
     touched, side = np.zeros((CELLS, CELLS), bool), CHECKED_SIDE // CELLS
     for x0, y0, x1, y1 in boxes:
@@ -1533,7 +1547,7 @@ def marker_heat(evidence: Evidence) -> float:
 
 
 def focus(evidence: Evidence) -> float:
-    """Share of the heat in the hottest HOT_AREA of the image; HOT_AREA for a uniform map, 1 for a spot."""
+    """Share of the heat in the hottest HOT_AREA of the image; HOT_AREA itself for a uniform map."""
     hottest = np.sort(evidence.heat, axis=None)[::-1]
     cells = HOT_AREA * hottest.size
     whole = int(cells)
@@ -1541,9 +1555,9 @@ def focus(evidence: Evidence) -> float:
 
 
 def map_agreement(evidence: Evidence) -> float | None:
-    """Heat that the two models' maps share, sum of min(a, b): histogram intersection, Swain and Ballard, IJCV 1991.
+    """Heat that the two models' maps share, sum of min(a, b): 1 for equal maps, 0 for disjoint ones.
 
-    1 for equal maps, 0 for disjoint ones; None without a second map that has a place to judge.
+    Histogram intersection: Swain and Ballard, IJCV 1991. None without a second map that has a place to judge.
     """
     if evidence.other_map is None or is_uniform(evidence.other_map):
         return None
@@ -1564,17 +1578,23 @@ def log_odds(scores: np.ndarray, index: int) -> np.ndarray:
 
 
 def covering_fall(evidence: Evidence) -> float | None:
-    """Probability of the predicted class that covering the markers takes, beyond covering as much elsewhere."""
+    """What covering the markers takes from the predicted class, beyond covering as much elsewhere."""
     trial, explanation = evidence.trial, evidence.explanation
     if trial is None or trial.covered is None:
         return None
-    covered, elsewhere = (probability(each, explanation.predicted) for each in (trial.covered, trial.covered_elsewhere))
+    covered, elsewhere = (
+        probability(each, explanation.predicted) for each in (trial.covered, trial.covered_elsewhere)
+    )
     return min(explanation.confidence, elsewhere) - covered
 
 
 def default_probability(evidence: Evidence) -> float | None:
     """Probability of the class that the network gives to the whole radiograph blurred."""
-    return None if evidence.trial is None else probability(evidence.trial.blurred, int(evidence.trial.blurred.argmax()))
+    return (
+        None
+        if evidence.trial is None
+        else probability(evidence.trial.blurred, int(evidence.trial.blurred.argmax()))
+    )
 
 
 def erasing_rank(evidence: Evidence) -> float | None:
@@ -1602,7 +1622,9 @@ def percent(share: float) -> str:
 def covering_text(evidence: Evidence, value: float) -> str:
     explanation, trial, count = evidence.explanation, evidence.trial, len(evidence.landmarks.markers)
     what = "the side marker" if count == 1 else f"{count} markers"
-    covered, elsewhere = (probability(each, explanation.predicted) for each in (trial.covered, trial.covered_elsewhere))
+    covered, elsewhere = (
+        probability(each, explanation.predicted) for each in (trial.covered, trial.covered_elsewhere)
+    )
     verb = "lowers" if covered < explanation.confidence else "takes"
     return (
         f"covering {what} {verb} {explanation.prediction} from {percent(explanation.confidence)} "
@@ -1623,8 +1645,8 @@ def erasing_text(evidence: Evidence, value: float) -> str:
     moved = trial.erased_elsewhere
     usual = moved[log_odds(moved, explained).argsort(kind="stable")[len(moved) // 2]]  # the median one
     return (
-        f"erasing the hot area leaves {name} at {percent(probability(trial.erased, explained))}; erasing as much in "
-        f"{len(moved)} other places, {percent(probability(usual, explained))} (log-odds "
+        f"erasing the hot area leaves {name} at {percent(probability(trial.erased, explained))}; "
+        f"erasing as much in {len(moved)} other places, {percent(probability(usual, explained))} (log-odds "
         f"{log_odds(trial.erased, explained):+.1f} against {log_odds(usual, explained):+.1f})"
     )
 
@@ -1646,54 +1668,105 @@ CHECKS = {
     check.key: check
     for check in (
         Check(
-            "blank", "No positive evidence", "map",
-            lambda evidence: float(is_uniform(evidence.explanation.raw_map)), 0, operator.gt,
+            "blank",
+            "No positive evidence",
+            "map",
+            lambda evidence: float(is_uniform(evidence.explanation.raw_map)),
+            0,
+            operator.gt,
             lambda evidence, value: evidence.explanation.remark or "the map has a place to judge",
         ),
         Check(
-            "border", "Attention on image borders", "map", border_heat, BORDER_LIMIT, operator.gt,
-            lambda evidence, value: f"{percent(value)} of the heat lies in the outer ring of cells, "
-            f"which is {percent(OUTER.mean())} of the area",
+            "border",
+            "Attention on image borders",
+            "map",
+            border_heat,
+            BORDER_LIMIT,
+            operator.gt,
+            lambda evidence, value: (
+                f"{percent(value)} of the heat lies in the outer ring of cells, "
+                f"which is {percent(OUTER.mean())} of the area"
+            ),
         ),
         Check(
-            "dark", "Attention on irrelevant areas", "map", dark_heat, DARK_LIMIT, operator.gt,
+            "dark",
+            "Attention on irrelevant areas",
+            "map",
+            dark_heat,
+            DARK_LIMIT,
+            operator.gt,
             lambda evidence, value: f"{percent(value)} of the heat lies where nothing as dense as bone is",
         ),
         Check(
-            "markers", "Focus on text/labels/artifacts", "map", marker_heat, MARKER_LIMIT, operator.gt,
+            "markers",
+            "Focus on text/labels/artifacts",
+            "map",
+            marker_heat,
+            MARKER_LIMIT,
+            operator.gt,
             lambda evidence, value: f"{percent(value)} of the heat lies on cells with a marker or text",
         ),
         Check(
-            "focus", "No clear focal point", "map", focus, FOCUS_LIMIT, operator.lt,
+            "focus",
+            "No clear focal point",
+            "map",
+            focus,
+            FOCUS_LIMIT,
+            operator.lt,
             lambda evidence, value: f"the hottest quarter of the area holds {percent(value)} of the heat",
         ),
         Check(
-            "map_agreement", "Models strongly disagree", "pair", map_agreement, AGREEMENT_LIMIT, operator.lt,
+            "map_agreement",
+            "Models strongly disagree",
+            "pair",
+            map_agreement,
+            AGREEMENT_LIMIT,
+            operator.lt,
             lambda evidence, value: f"the two maps share {percent(value)} of their heat",
         ),
         Check(
-            "confidence", "Low confidence overall", "prediction",
-            lambda evidence: evidence.explanation.confidence, CONFIDENCE_LIMIT, operator.lt,
-            lambda evidence, value: f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}",
+            "confidence",
+            "Low confidence overall",
+            "prediction",
+            lambda evidence: evidence.explanation.confidence,
+            CONFIDENCE_LIMIT,
+            operator.lt,
+            lambda evidence, value: (
+                f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}"
+            ),
         ),
         Check(
-            "covering", "Reads the side marker", "verify", covering_fall, COVERING_LIMIT, operator.gt, covering_text,
+            "covering",
+            "Reads the side marker",
+            "verify",
+            covering_fall,
+            COVERING_LIMIT,
+            operator.gt,
+            covering_text,
         ),
+        Check("default", "Says so of anything", "verify", default_probability, 1, operator.gt, default_text),
         Check(
-            "default", "Says so of anything", "verify", default_probability, 1, operator.gt, default_text,
-        ),
-        Check(
-            "erasing", "The hot area counts no more than others", "verify", erasing_rank, ERASING_LIMIT, operator.gt, erasing_text,
+            "erasing",
+            "The hot area counts no more than others",
+            "verify",
+            erasing_rank,
+            ERASING_LIMIT,
+            operator.gt,
+            erasing_text,
         ),
     )
-}  # fmt: skip
+}
 MAP_CHECKS = sum(check.about == "map" for check in CHECKS.values())
 
 
 def findings_of(evidence: Evidence) -> tuple[Finding, ...]:
-    """What the checks say of one map. Of a blank or constant one only that is told, beside what needs no map."""
+    """What the checks say of one map; of a blank or constant one only that, and what needs no map."""
     uniform = is_uniform(evidence.explanation.raw_map)
-    asked = [check for check in CHECKS.values() if not (uniform and check.about in ("map", "pair") and check.key != "blank")]
+    asked = [
+        check
+        for check in CHECKS.values()
+        if not (uniform and check.about in ("map", "pair") and check.key != "blank")
+    ]
     measured = [(check, check.measure(evidence)) for check in asked]
     return tuple(
         Finding(check.key, value, bool(check.flags(value, check.limit)), check.text(evidence, value))
@@ -1702,7 +1775,9 @@ def findings_of(evidence: Evidence) -> tuple[Finding, ...]:
     )
 
 
-def checked(explanations: Sequence[Explanation], landmarks: Landmarks, trials: Sequence[Trial | None] = (None, None)) -> tuple[Explanation, ...]:
+def checked(
+    explanations: Sequence[Explanation], landmarks: Landmarks, trials: Sequence[Trial | None] = (None, None)
+) -> tuple[Explanation, ...]:
     """Explanations of one radiograph, one a model, with their findings."""
     maps = [explanation.raw_map for explanation in explanations]
     others = maps[::-1] if len(maps) == 2 else [None]
@@ -1735,9 +1810,12 @@ def blurred(image: np.ndarray) -> np.ndarray:
     return weights @ image @ weights.T
 
 
-def covered(image: np.ndarray, boxes: Iterable[tuple[int, int, int, int]]) -> np.ndarray:
-    """(C, N, N) with boxes filled: each pixel the mean of the four nearest ones outside, in its row and
-    column, weighted by their closeness."""
+def covered(image: np.ndarray, boxes: Iterable[Box]) -> np.ndarray:
+    """(C, N, N) with boxes filled from their surroundings.
+
+    Each pixel is the mean of the four nearest ones outside, in its row and its column, weighted by
+    their closeness.
+    """
     image, end = image.copy(), image.shape[1]
     for x0, y0, x1, y1 in boxes:
         right, down = np.arange(1, x1 - x0 + 1), np.arange(1, y1 - y0 + 1)[:, None]
@@ -1748,23 +1826,31 @@ def covered(image: np.ndarray, boxes: Iterable[tuple[int, int, int, int]]) -> np
             (y1 < end, image[:, y1 : y1 + 1, x0:x1], 1 / down[::-1]),
         )
         there = [(values, weights) for is_there, values, weights in sides if is_there]
-        image[:, y0:y1, x0:x1] = sum(values * weights for values, weights in there) / sum(weights for _, weights in there)
+        image[:, y0:y1, x0:x1] = sum(values * weights for values, weights in there) / sum(
+            weights for _, weights in there
+        )
     return image
 
 
-def marker_masks(markers: Sequence[tuple[int, int, int, int]], side: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+def marker_masks(markers: Sequence[Box], side: int) -> tuple[list[Box], list[Box]]:
     """Boxes to cover in an image of `side` pixels: the markers with a margin, and as much elsewhere.
 
     Elsewhere is their mirror image, left-right, up-down or both, that overlaps them least: about
     as far from the centre.
     """
-    boxes = [tuple(round(end * side / CHECKED_SIDE) for end in grown(box, MARKER_MARGIN, CHECKED_SIDE)) for box in markers]
+    boxes = [
+        tuple(round(end * side / CHECKED_SIDE) for end in grown(box, MARKER_MARGIN, CHECKED_SIDE))
+        for box in markers
+    ]
     across = [(side - x1, y0, side - x0, y1) for x0, y0, x1, y1 in boxes]
-    mirrors = [across, *([(x0, side - y1, x1, side - y0) for x0, y0, x1, y1 in each] for each in (boxes, across))]
+    mirrors = [
+        across,
+        *([(x0, side - y1, x1, side - y0) for x0, y0, x1, y1 in each] for each in (boxes, across)),
+    ]
     return boxes, min(mirrors, key=lambda mirror: (box_mask(mirror, side) & box_mask(boxes, side)).sum())
 
 
-def box_mask(boxes: Iterable[tuple[int, ...]], side: int) -> np.ndarray:
+def box_mask(boxes: Iterable[Box], side: int) -> np.ndarray:
     mask = np.zeros((side, side), bool)
     for x0, y0, x1, y1 in boxes:
         mask[y0:y1, x0:x1] = True
@@ -1778,7 +1864,7 @@ def hot_mask(heatmap: np.ndarray, side: int) -> np.ndarray:
 
 
 def moved_masks(mask: np.ndarray) -> list[np.ndarray]:
-    """At most MOVED_MASKS shifted and mirrored copies of a mask that hardly overlap it, the same for the same mask."""
+    """At most MOVED_MASKS shifted and mirrored copies of a mask that hardly overlap it."""
     step = len(mask) // CELLS
     moved = [
         np.roll(mirrored, (step * down, step * across), axis=(0, 1))
@@ -1795,12 +1881,17 @@ def class_scores(classifier: Classifier, images: np.ndarray, batch_size: int) ->
     import torch
 
     with torch.inference_mode():
-        batches = (torch.from_numpy(images[start : start + batch_size]) for start in range(0, len(images), batch_size))
+        batches = (
+            torch.from_numpy(images[start : start + batch_size])
+            for start in range(0, len(images), batch_size)
+        )
         scores = [classifier.network(batch.to(classifier.device)).cpu().numpy() for batch in batches]
     return np.concatenate(scores).astype(np.float64)
 
 
-def tried(classifier: Classifier, image: np.ndarray, explanation: Explanation, landmarks: Landmarks, batch_size: int) -> Trial:
+def tried(
+    classifier: Classifier, image: np.ndarray, explanation: Explanation, landmarks: Landmarks, batch_size: int
+) -> Trial:
     """Ask the network about changed copies of one input (3, N, N): at most 19 forward passes."""
     erasing = blurred(image)
     copies, side = [erasing], image.shape[1]
@@ -1817,14 +1908,6 @@ def tried(classifier: Classifier, image: np.ndarray, explanation: Explanation, l
 
 
 # Over a run
-
-
-FEW_MAPS = 20  # fewer tell more about chance than about the network
-SAME_PLACE_LIMIT = 0.5  # mean correlation of the maps of different images: fractures lie in different places
-SAME_CELL_LIMIT = 0.5  # of the hottest cells; 1/49 by chance
-MEAN_DARK_LIMIT = 0.25  # of the heat
-MEAN_MARKER_LIMIT = 0.1  # of the heat, where there is a marker
-BLANK_LIMIT = 0.5  # of a class's maps: then the network decides for it by what it does not see
 
 
 @dataclass(frozen=True)
@@ -1865,8 +1948,8 @@ def audit_lines(observations: Sequence[Observation]) -> list[str]:
     """What the maps of one model have in common over a run, with the guide's flag where that is suspect."""
     with_flags = [found for each in observations if (found := flagged(each.findings, "map"))]
     counts = Counter(finding.check for found in with_flags for finding in found)
-    each_check = ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key])
-    lines = [f"Map checks: {len(with_flags)} of {len(observations)} maps flagged{f': {each_check}' if each_check else ''}"]
+    which = ": " + ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key]) if counts else ""
+    lines = [f"Map checks: {len(with_flags)} of {len(observations)} maps flagged{which}"]
     for text, value, limit, form in audited(observations):
         sign = "🚩 " if value > limit else ""
         lines.append(f"{sign}{text}: {form(value)}{f', flagged above {form(limit)}' if sign else ''}")
@@ -1876,7 +1959,9 @@ def audit_lines(observations: Sequence[Observation]) -> list[str]:
     return lines
 
 
-def audited(observations: Sequence[Observation]) -> Iterator[tuple[str, float, float, Callable[[float], str]]]:
+def audited(
+    observations: Sequence[Observation],
+) -> Iterator[tuple[str, float, float, Callable[[float], str]]]:
     """What is measured over a run: words, value, limit, and how to write a value."""
     for name in sorted({each.explained for each in observations}):
         blank = [each.value("blank") for each in observations if each.explained == name]
@@ -1885,7 +1970,12 @@ def audited(observations: Sequence[Observation]) -> Iterator[tuple[str, float, f
     placed = [each for each in observations if each.value("focus") is not None]
     if len(placed) >= FEW_MAPS:
         heats = np.stack([each.heat for each in placed])
-        yield "Same place in every image, mean correlation of the maps", mean_correlation(heats), SAME_PLACE_LIMIT, "{:.2f}".format
+        yield (
+            "Same place in every image, mean correlation of the maps",
+            mean_correlation(heats),
+            SAME_PLACE_LIMIT,
+            "{:.2f}".format,
+        )
         yield "Same hottest cell", same_cell_share(heats), SAME_CELL_LIMIT, percent
         dark = [each.value("dark") for each in placed]
         yield "Mean heat where nothing as dense as bone is", float(np.mean(dark)), MEAN_DARK_LIMIT, percent
@@ -1895,11 +1985,6 @@ def audited(observations: Sequence[Observation]) -> Iterator[tuple[str, float, f
 
 
 # Where the fracture is known (--boxes)
-
-
-TEST_BOXES = TEST_IMAGES / "fracture_boxes.csv"  # used by itself for the images beside it
-BOX_COLUMNS = ("file", "x0", "y0", "x1", "y1")  # that a table of boxes must have; class may be there
-MAX_BOX_TABLE = 100_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -1923,7 +2008,7 @@ class Pointing:
 
 
 def read_boxes(path: Path) -> dict[str, TrueBox]:
-    """The boxes of a table `file,class,x0,y0,x1,y1`, by the real path of the image; files are named beside the table.
+    """The boxes of a table, by the real path of the image; images are named from the table's folder.
 
     Lines without coordinates are images without a fracture. Raises ExplainError, with the line,
     for whatever is no box.
@@ -1936,7 +2021,9 @@ def read_boxes(path: Path) -> dict[str, TrueBox]:
             if not row["file"] or not image.is_file():
                 raise ExplainError(f"no such file as {brief(row['file'])} beside the table; correct its name")
             if os.path.realpath(image) in boxes:
-                raise ExplainError(f"a second box for {brief(row['file'])}; keep one that holds the whole fracture")
+                raise ExplainError(
+                    f"a second box for {brief(row['file'])}; keep one that holds the whole fracture"
+                )
         except (ExplainError, ValueError, OSError) as error:
             cause = error if isinstance(error, ExplainError) else "not a file name; correct it"
             raise ExplainError(f"{source}: {cause}") from error
@@ -1953,7 +2040,9 @@ def box_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         header = reader.fieldnames or []
         if any(header.count(name) != 1 for name in BOX_COLUMNS):
-            raise ExplainError(f"its header is {brief(','.join(header))}, not file,class,x0,y0,x1,y1; correct it")
+            raise ExplainError(
+                f"its header is {brief(','.join(header))}, not file,class,x0,y0,x1,y1; correct it"
+            )
         for row in reader:
             if None in row or None in row.values():
                 cause = f"{len(header)} values expected, as in the header; correct it"
@@ -1983,22 +2072,25 @@ def box_of(row: dict[str, str], source: str) -> TrueBox | None:
             raise ExplainError(f"{name} is {ends[name]:g}, outside the image; correct it")
     for low, high in (("x0", "x1"), ("y0", "y1")):
         if ends[low] >= ends[high]:
-            raise ExplainError(f"{high} ({ends[high]:g}) is not larger than {low} ({ends[low]:g}); exchange or correct them")
+            raise ExplainError(
+                f"{high} ({ends[high]:g}) is not larger than {low} ({ends[low]:g}); exchange or correct them"
+            )
     return TrueBox(**ends, source=source)
 
 
 def box_in_shares(box: TrueBox, width: int, height: int) -> tuple[float, float, float, float]:
     """A box in shares of the image's sides. Raises ExplainError where it reaches outside the image."""
     if box.x1 > width or box.y1 > height:
-        cause = f"the box ends at ({box.x1:g}, {box.y1:g}), outside the image of {width} x {height} pixels; correct it"
-        raise ExplainError(f"{box.source}: {cause}")
+        cause = f"the box ends at ({box.x1:g}, {box.y1:g}), outside the image of {width} x {height} pixels"
+        raise ExplainError(f"{box.source}: {cause}; correct it")
     return box.x0 / width, box.y0 / height, box.x1 / width, box.y1 / height
 
 
 def pointing(raw_map: np.ndarray, box: tuple[float, float, float, float]) -> Pointing:
-    """The pointing game (J. Zhang et al., ECCV 2016) and the heat inside: a map (h, w), a box in shares of the sides.
+    """The pointing game (J. Zhang et al., ECCV 2016) and the heat inside, of a map (h, w).
 
-    Half a cell more on each side, because a map's maximum cannot be told more exactly than that.
+    The box is in shares of the image's sides, and counts with half a cell of the map more on each
+    side: a map's maximum cannot be told more exactly.
     """
     h, w = raw_map.shape
     x0, y0 = max(0, box[0] - 0.5 / w), max(0, box[1] - 0.5 / h)

@@ -85,8 +85,10 @@ def spot(row: int, column: int, side: int = 7) -> np.ndarray:
         (spot(0, 0, side=1) + np.float32([[0, 1e-6]]), 24 / 49, 0.25),  # a grid of 1 x 2 tells nothing
         (spot(1, 1, side=3), 0, 1),  # the middle third lies off the frame
     ],
-)  # fmt: skip
-def test_border_and_focus_mean_the_same_share_of_the_area_on_every_grid(raw_map: np.ndarray, border: float, focus: float) -> None:
+)
+def test_border_and_focus_mean_the_same_share_of_the_area_on_every_grid(
+    raw_map: np.ndarray, border: float, focus: float
+) -> None:
     found = findings(raw_map)
     assert found["border"].value == pytest.approx(border, abs=1e-5)
     assert found["focus"].value == pytest.approx(focus, abs=1e-5)
@@ -100,7 +102,9 @@ def test_heat_keeps_its_sum_and_its_centre_on_the_checks_grid(shape: tuple[int, 
     assert heat.shape == (CELLS, CELLS) and heat.sum() == pytest.approx(1)
     for axis, length in enumerate(shape):
         centres = (np.arange(length) + 0.5) / length
-        assert heat.sum(axis=1 - axis) @ ((np.arange(CELLS) + 0.5) / CELLS) == pytest.approx(positive.sum(axis=1 - axis) @ centres, abs=0.5 / CELLS)
+        assert heat.sum(axis=1 - axis) @ ((np.arange(CELLS) + 0.5) / CELLS) == pytest.approx(
+            positive.sum(axis=1 - axis) @ centres, abs=0.5 / CELLS
+        )
 
 
 def test_heat_of_a_cell_that_two_cells_share_is_parted_by_area() -> None:
@@ -132,9 +136,15 @@ def test_marker_heat_counts_every_cell_that_a_box_touches() -> None:
 
 @pytest.mark.parametrize(
     ("first", "second", "shared"),
-    [(CENTRE_ONLY, CENTRE_ONLY * 9, 1), (CENTRE_ONLY, BORDER_ONLY, 0), (spot(2, 2) + spot(4, 4), spot(4, 4) - spot(0, 0), 0.5)],
+    [
+        (CENTRE_ONLY, CENTRE_ONLY * 9, 1),
+        (CENTRE_ONLY, BORDER_ONLY, 0),
+        (spot(2, 2) + spot(4, 4), spot(4, 4) - spot(0, 0), 0.5),
+    ],
 )
-def test_map_agreement_is_the_heat_that_two_maps_share(first: np.ndarray, second: np.ndarray, shared: float) -> None:
+def test_map_agreement_is_the_heat_that_two_maps_share(
+    first: np.ndarray, second: np.ndarray, shared: float
+) -> None:
     for explanation in checked([an_explanation(raw_map=each) for each in (first, second)], EVERYWHERE):
         (found,) = (finding for finding in explanation.findings if finding.check == "map_agreement")
         assert found.value == pytest.approx(shared)
@@ -142,7 +152,12 @@ def test_map_agreement_is_the_heat_that_two_maps_share(first: np.ndarray, second
 
 
 @pytest.mark.parametrize(
-    ("raw_map", "words"), [(-UNIFORM, "Blank map: no positive evidence for Comminuted Fracture"), (UNIFORM, "Constant map"), (0 * UNIFORM, "Blank map")]
+    ("raw_map", "words"),
+    [
+        (-UNIFORM, "Blank map: no positive evidence for Comminuted Fracture"),
+        (UNIFORM, "Constant map"),
+        (0 * UNIFORM, "Blank map"),
+    ],
 )
 def test_of_a_blank_or_constant_map_only_that_is_told(raw_map: np.ndarray, words: str) -> None:
     pair = checked([an_explanation(raw_map=raw_map), an_explanation(raw_map=CENTRE_ONLY)], EVERYWHERE)
@@ -168,18 +183,39 @@ def test_confidence_is_counted_apart_from_the_map_checks() -> None:
         (CENTRE_ONLY, EVERYWHERE, set()),
     ],
 )
-def test_each_fault_of_a_map_is_flagged_under_its_own_name(raw_map: np.ndarray, landmarks: Landmarks, expected: set[str]) -> None:
+def test_each_fault_of_a_map_is_flagged_under_its_own_name(
+    raw_map: np.ndarray, landmarks: Landmarks, expected: set[str]
+) -> None:
     (explanation,) = checked([an_explanation(raw_map=raw_map)], landmarks)
     assert {finding.check for finding in flagged(explanation.findings, "map")} == expected
     text = verdict_text(explanation.findings)
-    assert text.startswith(f"{len(expected)} of 5 map checks flagged: ") if expected else text == "5 map checks passed"
+    assert (
+        text.startswith(f"{len(expected)} of 5 map checks flagged: ")
+        if expected
+        else text == "5 map checks passed"
+    )
 
 
-@pytest.mark.parametrize(("check", "limit", "above"), [("border", 0.5, True), ("dark", 0.35, True), ("markers", 0.2, True), ("focus", 0.5, False), ("map_agreement", 0.4, False), ("confidence", 0.95, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("check", "limit", "above"),
+    [
+        ("border", 0.5, True),
+        ("dark", 0.35, True),
+        ("markers", 0.2, True),
+        ("focus", 0.5, False),
+        ("map_agreement", 0.4, False),
+        ("confidence", 0.95, False),
+    ],
+)
 def test_thresholds(check: str, limit: float, above: bool) -> None:
     flags = CHECKS[check].flags
     assert CHECKS[check].limit == limit
-    assert [bool(flags(value, limit)) for value in (limit - 0.01, limit, limit + 0.01, np.nan)] == [not above, False, above, False]
+    assert [bool(flags(value, limit)) for value in (limit - 0.01, limit, limit + 0.01, np.nan)] == [
+        not above,
+        False,
+        above,
+        False,
+    ]
 
 
 # What a radiograph shows
@@ -209,7 +245,10 @@ def test_dense_share_of_a_cell() -> None:
 
 def test_connected_parts_are_those_that_a_flood_finds() -> None:
     mask = np.random.default_rng(5).random((40, 55)) < 0.35
-    labels, numbers = connected(mask), {place: index for index, place in enumerate(zip(*(each.tolist() for each in mask.nonzero())))}
+    labels, numbers = (
+        connected(mask),
+        {place: index for index, place in enumerate(zip(*(each.tolist() for each in mask.nonzero())))},
+    )
     expected = {}
     for start in numbers:
         waiting = [start]
@@ -230,7 +269,9 @@ def limb(marker: str = "", at: tuple[int, int] = (24, 150), points: int = 18) ->
     return np.repeat(np.asarray(page)[:, :, None], 3, axis=2)
 
 
-@pytest.mark.parametrize(("marker", "points"), [("R", 14), ("L", 18), ("R", 26), ("ERECT", 16), ("R 12:41", 14)])
+@pytest.mark.parametrize(
+    ("marker", "points"), [("R", 14), ("L", 18), ("R", 26), ("ERECT", 16), ("R 12:41", 14)]
+)
 def test_markers_are_found_where_they_are(marker: str, points: int) -> None:
     boxes = landmarks_of(limb(marker, (24, 150), points)).markers
     assert boxes
@@ -248,7 +289,14 @@ def test_landmarks_do_not_depend_on_the_size_of_the_file(scale: tuple[float, flo
     assert box == pytest.approx(expected, abs=2)
 
 
-@pytest.mark.parametrize("pixels", [np.zeros((1, 1, 3), np.uint8), np.full((9, 700, 3), 255, np.uint8), np.random.default_rng(1).integers(0, 256, (300, 200, 3), dtype=np.uint8)])  # fmt: skip
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((1, 1, 3), np.uint8),
+        np.full((9, 700, 3), 255, np.uint8),
+        np.random.default_rng(1).integers(0, 256, (300, 200, 3), dtype=np.uint8),
+    ],
+)
 def test_images_that_show_nothing_have_no_markers(pixels: np.ndarray) -> None:
     assert landmarks_of(pixels).markers == ()
 
@@ -258,14 +306,28 @@ def test_images_that_show_nothing_have_no_markers(pixels: np.ndarray) -> None:
 
 def a_trial(**changed: object) -> Trial:
     """Scores of two classes: 2 for class 0 means 88 %."""
-    usual = {"blurred": [0, 1], "covered": [2, 0], "covered_elsewhere": [2, 0], "erased": [-2, 0], "erased_elsewhere": [[2, 0], [1, 0], [3, 0]]}
-    return Trial(**{name: None if value is None else np.float64(value) for name, value in {**usual, **changed}.items()})
+    usual = {
+        "blurred": [0, 1],
+        "covered": [2, 0],
+        "covered_elsewhere": [2, 0],
+        "erased": [-2, 0],
+        "erased_elsewhere": [[2, 0], [1, 0], [3, 0]],
+    }
+    return Trial(
+        **{name: None if value is None else np.float64(value) for name, value in {**usual, **changed}.items()}
+    )
 
 
 def verified(**changed: object) -> dict[str, Finding]:
     landmarks = Landmarks(np.ones((7, 7)), ((10, 10, 30, 30),))
-    (explanation,) = checked([an_explanation(raw_map=CENTRE_ONLY, probabilities=np.float32([0.95, 0.05]))], landmarks, [a_trial(**changed)])
-    return {finding.check: finding for finding in explanation.findings if CHECKS[finding.check].about == "verify"}
+    (explanation,) = checked(
+        [an_explanation(raw_map=CENTRE_ONLY, probabilities=np.float32([0.95, 0.05]))],
+        landmarks,
+        [a_trial(**changed)],
+    )
+    return {
+        finding.check: finding for finding in explanation.findings if CHECKS[finding.check].about == "verify"
+    }
 
 
 @pytest.mark.parametrize(
@@ -277,14 +339,19 @@ def verified(**changed: object) -> dict[str, Finding]:
         ([np.log(0.99 / 0.01), 0], [np.log(0.95 / 0.05), 0], -0.04, False),
     ],
 )
-def test_covering_the_markers_counts_beyond_covering_elsewhere(scores: list[float], elsewhere: list[float], fall: float, is_flagged: bool) -> None:
+def test_covering_the_markers_counts_beyond_covering_elsewhere(
+    scores: list[float], elsewhere: list[float], fall: float, is_flagged: bool
+) -> None:
     found = verified(covered=scores, covered_elsewhere=elsewhere)["covering"]
     assert found.value == pytest.approx(fall) and found.is_flagged == is_flagged
 
 
 def test_covering_is_told_in_one_sentence() -> None:
     found = verified(covered=[np.log(0.25 / 0.75), 0], covered_elsewhere=[np.log(0.94 / 0.06), 0])["covering"]
-    assert found.text == "covering the side marker lowers Comminuted Fracture from 95 % to 25 %; covering as much elsewhere, 94 %"
+    assert (
+        found.text
+        == "covering the side marker lowers Comminuted Fracture from 95 % to 25 %; covering as much elsewhere, 94 %"
+    )
 
 
 @pytest.mark.parametrize(("hot", "rank"), [(0.5, 0), (1, 1 / 3), (2.5, 2 / 3), (9, 1)])
@@ -298,7 +365,9 @@ def test_the_default_class_cannot_be_tested_by_erasing() -> None:
     found = verified(blurred=[3, 0])
     assert found["default"].text == "with everything blurred it says Comminuted Fracture at 95 %"
     assert np.isnan(found["erasing"].value) and not found["erasing"].is_flagged
-    assert found["erasing"].text.endswith("cannot be tested: it says Comminuted Fracture even when everything is blurred")
+    assert found["erasing"].text.endswith(
+        "cannot be tested: it says Comminuted Fracture even when everything is blurred"
+    )
 
 
 def test_without_markers_or_heat_there_is_nothing_to_cover_or_erase() -> None:
@@ -352,16 +421,24 @@ def test_moved_masks_are_as_large_and_hardly_overlap() -> None:
     assert moved_masks(np.ones((224, 224), bool)) == []
 
 
-def test_verifying_takes_at_most_19_passes_in_batches(tiny_classifiers: dict[str, Classifier], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verifying_takes_at_most_19_passes_in_batches(
+    tiny_classifiers: dict[str, Classifier], monkeypatch: pytest.MonkeyPatch
+) -> None:
     classifier, sizes = tiny_classifiers["efficientnet"], []
-    handle = classifier.network.register_forward_pre_hook(lambda network, inputs: sizes.append(len(inputs[0])))
+    handle = classifier.network.register_forward_pre_hook(
+        lambda network, inputs: sizes.append(len(inputs[0]))
+    )
     image = np.random.default_rng(2).normal(size=(3, 224, 224)).astype(np.float32)
     (explanation,) = explainability.explain_batch(classifier, [image])
     sizes.clear()
-    trial = explainability.tried(classifier, image, explanation, Landmarks(np.ones((7, 7)), ((5, 5, 25, 25),)), 8)
+    trial = explainability.tried(
+        classifier, image, explanation, Landmarks(np.ones((7, 7)), ((5, 5, 25, 25),)), 8
+    )
     handle.remove()
     assert sizes == [8, 8, 3]
-    assert trial.blurred.shape == trial.covered.shape == trial.erased.shape == (2,) and trial.erased_elsewhere.shape == (15, 2)
+    assert trial.blurred.shape == trial.covered.shape == trial.erased.shape == (
+        2,
+    ) and trial.erased_elsewhere.shape == (15, 2)
 
 
 # Over a run
@@ -392,14 +469,21 @@ def test_share_of_maxima_in_one_cell() -> None:
 def test_the_audit_flags_the_same_corner_in_every_image() -> None:
     corner = [spot(0, 6) + 0.3 * each for each in scattered()]
     text = "\n".join(audit_lines(observations(corner)))
-    assert "🚩 Same place in every image" in text and "🚩 Same hottest cell: 100 %" in text and "40 of 40 maps flagged: border 40" in text
+    assert (
+        "🚩 Same place in every image" in text
+        and "🚩 Same hottest cell: 100 %" in text
+        and "40 of 40 maps flagged: border 40" in text
+    )
     assert "🚩" not in "\n".join(audit_lines(observations(scattered())))
 
 
 def test_the_audit_flags_dark_heat_and_marker_heat() -> None:
     landmarks = Landmarks(np.zeros((7, 7)), ((32, 32, 192, 192),))
     text = "\n".join(audit_lines(observations(scattered(), landmarks=landmarks)))
-    assert "🚩 Mean heat where nothing as dense as bone is: 100 %" in text and "🚩 Mean heat on markers, where there are any: 100 %" in text
+    assert (
+        "🚩 Mean heat where nothing as dense as bone is: 100 %" in text
+        and "🚩 Mean heat on markers, where there are any: 100 %" in text
+    )
 
 
 def test_the_audit_tells_blank_maps_by_class() -> None:
@@ -410,7 +494,10 @@ def test_the_audit_tells_blank_maps_by_class() -> None:
 
 
 def test_the_audit_of_few_maps_says_that_they_are_few() -> None:
-    assert audit_lines(observations(scattered(5) + [-UNIFORM]))[-1] == "Same place in every image: needs 20 maps that are not blank, here 5"
+    assert (
+        audit_lines(observations(scattered(5) + [-UNIFORM]))[-1]
+        == "Same place in every image: needs 20 maps that are not blank, here 5"
+    )
 
 
 # Where the fracture is known
@@ -425,7 +512,11 @@ def boxes_csv(folder: Path, content: str | bytes) -> Path:
 
 @pytest.mark.parametrize(
     "content",
-    ["file,class,x0,y0,x1,y1\na.png,simple,1,2,3.5,4\n", "\ufefffile,x0,y0,x1,y1\r\na.png, 1 ,2,3.5,4\r\n", "y1,x1,y0,x0,file,note\n4,3.5,2,1,a.png,\n"],
+    [
+        "file,class,x0,y0,x1,y1\na.png,simple,1,2,3.5,4\n",
+        "\ufefffile,x0,y0,x1,y1\r\na.png, 1 ,2,3.5,4\r\n",
+        "y1,x1,y0,x0,file,note\n4,3.5,2,1,a.png,\n",
+    ],
 )
 def test_boxes_are_read_by_their_columns(tmp_path: Path, content: str) -> None:
     ((image, box),) = read_boxes(boxes_csv(tmp_path, content)).items()
@@ -462,7 +553,7 @@ HEADER = "file,class,x0,y0,x1,y1\n"
         (HEADER.encode("utf-16"), "not UTF-8 text; save it as CSV in UTF-8"),
         (HEADER + 'a.png,"simple,1,2,3,4\n', "not a CSV table"),
     ],
-)  # fmt: skip
+)
 def test_each_kind_of_bad_box_has_its_own_line(tmp_path: Path, content: str | bytes, cause: str) -> None:
     with pytest.raises(ExplainError) as caught:
         read_boxes(boxes_csv(tmp_path, content))
@@ -478,13 +569,23 @@ def test_a_table_of_boxes_that_is_no_file_is_named(tmp_path: Path) -> None:
 def test_a_box_outside_its_image_is_named(tmp_path: Path) -> None:
     (box,) = read_boxes(boxes_csv(tmp_path, HEADER + "a.png,simple,10,20,200,100\n")).values()
     assert box_in_shares(box, 200, 100) == (0.05, 0.2, 1, 1)
-    with pytest.raises(ExplainError, match=r"line 2: the box ends at \(200, 100\), outside the image of 199 x 100 pixels"):
+    with pytest.raises(
+        ExplainError, match=r"line 2: the box ends at \(200, 100\), outside the image of 199 x 100 pixels"
+    ):
         box_in_shares(box, 199, 100)
 
 
 @pytest.mark.parametrize(
     ("raw_map", "is_inside"),
-    [(spot(3, 3), True), (spot(3, 2), True), (spot(3, 1), False), (spot(2, 3), True), (spot(6, 6), False), (-UNIFORM, False), (UNIFORM, False)],
+    [
+        (spot(3, 3), True),
+        (spot(3, 2), True),
+        (spot(3, 1), False),
+        (spot(2, 3), True),
+        (spot(6, 6), False),
+        (-UNIFORM, False),
+        (UNIFORM, False),
+    ],
 )
 def test_pointing_counts_half_a_cell_round_the_box(raw_map: np.ndarray, is_inside: bool) -> None:
     box = (3 / 7, 3 / 7, 4 / 7, 4 / 7)  # cell (3, 3)
