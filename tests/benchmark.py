@@ -80,7 +80,7 @@ def save_checkpoint(architecture: str, path: Path) -> None:
 
 
 def input_batch(classifier: tool.Classifier, radiographs: list[tool.Radiograph]) -> torch.Tensor:
-    inputs = [torch.from_numpy(tool.network_input(radiograph, classifier.preprocessing)) for radiograph in radiographs]
+    inputs = [torch.from_numpy(tool.network_input(radiograph, classifier.model.preprocessing)) for radiograph in radiographs]
     return torch.stack(inputs).to(classifier.device)
 
 
@@ -90,8 +90,8 @@ def peers(classifier: tool.Classifier, inputs: torch.Tensor) -> dict[str, Callab
     from pytorch_grad_cam import GradCAM
     from torchcam.methods import GradCAM as TorchCam
 
-    network = timm.create_model(classifier.architecture.partition(".")[0], num_classes=2).eval().to(inputs.device)
-    layer = network.get_submodule(classifier.family.target_layer)
+    network = timm.create_model(classifier.model.architecture.partition(".")[0], num_classes=2).eval().to(inputs.device)
+    layer = network.get_submodule(classifier.model.family.target_layer)
     grad_cam = GradCAM(model=network, target_layers=[layer])
 
     def captum() -> None:
@@ -120,9 +120,9 @@ def benchmark_explanations(classifiers: list[tool.Classifier], radiographs: list
         inputs = input_batch(classifier, radiographs[:1])
         this = {"bare": bare_forward(classifier, inputs), "this tool": partial(tool.explain_inputs, classifier, inputs)}
         spent = medians(this | peers(classifier, inputs), repeats)
-        row(f"{classifier.title}: bare forward pass", f"{spent['bare']:.3f} s")
+        row(f"{classifier.model.title}: bare forward pass", f"{spent['bare']:.3f} s")
         for name in list(spent)[1:]:
-            row(f"{classifier.title}: {name}", f"{spent[name] / spent['bare']:.2f}", "1.05" if name == "this tool" else "")
+            row(f"{classifier.model.title}: {name}", f"{spent[name] / spent['bare']:.2f}", "1.05" if name == "this tool" else "")
 
 
 def benchmark_batches(classifiers: list[tool.Classifier], radiographs: list[tool.Radiograph], repeats: int) -> float:

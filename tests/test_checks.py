@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,22 +17,23 @@ from explainability import (
     CELLS,
     CHECKED_SIDE,
     CHECKS,
+    Evidence,
     ExplainError,
     Finding,
     Landmarks,
     Observation,
     Trial,
     audit_lines,
-    blurred,
     box_in_shares,
-    checked,
+    checks_text,
     connected,
-    covered,
     dense_shares,
-    flagged,
+    findings_of,
+    flagged_findings,
     heat_on_cells,
     hot_mask,
     landmarks_of,
+    map_agreement,
     marker_masks,
     mean_correlation,
     moved_masks,
@@ -39,11 +42,14 @@ from explainability import (
     pointing,
     read_boxes,
     same_cell_share,
-    verdict_text,
+    with_filled,
+    without_detail,
 )
 
 if TYPE_CHECKING:
-    from explainability import Classifier
+    from collections.abc import Sequence
+
+    from explainability import Classifier, Explanation
 
 EVERYWHERE = Landmarks(np.ones((CELLS, CELLS)), ())  # dense all over, no marker
 UNIFORM = np.ones((7, 7), np.float32)
@@ -57,6 +63,15 @@ def almost_uniform() -> np.ndarray:
     raw_map = UNIFORM.copy()
     raw_map[3, 3] += 1e-6
     return raw_map
+
+
+def checked(
+    explanations: Sequence[Explanation], landmarks: Landmarks, trials: Sequence[Trial | None] = (None,)
+) -> list[Explanation]:
+    return [
+        dataclasses.replace(each, findings=findings_of(Evidence(each, landmarks, trial)))
+        for each, trial in zip(explanations, itertools.cycle(trials))
+    ]
 
 
 def findings(raw_map: np.ndarray, landmarks: Landmarks = EVERYWHERE, **changed: object) -> dict[str, Finding]:
@@ -145,10 +160,11 @@ def test_marker_heat_counts_every_cell_that_a_box_touches() -> None:
 def test_map_agreement_is_the_heat_that_two_maps_share(
     first: np.ndarray, second: np.ndarray, shared: float
 ) -> None:
-    for explanation in checked([an_explanation(raw_map=each) for each in (first, second)], EVERYWHERE):
-        (found,) = (finding for finding in explanation.findings if finding.check == "map_agreement")
-        assert found.value == pytest.approx(shared)
-        assert found.is_flagged == (shared < 0.4)
+    pair = [an_explanation(raw_map=each) for each in (first, second)]
+    for explanations in (pair, pair[::-1]):
+        found = map_agreement(explanations)
+        assert found.value == pytest.approx(shared) and found.is_flagged == (shared < 0.4)
+        assert found.text == f"the two maps share {100 * shared:.0f} % of their heat"
 
 
 @pytest.mark.parametrize(
@@ -162,14 +178,14 @@ def test_map_agreement_is_the_heat_that_two_maps_share(
 def test_of_a_blank_or_constant_map_only_that_is_told(raw_map: np.ndarray, words: str) -> None:
     pair = checked([an_explanation(raw_map=raw_map), an_explanation(raw_map=CENTRE_ONLY)], EVERYWHERE)
     assert [finding.check for finding in pair[0].findings] == ["blank", "confidence"]
-    assert pair[0].findings[0].is_flagged and words in verdict_text(pair[0].findings)
-    assert "map_agreement" not in [finding.check for finding in pair[1].findings]
+    assert pair[0].findings[0].is_flagged and words in checks_text(pair[0].findings)
+    assert map_agreement(pair) is None and map_agreement(pair[1:]) is None
 
 
 def test_confidence_is_counted_apart_from_the_map_checks() -> None:
     low, high = findings(CENTRE_ONLY, probabilities=LOW), findings(CENTRE_ONLY, probabilities=HIGH)
     assert low["confidence"].is_flagged and not high["confidence"].is_flagged
-    assert verdict_text(list(low.values())) == verdict_text(list(high.values())) == "5 map checks passed"
+    assert checks_text(list(low.values())) == checks_text(list(high.values())) == "5 map checks passed"
 
 
 @pytest.mark.parametrize(
@@ -187,8 +203,8 @@ def test_each_fault_of_a_map_is_flagged_under_its_own_name(
     raw_map: np.ndarray, landmarks: Landmarks, expected: set[str]
 ) -> None:
     (explanation,) = checked([an_explanation(raw_map=raw_map)], landmarks)
-    assert {finding.check for finding in flagged(explanation.findings, "map")} == expected
-    text = verdict_text(explanation.findings)
+    assert {finding.check for finding in flagged_findings(explanation.findings, "map")} == expected
+    text = checks_text(explanation.findings)
     assert (
         text.startswith(f"{len(expected)} of 5 map checks flagged: ")
         if expected
@@ -377,11 +393,11 @@ def test_without_markers_or_heat_there_is_nothing_to_cover_or_erase() -> None:
 def test_blur_keeps_constants_and_spreads_by_eight_pixels_of_224() -> None:
     image = np.zeros((3, 224, 224), np.float32)
     image[1, 112, 112] = 1
-    spread = blurred(image)[1]
+    spread = without_detail(image)[1]
     places = np.arange(224) - 112
     assert spread.sum() == pytest.approx(1, rel=1e-4)
     assert np.sqrt(spread.sum(axis=0) @ places**2) == pytest.approx(8, rel=1e-3)
-    assert blurred(np.full((3, 224, 224), 2, np.float32)) == pytest.approx(2, rel=1e-5)
+    assert without_detail(np.full((3, 224, 224), 2, np.float32)) == pytest.approx(2, rel=1e-5)
 
 
 @pytest.mark.parametrize("box", [(10, 20, 30, 50), (0, 0, 12, 9), (200, 215, 224, 224), (0, 40, 224, 60)])
@@ -390,7 +406,7 @@ def test_covering_continues_the_surroundings(box: tuple[int, int, int, int]) -> 
     x0, y0, x1, y1 = box
     marked = ramp.copy()
     marked[:, y0:y1, x0:x1] = 9
-    filled = covered(marked, [box])
+    filled = with_filled(marked, [box])
     outside = np.ones((224, 224), bool)
     outside[y0:y1, x0:x1] = False
     assert (filled[:, outside] == ramp[:, outside]).all() and (marked[:, y0:y1, x0:x1] == 9).all()
