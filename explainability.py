@@ -454,11 +454,11 @@ class Result:
     job: Job
     picture: np.ndarray | None = None  # (H, W, 3) uint8: the radiograph at the size of a panel
     inputs: tuple[np.ndarray, ...] = ()  # (3, size, size) float32 for each model; dropped once explained
-    landmarks: Landmarks | None = None
-    box: tuple[float, ...] | None = None  # the true one in shares of the sides: left, top, right, bottom
     explanations: tuple[Explanation, ...] = ()
     notes: tuple[str, ...] = ()
     error: str = ""
+    landmarks: Landmarks | None = None
+    box: tuple[float, ...] | None = None  # the true one in shares of the sides: left, top, right, bottom
 
 
 # ------------------------------------------------------------------------------------------
@@ -1838,14 +1838,15 @@ def percent(share: float) -> str:
 def covering_text(evidence: Evidence, value: float) -> str:
     explanation, trial, count = evidence.explanation, evidence.trial, len(evidence.landmarks.markers)
     what = "the side marker" if count == 1 else f"{count} markers"
-    covered, elsewhere = (
-        softmax_at(each, explanation.predicted) for each in (trial.covered, trial.covered_elsewhere)
+    scores = trial.covered, trial.covered_elsewhere
+    before, covered, elsewhere = (
+        percent(share)
+        for share in (explanation.confidence, *(softmax_at(each, explanation.predicted) for each in scores))
     )
-    verb = "lowers" if covered < explanation.confidence else "takes"
-    return (
-        f"covering {what} {verb} {explanation.prediction} from {percent(explanation.confidence)} "
-        f"to {percent(covered)}; covering as much elsewhere, {percent(elsewhere)}"
-    )
+    verb = "lowers" if value > 0 else "takes"
+    change = f"{verb} {explanation.prediction} from {before} to {covered}"
+    told = f"leaves {explanation.prediction} at {covered}" if covered == before else change
+    return f"covering {what} {told}; covering as much elsewhere, {elsewhere}"
 
 
 def default_text(evidence: Evidence, value: float) -> str:
@@ -2074,9 +2075,14 @@ def box_mask(boxes: Iterable[PixelBox], side: int) -> np.ndarray:
     return mask
 
 
+def enlarged(heatmap: np.ndarray, side: int) -> np.ndarray:
+    """A heatmap (h, w) at (side, side): bilinear, cell centres aligned; no heat where no cell has any."""
+    return np.asarray(Image.fromarray(heatmap).resize((side, side), Image.Resampling.BILINEAR))
+
+
 def hot_mask(heatmap: np.ndarray, side: int) -> np.ndarray:
     """(side, side) bool: the hottest ERASED_AREA of the image; less where less has any heat."""
-    heat = resized(heatmap, side, side)
+    heat = enlarged(heatmap, side)
     return (heat > 0) & (heat >= np.quantile(heat, 1 - ERASED_AREA))
 
 
@@ -2306,11 +2312,17 @@ def pointing(raw_map: np.ndarray, box: tuple[float, float, float, float]) -> Poi
     x1, y1 = min(1, box[2] + 0.5 / w), min(1, box[3] + 0.5 / h)
     row, column = np.unravel_index(raw_map.argmax(), raw_map.shape)
     x, y = (column + 0.5) / w, (row + 0.5) / h
-    heat = resized(normalised(raw_map), CHECKED_SIDE, CHECKED_SIDE)
+    heat = enlarged(normalised(raw_map), CHECKED_SIDE)
     left, top, right, bottom = (round(end * CHECKED_SIDE) for end in (x0, y0, x1, y1))
     share = heat[top:bottom, left:right].sum() / heat.sum() if heat.any() else 0
     is_inside = not is_uniform(raw_map) and x0 <= x <= x1 and y0 <= y <= y1
     return Pointing(bool(is_inside), float(share), (x1 - x0) * (y1 - y0))
+
+
+def pointing_text(pointed: Pointing) -> str:
+    place = "inside" if pointed.is_inside else "outside"
+    share = f"{percent(pointed.heat)} of the heat inside, {percent(pointed.area)} of the area"
+    return f"{'' if pointed.is_inside else '⚠️  '}Maximum {place} the true fracture's box; {share}"
 
 
 # ------------------------------------------------------------------------------------------
@@ -2795,13 +2807,16 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
     for finding in explanation.findings:
         if finding.is_flagged:
             sheet.write(x, y, "⚠", ALERT)
-            y = sheet.paragraph(x + 0.2, y, finding.text, width - 0.2, ALERT, 3) + 0.03
+            text = f"{CHECKS[finding.check].title}: {finding.text}"
+            y = sheet.paragraph(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
         elif CHECKS[finding.check].about == "verify":
-            y = sheet.paragraph(x, y, marked_text(finding), width, lines=3) + 0.03
+            y = sheet.paragraph(x, y, marked_text(finding), width, SMALL, 3) + 0.03
     plain = [each for each in explanation.findings if CHECKS[each.check].about != "verify"]
     passed = [check_title(each.check) for each in plain if not each.is_flagged]
     if passed:
         y = sheet.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
+    if explanation.pointing:
+        y = sheet.paragraph(x, y, pointing_text(explanation.pointing), width)
     return sheet.paragraph(x, y, READERS_CHECK, width) + 0.1
 
 
@@ -3764,12 +3779,6 @@ def checked_lines(explanation: Explanation) -> list[str]:
     return [first, *others, *passes, *([pointing_text(explanation.pointing)] if explanation.pointing else [])]
 
 
-def pointing_text(pointed: Pointing) -> str:
-    place = "inside" if pointed.is_inside else "outside"
-    share = f"{percent(pointed.heat)} of the heat inside, {percent(pointed.area)} of the area"
-    return f"{'' if pointed.is_inside else '⚠️  '}Maximum {place} the true fracture's box; {share}"
-
-
 def verdict_mark(result: Result) -> str:
     """A tick for being right where the folder names the true class, else for agreeing."""
     truth = true_class(result.job.image, result.explanations[0].model.class_names)
@@ -3913,7 +3922,7 @@ def read_result(job: Job, models: Sequence[Model], style: FigureStyle) -> Result
         return Result(job, error=str(error).replace(shown(job.image), shown(Path(job.label))))
     inputs = tuple(network_input(radiograph, model.preprocessing) for model in models)
     landmarks = landmarks_of(radiograph.pixels)
-    return Result(job, panel_picture(radiograph, style), inputs, landmarks, box, notes=radiograph.notes)
+    return Result(job, panel_picture(radiograph, style), inputs, notes=radiograph.notes, landmarks=landmarks, box=box)
 
 
 def explained_results(
