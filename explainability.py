@@ -40,6 +40,7 @@ import math
 import multiprocessing
 import operator
 import os
+import pickletools
 import random
 import re
 import secrets
@@ -48,7 +49,9 @@ import stat
 import struct
 import sys
 import tempfile
+import threading
 import time
+import traceback
 import warnings
 import zipfile
 import zlib
@@ -59,7 +62,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -76,7 +79,8 @@ if TYPE_CHECKING:
 # Constants
 # ------------------------------------------------------------------------------------------
 
-PROJECT = Path(__file__).resolve().parent
+SCRIPT = Path(globals().get("__file__", ""))  # no file where Python reads it from a pipe or an archive
+PROJECT = SCRIPT.resolve().parent if SCRIPT.is_file() else Path()
 CHECKPOINT_FOLDER = PROJECT / "checkpoints"
 TEST_IMAGES = PROJECT / "data_original" / "test"
 OUTPUT_FOLDER = PROJECT / "explainability_outputs"
@@ -92,6 +96,29 @@ IMAGENET_STD = (0.229, 0.224, 0.225)  # these, although timm's default for it sa
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net")  # where trainers put the weights, in order
 EMA_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema")  # the same, averaged over the training
+STRUCTURE_BYTES = 64_000_000  # of a checkpoint without its tensors; a gigabyte of weights needs a hundredth
+STRUCTURE_STEPS = 1_000_000  # of unpickling it; a second or two
+STRUCTURE_WEIGHT = 100_000_000  # parts and characters, each counted as often as it is put into something
+STRUCTURE_WIDTH = 200_000  # parts that wait to be put together
+STRUCTURE_DEPTH = 200  # containers in containers
+CALL_WEIGHT = 20  # times what a call is given: it may hash and copy it
+LONG_WEIGHT = 5_000  # of a number beyond 32 bits; as keys, they can be chosen to make a dictionary take hours
+OLD_PICKLES = 5  # of the container before PyTorch 1.6: its mark, version, system, contents, keys of the storages
+ATOMS = ("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "EMPTY_TUPLE")
+TEXTS = ("BINUNICODE", "SHORT_BINSTRING", "GLOBAL")
+ABOVE_THE_MARK = -1
+TAKING_STEPS = {  # how many parts the other steps take that torch knows
+    **{"EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "LONG1": 0, "STOP": 1, "BINPERSID": 1, "REDUCE": 2, "NEWOBJ": 2},
+    **{"TUPLE": ABOVE_THE_MARK, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1},
+    **{"APPENDS": ABOVE_THE_MARK, "SETITEMS": ABOVE_THE_MARK},
+}
+FILLING_STEPS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # into the part below what they take
+CALLING_STEPS = ("REDUCE", "NEWOBJ")
+CHECKPOINT_CALLS = re.compile(  # what a checkpoint may call: none gives much more than it is given
+    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode|torch (Size|device)"
+    r"|numpy dtype|numpy\._?core\.multiarray scalar|argparse Namespace"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state|qtensor|meta_tensor_no_storage)"
+)
 NUMBER_KINDS = ("float32", "float16", "bfloat16", "float64", "int64")  # int64: counters of batches
 COUNTER = "num_batches_tracked"  # end of the keys of those counters, which inference never reads
 MAX_CLASSES = 100
@@ -103,6 +130,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may
 MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 million
 HEAD_BYTES = 1024  # enough to tell what a file is
 DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
+UNFOLDING = "its structure unfolds to more than a network's checkpoint holds; save the network's state_dict() alone"
 COPY_AGAIN = "copy it again from where it came"
 NOTHING_TO_SEE = "every pixel is the same: there is nothing to see"
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
@@ -119,12 +147,13 @@ SPECIAL_FILES = {
 
 ROUNDING = 8 * float(np.finfo(np.float32).eps)  # relative error of a few float32 operations
 
-MAX_STEM_BYTES = 220  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
+MAX_STEM_BYTES = 210  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
 MARKED_BYTES = 1_000_000  # at each end of a file
 PROBE_BYTES = 4_000_000  # room that an output folder must have: the figures of one image
 
 DEFAULT_BATCH = {"cpu": 4, "cuda": 32, "mps": 32}  # images; larger ones gain no speed and take memory
 MAX_DRAWING_PROCESSES = 8
+LONG_PASSES = 10  # an image: from here on a bar counts them
 MAX_WAITING_RESULTS = 24  # explained images whose figures are not drawn yet
 RULE = "=" * 80
 
@@ -164,16 +193,6 @@ DIGEST_PLACES = {  # how the digest stands in a whole file
     ".pdf": re.compile(rb"/Keywords \((\w*)\).*%%EOF\s*$", re.DOTALL),
     ".svg": re.compile(rb"<dc:identifier>(\w*)</dc:identifier>.*</svg>\s*$", re.DOTALL),
 }
-METHOD_TITLES = {
-    "gradcam": "Grad-CAM",
-    "gradcam++": "Grad-CAM++",
-    "gradcam-hires": "Grad-CAM, high resolution",
-    "ig": "Integrated Gradients",
-    "shap": "SHAP",
-    "lrp": "LRP",
-    "occlusion": "Occlusion",
-}
-SIGNED_METHODS = ("ig", "shap", "lrp", "occlusion")
 
 
 # ------------------------------------------------------------------------------------------
@@ -230,6 +249,7 @@ class Family:
     landmark: str  # a key that weights of this family have and of others have not
     head: str  # dotted path of the last layer, one output a class
     target_layer: str  # dotted path for torch.nn.Module.get_submodule
+    finer_layer: str  # the last one whose grid has twice as many cells a side
     bullet: str
 
 
@@ -249,6 +269,7 @@ FAMILIES = {
             landmark="stages.0.blocks.0.mlp.grn.weight",
             head="head.fc",
             target_layer="stages.3",  # the last stage
+            finer_layer="stages.2",
             bullet="🔵",
         ),
         Family(
@@ -265,6 +286,7 @@ FAMILIES = {
             landmark="conv_stem.weight",
             head="classifier",
             target_layer="conv_head",
+            finer_layer="blocks.4",
             bullet="🟢",
         ),
     )
@@ -367,8 +389,8 @@ class Explanation:
     explained: int  # class whose score was explained
     raw_map: np.ndarray  # (h, w) float32, signed
     heatmap: np.ndarray  # (h, w) float32 in [0, 1]
-    method: str = "gradcam"  # key in METHOD_TITLES
-    owed: float | None = None  # what the raw map's sum must equal; None: no promise
+    method: str = "gradcam"  # key in METHODS
+    owed: float | None = None  # what the raw map's sum must equal; None where nothing is promised
     remarks: tuple[str, ...] = ()  # what its reader must know beside the map
     findings: tuple[Finding, ...] = ()  # one for each check that applies
     pointing: Pointing | None = None  # where the fracture is known
@@ -394,6 +416,23 @@ class Explanation:
     @property
     def explained_class(self) -> str:
         return self.model.class_names[self.explained]
+
+    @property
+    def sum_error(self) -> float:
+        """How far the raw map's sum is from what it owes, as a share of that; 0 where it owes nothing."""
+        if self.owed is None or not self.raw_map.any():
+            return 0.0
+        error, rounding = (
+            abs(float(self.raw_map.sum(dtype=float)) - self.owed),
+            1e-4 * float(np.abs(self.raw_map).sum()),
+        )
+        return error / max(abs(self.owed), rounding) if error > rounding else 0.0
+
+    @property
+    def negative_share(self) -> float:
+        """Share of the raw map's magnitude that speaks against the explained class."""
+        magnitude = float(np.abs(self.raw_map).sum())
+        return float(np.maximum(-self.raw_map, 0).sum()) / magnitude if magnitude else 0.0
 
     @property
     def blankness(self) -> str:
@@ -454,11 +493,16 @@ class Result:
     job: Job
     picture: np.ndarray | None = None  # (H, W, 3) uint8: the radiograph at the size of a panel
     inputs: tuple[np.ndarray, ...] = ()  # (3, size, size) float32 for each model; dropped once explained
-    explanations: tuple[Explanation, ...] = ()
+    explanations: tuple[Explanation, ...] = ()  # of the first model by each method, then of the second
     notes: tuple[str, ...] = ()
     error: str = ""
     landmarks: Landmarks | None = None
     box: tuple[float, ...] | None = None  # the true one in shares of the sides: left, top, right, bottom
+
+    @property
+    def opinions(self) -> list[Explanation]:
+        """One explanation of each model, by the first method."""
+        return [each for each in self.explanations if each.method == self.explanations[0].method]
 
 
 # ------------------------------------------------------------------------------------------
@@ -492,8 +536,9 @@ def refusal(path: Path, cause: str, remedy: str) -> ExplainError:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an exception means that; torch reports it as RuntimeError too."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
+    """Whether an exception means that; torch and the loader of libraries have words of their own for it."""
+    words = ("memory", "failed to map", "start new thread")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 @contextlib.contextmanager
@@ -969,6 +1014,8 @@ def check_archive(file: BinaryIO) -> None:
     if "data.pkl" not in names:
         remedy = "give a file that torch.save wrote, or a .safetensors file"
         raise ExplainError(f"a zip archive without weights; {remedy}")
+    if any(entry.file_size > STRUCTURE_BYTES for entry in entries if entry.filename.lower().endswith("/data.pkl")):
+        raise ExplainError(UNFOLDING)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could unpack to any size
         cause = "a compressed archive, which torch.save never writes"
         raise ExplainError(f"{cause}; save the checkpoint again with torch.save")
@@ -1025,8 +1072,7 @@ def read_torch(path: Path, pickled: bytes, is_mapped: bool) -> tuple[Any, list[s
         origins.add(origin)
         return storage
 
-    if b"bytearray\n" in pickled:  # the call that torch permits and that fills any memory
-        raise ValueError("GLOBAL bytearray")
+    check_structure(pickled, 1 if is_mapped else OLD_PICKLES)
     with torch.serialization.safe_globals(HARMLESS_TYPES):
         contents = torch.load(path, map_location=on_cpu, weights_only=True, mmap=is_mapped)
     notes = [] if is_mapped else ["container of PyTorch before 1.6 read whole"]
@@ -1036,10 +1082,99 @@ def read_torch(path: Path, pickled: bytes, is_mapped: bool) -> tuple[Any, list[s
 
 def pickled_part(file: BinaryIO, kind: FileKind) -> bytes:
     """The bytes that hold the structure of what torch.save wrote; the older container does not part them."""
+    import torch
+
+    file.seek(0)  # from behind the archive's list of contents
     if kind.use == "pickle":
-        return file.read()
-    archive = zipfile.ZipFile(file)
-    return b"".join(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
+        return file.read(STRUCTURE_BYTES)
+    # By torch's own reader: in a crafted archive, another might see another structure.
+    return torch._C.PyTorchFileReader(file).get_record("data.pkl")
+
+
+def check_structure(pickled: bytes, count: int) -> None:
+    """Raise ExplainError, without the path, where unpickling takes far more than the file's own size.
+
+    `count` pickles follow each other.
+    """
+    file, walk = io.BytesIO(pickled), StructureWalk()
+    for _ in range(count):
+        walk.follow(file)
+
+
+@dataclass(slots=True)
+class Part:
+    """Something that a pickle would make."""
+
+    weight: int = 1  # parts and characters in it
+    depth: int = 0  # containers in it, one in the other
+    told: str = ""  # a text, the name of what may be called, or the second of a pair
+    is_used: bool = False  # it is in another part
+
+
+ATOM = Part()  # a number, a truth value, nothing
+
+
+class StructureWalk:
+    """Adds up what it would take to make what pickles describe, without making it.
+
+    A few bytes can stand for hours and gigabytes: a pair of the same pair of the same pair ..., hashed
+    as a key; calls that double what they are given. So each step pays for all that it puts together,
+    as often as that is done.
+    """
+
+    def __init__(self) -> None:
+        self.steps = self.weight = 0
+
+    def follow(self, pickles: BinaryIO) -> None:
+        """Go through the next pickle. Raises ExplainError, without the path, where it is too much."""
+        stack: list[Part] = []
+        marks: list[int] = []  # heights of the stack
+        memo: dict[int, Part] = {}
+        for opcode, argument, _ in pickletools.genops(pickles):
+            self.steps += 1
+            if self.steps > STRUCTURE_STEPS or len(stack) > STRUCTURE_WIDTH or len(marks) > STRUCTURE_DEPTH:
+                raise ExplainError(UNFOLDING)
+            if opcode.name in ATOMS:
+                stack.append(ATOM)
+            elif opcode.name == "MARK":
+                marks.append(len(stack))
+            elif opcode.name in ("BINPUT", "LONG_BINPUT"):
+                memo[argument] = stack[-1]
+            elif opcode.name in ("BINGET", "LONG_BINGET"):
+                stack.append(memo[argument])
+            elif opcode.name in TEXTS:
+                stack.append(Part(len(argument), told=argument))
+            elif opcode.name != "PROTO":
+                taken = TAKING_STEPS[opcode.name]
+                height = marks.pop() if taken is ABOVE_THE_MARK else len(stack) - taken
+                items = stack[height:]
+                del stack[height:]
+                self.put_together(opcode.name, items, stack)
+
+    def put_together(self, step: str, items: list[Part], stack: list[Part]) -> None:
+        """Items from the stack become a new part on it, or go into the one that is there."""
+        weight = sum(item.weight for item in items)
+        depth = max((item.depth for item in items), default=-1) + 1
+        if step in CALLING_STEPS:
+            check_call(*items)
+        self.steps += 3  # beside its own: containers take more time and memory than numbers
+        self.weight += weight * (CALL_WEIGHT if step in CALLING_STEPS else 1)
+        if step not in FILLING_STEPS:
+            stack.append(Part(LONG_WEIGHT if step == "LONG1" else 1, told=items[1].told if step == "TUPLE2" else ""))
+        whole = stack[-1]
+        whole.weight, whole.depth = whole.weight + weight, max(whole.depth, depth)
+        # A part that is filled when it is in another already could come to hold itself.
+        if self.weight > STRUCTURE_WEIGHT or depth > STRUCTURE_DEPTH or (whole.is_used and items):
+            raise ExplainError(UNFOLDING)
+        for item in items:
+            item.is_used = True
+
+
+def check_call(function: Part, arguments: Part) -> None:
+    """Raise ValueError, in torch's words, for a call that no checkpoint of a network makes."""
+    is_known = CHECKPOINT_CALLS.fullmatch(function.told)
+    if not is_known or (function.told == "_codecs encode" and arguments.told != "latin1"):
+        raise ValueError(f"GLOBAL {function.told.replace(' ', '.')}")
 
 
 class NumberType:
@@ -1113,7 +1248,16 @@ def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Te
         notes = [f"EMA weights taken from {taken}: the only ones in the file"]
     notes += [f"EMA weights beside them ({key}) not used" for key in others if key in EMA_KEYS]
     notes += [f"other weights beside them ({key}) not used" for key in others if key in MODEL_KEYS]
+    check_numbers(places[taken], path)
     return places[taken], notes
+
+
+def check_numbers(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise ExplainError where weights share their numbers: a few could stand for gigabytes."""
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    if claimed > path.stat().st_size:
+        cause = f"its weights are {claimed:,} bytes of numbers, and the file holds fewer numbers"
+        raise refusal(path, cause, "save each weight with its own numbers (tensor.clone())")
 
 
 def without_prefix(
@@ -1418,8 +1562,76 @@ def use_exact_float32() -> None:
 
 
 # ------------------------------------------------------------------------------------------
-# Grad-CAM
+# Methods: from one pass of a batch to signed maps
 # ------------------------------------------------------------------------------------------
+
+BLUR = 12 / 224  # sigma of the reference's blur, in parts of the input's side
+CELL = 8  # pixels of the input a side, over which maps of pixels are summed
+POINTS = 32  # on the path of Integrated Gradients
+PLAYERS = 7  # cells a side of SHAP's grid
+COALITIONS = 512  # of those cells, half of them the complements of the others
+REFERENCE = "the radiograph, Gaussian-blurred, sigma 12/224 of its side"
+SMALL_GAIN = 1.0  # of a score over the reference's, a factor of e in the odds: less is a small difference
+MAX_SUM_ERROR = 0.05  # of what a map's sum owes: more is said
+WINDOWS = 13  # positions of occlusion's window along a side; it covers 2 x 2 cells of a grid with one more
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """What a batch's pass through a network gave: all that a method makes its maps of."""
+
+    network: torch.nn.Module
+    finer_layer: str  # dotted path
+    inputs: torch.Tensor  # (B, 3, S, S)
+    logits: torch.Tensor  # (B, K)
+    explained: torch.Tensor  # (B,) classes whose scores are explained
+    activations: torch.Tensor  # (B, C, h, w) of the target layer
+    gradients: torch.Tensor  # (B, C, h, w) d score / d activations
+    at_once: int  # inputs that memory has room for in one pass
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """(B,) logits of the explained classes."""
+        return chosen(self.logits, self.explained)
+
+    @functools.cached_property
+    def reference(self) -> torch.Tensor:
+        """(B, 3, S, S) what stands for "nothing there": the radiographs without detail.
+
+        Black or grey would lie far from all that the network was trained on.
+        """
+        return blurred(self.inputs)
+
+    @functools.cached_property
+    def reference_logits(self) -> torch.Tensor:
+        """(B, K) logits of the reference."""
+        import torch
+
+        with torch.no_grad():
+            return self.network(self.reference)
+
+    @property
+    def gain(self) -> torch.Tensor:
+        """(B,) how much higher the explained classes score on the radiographs than on the reference."""
+        differs = (self.inputs != self.reference).flatten(1).any(dim=1)  # else all difference is rounding
+        return (self.scores - chosen(self.reference_logits, self.explained)).where(differs, 0)
+
+
+def chosen(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Of logits (N, K) those of one class each: (N,)."""
+    return logits.gather(1, classes[:, None])[:, 0]
+
+
+def blurred(inputs: torch.Tensor) -> torch.Tensor:
+    """Inputs (B, 3, S, S) under a Gaussian blur, which near an edge weighs only pixels that are there."""
+    import torch
+
+    places = torch.arange(inputs.shape[-1], dtype=inputs.dtype, device=inputs.device)
+    kernel = (-(((places[:, None] - places) / (BLUR * len(places))) ** 2) / 2).exp()  # (S, S)
+    kernel /= kernel.sum(dim=1, keepdim=True)
+    smooth = kernel @ inputs @ kernel.T
+    rounding = 16 * ROUNDING * inputs.abs().amax(dim=(1, 2, 3), keepdim=True)  # of sums over S pixels, twice
+    return smooth.where((smooth - inputs).abs() > rounding, inputs)  # a flat image must be its own reference
 
 
 @contextlib.contextmanager
@@ -1442,17 +1654,412 @@ def captured_activations(layer: torch.nn.Module) -> Iterator[list[torch.Tensor]]
         handle.remove()
 
 
+def layer_gradients(
+    network: torch.nn.Module, layer: str, inputs: torch.Tensor, explained: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """One forward pass, and one backward pass from the class scores to a layer.
+
+    Returns logits (B, K), explained classes (B,): those given, or the predicted ones, and the
+    layer's activations and gradients (B, C, h, w).
+    """
+    import torch
+
+    with captured_activations(network.get_submodule(layer)) as captured, torch.enable_grad():
+        logits = network(inputs)
+        (activations,) = captured
+        explained = logits.argmax(dim=1) if explained is None else explained
+        # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
+        (gradients,) = torch.autograd.grad(chosen(logits, explained).sum(), activations)
+    return logits.detach(), explained, activations.detach(), gradients
+
+
+def forward_pass(
+    classifier: Classifier, inputs: torch.Tensor, target: int | None, at_once: int
+) -> ForwardPass:
+    """What every method needs of a batch; explains class `target`, or each image's predicted class.
+
+    Raises ExplainError where the network's output is not finite.
+    """
+    import torch
+
+    family, network = classifier.model.family, classifier.network
+    wanted = None if target is None else torch.full((len(inputs),), target, device=inputs.device)
+    logits, *rest = layer_gradients(network, family.target_layer, inputs, wanted)
+    if not torch.isfinite(logits).all():
+        raise refusal(
+            classifier.model.checkpoint, "the network's output is not finite", "its weights are damaged"
+        )
+    return ForwardPass(network, family.finer_layer, inputs, logits, *rest, at_once)
+
+
+# Class activation maps
+
+
 def grad_cam(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """Grad-CAM before the ReLU: (B, C, h, w) twice -> (B, h, w), signed.
 
-    alpha_k = mean over space of the gradients (eq. 1); sum over k of alpha_k A_k (eq. 2). What
-    lies within the rounding error of the sum is zero: noise must not become a heatmap.
+    alpha_k = mean over space of the gradients (eq. 1); sum over k of alpha_k A_k (eq. 2).
     """
-    weights = gradients.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+    return weighted_sum(gradients.mean(dim=(2, 3), keepdim=True), activations)
+
+
+def grad_cam_plus_plus(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """Grad-CAM++ before the ReLU: (B, C, h, w) twice -> (B, h, w), signed.
+
+    alpha = g^2 / (2 g^2 + g^3 sum A) = 1 / (2 + g sum A) (its eq. 19); weights sum(alpha relu(g)).
+    The paper's activations are never negative. Where the sum of these is, it counts as zero: else
+    the denominator could cross zero.
+    """
+    positive = gradients.relu()
+    totals = activations.sum(dim=(2, 3), keepdim=True).relu()
+    return weighted_sum((positive / (2 + positive * totals)).sum(dim=(2, 3), keepdim=True), activations)
+
+
+def weighted_sum(weights: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
+    """Sum over the channels: (B, C, 1, 1) and (B, C, h, w) -> (B, h, w).
+
+    What lies within the rounding error of the sum is zero: noise must not become a heatmap.
+    """
     terms = weights * activations  # (B, C, h, w)
     raw = terms.sum(dim=1)
     rounding = terms.abs().sum(dim=1) * ROUNDING
     return raw.where(raw.abs() > rounding, 0)
+
+
+def finer_grad_cam(seen: ForwardPass) -> torch.Tensor:
+    """Grad-CAM at the target layer times Grad-CAM one stage earlier, both after the ReLU: (B, 2h, 2w).
+
+    The finer map has the edges and is often hot elsewhere; the coarse one says what of it counts.
+    """
+    import torch
+
+    *_, activations, gradients = layer_gradients(seen.network, seen.finer_layer, seen.inputs, seen.explained)
+    finer = grad_cam(activations, gradients).relu()
+    coarse = grad_cam(seen.activations, seen.gradients).relu()[:, None]
+    return finer * torch.nn.functional.interpolate(coarse, finer.shape[1:], mode="bilinear")[:, 0]
+
+
+# Gradients of pixels
+
+
+def input_gradients(network: torch.nn.Module, inputs: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """d score / d inputs (N, 3, S, S), of one class (N,) each."""
+    import torch
+
+    inputs = inputs.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(chosen(network(inputs), classes).sum(), inputs)[0]
+
+
+def summed_over_cells(maps: torch.Tensor) -> torch.Tensor:
+    """Maps of pixels (B, 3, S, S) summed over colours and equal cells: (B, g, g), g = S / CELL.
+
+    No sum is lost: a pixel that lies across an edge counts in parts for both cells.
+    """
+    import torch
+
+    maps = maps.cpu().double().sum(dim=1)  # Apple's GPUs have no float64
+    size = maps.shape[-1]
+    cells, pixels = torch.arange(round(size / CELL))[:, None], torch.arange(size)
+    side = size / len(cells)
+    ends = (pixels + 1).double().minimum((cells + 1) * side)
+    shares = (ends - pixels.double().maximum(cells * side)).clamp(min=0)  # (g, S)
+    return (shares @ maps @ shares.T).float()
+
+
+def integrated_gradients(seen: ForwardPass) -> torch.Tensor:
+    """(x - x') * integral of the gradient from the reference x' to x, by the Gauss-Legendre rule."""
+    import torch
+
+    nodes, weights = (
+        torch.tensor(each / 2, dtype=torch.float32) for each in np.polynomial.legendre.leggauss(POINTS)
+    )
+    maps = torch.zeros_like(seen.inputs)
+    for total, reference, difference, explained in zip(
+        maps, seen.reference, seen.inputs - seen.reference, seen.explained
+    ):
+        for node, weight in zip(nodes.split(seen.at_once), weights.split(seen.at_once)):
+            node, weight = (each.to(total.device)[:, None, None, None] for each in (node + 0.5, weight))
+            gradients = input_gradients(
+                seen.network, reference + node * difference, explained.expand(len(node))
+            )
+            total += (weight * gradients).sum(dim=0)
+        total *= difference
+    return summed_over_cells(maps)
+
+
+# Layer-wise relevance propagation: the score made linear
+
+
+def held(factor: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """A factor of a batch's first images as a constant, the same for the images after them."""
+    import torch
+
+    return torch.cat([factor.detach()] * (len(inputs) // len(factor)))
+
+
+def held_layer_norm(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    """LayerNorm over the last axis with the first images' standard deviations."""
+    deviations = (inputs[:count].var(dim=-1, unbiased=False, keepdim=True) + layer.eps).sqrt()
+    return (inputs - inputs.mean(dim=-1, keepdim=True)) / held(deviations, inputs) * layer.weight + layer.bias
+
+
+def held_layer_norm_2d(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    return held_layer_norm(layer, count, inputs.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def held_response_norm(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    """Global response normalisation with the first images' factors (Woo et al. 2023, eq. 1 to 3)."""
+    norms = inputs[:count].norm(dim=layer.spatial_dim, keepdim=True)
+    factors = norms / (norms.mean(dim=layer.channel_dim, keepdim=True) + layer.eps)
+    return inputs * (1 + layer.weight.view(layer.wb_shape) * held(factors, inputs)) + layer.bias.view(
+        layer.wb_shape
+    )
+
+
+def held_gelu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return inputs * held(torch.special.ndtr(inputs[:count]), inputs)
+
+
+def held_silu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    return inputs * held(inputs[:count].sigmoid(), inputs)
+
+
+def held_sigmoid(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    """The gate of squeeze-and-excitation."""
+    return held(inputs[:count].sigmoid(), inputs)
+
+
+HELD_LAYERS = {
+    "LayerNorm": held_layer_norm,
+    "LayerNorm2d": held_layer_norm_2d,
+    "GlobalResponseNorm": held_response_norm,
+    "GELU": held_gelu,
+    "SiLU": held_silu,
+    "Sigmoid": held_sigmoid,
+}
+LINEAR_LAYERS = (  # in eval mode, but for what they hold of those above
+    *(
+        "Conv2d",
+        "Conv2dSame",
+        "Linear",
+        "BatchNorm2d",
+        "BatchNormAct2d",
+        "AdaptiveAvgPool2d",
+        "SelectAdaptivePool2d",
+    ),
+    *(
+        "AvgPool2d",
+        "Flatten",
+        "Identity",
+        "Dropout",
+        "Sequential",
+        "Downsample",
+        "GlobalResponseNormMlp",
+        "SqueezeExcite",
+    ),
+    *("ConvNeXt", "ConvNeXtStage", "ConvNeXtBlock", "NormMlpClassifierHead"),
+    *("EfficientNet", "ConvBnAct", "EdgeResidual", "InvertedResidual"),
+)
+
+
+@contextlib.contextmanager
+def held_factors(network: torch.nn.Module, count: int) -> Iterator[None]:
+    """Hold all that multiplies at what a batch's first `count` images make of it.
+
+    The scores are then linear in the inputs (Ali et al. 2022). The layers' own forward comes back
+    whatever happens. Raises ExplainError for a network with layers that are not known.
+    """
+    layers = [(layer, type(layer).__name__) for layer in network.modules()]
+    unknown = sorted({name for _, name in layers} - HELD_LAYERS.keys() - set(LINEAR_LAYERS))
+    if unknown:
+        raise ExplainError(
+            f"--method lrp: no rule for {', '.join(unknown)} in this network; choose another method"
+        )
+    swapped = [(layer, HELD_LAYERS[name]) for layer, name in layers if name in HELD_LAYERS]
+    try:
+        for layer, forward in swapped:
+            layer.forward = functools.partial(forward, layer, count)
+        yield
+    finally:
+        for layer, _ in swapped:
+            vars(layer).pop("forward", None)  # the class has its own
+
+
+def relevance(seen: ForwardPass) -> torch.Tensor:
+    """LRP-0: (x - x') times the gradient of the score with all factors held: (B, g, g)."""
+    maps = seen.inputs - seen.reference
+    with held_factors(seen.network, len(maps)):
+        return summed_over_cells(maps * input_gradients(seen.network, seen.inputs, seen.explained))
+
+
+def relevance_owed(seen: ForwardPass) -> torch.Tensor:
+    """How much lower the explained classes score on the reference with the radiographs' factors: (B,)."""
+    import torch
+
+    count = len(seen.inputs)
+    with torch.no_grad(), held_factors(seen.network, count):
+        scores = chosen(seen.network(torch.cat([seen.inputs, seen.reference])), seen.explained.repeat(2))
+    return scores[:count] - scores[count:]
+
+
+# Parts covered
+
+
+def falls(seen: ForwardPass, kept: torch.Tensor) -> torch.Tensor:
+    """How far the scores fall where a radiograph is covered by its reference: (B, M) float64.
+
+    `kept` (M, g, g) bool says which cells of g x g stay as they are.
+    """
+    import torch
+
+    rows = []
+    for image, reference, explained, score in zip(seen.inputs, seen.reference, seen.explained, seen.scores):
+        parts = []
+        for some in kept[:, None].float().split(seen.at_once):
+            mask = (
+                torch.nn.functional.interpolate(some.to(image.device), image.shape[1:]) > 0.5
+            )  # nearest: any size
+            covered = image.where(mask, reference)
+            differs = (covered != image).flatten(1).any(dim=1)  # else all difference is rounding
+            with torch.no_grad():
+                parts.append((score - seen.network(covered)[:, explained]).where(differs, 0))
+        rows.append(torch.cat(parts))
+    return torch.stack(rows).cpu().double()
+
+
+def occlusion(seen: ForwardPass) -> torch.Tensor:
+    """Mean fall of the score over the windows that cover a cell: (B, g, g), signed."""
+    import torch
+
+    side = WINDOWS + 1
+    covered = torch.zeros(WINDOWS, WINDOWS, side, side, dtype=torch.bool)
+    for row, column in itertools.product(range(WINDOWS), repeat=2):
+        covered[row, column, row : row + 2, column : column + 2] = True
+    covered = covered.flatten(0, 1)  # (M, g, g)
+    totals = torch.einsum("bm,mij->bij", falls(seen, ~covered), covered.double())
+    return (totals / covered.sum(dim=0)).float()
+
+
+def coalitions(players: int, count: int) -> np.ndarray:
+    """Sets of players (count, players) bool, pairs of complements, drawn with the kernel's chance."""
+    generator = np.random.default_rng(0)  # the same for every image, so that maps can be compared
+    sizes = np.arange(1, players)
+    chances = 1 / (sizes * (players - sizes))  # of a size; within it all sets are alike
+    drawn = generator.choice(sizes, count // 2, p=chances / chances.sum())
+    ranks = generator.random((count // 2, players)).argsort(axis=1)
+    sets = ranks < drawn[:, None]
+    return np.concatenate([sets, ~sets])
+
+
+def shapley_values(sets: np.ndarray, worths: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Least squares for the players' values: sets (M, P) with worths (B, M) -> (B, P) of sum `total` (B,).
+
+    Unweighted, as the draw follows the kernel already. The last player has what the others leave.
+    """
+    sets = sets.astype(float)
+    rest = worths - total[:, None] * sets[:, -1]
+    values = np.linalg.lstsq(sets[:, :-1] - sets[:, -1:], rest.T, rcond=None)[0].T
+    return np.column_stack([values, total - values.sum(axis=1)])
+
+
+def kernel_shap(seen: ForwardPass) -> torch.Tensor:
+    """Shapley values of the cells of a grid, absent cells covered by the reference: (B, PLAYERS, PLAYERS)."""
+    import torch
+
+    sets = coalitions(PLAYERS**2, COALITIONS)
+    total = seen.gain.cpu().double().numpy()
+    fallen = falls(seen, torch.from_numpy(sets).view(-1, PLAYERS, PLAYERS)).numpy()
+    values = shapley_values(sets, total[:, None] - fallen, total)
+    return torch.from_numpy(values).float().view(-1, PLAYERS, PLAYERS)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to tell where the score of a class comes from."""
+
+    key: str  # value of --method, part of the names of files
+    title: str
+    citation: str
+    maps: Callable[[ForwardPass], torch.Tensor]  # signed, (B, h, w)
+    passes: int  # inputs that go through the network for one image, the first pass and the proof among them
+    owed: Callable[[ForwardPass], torch.Tensor] | None = None  # (B,) what the maps must sum to
+    compares: bool = False  # with the reference; its maps then hold evidence against the class as well
+
+    @property
+    def own_passes(self) -> int:
+        """Passes that other methods on the same image do not share."""
+        return self.passes - 1 - self.compares
+
+
+METHODS = {
+    method.key: method
+    for method in (
+        Method(
+            key="gradcam",
+            title="Grad-CAM",
+            citation="Selvaraju et al., ICCV 2017",
+            maps=lambda seen: grad_cam(seen.activations, seen.gradients),
+            passes=1,
+        ),
+        Method(
+            key="gradcam++",
+            title="Grad-CAM++",
+            citation="Chattopadhay et al., WACV 2018",
+            maps=lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients),
+            passes=1,
+        ),
+        Method(
+            key="gradcam-hires",
+            title="Grad-CAM, high resolution",
+            citation="Selvaraju et al., ICCV 2017, at two stages; the product is this tool's",
+            maps=finer_grad_cam,
+            passes=2,
+        ),
+        Method(
+            key="ig",
+            title="Integrated Gradients",
+            citation="Sundararajan et al., ICML 2017",
+            maps=integrated_gradients,
+            passes=2 + POINTS,
+            owed=lambda seen: seen.gain,
+            compares=True,
+        ),
+        Method(
+            key="shap",
+            title="SHAP",
+            citation="Lundberg & Lee, NeurIPS 2017; Covert & Lee, AISTATS 2021",
+            maps=kernel_shap,
+            passes=2 + COALITIONS,
+            owed=lambda seen: seen.gain,
+            compares=True,
+        ),
+        Method(
+            key="lrp",
+            title="LRP",
+            citation="Bach et al., PLOS ONE 2015; factors held as in Ali et al., ICML 2022",
+            maps=relevance,
+            passes=5,
+            owed=relevance_owed,
+            compares=True,
+        ),
+        Method(
+            key="occlusion",
+            title="Occlusion",
+            citation="Zeiler & Fergus, ECCV 2014",
+            maps=occlusion,
+            passes=2 + WINDOWS**2,
+            compares=True,
+        ),
+    )
+}
+
+
+def passes_of(methods: Sequence[str]) -> int:
+    """Inputs that go through the network for an image; methods share the first and the reference."""
+    return 1 + any(METHODS[key].compares for key in methods) + sum(METHODS[key].own_passes for key in methods)
 
 
 def normalised(raw_map: np.ndarray) -> np.ndarray:
@@ -1479,48 +2086,66 @@ def target_index(target_class: str | None, class_names: Sequence[str]) -> int | 
     raise ExplainError(f"--target-class {printable(target_class)}: {cause}; choose {choices}")
 
 
-def explain_inputs(classifier: Classifier, inputs: torch.Tensor, target: int | None = None) -> tuple[torch.Tensor, ...]:
-    """One forward pass, and one backward pass from the class scores to the target layer.
-
-    Returns probabilities (B, K), the explained classes (B,): `target`, or each image's predicted
-    class, and the raw maps (B, h, w). Raises ExplainError where the network's output is not finite.
-    """
-    import torch
-
-    layer = classifier.network.get_submodule(classifier.model.family.target_layer)
-    with captured_activations(layer) as captured, torch.enable_grad():
-        logits = classifier.network(inputs)  # (B, K)
-        (activations,) = captured
-        if not torch.isfinite(logits).all():
-            raise refusal(classifier.model.checkpoint, "the network's output is not finite", "its weights are damaged")
-        explained = logits.argmax(dim=1) if target is None else torch.full_like(logits[:, 0], target, dtype=torch.long)
-        # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
-        score = logits.gather(1, explained[:, None]).sum()
-        (gradients,) = torch.autograd.grad(score, activations)
-    return logits.detach().softmax(dim=1), explained, grad_cam(activations.detach(), gradients)
-
-
 def explain_batch(
-    classifier: Classifier, inputs: Sequence[np.ndarray], target: int | None = None
-) -> list[Explanation]:
+    classifier: Classifier, inputs: Sequence[np.ndarray], target: int | None = None,
+    methods: Sequence[str] = ("gradcam",), at_once: int = DEFAULT_BATCH["cpu"],
+) -> list[Explanation]:  # fmt: skip
     """Explain prepared images, each (3, size, size): class `target`, or each one's predicted class.
 
-    Raises ExplainError where the network's output is not finite or memory does not suffice.
+    Returns one explanation by each method for the first image, then for the second and so on. No
+    more inputs than `at_once` pass the network together. Raises ExplainError where the network's
+    output or a map is not finite, or memory does not suffice.
     """
     import torch
 
     try:
-        answers = explain_inputs(classifier, torch.from_numpy(np.stack(inputs)).to(classifier.device), target)
+        seen = forward_pass(
+            classifier, torch.from_numpy(np.stack(inputs)).to(classifier.device), target, at_once
+        )
+        by_method = [explanations_of(classifier.model, seen, METHODS[key]) for key in methods]
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
         cause = f"not enough memory for a batch of {len(inputs)}"
         raise refusal(classifier.model.checkpoint, cause, "choose a smaller --batch-size") from error
-    probabilities, explained, raw_maps = (answer.cpu().numpy() for answer in answers)
-    return [
-        Explanation(classifier.model, scores, index, raw_map, normalised(raw_map))
-        for scores, index, raw_map in zip(probabilities, explained.tolist(), raw_maps)
+    return [explanation for of_image in zip(*by_method) for explanation in of_image]
+
+
+def explanations_of(model: Model, seen: ForwardPass, method: Method) -> list[Explanation]:
+    """A batch's explanations by one method."""
+    raw_maps = method.maps(seen).cpu().numpy()  # (B, h, w)
+    if not np.isfinite(raw_maps).all():
+        raise refusal(model.checkpoint, f"the map by {method.title} is not finite", "choose another --method")
+    probabilities, explained = seen.logits.softmax(dim=1).cpu().numpy(), seen.explained.tolist()
+    owed = method.owed(seen).tolist() if method.owed else [None] * len(raw_maps)
+    explanations = [
+        Explanation(model, scores, index, raw_map, normalised(raw_map), method.key, due)
+        for scores, index, raw_map, due in zip(probabilities, explained, raw_maps, owed)
     ]
+    if not method.compares:
+        return explanations
+    said = zip(explanations, seen.reference_logits.softmax(dim=1).cpu().numpy(), seen.gain.tolist())
+    return [
+        dataclasses.replace(each, remarks=method_remarks(each, scores, gain)) for each, scores, gain in said
+    ]
+
+
+def method_remarks(explanation: Explanation, reference: np.ndarray, gain: float) -> tuple[str, ...]:
+    """What the reader of a map that compares with the reference must know.
+
+    `reference` (K,) are the reference's probabilities; `gain` is what the explained class's score
+    gains on it.
+    """
+    name = explanation.model.class_names[reference.argmax()]
+    remarks = [f"Compared with the blurred radiograph, which the network calls {name}, {reference.max():.1%}"]
+    if gain < SMALL_GAIN:
+        little = f"{explanation.explained_class} scores {gain:+.2g} on the radiograph against it"
+        remarks.append(f"{little}: the map explains a small difference")
+    return tuple(remarks + [sum_remark(explanation)] * (explanation.sum_error > MAX_SUM_ERROR))
+
+
+def sum_remark(explanation: Explanation) -> str:
+    return f"The sum of the map by {METHODS[explanation.method].title} is off by {explanation.sum_error:.0%}"
 
 
 # ------------------------------------------------------------------------------------------
@@ -2338,14 +2963,19 @@ def plain_matplotlib() -> Any:
     """matplotlib as it comes: no file, variable or style of the user's reaches the figures.
 
     A matplotlibrc in the working directory is read before all others, so the import happens in the
-    folder that holds matplotlib's own.
+    folder that holds matplotlib's own. Raises ExplainError where that fails.
     """
-    os.environ["MPLBACKEND"] = "agg"
-    with contextlib.ExitStack() as stack:
+    os.environ["MPLBACKEND"] = "agg"  # a notebook leaves its own, which may not be importable from here
+    os.environ.pop("FREETYPE_PROPERTIES", None)  # how outlines of letters become pixels
+    with silenced(), contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # the working directory is gone, and no file in it
             stack.enter_context(contextlib.chdir(Path(find_spec("matplotlib").origin).parent / "mpl-data"))
-        import matplotlib
-    matplotlib.rcdefaults()
+        try:
+            import matplotlib
+            from matplotlib import font_manager  # noqa: F401  here, as it looks for a folder for its cache
+        except Exception as error:
+            cause = f"cannot be imported ({brief(str(error))})"
+            raise ExplainError(f"matplotlib: {cause}; set MPLCONFIGDIR to a folder that can be written") from error
     lasting = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "explainability"}
     matplotlib.rcParams.update({**lasting, "text.hinting": "none"})
     return matplotlib
@@ -2824,21 +3454,11 @@ def check_title(key: str) -> str:
     return key.replace("_", " ")
 
 
-def method_title(key: str) -> str:
-    return METHOD_TITLES[key]
-
-
 def explained_text(explanation: Explanation) -> str:
     """The explained class, with its probability where it is not the predicted one."""
     if explanation.explained == explanation.predicted:
         return explanation.explained_class
     return f"{explanation.probabilities[explanation.explained]:.2%} {explanation.explained_class}"
-
-
-def negative_share(raw_map: np.ndarray) -> float:
-    """Share of a map's magnitude that speaks against the explained class."""
-    magnitude = float(np.abs(raw_map).sum())
-    return float(np.maximum(-raw_map, 0).sum()) / magnitude if magnitude else 0.0
 
 
 def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str, str]]:
@@ -2851,7 +3471,7 @@ def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str
         ("Model", model.architecture),
         ("Checkpoint", printable(model.checkpoint.name)),
         ("", model.accuracy + " (synthetic test images)" * is_demo(model.checkpoint)),
-        ("Method", method_title(explanation.method)),
+        ("Method", METHODS[explanation.method].title),
     ]
     if explanation.method.startswith("gradcam"):
         lines.append(("Target layer", model.family.target_layer))
@@ -2860,8 +3480,8 @@ def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str
         lines.append(("Peak of raw map", f"{raw.max():.3g}{relative}"))
     if explanation.owed is not None:
         lines.append(("Sum of raw map", f"{raw.sum():.3g}, must be {explanation.owed:.3g}"))
-    if explanation.method in SIGNED_METHODS:
-        lines.append(("Negative share", f"{negative_share(raw):.0%} of the map's magnitude"))
+    if METHODS[explanation.method].compares:
+        lines.append(("Negative share", f"{explanation.negative_share:.0%} of the map's magnitude"))
     return lines
 
 
@@ -2931,7 +3551,7 @@ def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float
     if is_demo(explanations[0].model.checkpoint):
         text = f"Demo {'networks' if len(explanations) > 1 else 'network'}: {DEMO_NOTICE}."
     else:
-        text = f"{method_title(explanations[0].method)} shows correlation, not cause. Not for diagnosis."
+        text = f"{METHODS[explanations[0].method].title} shows correlation, not cause. Not for diagnosis."
     inches = sheet.width - 2 * MARGIN - beside
     sheet.height = sheet.paragraph(MARGIN, bottom + 0.1, text, inches, FAINT) + 0.12
 
@@ -2943,7 +3563,7 @@ STACK = ((0, 0), (0, 1), (0, 2), (0, 3))
 
 def explanation_figure(view: View, explanation: Explanation) -> Sheet:
     """The 4-panel figure: radiograph, heatmap, overlay, prediction details."""
-    aspect, column, method = view.width / view.height, view.column, method_title(explanation.method)
+    aspect, column, method = view.width / view.height, view.column, METHODS[explanation.method].title
     cells = ROW if aspect < 0.6 else GRID if aspect < 2 else STACK  # what fills the page best
     titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", "Overlay (Model Focus)")
     room, model = title_room(titles, column), explanation.model
@@ -3054,7 +3674,7 @@ def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Expla
     for number, explanation in enumerate(explanations):
         sheet.write(x + first + number * cell + 0.25, y, str(number + 1), FAINT)
         top = y + 0.22 + 0.28 * number
-        sheet.write(x, top + 0.04, f"{number + 1}  {method_title(explanation.method)}")
+        sheet.write(x, top + 0.04, f"{number + 1}  {METHODS[explanation.method].title}")
         for place, other in enumerate(explanations):
             share = map_overlap(explanation.heatmap, other.heatmap)
             fill_share(sheet, x + first + place * cell, top, cell, 0.28, share, f"{share:.2f}")
@@ -3063,7 +3683,7 @@ def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Expla
 
 def draw_method(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, cost: str) -> None:
     """One method's overlay, with its cost and the sum of its map beside what it owes."""
-    draw_overlay(sheet, x, y, view, explanation, method_title(explanation.method))
+    draw_overlay(sheet, x, y, view, explanation, METHODS[explanation.method].title)
     owed = "" if explanation.owed is None else f", must be {explanation.owed:.3g}"
     text = f"{cost}; sum {explanation.raw_map.sum():.3g}{owed}"
     end = sheet.paragraph(x, y + view.height + 0.05, text, view.column)
@@ -3083,7 +3703,7 @@ def methods_figure(view: View, explanations: Sequence[Explanation], costs: Seque
     pitch = view.column + GAP
     sheet = Sheet(max(2 * MARGIN + columns * pitch + BAR_ROOM, 7))
     title = f"{model.title}: evidence for {explanations[0].explained_class}"
-    room = title_room([method_title(each.method) for each in explanations], view.column)
+    room = title_room([METHODS[each.method].title for each in explanations], view.column)
     y = draw_header(sheet, title, view.name, is_demo(model.checkpoint)) + room
     down = room + view.height + 3 * SMALL.leading
     places = [(MARGIN + n % columns * pitch, y + n // columns * down) for n in range(count)]
@@ -3405,37 +4025,57 @@ def file_mark(path: Path) -> tuple[int, str]:
 
 
 def make_jobs(
-    images: Sequence[Path], labels: Sequence[str], keys: Sequence[str], folder: Path,
-    kinds: Sequence[str], ending: str, asked: object,
+    images: Sequence[Path], labels: Sequence[str], keys: Sequence[str], methods: Sequence[str],
+    folder: Path, kinds: Sequence[str], ending: str, asked: object,
 ) -> list[Job]:  # fmt: skip
     """A job for each image, known by its label; `asked` is all that results depend on beside the image.
 
     It writes outputs of these kinds: figures, whose names have this ending, maps and panels.
 
-    Raises ExplainError where an output would replace one of the images.
+    Raises ExplainError where an output would replace one of the images, or another output.
     """
-    prefixes = {f"gradcam_{key}": (index,) for index, key in enumerate(keys)}
-    prefixes |= {"comparison": tuple(range(len(keys)))} if len(keys) > 1 else {}
-    shown_by = prefixes if "figures" in kinds else {}
-    bare = ["radiograph", *(f"{kind}_{key}" for key in keys for kind in ("heatmap", "overlay"))]
+    shown_by = page_prefixes(keys, methods) if "figures" in kinds else {}
+    made = list(itertools.product(keys, methods))
+    map_prefixes = [prefix_of("map", method, key) for key, method in made if "maps" in kinds]
+    bare = [prefix_of(kind, method, key) for key, method in made for kind in ("heatmap", "overlay")]
     jobs = [
         Job(
             image,
             label,
             tuple(Page(folder / f"{prefix}_{stem}.{ending}", shows) for prefix, shows in shown_by.items()),
-            tuple(folder / f"map_{key}_{stem}.npy" for key in keys if "maps" in kinds),
+            tuple(folder / f"{prefix}_{stem}.npy" for prefix in map_prefixes),
             digest_of(asked, file_mark(image)),
-            tuple(folder / f"{prefix}_{stem}.png" for prefix in bare if "panels" in kinds),
+            tuple(folder / f"{prefix}_{stem}.png" for prefix in ("radiograph", *bare) if "panels" in kinds),
         )
         for image, label, stem in zip(images, labels, output_stems(labels))
     ]
     inputs = {os.path.realpath(image) for image in images}
-    written = folder / TABLE_NAME, folder / f"{SHEET_STEM}.{ending}"
-    for path in (*written, *(path for job in jobs for path in job.outputs)):
+    written = Counter(path for job in jobs for path in job.outputs)
+    for path in (folder / TABLE_NAME, folder / f"{SHEET_STEM}.{ending}", *written):
         if os.path.realpath(path) in inputs:
             cause = "is an input of this run and would be replaced"
             raise refusal(path, cause, "choose another --output-dir")
+        if written[path] > 1:  # comparison_ig_x: of x by Integrated Gradients, or of ig_x by Grad-CAM
+            raise refusal(path, "two results of this run would have this name", "run one --method at a time")
     return jobs
+
+
+def prefix_of(kind: str, method: str, key: str = "") -> str:
+    """How the name of an output begins; Grad-CAM, which came first, is not named."""
+    return "_".join(filter(None, (kind, method if method != "gradcam" else "", key)))
+
+
+def page_prefixes(keys: Sequence[str], methods: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """How the names of an image's figures begin, and which of its explanations each shows."""
+    made = list(itertools.product(keys, methods))  # in the order in which they are explained
+    pages = {f"{method}_{key}": (index,) for index, (key, method) in enumerate(made)}
+    for method in methods if len(keys) > 1 else ():
+        pages[prefix_of("comparison", method)] = tuple(
+            index for index, pair in enumerate(made) if pair[1] == method
+        )
+    for key in keys if len(methods) > 1 else ():
+        pages[f"methods_{key}"] = tuple(index for index, pair in enumerate(made) if pair[0] == key)
+    return pages
 
 
 def content_label(image: Path) -> str:
@@ -3450,16 +4090,24 @@ def digest_of(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
+def page_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
+    """The figure of one explanation, of one method by several models, or of one model by several methods."""
+    if len(explanations) == 1:
+        return explanation_figure(view, explanations[0])
+    if explanations[0].method == explanations[1].method:
+        return comparison_figure(view, explanations, map_agreement(explanations))
+    passes = [METHODS[each.method].passes for each in explanations]
+    return methods_figure(
+        view, explanations, [f"{count} {'passes' if count > 1 else 'pass'}" for count in passes]
+    )
+
+
 def write_page(result: Result, page: Page, style: FigureStyle) -> None:
     """Draw one figure of a job and write it. Raises ExplainError where it cannot be written."""
     explanations = [result.explanations[index] for index in page.shows]
     view = View(result.picture, result.job.name, style, (result.box,) if result.box else ())
-    if len(explanations) == 1:
-        figure = explanation_figure(view, explanations[0])
-    else:
-        figure = comparison_figure(view, explanations, map_agreement(explanations))
     try:
-        content = figure_bytes(figure, style, result.job.digest)
+        content = figure_bytes(page_figure(view, explanations), style, result.job.digest)
     except MemoryError as error:
         cause = f"not enough memory to draw it at {style.dpi} DPI"
         raise refusal(page.path, cause, "choose a smaller --dpi") from error
@@ -3501,8 +4149,8 @@ def write_maps(result: Result) -> None:
 
 
 def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
-    """Everything that a raw map depends on."""
-    model = explanation.model
+    """Everything that a raw map depends on, and what it must sum to."""
+    model, method = explanation.model, METHODS[explanation.method]
     return {
         "image": shown(Path(job.label)),
         "image_sha256": file_digest(job.image),
@@ -3510,7 +4158,13 @@ def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
         "checkpoint_sha256": file_digest(model.checkpoint),
         "architecture": model.architecture,
         "target_layer": model.family.target_layer,
-        "method": "Grad-CAM before the ReLU",
+        "method": explanation.method,
+        "method_title": method.title,
+        "citation": method.citation,
+        "sum": float(explanation.raw_map.sum(dtype=float)),
+        "sum_owed": explanation.owed,
+        "reference": REFERENCE if method.compares else None,
+        "remarks": explanation.remarks,
         "explained_class": explanation.explained,
         "class_names": model.class_names,
         "probabilities": explanation.probabilities.tolist(),
@@ -3582,31 +4236,63 @@ def value_text(explanation: Explanation, check: str) -> str:
     return f"{values[0]:.6f}" if values else ""
 
 
-MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str | None]] = {  # by name: from explanation and true class
+def box_text(pointed: Pointing | None, name: str) -> str:
+    """One value of a map's comparison with the true box; nothing where that is not known."""
+    if pointed is None:
+        return ""
+    value = getattr(pointed, name)
+    return yes_or_no(value) if name == "is_inside" else f"{value:.6f}"
+
+
+MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from explanation and true class
     "predicted": lambda explanation, truth: explanation.prediction,
     "confidence": lambda explanation, truth: f"{explanation.confidence:.6f}",
     "correct": lambda explanation, truth: yes_or_no(is_right(explanation, truth)) if truth else "",
     "explained": lambda explanation, truth: explanation.explained_class,
-    "raw_peak": lambda explanation, truth: f"{explanation.raw_map.max():.6g}",
-    "blank_map": lambda explanation, truth: yes_or_no(not explanation.heatmap.any()),
-    "flags": lambda explanation, truth: flags_text(explanation),
+    "method": lambda explanation, truth: explanation.method,
     **{
         key: lambda explanation, truth, key=key: value_text(explanation, key)
         for key, check in CHECKS.items()
-        if check.about in ("map", "verify") and key != "blank"
+        if check.about == "verify"
     },
-    "in_box": lambda explanation, truth: explanation.pointing and yes_or_no(explanation.pointing.is_inside),
-    "heat_in_box": lambda explanation, truth: explanation.pointing and f"{explanation.pointing.heat:.6f}",
-    "box_area": lambda explanation, truth: explanation.pointing and f"{explanation.pointing.area:.6f}",
 }
 
 
-def table_columns(models: Sequence[Model]) -> list[str]:
+MAP_COLUMNS: dict[str, Callable[[Explanation], str]] = {  # by name: from explanation
+    "raw_peak": lambda explanation: f"{explanation.raw_map.max():.6g}",
+    "blank_map": lambda explanation: yes_or_no(not explanation.heatmap.any()),
+    "flags": flags_text,
+    **{
+        key: lambda explanation, key=key: value_text(explanation, key)
+        for key, check in CHECKS.items()
+        if check.about == "map" and key != "blank"
+    },
+    "in_box": lambda explanation: box_text(explanation.pointing, "is_inside"),
+    "heat_in_box": lambda explanation: box_text(explanation.pointing, "heat"),
+    "box_area": lambda explanation: box_text(explanation.pointing, "area"),
+    "sum": lambda explanation: f"{explanation.raw_map.sum(dtype=float):.6g}",
+    "sum_owed": lambda explanation: "" if explanation.owed is None else f"{explanation.owed:.6g}",
+    "negative_share": lambda explanation: f"{explanation.negative_share:.4f}",
+}
+SUM_COLUMNS = ("sum", "sum_owed", "negative_share")  # of methods that compare with a reference
+
+
+def table_columns(models: Sequence[Model], methods: Sequence[str] = ("gradcam",)) -> list[str]:
     columns = ["file", "true_class"]
     for model in models:
         columns += [f"{model.family.key}_{name}" for name in MODEL_COLUMNS]
+        columns += [
+            f"{model.family.key}_{name}" for key in methods for name in map_columns(key, key == methods[0])
+        ]
         columns += [f"{model.family.key}_p_{name}" for name in model.class_names]
     return [*columns, "agree", AGREEMENT, "notes", "digest", "outputs", "error"]
+
+
+def map_columns(method: str, is_first: bool) -> dict[str, Callable[[Explanation], str]]:
+    """What the table says of each map by a method; the first method's columns go without its name."""
+    has_sum = METHODS[method].compares
+    wanted = {name: text_of for name, text_of in MAP_COLUMNS.items() if has_sum or name not in SUM_COLUMNS}
+    return {name if is_first else f"{method}_{name}": text_of for name, text_of in wanted.items()}
 
 
 def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
@@ -3616,14 +4302,19 @@ def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
     if result.error:
         return row
     for explanation in result.explanations:
+        for name, text_of in map_columns(
+            explanation.method, explanation.method == result.explanations[0].method
+        ).items():
+            row[f"{explanation.model.family.key}_{name}"] = text_of(explanation)
+    for explanation in result.opinions:
         model = explanation.model
         for name, text_of in MODEL_COLUMNS.items():
             row[f"{model.family.key}_{name}"] = text_of(explanation, truth)
         for name, probability in zip(model.class_names, explanation.probabilities):
             row[f"{model.family.key}_p_{name}"] = f"{probability:.6f}"
     if len(models) > 1:
-        row["agree"] = yes_or_no(agree(result.explanations))
-        overlap = map_agreement(result.explanations)
+        row["agree"] = yes_or_no(agree(result.opinions))
+        overlap = map_agreement(result.opinions)
         row[AGREEMENT] = f"{overlap.value:.6f}" if overlap else ""
     files = [path.name for path in job.outputs if path.suffix != ".json"]
     return row | {"digest": job.digest, "outputs": ";".join(files)}
@@ -3648,7 +4339,9 @@ def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, st
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames not in (None, columns):
-                cause = "its columns are not those of this run (another --model, or other classes)"
+                cause = (
+                    "its columns are not those of this run (another --model or --method, or other classes)"
+                )
                 raise refusal(path, cause, "move it away, or choose another --output-dir")
             return {row_key(row["file"]): row for row in reader if None not in row.values()}
     except FileNotFoundError:
@@ -3703,12 +4396,37 @@ def open_table(
 
 
 def say(*lines: str) -> None:
-    print(*lines, sep="\n", flush=True)
+    """Print to standard output, at once. Raises ExplainError where that cannot be written."""
+    with writing_output():
+        print(*lines, sep="\n", flush=True)
+
+
+@contextlib.contextmanager
+def writing_output() -> Iterator[None]:
+    """Turn a full disk behind standard output into an ExplainError; a reader that has gone stays what it is."""
+    try:
+        yield
+    except OSError as error:
+        discard(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise ExplainError(f"standard output: cannot be written ({error.strerror}); free space, or send it elsewhere") from error
+
+
+def discard(stream: TextIO) -> None:
+    """Let what is left in a stream that cannot be written go nowhere, or Python complains of it at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def warn(*lines: str) -> None:
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)
+    """Print to standard error; where that cannot be written, nothing can be said."""
+    try:
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
 
 
 def note_lines(file: Path | str, notes: Sequence[str]) -> list[str]:
@@ -3733,63 +4451,89 @@ def opening_lines(jobs: Sequence[Job], is_single: bool, is_random: bool, models:
 
 def single_lines(result: Result) -> list[str]:
     """What became of the one image of a run."""
-    lines = []
-    for explanation, page in zip(result.explanations, result.job.pages):
-        model = explanation.model
-        lines += [f"{model.family.bullet} Generating {model.title} Grad-CAM..."]
-        lines += [f"✅ Visualization saved: {shown(page.path)}", ""]
-    for page in result.job.pages[len(result.explanations) :]:
-        lines += ["📊 Creating comparison visualization..."]
-        lines += [f"✅ Comparison saved: {shown(page.path)}", ""]
+    lines = [line for page in result.job.pages for line in page_lines(result, page)]
     lines += [f"✅ Picture saved: {shown(path)}" for path in result.job.panels]
     lines += [f"✅ Map saved: {shown(path)}" for path in result.job.maps]
     return lines + [""] * bool(result.job.panels or result.job.maps)
 
 
+def page_lines(result: Result, page: Page) -> list[str]:
+    first, *others = (result.explanations[index] for index in page.shows)
+    if not others:
+        what = f"{first.model.family.bullet} Generating {first.model.title} {METHODS[first.method].title}"
+        return [f"{what}...", f"✅ Visualization saved: {shown(page.path)}", ""]
+    what = "comparison" if others[0].method == first.method else "methods"
+    saved = f"✅ {what.capitalize()} saved: {shown(page.path)}"
+    return [f"📊 Creating {what} visualization...", saved, ""]
+
+
 def summary_lines(result: Result) -> list[str]:
     """What the models say about the one image of a run."""
-    if len(result.explanations) == 1:
-        return prediction_lines(result.explanations[0])
+    by_model = [[each for each in result.explanations if each.model == one.model] for one in result.opinions]
+    if len(by_model) == 1:
+        return prediction_lines(by_model[0])
     lines = [RULE, "📊 COMPARISON SUMMARY", RULE]
-    for explanation in result.explanations:
-        lines += [*prediction_lines(explanation), ""]
-    verdict = f"{agreement_text(result.explanations)}{verdict_text(result)}"
-    overlap = map_agreement(result.explanations)
+    for explanations in by_model:
+        lines += [*prediction_lines(explanations), ""]
+    verdict = f"{agreement_text(result.opinions)}{verdict_text(result)}"
+    overlap = map_agreement(result.opinions)
     return [*lines, f"{verdict_mark(result)} {verdict}", *([marked_text(overlap)] if overlap else [])]
 
 
-def prediction_lines(explanation: Explanation) -> list[str]:
+def prediction_lines(explanations: Sequence[Explanation]) -> list[str]:
+    """What one model says, and what is to be known of its maps."""
+    first = explanations[0]
     lines = [
-        f"{explanation.model.title}:",
-        f"  Prediction: {explanation.prediction}",
-        f"  Confidence: {explanation.confidence:.2%}",
+        f"{first.model.title}:",
+        f"  Prediction: {first.prediction}",
+        f"  Confidence: {first.confidence:.2%}",
     ]
-    if explanation.explained != explanation.predicted:
-        lines.append(f"  Explained class: {explanation.explained_class}")
-    lines += [f"  {line}" for line in checked_lines(explanation)] if explanation.findings else []
-    return lines + [f"  ⚠️  {text}" for text in explanation.remarks]
+    if first.explained != first.predicted:
+        lines.append(f"  Explained class: {first.explained_class}")
+    lines += [f"  {proof_text(each)}" for each in explanations if METHODS[each.method].compares]
+    titles = {
+        each.method: f"{METHODS[each.method].title}: " * (len(explanations) > 1) for each in explanations
+    }
+    lines += [f"  {line}" for each in explanations for line in map_lines(each, titles[each.method])]
+    lines += [f"  {line}" for line in network_lines(first)]
+    warnings_due = [remark for each in explanations for remark in each.remarks]
+    return lines + [f"  ⚠️  {text}" for text in dict.fromkeys(warnings_due)]
 
 
-def checked_lines(explanation: Explanation) -> list[str]:
-    """The checks of one map: one sentence for those of the map, a line for each other that has something to say."""
-    others = [each for each in explanation.findings if CHECKS[each.check].about == "verify" or each.is_flagged]
-    others = [marked_text(each) for each in others if CHECKS[each.check].about != "map"]
-    first = f"{'⚠️  ' * bool(flagged_findings(explanation.findings, 'map'))}{checks_text(explanation.findings)}"
+def proof_text(explanation: Explanation) -> str:
+    """What a signed map sums to and owes, and how much of it speaks against the class."""
+    owed = "" if explanation.owed is None else f", must be {explanation.owed:.4g}"
+    against = f"{explanation.negative_share:.0%} of its magnitude speaks against the class"
+    total = f"sum {explanation.raw_map.sum(dtype=float):.4g}{owed}"
+    return f"{METHODS[explanation.method].title}: {total}; {against}"
+
+
+def map_lines(explanation: Explanation, title: str) -> list[str]:
+    """What the checks say of one map, and how it compares with the true box."""
+    mark = "⚠️  " * bool(flagged_findings(explanation.findings, "map"))
+    lines = [f"{mark}{title}{checks_text(explanation.findings)}"] if explanation.findings else []
+    return lines + ([title + pointing_text(explanation.pointing)] if explanation.pointing else [])
+
+
+def network_lines(explanation: Explanation) -> list[str]:
+    """What the checks say of the network: low confidence, and all that --verify asked."""
+    about = {each: CHECKS[each.check].about for each in explanation.findings}
+    told = [each for each in about if about[each] == "verify" or (about[each] == "prediction" and each.is_flagged)]
     passes = [f"Verified with {explanation.passes} more forward passes"] * bool(explanation.passes)
-    return [first, *others, *passes, *([pointing_text(explanation.pointing)] if explanation.pointing else [])]
+    return [*map(marked_text, told), *passes]
 
 
 def verdict_mark(result: Result) -> str:
     """A tick for being right where the folder names the true class, else for agreeing."""
-    truth = true_class(result.job.image, result.explanations[0].model.class_names)
-    are_right = all(is_right(each, truth) for each in result.explanations)
-    return "✅" if (are_right if truth else agree(result.explanations)) else "⚠️ "
+    truth = true_class(result.job.image, result.opinions[0].model.class_names)
+    are_right = all(is_right(each, truth) for each in result.opinions)
+    return "✅" if (are_right if truth else agree(result.opinions)) else "⚠️ "
 
 
 def verdict_text(result: Result) -> str:
     """Which models contradict the folder's name, in words; empty where none does."""
-    truth = true_class(result.job.image, result.explanations[0].model.class_names)
-    wrong = [each.model.title for each in result.explanations if truth and not is_right(each, truth)]
+    truth = true_class(result.job.image, result.opinions[0].model.class_names)
+    wrong = [each.model.title for each in result.opinions if truth and not is_right(each, truth)]
     return f"; wrong, the folder says {truth}: {', '.join(wrong)}" if wrong else ""
 
 
@@ -3801,16 +4545,15 @@ def result_line(result: Result) -> str:
     verdicts = ", ".join(
         f"{short_class(each.prediction, each.model.class_names)} {each.confidence:.1%}"
         f"{' (blank map)' if not each.heatmap.any() else ''}"
-        for each in result.explanations
+        for each in result.opinions
     )
-    truth = true_class(result.job.image, result.explanations[0].model.class_names)
-    wrong = sum(not is_right(each, truth) for each in result.explanations) if truth else 0
-    words = [f"{wrong} wrong" if len(result.explanations) > 1 else "wrong"] * bool(wrong)
-    words += ["disagree"] * (not agree(result.explanations))
-    words += [
-        f"{each.model.title} flagged: {flags_text(each)}" for each in result.explanations if flags_text(each)
-    ]
-    words += result.explanations[0].remarks
+    truth = true_class(result.job.image, result.opinions[0].model.class_names)
+    wrong = sum(not is_right(each, truth) for each in result.opinions) if truth else 0
+    words = [f"{wrong} wrong" if len(result.opinions) > 1 else "wrong"] * bool(wrong)
+    words += ["disagree"] * (not agree(result.opinions))
+    words += [f"{each.model.title} flagged: {flags_text(each)}" for each in result.opinions if flags_text(each)]
+    words += [NOTHING_TO_SEE] * (NOTHING_TO_SEE in result.notes)
+    words += [sum_remark(each) for each in result.explanations if each.sum_error > MAX_SUM_ERROR]
     return f"{verdict_mark(result)} {printable(result.job.name)}: {'; '.join([verdicts, *words])}"
 
 
@@ -3926,40 +4669,47 @@ def read_result(job: Job, models: Sequence[Model], style: FigureStyle) -> Result
 
 
 def explained_results(
-    results: Sequence[Result], index: int, classifier: Classifier, target: int | None, verify: int
-) -> list[Result]:
-    """A batch of results with the explanations of one more classifier, whose inputs have this index.
-
-    Each is verified with batches of `verify` forward passes, unless that is 0.
-    """
+    results: Sequence[Result], index: int, classifier: Classifier, target: int | None,
+    methods: Sequence[str], at_once: int, is_verified: bool,
+) -> list[Result]:  # fmt: skip
+    """A batch of results with the explanations of one more classifier, whose inputs have this index."""
     inputs = [result.inputs[index] for result in results if not result.error]
-    fresh = iter(explain_batch(classifier, inputs, target) if inputs else ())
+    fresh = iter(explain_batch(classifier, inputs, target, methods, at_once) if inputs else ())
     explained = []
     for result in results:
         if not result.error:
-            explanation = next(fresh)
-            image, landmarks = result.inputs[index], result.landmarks
-            trial = tried(classifier, image, explanation, landmarks, verify) if verify else None
-            result = with_explanation(result, explanation, trial)
+            explanations = [next(fresh) for _ in methods]
+            asked = classifier, result.inputs[index], explanations[0], result.landmarks, at_once
+            result = with_explanations(result, explanations, tried(*asked) if is_verified else None)
         explained.append(result)
     return explained
 
 
-def with_explanation(result: Result, explanation: Explanation, trial: Trial | None = None) -> Result:
-    """A result with one explanation more, what the checks say of it, and the warning that its picture deserves."""
-    explanation = dataclasses.replace(
-        explanation,
-        remarks=(NOTHING_TO_SEE,) if NOTHING_TO_SEE in result.notes else explanation.remarks,
-        findings=findings_of(Evidence(explanation, result.landmarks, trial)),
-        pointing=pointing(explanation.raw_map, result.box) if result.box else None,
-        passes=trial.passes if trial else 0,
+def with_explanations(
+    result: Result, explanations: Sequence[Explanation], trial: Trial | None = None
+) -> Result:
+    """A result with more explanations, what the checks say of each, and the warning that its picture deserves.
+
+    The trial is of the network, and of the first map.
+    """
+    warning = (NOTHING_TO_SEE,) * (NOTHING_TO_SEE in result.notes)
+    trials = [trial, *[None] * (len(explanations) - 1)]
+    checked = tuple(
+        dataclasses.replace(
+            each,
+            remarks=warning + each.remarks,
+            findings=findings_of(Evidence(each, result.landmarks, tested)) if result.landmarks else (),
+            pointing=pointing(each.raw_map, result.box) if result.box else None,
+            passes=tested.passes if tested else 0,
+        )
+        for each, tested in zip(explanations, trials)
     )
-    return dataclasses.replace(result, explanations=(*result.explanations, explanation))
+    return dataclasses.replace(result, explanations=(*result.explanations, *checked))
 
 
 def explain_jobs(
-    jobs: Sequence[Job], classifiers: Sequence[Classifier], targets: Sequence[int | None], batch: int,
-    style: FigureStyle, submit: Submit, is_verified: bool = False,
+    jobs: Sequence[Job], classifiers: Sequence[Classifier], targets: Sequence[int | None],
+    methods: Sequence[str], batch: int, style: FigureStyle, submit: Submit, is_verified: bool = False,
 ) -> Iterator[tuple[Result, list[Future[None]]]]:  # fmt: skip
     """Explain images, a batch at a time: each one's result, and its figures as they are being drawn.
 
@@ -3971,10 +4721,12 @@ def explain_jobs(
         results = [read_result(job, models, style) for job in jobs[start : start + batch]]
         drawings: list[list[Future[None]]] = [[] for _ in results]
         for index, (classifier, target) in enumerate(zip(classifiers, targets)):
-            results = explained_results(results, index, classifier, target, batch * is_verified)
+            before = index * len(methods)
+            results = explained_results(results, index, classifier, target, methods, batch, is_verified)
             for result, begun in zip(results, drawings):
                 told = dataclasses.replace(result, inputs=())
-                ready = [page for page in result.job.pages if max(page.shows) == index and not result.error]
+                pages = () if result.error else result.job.pages
+                ready = [page for page in pages if before <= max(page.shows) < before + len(methods)]
                 begun += [submit(write_page, told, page, style) for page in ready]
                 if index == len(classifiers) - 1 and result.job.panels and not result.error:
                     begun.append(submit(write_panels, told, style))
@@ -4025,7 +4777,7 @@ class Highlights:
 
     def add(self, result: Result, rows: Sequence[dict[str, str]]) -> None:
         """Count a result in, and forget the pictures of those that others push from the sheet."""
-        for explanation in result.explanations:
+        for explanation in result.opinions:
             key = explanation.model.family.key
             self.heat[key] = self.heat.get(key, 0) + explanation.heatmap
         self.look_at(result)
@@ -4038,7 +4790,7 @@ class Highlights:
         if result.error:
             return
         truth = true_class(result.job.image, self.models[0].class_names)
-        wrong = [each for each in result.explanations if truth and not is_right(each, truth)]
+        wrong = [each for each in result.opinions if truth and not is_right(each, truth)]
         picture = Image.fromarray(result.picture)
         picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
         shown_one = max(wrong or result.explanations[:1], key=lambda each: each.confidence)
@@ -4055,36 +4807,115 @@ def done_here(function: Callable[..., None], *arguments: object) -> Future[None]
     return future
 
 
+def can_be_imported() -> bool:
+    """Whether a new process finds this code: not where it came through a pipe, from an archive or from exec()."""
+    module = sys.modules.get(__name__)
+    return SCRIPT.is_file() and os.access(SCRIPT, os.R_OK) and getattr(module, "can_be_imported", None) is can_be_imported
+
+
+def prepare_drawing() -> None:
+    """Run first in a drawing process: end with the parent, whatever ended that."""
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    warnings.simplefilter("ignore")
+
+
 @contextlib.contextmanager
-def drawing_pool(processes: int) -> Iterator[Submit]:
+def holding_signals() -> Iterator[None]:
+    """Let signals that end a run wait; processes that are started inside never get them.
+
+    What these have begun they finish; what waits is dropped.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def started_pool(processes: int) -> ProcessPoolExecutor:
     """Processes that draw figures; they import matplotlib and never torch.
+
+    Raises OSError and others where the system starts none.
+    """
+    if not can_be_imported():
+        raise OSError("they could not import this script")
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
+    try:
+        with holding_signals():
+            for _ in range(processes):
+                pool.submit(text_strip, "", 9, False, 150)  # so they start now, while the networks are loaded
+        return pool
+    except Exception:
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
+
+
+@contextlib.contextmanager
+def drawing_pool(processes: int, is_told: bool) -> Iterator[Submit]:
+    """What draws figures: processes, or this one where none is asked for or none can be started.
 
     Raises ExplainError where one of them is killed.
     """
-    if not processes:
-        yield done_here
-        return
-    ignoring = signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), *ignoring)
-    # Ctrl-C is not for them, from their start: what they have begun they finish, what waits is dropped.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for _ in range(processes):
-        pool.submit(text_strip, "", 9, False, 150)  # so they start now, while the networks are loaded
-    signal.signal(signal.SIGINT, handler)
     try:
-        yield pool.submit
+        pool = started_pool(processes) if processes else None
+    except Exception as error:  # no semaphores, no shared memory, no more processes, threads or files
+        why = printable(str(getattr(error, "strerror", None) or error))
+        warn(*[f"ℹ️  Without drawing processes ({why}), figures are drawn one after another: slower"] * is_told)
+        pool = None
+    try:
+        yield pool.submit if pool else done_here
     except BrokenExecutor as error:
         remedy = "free some memory, then go on with --skip-existing"
         raise ExplainError(f"drawing: a process that draws figures was killed; {remedy}") from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
-def progress_bar(total: int, is_shown: bool) -> tqdm:
-    """A bar on a terminal; where standard error is none, only the lines written through it."""
+@contextlib.contextmanager
+def progress_bar(
+    request: Request, classifiers: Sequence[Classifier], images: int, is_quiet: bool
+) -> Iterator[tuple[tqdm, Callable[[], None]]]:
+    """A bar on a terminal, and what counts an image; elsewhere only the lines written through it.
+
+    Where an image takes many passes through the networks the bar counts those, for one image as well.
+    """
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="image", disable=not is_shown or not sys.stderr.isatty())
+    passes = passes_of(request.methods)
+    is_long = passes >= LONG_PASSES
+    is_shown = not is_quiet and sys.stderr.isatty() and (is_long or not request.is_single)
+    total, unit = (images * passes * len(classifiers), "pass") if is_long else (images, "image")
+    with tqdm(total=total, unit=unit, disable=not is_shown) as bar:
+        if not is_long:
+            yield bar, bar.update
+            return
+        with counted_inputs([classifier.network for classifier in classifiers], bar.update):
+            yield bar, lambda: None
+
+
+@contextlib.contextmanager
+def counted_inputs(networks: Sequence[torch.nn.Module], count: Callable[[int], object]) -> Iterator[None]:
+    """Tell `count` after each pass how many inputs went through a network."""
+
+    def tell(network: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        count(len(inputs[0]))
+
+    handles = [network.register_forward_hook(tell) for network in networks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -4094,6 +4925,7 @@ class Request:
     jobs: tuple[Job, ...]
     is_single: bool  # one image, named by itself or drawn: no table, and the console is about it alone
     checkpoints: tuple[tuple[Family, Path], ...]
+    methods: tuple[str, ...]
     style: FigureStyle
     notes: tuple[str, ...] = ()  # lines to say beside what was asked
 
@@ -4116,7 +4948,8 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
     # Read when torch is imported: its threads then sleep while they wait, and leave the cores to the drawing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     pages = sum(len(job.pages) for job in request.jobs)
-    with drawing_pool(min(MAX_DRAWING_PROCESSES, os.cpu_count() or 1, pages)) as submit:
+    processes = min(MAX_DRAWING_PROCESSES, os.cpu_count() or 1, pages)
+    with drawing_pool(processes, is_told=not (args.quiet or request.is_single)) as submit:
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
         classifiers = load_classifiers(request.checkpoints, args.device, args.class_names, args.quiet)
@@ -4126,23 +4959,24 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
         highlights, sheet = Highlights(models), args.output_dir / f"{SHEET_STEM}.{args.format}"
         with results_table(request, models, args.output_dir, args.skip_existing) as (rows, jobs, append):
             started, finished = time.monotonic(), len(rows)
-            explained = explain_jobs(jobs, classifiers, targets, batch, request.style, submit, args.verify)
-            results, observations = written_results(explained), defaultdict(list)
-            with progress_bar(len(jobs), is_shown=not (args.quiet or request.is_single)) as bar:
-                for result in results:
-                    for explanation in result.explanations:
+            asked = classifiers, targets, request.methods, batch, request.style, submit, args.verify
+            observations = defaultdict(list)
+            with progress_bar(request, classifiers, len(jobs), args.quiet) as (bar, count_image):
+                for result in written_results(explain_jobs(jobs, *asked)):
+                    for explanation in result.opinions:
                         observed = observation(explanation, result.landmarks)
                         observations[explanation.model.family.key].append(observed)
                     rows.append(table_row(result, models))
                     append(rows[-1])
                     highlights.add(result, rows)
                     report(bar, result, request.is_single, args.quiet)
-                    bar.update()
+                    count_image()
             spent = time.monotonic() - started
             if not (request.is_single or args.no_figures) and (jobs or not sheet.exists()):
                 first = {row["file"] for row in looked_at_first(rows, models)} - set(highlights.seen)
                 again = [Job(job.image, job.label, (), (), "") for job in request.jobs if job.label in first]
-                for result, _ in explain_jobs(again, classifiers, targets, batch, request.style, submit):
+                first_method = classifiers, targets, request.methods[:1], batch, request.style, submit
+                for result, _ in explain_jobs(again, *first_method):
                     highlights.look_at(result)
                 submit(write_contact_sheet, sheet, rows, highlights, request.style).result()
     status = int(any(row["error"] for row in rows))
@@ -4161,9 +4995,10 @@ def report(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
     for line in [*notes, *[f"❌ {result.error}"] * bool(result.error)]:
         bar.write(line, file=sys.stderr)
     if not result.error:
-        for line in single_lines(result) if is_single else [result_line(result)]:
-            bar.write(line, file=sys.stdout)
-    sys.stdout.flush()
+        with writing_output():
+            for line in single_lines(result) if is_single else [result_line(result)]:
+                bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -4177,7 +5012,7 @@ def results_table(
     if request.is_single:
         yield [], list(request.jobs), lambda row: None
         return
-    columns = table_columns(models)
+    columns = table_columns(models, request.methods)
     earlier = earlier_rows(folder, columns) if goes_on else {}
     rows = [row for job in request.jobs if (row := earlier.get(row_key(job.label))) and is_row_of(row, job)]
     finished = {row_key(row["file"]) for row in rows}
@@ -4254,6 +5089,10 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
             {"choices": [*FAMILIES, "both"], "default": "both"},
         ),
         "--compare": ("both models and their comparison, whatever --model says", {"action": "store_true"}),
+        "--method": (
+            f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)",
+            {"nargs": "+", "choices": list(METHODS), "default": ["gradcam"], "metavar": "METHOD"},
+        ),
         "--target-class": (
             "name or index of the class to explain (default: the predicted class)",
             {"metavar": "CLASS"},
@@ -4297,6 +5136,10 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
             "any matplotlib colormap (default: jet; viridis is perceptually uniform)",
             {"type": colormap_name, "default": "jet", "metavar": "NAME"},
         ),
+        "--signed": (
+            "draw evidence for and against the class, not the first alone",
+            {"action": "store_true"},
+        ),
         "--dpi": (
             "resolution of the figures (default: 150)",
             {"type": whole_number(30, 1200), "default": 150, "metavar": "N"},
@@ -4338,7 +5181,11 @@ def argument_parser() -> argparse.ArgumentParser:
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; ends with 2 where they are wrong."""
     parser = argument_parser()
-    args, unknown = parser.parse_known_args(argv)
+    try:
+        args, unknown = parser.parse_known_args(argv)
+    finally:
+        with writing_output():
+            sys.stdout.flush()  # of --help
     if unknown:
         hint = "" if unknown[0].startswith("-") else f"; did you mean --image {printable(unknown[0])}?"
         parser.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}{hint}")
@@ -4442,40 +5289,100 @@ def checked_request(args: argparse.Namespace) -> Request:
         check_image_path(images[0])
     checkpoints, notes = chosen_checkpoints(args)
     check_output_folder(args.output_dir)
-    style = FigureStyle(args.colormap, args.dpi, args.format, args.contours)
+    style = FigureStyle(args.colormap, args.dpi, args.format, args.contours, args.signed)
     labels = [content_label(image) if args.anonymous else str(image) for image in images]
     marks = [(family.key, file_mark(path)) for family, path in checkpoints]
+    methods = tuple(dict.fromkeys(args.method))
     boxes, table = known_boxes(args.boxes, images)
-    asked = marks, args.target_class, args.class_names, style, args.verify, table
+    asked = marks, args.target_class, args.class_names, methods, style, args.verify, table
     keys = [family.key for family, _ in checkpoints]
     wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
     kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
-    jobs = make_jobs(images, labels, keys, args.output_dir, kinds, args.format, asked)
+    jobs = make_jobs(images, labels, keys, methods, args.output_dir, kinds, args.format, asked)
     jobs = [dataclasses.replace(job, box=boxes.get(os.path.realpath(job.image))) for job in jobs]
-    return Request(tuple(jobs), is_single, tuple(checkpoints), style, tuple(notes))
+    return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, tuple(notes))
+
+
+def hold_streams() -> None:
+    """Open the null device in place of standard streams that are closed; no other file must get their numbers.
+
+    Raises ExplainError where standard output is closed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)
+    if sys.stdout is None:
+        raise ExplainError("standard output: closed; send it somewhere, such as to /dev/null")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an emoji that the terminal lacks becomes "?"
+
+
+def check_working_folder(args: argparse.Namespace) -> None:
+    """Leave a working directory that is gone. Raises ExplainError where a path starts from it."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        checkpoints = (path for key in FAMILIES if (path := vars(args)[f"{key}_checkpoint"]))
+        for path in (args.output_dir, *map(Path, args.image or ()), *checkpoints):
+            if not path.is_absolute():
+                raise working_folder_gone() from error
+        os.chdir(os.sep)
+
+
+def working_folder_gone() -> ExplainError:
+    return ExplainError("the working directory: gone; change to another, or give whole paths from there")
+
+
+def end_on_signal(number: int, _: Any) -> None:
+    """End as after Ctrl-C, so that nothing half done stays behind."""
+    sys.exit(128 + number)
+
+
+def fault_text(error: Exception) -> str:
+    """One line for an error that nothing has worded yet: it comes of what surrounds the tool, or of a fault in it."""
+    if lacks_memory(error):
+        return "memory: not enough; close other programs, or choose a smaller --batch-size or --dpi"
+    if isinstance(error, ImportError):
+        what = printable(error.name or "a library")
+        return f"{what}: cannot be imported ({brief(str(error))}); pip install -r requirements.txt"
+    try:
+        os.getcwd()
+    except OSError:
+        return str(working_folder_gone())
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    place = f"{Path(frame.f_code.co_filename).name}:{line}"
+    cause = f"{type(error).__name__} {brief(str(error))} at {place}"
+    return f"{cause}; look at the settings that this names, or report it"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an emoji that the terminal lacks becomes "?"
     try:
-        args = parsed(argv)
-        return run(args, checked_request(args))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of libraries, for their programmers
+            hold_streams()
+            args = parsed(argv)
+            check_working_folder(args)
+            return run(args, checked_request(args))
     except ExplainError as error:
         warn(f"❌ {error}")
-        return 1
-    except MemoryError:
-        warn("❌ not enough memory; close other programs, or choose a smaller --batch-size or --dpi")
         return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         return 141
+    except Exception as error:
+        warn(f"❌ {fault_text(error)}")
+        return 1
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half done stays behind
+    for ending in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; under nohup it is ignored, and stays so
+        if hasattr(signal, ending) and signal.getsignal(getattr(signal, ending)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, ending), end_on_signal)
     raise SystemExit(main())

@@ -151,12 +151,12 @@ def test_figures_of_many_are_those_of_single_runs(explain, folder, tmp_path):
 
 def test_skip_existing_leaves_finished_images_alone(explain, folder, tmp_path, capsys):
     assert explain("--image", folder, "--model", "convnext") == 0
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("gradcam_*.png")}
     next(iter(before)).unlink()
     capsys.readouterr()
     assert explain("--image", folder, "--model", "convnext", "--skip-existing") == 0
     assert "left alone: 4 images" in capsys.readouterr().out
-    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("gradcam_*.png")}
     assert after.keys() == before.keys() and sum(after[path] != before[path] for path in before) == 1
     assert len(table(tmp_path)) == 5
 
@@ -367,7 +367,7 @@ def test_lack_of_memory_names_the_batch_size(explain, folder, capsys, monkeypatc
     def exhausted(*_: object) -> None:
         raise RuntimeError("CUDA out of memory.\nTried to allocate everything")
 
-    monkeypatch.setattr(tool, "explain_inputs", exhausted)
+    monkeypatch.setattr(tool, "forward_pass", exhausted)
     assert explain("--image", folder, "--model", "convnext", "--no-figures") == 1
     assert "--batch-size" in capsys.readouterr().err
 
