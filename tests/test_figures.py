@@ -42,7 +42,7 @@ LONG_CLASSES = (
 LONG_NAME = {"checkpoint": Path(f"convnext_{'very_' * 30}long_name.pth")}
 CLEAN = (Finding("border", 0.1, False, "10 % of the heat lies on the border"), Finding("focus", 0.9, False, "90 %"))
 DARK = "71 % of the heat lies where nothing as dense as bone is"
-FLAGGED = (*CLEAN, Finding("dark_cells", 0.71, True, DARK))
+FLAGGED = (*CLEAN, Finding("dark", 0.71, True, DARK))
 ASPECTS = (1 / 3, 1 / 2, 0.62, 0.75, 1, 4 / 3, 1.9, 2.1, 3)
 
 
