@@ -1971,63 +1971,35 @@ METHODS = {
     method.key: method
     for method in (
         Method(
-            key="gradcam",
-            title="Grad-CAM",
-            citation="Selvaraju et al., ICCV 2017",
-            maps=lambda seen: grad_cam(seen.activations, seen.gradients),
-            passes=1,
+            "gradcam", "Grad-CAM", "Selvaraju et al., ICCV 2017",
+            lambda seen: grad_cam(seen.activations, seen.gradients), 1,
         ),
         Method(
-            key="gradcam++",
-            title="Grad-CAM++",
-            citation="Chattopadhay et al., WACV 2018",
-            maps=lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients),
-            passes=1,
+            "gradcam++", "Grad-CAM++", "Chattopadhay et al., WACV 2018",
+            lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients), 1,
         ),
         Method(
-            key="gradcam-hires",
-            title="Grad-CAM, high resolution",
-            citation="Selvaraju et al., ICCV 2017, at two stages; the product is this tool's",
-            maps=finer_grad_cam,
-            passes=2,
+            "gradcam-hires", "Grad-CAM, high resolution", "Grad-CAM at two stages, multiplied by this tool",
+            finer_grad_cam, 2,
         ),
         Method(
-            key="ig",
-            title="Integrated Gradients",
-            citation="Sundararajan et al., ICML 2017",
-            maps=integrated_gradients,
-            passes=2 + POINTS,
-            owed=lambda seen: seen.gain,
-            compares=True,
+            "ig", "Integrated Gradients", "Sundararajan et al., ICML 2017",
+            integrated_gradients, 2 + POINTS, owed=lambda seen: seen.gain, compares=True,
         ),
         Method(
-            key="shap",
-            title="SHAP",
-            citation="Lundberg & Lee, NeurIPS 2017; Covert & Lee, AISTATS 2021",
-            maps=kernel_shap,
-            passes=2 + COALITIONS,
-            owed=lambda seen: seen.gain,
-            compares=True,
+            "shap", "SHAP", "Lundberg & Lee, NeurIPS 2017; Covert & Lee, AISTATS 2021",
+            kernel_shap, 2 + COALITIONS, owed=lambda seen: seen.gain, compares=True,
         ),
         Method(
-            key="lrp",
-            title="LRP",
-            citation="Bach et al., PLOS ONE 2015; factors held as in Ali et al., ICML 2022",
-            maps=relevance,
-            passes=5,
-            owed=relevance_owed,
-            compares=True,
+            "lrp", "LRP", "Bach et al., PLOS ONE 2015; factors held as by Ali et al., ICML 2022",
+            relevance, 5, owed=relevance_owed, compares=True,
         ),
         Method(
-            key="occlusion",
-            title="Occlusion",
-            citation="Zeiler & Fergus, ECCV 2014",
-            maps=occlusion,
-            passes=2 + WINDOWS**2,
-            compares=True,
+            "occlusion", "Occlusion", "Zeiler & Fergus, ECCV 2014",
+            occlusion, 2 + WINDOWS**2, compares=True,
         ),
     )
-}
+}  # fmt: skip
 
 
 def passes_of(methods: Sequence[str]) -> int:
