@@ -4,6 +4,7 @@
     python3 explainability.py
     python3 explainability.py --image xray.jpg
     python3 explainability.py --image xray.jpg --model convnext
+    python3 explainability.py --image xray.jpg --method gradcam ig lrp
 
 Grad-CAM: R. R. Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via
 Gradient-based Localization", ICCV 2017. Equation numbers below are that paper's.
@@ -15,7 +16,9 @@ Glossary
     activations   output of the target layer, (B, C, h, w)
     logits        class scores before the softmax, (B, K)
     gradients     d logit / d activations, (B, C, h, w)
-    raw map       weighted sum of the activations before the ReLU, signed, (h, w)
+    raw map       what a method makes of one image, signed, (h, w): for Grad-CAM the weighted sum of
+                  the activations before the ReLU
+    reference     the radiograph blurred: what methods compare it with, (B, 3, S, S)
     heatmap       the raw map after ReLU and division by its maximum, float32 in [0, 1], (h, w)
     probability   softmax of the logits, in [0, 1]; percent only in text
 
@@ -1678,17 +1681,18 @@ def forward_pass(
 ) -> ForwardPass:
     """What every method needs of a batch; explains class `target`, or each image's predicted class.
 
-    Raises ExplainError where the network's output is not finite.
+    Later passes take `at_once` inputs of the usual size together, and fewer larger ones. Raises
+    ExplainError where the network's output is not finite.
     """
     import torch
 
     family, network = classifier.model.family, classifier.network
+    at_once = min(at_once, max(1, at_once * INPUT_SIZE**2 // inputs[0, 0].numel()))
     wanted = None if target is None else torch.full((len(inputs),), target, device=inputs.device)
     logits, *rest = layer_gradients(network, family.target_layer, inputs, wanted)
     if not torch.isfinite(logits).all():
-        raise refusal(
-            classifier.model.checkpoint, "the network's output is not finite", "its weights are damaged"
-        )
+        cause = "the network's output is not finite"
+        raise refusal(classifier.model.checkpoint, cause, "its weights are damaged")
     return ForwardPass(network, family.finer_layer, inputs, logits, *rest, at_once)
 
 
@@ -1820,7 +1824,7 @@ def held_response_norm(layer: torch.nn.Module, count: int, inputs: torch.Tensor)
 def held_gelu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
     import torch
 
-    return inputs * held(torch.special.ndtr(inputs[:count]), inputs)
+    return inputs * held((1 + torch.erf(inputs[:count] / 2**0.5)) / 2, inputs)
 
 
 def held_silu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
@@ -1890,19 +1894,25 @@ def held_factors(network: torch.nn.Module, count: int) -> Iterator[None]:
 
 def relevance(seen: ForwardPass) -> torch.Tensor:
     """LRP-0: (x - x') times the gradient of the score with all factors held: (B, g, g)."""
-    maps = seen.inputs - seen.reference
-    with held_factors(seen.network, len(maps)):
-        return summed_over_cells(maps * input_gradients(seen.network, seen.inputs, seen.explained))
+    import torch
+
+    gradients = []
+    for inputs, classes in zip(seen.inputs.split(seen.at_once), seen.explained.split(seen.at_once)):
+        with held_factors(seen.network, len(inputs)):
+            gradients.append(input_gradients(seen.network, inputs, classes))
+    return summed_over_cells((seen.inputs - seen.reference) * torch.cat(gradients))
 
 
 def relevance_owed(seen: ForwardPass) -> torch.Tensor:
     """How much lower the explained classes score on the reference with the radiographs' factors: (B,)."""
     import torch
 
-    count = len(seen.inputs)
-    with torch.no_grad(), held_factors(seen.network, count):
-        scores = chosen(seen.network(torch.cat([seen.inputs, seen.reference])), seen.explained.repeat(2))
-    return scores[:count] - scores[count:]
+    owed = []
+    for pair, explained in zip(torch.stack([seen.inputs, seen.reference], dim=1), seen.explained):
+        with torch.no_grad(), held_factors(seen.network, 1):
+            score, reference_score = seen.network(pair)[:, explained]
+        owed.append(score - reference_score)
+    return torch.stack(owed)
 
 
 # Parts covered
@@ -1998,63 +2008,35 @@ METHODS = {
     method.key: method
     for method in (
         Method(
-            key="gradcam",
-            title="Grad-CAM",
-            citation="Selvaraju et al., ICCV 2017",
-            maps=lambda seen: grad_cam(seen.activations, seen.gradients),
-            passes=1,
+            "gradcam", "Grad-CAM", "Selvaraju et al., ICCV 2017",
+            lambda seen: grad_cam(seen.activations, seen.gradients), 1,
         ),
         Method(
-            key="gradcam++",
-            title="Grad-CAM++",
-            citation="Chattopadhay et al., WACV 2018",
-            maps=lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients),
-            passes=1,
+            "gradcam++", "Grad-CAM++", "Chattopadhay et al., WACV 2018",
+            lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients), 1,
         ),
         Method(
-            key="gradcam-hires",
-            title="Grad-CAM, high resolution",
-            citation="Selvaraju et al., ICCV 2017, at two stages; the product is this tool's",
-            maps=finer_grad_cam,
-            passes=2,
+            "gradcam-hires", "Grad-CAM, high resolution", "Grad-CAM at two stages, multiplied by this tool",
+            finer_grad_cam, 2,
         ),
         Method(
-            key="ig",
-            title="Integrated Gradients",
-            citation="Sundararajan et al., ICML 2017",
-            maps=integrated_gradients,
-            passes=2 + POINTS,
-            owed=lambda seen: seen.gain,
-            compares=True,
+            "ig", "Integrated Gradients", "Sundararajan et al., ICML 2017",
+            integrated_gradients, 2 + POINTS, owed=lambda seen: seen.gain, compares=True,
         ),
         Method(
-            key="shap",
-            title="SHAP",
-            citation="Lundberg & Lee, NeurIPS 2017; Covert & Lee, AISTATS 2021",
-            maps=kernel_shap,
-            passes=2 + COALITIONS,
-            owed=lambda seen: seen.gain,
-            compares=True,
+            "shap", "SHAP", "Lundberg & Lee, NeurIPS 2017; Covert & Lee, AISTATS 2021",
+            kernel_shap, 2 + COALITIONS, owed=lambda seen: seen.gain, compares=True,
         ),
         Method(
-            key="lrp",
-            title="LRP",
-            citation="Bach et al., PLOS ONE 2015; factors held as in Ali et al., ICML 2022",
-            maps=relevance,
-            passes=5,
-            owed=relevance_owed,
-            compares=True,
+            "lrp", "LRP", "Bach et al., PLOS ONE 2015; factors held as by Ali et al., ICML 2022",
+            relevance, 5, owed=relevance_owed, compares=True,
         ),
         Method(
-            key="occlusion",
-            title="Occlusion",
-            citation="Zeiler & Fergus, ECCV 2014",
-            maps=occlusion,
-            passes=2 + WINDOWS**2,
-            compares=True,
+            "occlusion", "Occlusion", "Zeiler & Fergus, ECCV 2014",
+            occlusion, 2 + WINDOWS**2, compares=True,
         ),
     )
-}
+}  # fmt: skip
 
 
 def passes_of(methods: Sequence[str]) -> int:
@@ -5045,6 +5027,7 @@ EXAMPLES = """examples:
   python3 explainability.py --image path/to/xray.jpg
   python3 explainability.py --image path/to/xray.jpg --model convnext
   python3 explainability.py --image path/to/xray.jpg --target-class "Simple Fracture"
+  python3 explainability.py --image path/to/xray.jpg --method gradcam ig lrp
   python3 explainability.py --image data_original/test --skip-existing
   for img in data_original/test/*/*.jpg; do python3 explainability.py --image "$img"; done
 """
