@@ -36,8 +36,10 @@ import io
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
+import pickletools
 import random
 import re
 import secrets
@@ -46,7 +48,9 @@ import stat
 import struct
 import sys
 import tempfile
+import threading
 import time
+import traceback
 import warnings
 import zipfile
 import zlib
@@ -55,19 +59,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # torch and timm take seconds to import and matplotlib nearly one. The functions that need them
+# torch and timm take seconds to import and matplotlib nearly one. The functions that need them
 # import them on their first line, so that --help and a wrong path are answered at once.
 if TYPE_CHECKING:
     import torch
-    from matplotlib.artist import Artist
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from pydicom import Dataset
     from tqdm import tqdm
 
@@ -75,22 +78,48 @@ if TYPE_CHECKING:
 # Constants
 # ------------------------------------------------------------------------------------------
 
-PROJECT = Path(__file__).resolve().parent
+SCRIPT = Path(globals().get("__file__", ""))  # no file where Python reads it from a pipe or an archive
+PROJECT = SCRIPT.resolve().parent if SCRIPT.is_file() else Path()
 CHECKPOINT_FOLDER = PROJECT / "checkpoints"
 TEST_IMAGES = PROJECT / "data_original" / "test"
 OUTPUT_FOLDER = PROJECT / "explainability_outputs"
+TABLE_NAME = "summary.csv"
+SHEET_STEM = "summary"  # of the contact sheet's name, which ends as the figures' do
 
 CLASS_NAMES = ("Comminuted Fracture", "Simple Fracture")  # index = output of the networks
 INPUT_SIZE = 224  # pixels a side: both networks were trained on squashed squares
+INPUT_SIZES = range(64, 1025)  # pixels a side that are accepted
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; EfficientNetV2 too was trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)  # these, although timm's default for it says 0.5
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net")  # where trainers put the weights, in order
 EMA_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema")  # the same, averaged over the training
-WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")  # of DataParallel and of torch.compile
+STRUCTURE_BYTES = 64_000_000  # of a checkpoint without its tensors; a gigabyte of weights needs a hundredth
+STRUCTURE_STEPS = 1_000_000  # of unpickling it; a second or two
+STRUCTURE_WEIGHT = 100_000_000  # parts and characters, each counted as often as it is put into something
+STRUCTURE_WIDTH = 200_000  # parts that wait to be put together
+STRUCTURE_DEPTH = 200  # containers in containers
+CALL_WEIGHT = 20  # times what a call is given: it may hash and copy it
+LONG_WEIGHT = 5_000  # of a number beyond 32 bits; as keys, they can be chosen to make a dictionary take hours
+OLD_PICKLES = 5  # of the container before PyTorch 1.6: its mark, version, system, contents, keys of the storages
+ATOMS = ("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "EMPTY_TUPLE")
+TEXTS = ("BINUNICODE", "SHORT_BINSTRING", "GLOBAL")
+ABOVE_THE_MARK = -1
+TAKING_STEPS = {  # how many parts the other steps take that torch knows
+    **{"EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "LONG1": 0, "STOP": 1, "BINPERSID": 1, "REDUCE": 2, "NEWOBJ": 2},
+    **{"TUPLE": ABOVE_THE_MARK, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1},
+    **{"APPENDS": ABOVE_THE_MARK, "SETITEMS": ABOVE_THE_MARK},
+}
+FILLING_STEPS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # into the part below what they take
+CALLING_STEPS = ("REDUCE", "NEWOBJ")
+CHECKPOINT_CALLS = re.compile(  # what a checkpoint may call: none gives much more than it is given
+    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode|torch (Size|device)"
+    r"|numpy dtype|numpy\._?core\.multiarray scalar|argparse Namespace"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state|qtensor|meta_tensor_no_storage)"
+)
 NUMBER_KINDS = ("float32", "float16", "bfloat16", "float64", "int64")  # int64: counters of batches
-INPUT_SIZES = range(64, 1025, 32)  # pixels a side: both families halve it five times
+COUNTER = "num_batches_tracked"  # end of the keys of those counters, which inference never reads
 MAX_CLASSES = 100
 MAX_NAME = 200  # characters of a class name
 DEMO_SUFFIX = "_demo.pth"
@@ -99,60 +128,70 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".g
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may decode; never EPS
 MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 million
 HEAD_BYTES = 1024  # enough to tell what a file is
-DICOM_MARK = slice(128, 132)  # where "DICM" stands
 DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
-DAMAGED = "damaged or cut short; copy it again from where it came, or export it as PNG"
+UNFOLDING = "its structure unfolds to more than a network's checkpoint holds; save the network's state_dict() alone"
+COPY_AGAIN = "copy it again from where it came"
+NOTHING_TO_SEE = "every pixel is the same: there is nothing to see"
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
 BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
-FILE_KINDS = {
+LFS_POINTER = "a Git LFS pointer: the repository was cloned without Git LFS"
+TAG = r"(?:\.[a-z0-9_]{1,60})?"  # of timm's names: what the weights were trained on
+SPECIAL_FILES = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-NOT_IMAGES = tuple(  # start of the file, what it is, remedy; the first that fits counts
-    (re.compile(start, re.IGNORECASE | re.DOTALL), what, remedy)
-    for start, what, remedy in (
-        (LFS_POINTER, "a Git LFS pointer: the repository was cloned without Git LFS", "run git lfs pull"),
-        (rb"%PDF-", "a PDF document", "export its page as PNG"),
-        (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript (EPS) file", "export it as PNG"),
-        (rb"PK[\x03\x05]", "a zip archive", "unpack it and give one image"),
-        (rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", "convert it to PNG or JPEG"),
-        (rb"(<\?xml.*|<!doctype |<!--.*)?<?svg", "an SVG drawing", "export it as PNG"),
-        (rb"(<\?xml.*|<!--.*)?<(!doctype html|html|head|body)", "an HTML page", "download the image itself"),
-        (rb"(\{\s*[\"}]|\[\s*[\[{\"\d\]-])[^\x00]*$", "JSON", "give an image file"),
-    )
-)
-NOT_CHECKPOINTS = (  # start of the file, what it is; beside those above
-    (b"\x89PNG\r\n\x1a\n", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"),
-    (b"II*\0", "a TIFF image"),
-    (b"MM\0*", "a TIFF image"),
-    (b"GIF8", "a GIF image"),
-    (b"RIFF", "a WebP image or a sound"),
-    (b"<?xml", "an XML document"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes"),
-    (b"\x93NUMPY", "a NumPy array"),
-)
 
 ROUNDING = 8 * float(np.finfo(np.float32).eps)  # relative error of a few float32 operations
 
-PANEL_INCHES = 4.1  # a side of a panel; a radiograph's longer side fills it
-MAX_LISTED_CLASSES = 3  # probabilities that the details panel has room for
-OVERLAY_WEIGHT = 0.45  # share of the heatmap's colour in the overlay
-PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
-MAX_STEM_BYTES = 220  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
+MAX_STEM_BYTES = 210  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
 MARKED_BYTES = 1_000_000  # at each end of a file
 PROBE_BYTES = 4_000_000  # room that an output folder must have: the figures of one image
 
 DEFAULT_BATCH = {"cpu": 4, "cuda": 32, "mps": 32}  # images; larger ones gain no speed and take memory
 MAX_DRAWING_PROCESSES = 8
-MAX_WAITING_JOBS = 24  # explained images whose figures are not drawn yet
+LONG_PASSES = 10  # an image: from here on a bar counts them
+MAX_WAITING_RESULTS = 24  # explained images whose figures are not drawn yet
 RULE = "=" * 80
+
+INK, MUTED, TRACK, BAR, FRAME = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#3b6ea5", "#8c8c8c"
+WARNING, BADGE = "#a33b00", "#8a4b00"
+LEADING, CAPITALS = 1.38 / 72, 0.73 / 72  # inches of a line and of a capital letter for each point of size
+MARGIN, GAP = 0.28, 0.14  # inches
+BAR_ROOM = 0.76  # inches for a colour bar, its ticks and its label
+DETAILS_WIDTH = 4.1  # inches, beside panels in a row
+PANEL_AREA = 19  # square inches that a picture takes
+LONGEST_SIDE = 9  # inches
+MIN_COLUMN = 1.9  # inches: room for a panel's title over a narrow picture
+PROBABILITY_ROOM = 2.1  # inches for the list of classes
+BARE_INCHES = 6  # what a bare picture's longer side is taken for when lines are drawn on it
+OVERLAY_OPACITY = 0.6  # where the heat is greatest; nothing where there is none
+CONTOURS = (0.25, 0.5, 0.75)  # of the heatmap's maximum
+DIVERGING = "RdBu_r"  # for signed maps: blue against, white nothing, red for
+MAX_THUMBNAILS = 24
+THUMBNAIL_PIXELS = 400  # of what is kept for the contact sheet
+SURE = 0.95  # confidence from which a wrong prediction is looked at first
+PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
+READING_GUIDE = (  # (place on the colour bar, what it means)
+    (1.0, "High attention: raised the score of the explained class"),
+    (0.0, "Low attention: counted little or not at all"),
+)
+SIGNED_GUIDE = (
+    (1.0, "Raised the score of the explained class"),
+    (0.0, "Lowered the score of the explained class"),
+)
+READING_ADVICE = (
+    "Good: on the fracture line and the bone around it.",
+    "Red flag: on borders, markers, text, or nowhere in particular.",
+)
+READERS_CHECK = "☐ Clinical features match: for the reader to judge"
+DIGEST_PLACES = {  # how the digest stands in a whole file
+    ".png": re.compile(rb"tEXtDigest\0(\w*).{8}IDAT.*IEND.{4}$", re.DOTALL),
+    ".pdf": re.compile(rb"/Keywords \((\w*)\).*%%EOF\s*$", re.DOTALL),
+    ".svg": re.compile(rb"<dc:identifier>(\w*)</dc:identifier>.*</svg>\s*$", re.DOTALL),
+}
 
 
 # ------------------------------------------------------------------------------------------
@@ -165,16 +204,51 @@ class ExplainError(Exception):
 
 
 @dataclass(frozen=True)
+class FileKind:
+    """What a file is by its first bytes."""
+
+    start: re.Pattern[bytes]
+    what: str
+    use: str = ""  # image, dicom, or the container of a checkpoint: zip, pickle, safetensors
+    remedy: str = ""  # where another than "give an image" or "give a checkpoint" helps
+
+
+FILE_KINDS = tuple(  # the first that fits counts
+    FileKind(re.compile(start, re.DOTALL), *rest)
+    for start, *rest in (
+        (rb".{128}DICM", "a DICOM file", "dicom"),
+        (rb"\x89PNG\r\n", "a PNG image", "image"),
+        (rb"\xff\xd8\xff", "a JPEG image", "image"),
+        (rb"II[*+]\0|MM\0[*+]", "a TIFF image", "image"),
+        (rb"GIF8", "a GIF image", "image"),
+        (rb"RIFF.{4}WEBP", "a WebP image", "image"),
+        (rb"BM", "a BMP image", "image"),
+        (rb"PK\x03\x04", "a zip archive", "zip"),
+        (rb"\x80[\x00-\x05]", "a pickle", "pickle"),  # what torch.save wrote before version 1.6
+        # The length of the header, which safetensors limits to 100 MB, then a JSON object.
+        (rb".{3}[\x00-\x05]\0{4}\{", "a safetensors file", "safetensors"),
+        (rb"version https://git-lfs", LFS_POINTER, "", "run git lfs pull"),
+        (rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", "", "convert it to PNG or JPEG"),
+        (rb"%PDF-", "a PDF document", "", "export its page as PNG"),
+        (rb"\x89HDF\r\n", "an HDF5 file, as Keras writes", "", "this tool explains networks of PyTorch"),
+        (rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", "", "export it again"),
+    )
+)
+
+
+@dataclass(frozen=True)
 class Family:
     """One kind of network that the tool can explain."""
 
     key: str  # value of --model, start of the checkpoint's name, part of the figure's name
     title: str  # {size} stands for the size in the architecture's name
-    full_size: str  # timm name of what a checkpoint without a name holds
+    full_size: str  # timm name of what a checkpoint holds where neither name nor shapes tell
     names: re.Pattern[str]  # timm names accepted from a checkpoint; group 1 is the size
+    sizes: dict[tuple[int, int], str]  # other sizes' timm names, by count of weights and inputs of the head
     landmark: str  # a key that weights of this family have and of others have not
     head: str  # dotted path of the last layer, one output a class
     target_layer: str  # dotted path for torch.nn.Module.get_submodule
+    finer_layer: str  # the last one whose grid has twice as many cells a side
     bullet: str
 
 
@@ -185,20 +259,33 @@ FAMILIES = {
             key="convnext",
             title="ConvNeXt V2",
             full_size="convnextv2_base.fcmae_ft_in22k_in1k",
-            names=re.compile(r"convnextv2_(atto|femto|pico|nano|tiny|small|base|large|huge)(\.[a-z0-9_]{1,60})?"),
+            names=re.compile(rf"convnextv2_(atto|femto|pico|nano|tiny|small|base|large|huge){TAG}"),
+            sizes={
+                (140, 320): "convnextv2_atto", (140, 384): "convnextv2_femto", (140, 512): "convnextv2_pico",
+                (160, 640): "convnextv2_nano", (200, 768): "convnextv2_tiny", (380, 768): "convnextv2_small",
+                (380, 1536): "convnextv2_large", (380, 2816): "convnextv2_huge",
+            },  # fmt: skip
             landmark="stages.0.blocks.0.mlp.grn.weight",
             head="head.fc",
             target_layer="stages.3",  # the last stage
+            finer_layer="stages.2",
             bullet="🔵",
         ),
         Family(
             key="efficientnet",
             title="EfficientNetV2-{size}",
             full_size="tf_efficientnetv2_s.in21k_ft_in1k",
-            names=re.compile(r"tf_efficientnetv2_(s|m|l|xl|b[0-3])(\.[a-z0-9_]{1,60})?"),
+            names=re.compile(rf"tf_efficientnetv2_(s|m|l|xl|b[0-3]){TAG}"),
+            sizes={
+                (361, 1280): "tf_efficientnetv2_b0", (443, 1280): "tf_efficientnetv2_b1",
+                (462, 1408): "tf_efficientnetv2_b2", (538, 1536): "tf_efficientnetv2_b3",
+                (963, 1280): "tf_efficientnetv2_m", (1331, 1280): "tf_efficientnetv2_l",
+                (1712, 1280): "tf_efficientnetv2_xl",
+            },  # fmt: skip
             landmark="conv_stem.weight",
             head="classifier",
             target_layer="conv_head",
+            finer_layer="blocks.4",
             bullet="🟢",
         ),
     )
@@ -209,7 +296,6 @@ FAMILIES = {
 class Radiograph:
     """An image as both the panels and the networks see it."""
 
-    path: Path
     pixels: np.ndarray  # (H, W, 3) uint8, upright RGB
     notes: tuple[str, ...] = ()  # what was done to the file's values that its reader should know
 
@@ -224,18 +310,28 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """A network with its weights, ready to explain."""
+class Model:
+    """Everything told about a network but its weights, so that it travels to other processes."""
 
     family: Family
-    title: str
     architecture: str  # timm name
     checkpoint: Path
     accuracy: str  # what the checkpoint records, in words
-    class_names: tuple[str, ...]  # K
+    class_names: tuple[str, ...]  # K, printable
     preprocessing: Preprocessing
-    network: torch.nn.Module  # float32, eval mode, no parameter requires a gradient
     notes: tuple[str, ...] = ()  # what was done in loading, beyond the ordinary
+
+    @property
+    def title(self) -> str:
+        return self.family.title.format(size=self.family.names.fullmatch(self.architecture).group(1).upper())
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network with its weights, ready to explain."""
+
+    model: Model
+    network: torch.nn.Module  # float32, eval mode, no parameter requires a gradient
 
     @property
     def device(self) -> torch.device:
@@ -243,21 +339,28 @@ class Classifier:
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """What one classifier said about one radiograph, and where that came from."""
+class Finding:
+    """What one check found about one map."""
 
-    title: str
-    family: str
-    architecture: str
-    checkpoint: str
-    accuracy: str
-    target_layer: str
-    is_demo: bool
-    class_names: tuple[str, ...]
+    check: str
+    value: float  # the measured quantity
+    is_flagged: bool
+    text: str  # in words
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one model said about one radiograph, and where in it that came from."""
+
+    model: Model
     probabilities: np.ndarray  # (K,) float32
     explained: int  # class whose score was explained
     raw_map: np.ndarray  # (h, w) float32, signed
     heatmap: np.ndarray  # (h, w) float32 in [0, 1]
+    method: str = "gradcam"  # key in METHODS
+    owed: float | None = None  # what the raw map's sum must equal; None where nothing is promised
+    remarks: tuple[str, ...] = ()  # what its reader must know beside the map
+    findings: tuple[Finding, ...] = ()  # one for each check
 
     @property
     def predicted(self) -> int:
@@ -270,23 +373,38 @@ class Explanation:
 
     @property
     def prediction(self) -> str:
-        return self.class_names[self.predicted]
+        return self.model.class_names[self.predicted]
 
     @property
     def confidence(self) -> float:
         return float(self.probabilities[self.predicted])
 
     @property
-    def explained_text(self) -> str:
-        """The explained class, with its probability where it is not the predicted one."""
-        name = self.class_names[self.explained]
-        return name if self.explained == self.predicted else f"{self.probabilities[self.explained]:.2%} {name}"
+    def explained_class(self) -> str:
+        return self.model.class_names[self.explained]
 
     @property
-    def remark(self) -> str:
-        """Why this map must not be read as usual; empty where it may."""
+    def sum_error(self) -> float:
+        """How far the raw map's sum is from what it owes, as a share of that; 0 where it owes nothing."""
+        if self.owed is None or not self.raw_map.any():
+            return 0.0
+        error, rounding = (
+            abs(float(self.raw_map.sum(dtype=float)) - self.owed),
+            1e-4 * float(np.abs(self.raw_map).sum()),
+        )
+        return error / max(abs(self.owed), rounding) if error > rounding else 0.0
+
+    @property
+    def negative_share(self) -> float:
+        """Share of the raw map's magnitude that speaks against the explained class."""
+        magnitude = float(np.abs(self.raw_map).sum())
+        return float(np.maximum(-self.raw_map, 0).sum()) / magnitude if magnitude else 0.0
+
+    @property
+    def blankness(self) -> str:
+        """Why this map has nothing to show; empty where it has."""
         if not self.heatmap.any():
-            return f"Blank map: no positive evidence for {self.class_names[self.explained]}"
+            return f"Blank map: no positive evidence for {self.explained_class}"
         if self.heatmap.min() == self.heatmap.max():
             return "Constant map: no place counts more than another"
         return ""
@@ -298,6 +416,56 @@ class FigureStyle:
 
     colormap: str = "jet"
     dpi: int = 150
+    format: str = "png"  # or pdf, svg
+    contours: bool = False  # lines of equal heat in place of colours over the radiograph
+    signed: bool = False  # evidence for and against, in a diverging colormap
+
+
+@dataclass(frozen=True)
+class Page:
+    """A figure to draw: its file, and which of an image's explanations it shows."""
+
+    path: Path
+    shows: tuple[int, ...]  # one explanation, or those that are compared
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to explain, and the files that will come of it."""
+
+    image: Path
+    label: str  # what table and console call it: the path as given, or the checksum of its content
+    pages: tuple[Page, ...]
+    maps: tuple[Path, ...]  # a .npy for each explanation; its .json lies beside it
+    digest: str  # of the image's content and of all else that its results depend on
+    panels: tuple[Path, ...] = ()  # bare pictures: radiograph, then heatmap and overlay for each explanation
+
+    @property
+    def name(self) -> str:
+        return Path(self.label).name
+
+    @property
+    def outputs(self) -> list[Path]:
+        """Every file, in the order of writing: a .json tells that its .npy is whole."""
+        notes = [path.with_suffix(".json") for path in self.maps]
+        return [page.path for page in self.pages] + [*self.panels, *self.maps, *notes]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a job, from the moment its image is read to its row in the table."""
+
+    job: Job
+    picture: np.ndarray | None = None  # (H, W, 3) uint8: the radiograph at the size of a panel
+    inputs: tuple[np.ndarray, ...] = ()  # (3, size, size) float32 for each model; dropped once explained
+    explanations: tuple[Explanation, ...] = ()  # of the first model by each method, then of the second
+    notes: tuple[str, ...] = ()
+    error: str = ""
+
+    @property
+    def opinions(self) -> list[Explanation]:
+        """One explanation of each model, by the first method."""
+        return [each for each in self.explanations if each.method == self.explanations[0].method]
 
 
 # ------------------------------------------------------------------------------------------
@@ -315,7 +483,7 @@ def printable(text: str) -> str:
 
 def class_key(name: str) -> str:
     """A class's name without case, spaces and punctuation: simple_fracture is Simple Fracture."""
-    return re.sub(r"[\W_]+", " ", name).casefold().strip()
+    return re.sub(r"[\W_]+", "", name).casefold()
 
 
 def shown(path: Path) -> str:
@@ -325,15 +493,15 @@ def shown(path: Path) -> str:
     return printable(str(path))
 
 
-def random_test_image(seed: int | None) -> Path:
-    """One of data_original/test/*/, the same for the same seed.
+def refusal(path: Path, cause: str, remedy: str) -> ExplainError:
+    """How every refusal of a file is worded."""
+    return ExplainError(f"{shown(path)}: {cause}; {remedy}")
 
-    Raises ExplainError where there is none.
-    """
-    paths = sorted(path for path in TEST_IMAGES.glob("*/*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise ExplainError(f"{shown(TEST_IMAGES)}: no test images there; give one with --image")
-    return random.Random(seed).choice(paths)
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an exception means that; torch and the loader of libraries have words of their own for it."""
+    words = ("memory", "failed to map", "start new thread")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 @contextlib.contextmanager
@@ -345,11 +513,11 @@ def naming(path: Path) -> Iterator[None]:
     except ExplainError as error:
         raise ExplainError(f"{shown(path)}: {error}") from error
     except MemoryError as error:
-        raise ExplainError(f"{shown(path)}: too large for the memory of this computer; reduce it") from error
+        raise refusal(path, "too large for the memory of this computer", "reduce it") from error
     # On broken files Pillow and pydicom let out nearly every type of exception there is, with
     # texts that may quote the file; so the type is not asked and the text not repeated.
     except Exception as error:
-        raise ExplainError(f"{shown(path)}: {DAMAGED}") from error
+        raise refusal(path, "damaged or cut short", f"{COPY_AGAIN}, or export it as PNG") from error
 
 
 @contextlib.contextmanager
@@ -373,7 +541,8 @@ def open_regular(path: Path) -> BinaryIO:
     try:
         check_regular(os.stat(path).st_mode)
         # A pipe that takes the file's place after the check must not block the opening.
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+        waiting_never = getattr(os, "O_NONBLOCK", 0)
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | waiting_never))
         check_regular(os.fstat(file.fileno()).st_mode)
         return file
     except FileNotFoundError as error:
@@ -390,40 +559,49 @@ def open_regular(path: Path) -> BinaryIO:
 def check_regular(mode: int) -> None:
     """Raise ExplainError unless a file's st_mode is that of a regular file."""
     if not stat.S_ISREG(mode):
-        raise ExplainError(f"{FILE_KINDS.get(stat.S_IFMT(mode), 'a special file')}; give one file")
+        raise ExplainError(f"{SPECIAL_FILES.get(stat.S_IFMT(mode), 'a special file')}; give one file")
 
 
-def content_start(head: bytes) -> bytes:
-    """A file's first bytes from where its content begins."""
-    return head.removeprefix(b"\xef\xbb\xbf").lstrip()
-
-
-def check_head(head: bytes) -> None:
-    """Raise ExplainError, without the path, where a file's first bytes are those of no image."""
+def kind_of(head: bytes) -> FileKind:
+    """What a file is that starts with `head`."""
     if not head:
-        raise ExplainError("an empty file; copy it again from where it came")
-    if head[DICOM_MARK] == b"DICM":
-        return
-    for pattern, what, remedy in NOT_IMAGES:
-        if pattern.match(content_start(head)):
-            raise ExplainError(f"{what}; {remedy}")
-    if is_text(head):
-        raise ExplainError("a text file; give an image file")
+        return FileKind(re.compile(b""), "an empty file", remedy=COPY_AGAIN)
+    found = next((kind for kind in FILE_KINDS if kind.start.match(head)), None)
+    return found or FileKind(re.compile(b""), "a text file" if is_text(head) else "a file of an unknown kind")
+
+
+def read_kind(file: BinaryIO, uses: Sequence[str], wanted: str, remedy: str) -> FileKind:
+    """What an open file is by its first bytes; rewinds it.
+
+    Raises ExplainError, without the path, where it has none of the uses.
+    """
+    kind = kind_of(file.read(HEAD_BYTES))
+    file.seek(0)
+    if kind.use not in uses:
+        raise ExplainError(f"{kind.what}, not {wanted}; {kind.remedy or remedy}")
+    return kind
 
 
 def is_text(head: bytes) -> bool:
     """Whether the start of a file is UTF-16 with its mark, or UTF-8 without control characters."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return True
-    text = head.decode("utf-8", errors="ignore")
-    lost = len(head) - len(text.encode())  # a character cut at the end of the head may miss three bytes
-    return lost <= 3 * (len(head) == HEAD_BYTES) and all(sign.isprintable() or sign.isspace() for sign in text)
+    content = head.removeprefix(b"\xef\xbb\xbf")
+    text = content.decode("utf-8", errors="ignore")
+    lost = len(content) - len(text.encode())  # a character cut at the end of the head may miss three bytes
+    is_whole = lost <= 3 * (len(head) == HEAD_BYTES)
+    return is_whole and all(sign.isprintable() or sign.isspace() for sign in text)
+
+
+def read_image_kind(file: BinaryIO) -> FileKind:
+    remedy = "give a radiograph, or convert it to PNG"
+    return read_kind(file, ("image", "dicom"), "an image that can be read here", remedy)
 
 
 def check_image_path(path: Path) -> None:
-    """Raise ExplainError unless `path` is a file whose first bytes may be those of an image."""
+    """Raise ExplainError unless `path` is a file whose first bytes are those of an image."""
     with naming(path), open_regular(path) as file:
-        check_head(file.read(HEAD_BYTES))
+        read_image_kind(file)
 
 
 def load_radiograph(path: Path) -> Radiograph:
@@ -435,13 +613,13 @@ def load_radiograph(path: Path) -> Radiograph:
     Raises ExplainError where the file is not an image that can be decoded whole.
     """
     with naming(path), open_regular(path) as file:
-        head = file.read(HEAD_BYTES)
-        check_head(head)
-        file.seek(0)
-        pixels, notes = read_dicom(file) if head[DICOM_MARK] == b"DICM" else read_picture(file)
+        read = read_dicom if read_image_kind(file).use == "dicom" else read_picture
+        pixels, notes = read(file)
         if pixels.ndim == 2:
             pixels = np.repeat(pixels[:, :, None], 3, axis=2)
-    return Radiograph(path, pixels, tuple(notes))
+    if pixels.min() == pixels.max():
+        notes = [*notes, NOTHING_TO_SEE]
+    return Radiograph(pixels, tuple(notes))
 
 
 def check_size(width: int, height: int) -> None:
@@ -476,12 +654,12 @@ def to_8_bits(values: np.ndarray, left_out: np.ndarray | None = None) -> tuple[n
         return np.full(values.shape, 127, np.uint8), [f"every value is {lowest:g}: shown as mid grey"]
     low, high = (float(end) for end in np.percentile(counted, (1, 99), method="nearest"))
     if low == high or highest - lowest <= 2 * (high - low):
-        return scaled(values, lowest, highest), [f"values {lowest:g} to {highest:g} scaled to 8 bits"]
-    beyond = f"{lowest:g} to {highest:g} in all"
-    return scaled(values, low, high), [f"values {low:g} to {high:g} scaled to 8 bits, those beyond clipped ({beyond})"]
+        return to_grey(values, lowest, highest), [f"values {lowest:g} to {highest:g} scaled to 8 bits"]
+    ends = f"values {low:g} to {high:g} scaled to 8 bits"
+    return to_grey(values, low, high), [f"{ends}, those beyond clipped ({lowest:g} to {highest:g} in all)"]
 
 
-def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
+def to_grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """255 * (values - low) / (high - low), rounded and clipped to uint8; changes no input."""
     result = values.astype(np.float64)  # the one large copy: all steps work in place
     result -= low
@@ -528,10 +706,11 @@ def open_picture(file: BinaryIO) -> Image.Image:
         # Pillow has read up to the scan. Without an end mark behind it (a copy that broke off and
         # was filled with zeros), the decoder would invent the rest in grey.
         if image.format == "JPEG" and b"\xff\xd9" not in file.read():
-            raise ExplainError(DAMAGED)
+            raise ExplainError(f"cut short; {COPY_AGAIN}")
         return image
     except UnidentifiedImageError as error:
-        raise ExplainError("not an image that can be read here, or its start is damaged; convert it to PNG") from error
+        cause = "its start is damaged, or not of a kind that can be read here"
+        raise ExplainError(f"{cause}; convert it to PNG") from error
     except Image.DecompressionBombError as error:
         raise ExplainError(f"more than {MAX_PIXELS:,} pixels; reduce it") from error
 
@@ -600,7 +779,8 @@ def decoded(dataset: Dataset) -> np.ndarray:
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError as error:
-        raise ExplainError("compressed in a way that pydicom does not know; export it uncompressed") from error
+        cause = "compressed in a way that pydicom does not know"
+        raise ExplainError(f"{cause}; export it uncompressed") from error
     if not decoder.is_available:
         raise ExplainError(f"compressed as {syntax.name}, which needs a decoder; {DICOM_DECODERS}")
     try:
@@ -608,7 +788,8 @@ def decoded(dataset: Dataset) -> np.ndarray:
     except RuntimeError as error:
         if not syntax.is_encapsulated:
             raise
-        raise ExplainError(f"compressed as {syntax.name}, and damaged or in need of another decoder; {DICOM_DECODERS}") from error
+        cause = f"compressed as {syntax.name}, and damaged or in need of another decoder"
+        raise ExplainError(f"{cause}; {DICOM_DECODERS}") from error
 
 
 def dicom_grey(dataset: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -636,7 +817,8 @@ def modality_values(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
     slope, intercept = first_number(dataset, "RescaleSlope"), first_number(dataset, "RescaleIntercept")
     if None not in (slope, intercept) and (slope, intercept) != (1, 0):
         return stored * slope + intercept
-    return stored if dataset.get("BitsStored") == 8 else stored.astype(np.promote_types(stored.dtype, np.int16))
+    deep = np.promote_types(stored.dtype, np.int16)
+    return stored if dataset.get("BitsStored") == 8 else stored.astype(deep)
 
 
 def padding_mask(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
@@ -657,7 +839,7 @@ def windowed(dataset: Dataset, values: np.ndarray) -> tuple[np.ndarray, list[str
     """
     if dataset.get("VOILUTSequence"):
         through, low, high = looked_up(dataset.VOILUTSequence[0], values)
-        return (scaled(through, low, high), ["shown through its VOI LUT"]) if low < high else None
+        return (to_grey(through, low, high), ["shown through its VOI LUT"]) if low < high else None
     centre, width = first_number(dataset, "WindowCenter"), first_number(dataset, "WindowWidth")
     shape = dataset.get("VOILUTFunction") or "LINEAR"
     if centre is None or width is None or not width > (shape == "LINEAR"):
@@ -669,8 +851,8 @@ def windowed(dataset: Dataset, values: np.ndarray) -> tuple[np.ndarray, list[str
     if not (np.isfinite(width) and low < values.max() and high > values.min()):
         return None  # beside all values; or a value is NaN, which to_8_bits refuses
     if shape == "SIGMOID":
-        return scaled(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1), notes
-    return scaled(values, low, high), notes
+        return to_grey(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1), notes
+    return to_grey(values, low, high), notes
 
 
 def looked_up(item: Dataset, values: np.ndarray) -> tuple[np.ndarray, int, int]:
@@ -702,9 +884,9 @@ def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.nd
     """
     side = (preprocessing.size, preprocessing.size)
     small = Image.fromarray(radiograph.pixels).resize(side, Image.Resampling.BILINEAR)
-    scaled = np.asarray(small, dtype=np.float32) / np.float32(255)
+    values = np.asarray(small, dtype=np.float32) / np.float32(255)
     mean, std = np.float32(preprocessing.mean), np.float32(preprocessing.std)
-    return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
+    return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1))
 
 
 # ------------------------------------------------------------------------------------------
@@ -716,20 +898,20 @@ def is_demo(checkpoint: Path) -> bool:
     return checkpoint.name.endswith(DEMO_SUFFIX)
 
 
-def find_checkpoint(family: Family, folder: Path) -> Path:
-    """The one checkpoint of a family in a folder; the demo only where there is no other.
+def candidates(family: Family, folder: Path) -> list[Path]:
+    """The checkpoints of a family in a folder; demos only where there are no others."""
+    found = sorted(path for path in folder.glob(f"{family.key}*") if path.suffix in CHECKPOINT_SUFFIXES)
+    return [path for path in found if not is_demo(path)] or found
 
-    Raises ExplainError where there is none or more than one.
-    """
-    candidates = sorted(path for path in folder.glob(f"{family.key}*") if path.suffix in CHECKPOINT_SUFFIXES)
-    own = [path for path in candidates if not is_demo(path)]
-    found = own or candidates
-    option = f"--{family.key}-checkpoint"
+
+def find_checkpoint(family: Family, folder: Path) -> Path:
+    """The one candidate of a family in a folder. Raises ExplainError where there is none or more than one."""
+    found, option = candidates(family, folder), f"--{family.key}-checkpoint"
     if not found:
-        raise ExplainError(f"{shown(folder)}: no {family.key}* checkpoint there; put one in or name it with {option}")
+        raise refusal(folder, f"no {family.key}* checkpoint there", f"put one in or name it with {option}")
     if len(found) > 1:
         names = ", ".join(printable(path.name) for path in found)
-        raise ExplainError(f"{shown(folder)}: more than one {family.key} checkpoint ({names}); choose with {option}")
+        raise refusal(folder, f"more than one {family.key} checkpoint ({names})", f"choose with {option}")
     return found[0]
 
 
@@ -738,15 +920,9 @@ def check_not_mixed(checkpoints: Sequence[Path]) -> None:
     demos = [path for path in checkpoints if is_demo(path)]
     if demos and len(demos) < len(checkpoints):
         (own,) = (path for path in checkpoints if not is_demo(path))
-        raise ExplainError(
-            f"{shown(own)} and {shown(demos[0])}: a network of yours and a demo network "
-            "(trained on synthetic radiographs) cannot be compared; "
-            "add the missing checkpoint, or choose one network with --model"
-        )
-
-
-def refusal(path: Path, cause: str, remedy: str) -> ExplainError:
-    return ExplainError(f"{shown(path)}: {cause}; {remedy}")
+        demo = f"{shown(demos[0])}, a demo network (trained on synthetic radiographs)"
+        cause = f"cannot be compared with {demo}"
+        raise refusal(own, cause, "add the missing checkpoint, or choose one network with --model")
 
 
 def brief(value: object) -> str:
@@ -760,63 +936,52 @@ def brief(value: object) -> str:
 
 def listed(items: Sequence[str]) -> str:
     """How many, and the first three."""
-    return f"{len(items)} ({', '.join(printable(item[:160]) for item in items[:3])}{', …' if len(items) > 3 else ''})"
+    first = ", ".join(printable(item[:160]) for item in items[:3])
+    return f"{len(items)} ({first}{', …' if len(items) > 3 else ''})"
 
 
-def kind_of(head: bytes) -> str:
-    """What a file is that starts with `head` and is no checkpoint, in words."""
-    start = content_start(head)
-    kinds = [what for pattern, what, _ in NOT_IMAGES if pattern.match(start)]
-    kinds += [what for signature, what in NOT_CHECKPOINTS if start.startswith(signature)]
-    return (kinds + ["a text file" if is_text(head) else "a file of an unknown kind"])[0]
+def open_checkpoint(path: Path) -> tuple[BinaryIO, FileKind]:
+    """A checkpoint file open for reading, and its kind, as far as can be told without torch.
 
-
-def container_of(head: bytes) -> str:
-    """The container that a checkpoint starting with `head` has; empty for what is no checkpoint."""
-    if head.startswith(b"PK\x03\x04"):
-        return "zip"
-    if head.startswith(b"\x80"):  # what torch.save wrote before version 1.6
-        return "pickle"
-    # The length of the header, which safetensors limits to 100 MB, then a JSON object.
-    is_safetensors = head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000
-    return "safetensors" if is_safetensors else ""
-
-
-def check_checkpoint_path(path: Path) -> str:
-    """The container of a checkpoint file, as far as can be told without torch.
-
-    Raises ExplainError where the file cannot be a checkpoint, and says what it is instead.
+    Raises ExplainError, without the path, where it cannot be a checkpoint, and says what it is instead.
     """
+    file = open_regular(path)
     try:
-        with open_regular(path) as file:
-            head = file.read(HEAD_BYTES)
-    except ExplainError as error:
-        raise ExplainError(f"{shown(path)}: {error}") from error
-    container = container_of(head)
-    if not head:
-        raise refusal(path, "an empty file", "copy or download the checkpoint again")
-    if not container:
-        remedy = "run git lfs pull" if head.startswith(LFS_POINTER) else "give a file that torch.save wrote, or a .safetensors file"
-        raise refusal(path, f"{kind_of(head)}, not a checkpoint", remedy)
-    if container == "zip":
-        check_archive(path)
-    return container
+        remedy = "give a file that torch.save wrote, or a .safetensors file"
+        kind = read_kind(file, ("zip", "pickle", "safetensors"), "a checkpoint", remedy)
+        if kind.use == "zip":
+            check_archive(file)
+        return file, kind
+    except BaseException:
+        file.close()
+        raise
 
 
-def check_archive(path: Path) -> None:
-    """Raise ExplainError where a zip archive is not one of uncompressed weights from torch.save."""
+def check_checkpoint_path(path: Path) -> None:
+    """Raise ExplainError where a file cannot be a checkpoint."""
+    with naming(path):
+        open_checkpoint(path)[0].close()
+
+
+def check_archive(file: BinaryIO) -> None:
+    """Raise ExplainError, without the path, where a zip archive is not one of weights from torch.save."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
+        entries = zipfile.ZipFile(file).infolist()
     except Exception as error:  # zipfile lets out more than BadZipFile on damaged archives
-        raise refusal(path, "an incomplete or damaged archive", "copy or download the checkpoint again") from error
+        cause = "an incomplete or damaged archive"
+        raise ExplainError(f"{cause}; copy or download the checkpoint again") from error
     names = {entry.filename.partition("/")[2] for entry in entries}
     if "constants.pkl" in names:
-        raise refusal(path, "a TorchScript archive, which holds code", "save the network's state_dict() with torch.save instead")
+        cause = "a TorchScript archive, which holds code"
+        raise ExplainError(f"{cause}; save the network's state_dict() with torch.save instead")
     if "data.pkl" not in names:
-        raise refusal(path, "a zip archive without weights", "give a file that torch.save wrote, or a .safetensors file")
+        remedy = "give a file that torch.save wrote, or a .safetensors file"
+        raise ExplainError(f"a zip archive without weights; {remedy}")
+    if any(entry.file_size > STRUCTURE_BYTES for entry in entries if entry.filename.lower().endswith("/data.pkl")):
+        raise ExplainError(UNFOLDING)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could unpack to any size
-        raise refusal(path, "a compressed archive, which torch.save never writes", "save the checkpoint again with torch.save")
+        cause = "a compressed archive, which torch.save never writes"
+        raise ExplainError(f"{cause}; save the checkpoint again with torch.save")
 
 
 def read_checkpoint(path: Path) -> tuple[dict[Any, Any], list[str]]:
@@ -824,34 +989,43 @@ def read_checkpoint(path: Path) -> tuple[dict[Any, Any], list[str]]:
 
     Raises ExplainError where it is not a checkpoint or holds more than tensors and plain values.
     """
-    container = check_checkpoint_path(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about tensors that are refused below
-            contents, notes = read_safetensors(path) if container == "safetensors" else read_torch(path, container)
-    except MemoryError as error:
-        raise refusal(path, "too large for the memory of this computer", "close other programs") from error
+        with silenced():  # torch warns of tensors that are refused below
+            contents, notes = read_contents(path)
+    except ExplainError as error:
+        raise ExplainError(f"{shown(path)}: {error}") from error
     except Exception as error:  # torch lets out KeyError, EOFError, UnpicklingError; damaged files anything
         raise refusal(path, *why_unreadable(error)) from error
     if not isinstance(contents, dict):
-        raise refusal(path, f"holds {brief(contents)}, not a dictionary of weights", "save the network's state_dict()")
+        cause = f"holds {brief(contents)}, not a dictionary of weights"
+        raise refusal(path, cause, "save the network's state_dict()")
     return contents, notes
 
 
 def why_unreadable(error: Exception) -> tuple[str, str]:
     """Cause and remedy for a file that torch rejects; not in its words, which advise to run the code."""
+    if lacks_memory(error):
+        return "too large for the memory of this computer", "close other programs"
     if isinstance(error, UnicodeEncodeError):
         return "its name is not valid Unicode, so that torch cannot open it", "rename it"
     found = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
     if not found:
-        return f"damaged, or not written by torch.save ({type(error).__name__})", "copy or download the checkpoint again"
+        cause = f"damaged, or not written by torch.save ({type(error).__name__})"
+        return cause, "copy or download the checkpoint again"
     cause = f"holds an object ({found.group(1)}) that only code from the file could restore, and none is run"
-    if found.group(1).startswith("numpy"):
-        return cause, "save it again with plain numbers, such as float(val_acc), in place of NumPy's"
     return cause, "save it again with state_dict() and plain values only"
 
 
-def read_torch(path: Path, container: str) -> tuple[Any, list[str]]:
+def read_contents(path: Path) -> tuple[Any, list[str]]:
+    """What a checkpoint file holds, and notes. Raises ExplainError, without the path, and what torch does."""
+    file, kind = open_checkpoint(path)
+    with file:
+        if kind.use == "safetensors":
+            return read_safetensors(path)
+        return read_torch(path, pickled_part(file, kind), is_mapped=kind.use == "zip")
+
+
+def read_torch(path: Path, pickled: bytes, is_mapped: bool) -> tuple[Any, list[str]]:
     """What torch.save wrote; memory-mapped where it can be, so that the optimizer's state is never read."""
     import torch
 
@@ -861,20 +1035,132 @@ def read_torch(path: Path, container: str) -> tuple[Any, list[str]]:
         origins.add(origin)
         return storage
 
-    if b"bytearray\n" in pickled_part(path, container):  # the call that torch permits and that fills any memory
-        raise ValueError("GLOBAL bytearray")
-    contents = torch.load(path, map_location=on_cpu, weights_only=True, mmap=container == "zip")
-    notes = ["container of PyTorch before 1.6 read whole"] if container == "pickle" else []
+    check_structure(pickled, 1 if is_mapped else OLD_PICKLES)
+    with torch.serialization.safe_globals(HARMLESS_TYPES):
+        contents = torch.load(path, map_location=on_cpu, weights_only=True, mmap=is_mapped)
+    notes = [] if is_mapped else ["container of PyTorch before 1.6 read whole"]
     elsewhere = sorted(printable(origin) for origin in origins if origin != "cpu")
     return contents, notes + [f"tensors saved on {origin} read on the CPU" for origin in elsewhere[:3]]
 
 
-def pickled_part(path: Path, container: str) -> bytes:
-    """The bytes of a file from torch.save that hold its structure; the older container does not part them."""
-    if container == "pickle":
-        return path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        return b"".join(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
+def pickled_part(file: BinaryIO, kind: FileKind) -> bytes:
+    """The bytes that hold the structure of what torch.save wrote; the older container does not part them."""
+    import torch
+
+    file.seek(0)  # from behind the archive's list of contents
+    if kind.use == "pickle":
+        return file.read(STRUCTURE_BYTES)
+    # By torch's own reader: in a crafted archive, another might see another structure.
+    return torch._C.PyTorchFileReader(file).get_record("data.pkl")
+
+
+def check_structure(pickled: bytes, count: int) -> None:
+    """Raise ExplainError, without the path, where unpickling takes far more than the file's own size.
+
+    `count` pickles follow each other.
+    """
+    file, walk = io.BytesIO(pickled), StructureWalk()
+    for _ in range(count):
+        walk.follow(file)
+
+
+@dataclass(slots=True)
+class Part:
+    """Something that a pickle would make."""
+
+    weight: int = 1  # parts and characters in it
+    depth: int = 0  # containers in it, one in the other
+    told: str = ""  # a text, the name of what may be called, or the second of a pair
+    is_used: bool = False  # it is in another part
+
+
+ATOM = Part()  # a number, a truth value, nothing
+
+
+class StructureWalk:
+    """Adds up what it would take to make what pickles describe, without making it.
+
+    A few bytes can stand for hours and gigabytes: a pair of the same pair of the same pair ..., hashed
+    as a key; calls that double what they are given. So each step pays for all that it puts together,
+    as often as that is done.
+    """
+
+    def __init__(self) -> None:
+        self.steps = self.weight = 0
+
+    def follow(self, pickles: BinaryIO) -> None:
+        """Go through the next pickle. Raises ExplainError, without the path, where it is too much."""
+        stack: list[Part] = []
+        marks: list[int] = []  # heights of the stack
+        memo: dict[int, Part] = {}
+        for opcode, argument, _ in pickletools.genops(pickles):
+            self.steps += 1
+            if self.steps > STRUCTURE_STEPS or len(stack) > STRUCTURE_WIDTH or len(marks) > STRUCTURE_DEPTH:
+                raise ExplainError(UNFOLDING)
+            if opcode.name in ATOMS:
+                stack.append(ATOM)
+            elif opcode.name == "MARK":
+                marks.append(len(stack))
+            elif opcode.name in ("BINPUT", "LONG_BINPUT"):
+                memo[argument] = stack[-1]
+            elif opcode.name in ("BINGET", "LONG_BINGET"):
+                stack.append(memo[argument])
+            elif opcode.name in TEXTS:
+                stack.append(Part(len(argument), told=argument))
+            elif opcode.name != "PROTO":
+                taken = TAKING_STEPS[opcode.name]
+                height = marks.pop() if taken is ABOVE_THE_MARK else len(stack) - taken
+                items = stack[height:]
+                del stack[height:]
+                self.put_together(opcode.name, items, stack)
+
+    def put_together(self, step: str, items: list[Part], stack: list[Part]) -> None:
+        """Items from the stack become a new part on it, or go into the one that is there."""
+        weight = sum(item.weight for item in items)
+        depth = max((item.depth for item in items), default=-1) + 1
+        if step in CALLING_STEPS:
+            check_call(*items)
+        self.steps += 3  # beside its own: containers take more time and memory than numbers
+        self.weight += weight * (CALL_WEIGHT if step in CALLING_STEPS else 1)
+        if step not in FILLING_STEPS:
+            stack.append(Part(LONG_WEIGHT if step == "LONG1" else 1, told=items[1].told if step == "TUPLE2" else ""))
+        whole = stack[-1]
+        whole.weight, whole.depth = whole.weight + weight, max(whole.depth, depth)
+        # A part that is filled when it is in another already could come to hold itself.
+        if self.weight > STRUCTURE_WEIGHT or depth > STRUCTURE_DEPTH or (whole.is_used and items):
+            raise ExplainError(UNFOLDING)
+        for item in items:
+            item.is_used = True
+
+
+def check_call(function: Part, arguments: Part) -> None:
+    """Raise ValueError, in torch's words, for a call that no checkpoint of a network makes."""
+    is_known = CHECKPOINT_CALLS.fullmatch(function.told)
+    if not is_known or (function.told == "_codecs encode" and arguments.told != "latin1"):
+        raise ValueError(f"GLOBAL {function.told.replace(' ', '.')}")
+
+
+class NumberType:
+    """Stands in for numpy.dtype in a checkpoint's pickle: it keeps the type's code and does nothing."""
+
+    def __init__(self, code: str, *options: object) -> None:
+        self.code = code
+
+    def __setstate__(self, state: object) -> None:
+        """Byte order and the like, which NumPy writes for every number alike."""
+
+
+def plain_number(number_type: NumberType, content: bytes) -> float:
+    """Stands in for the function that restores a NumPy number: val_acc, as some trainers save it."""
+    layouts = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i"}
+    return struct.unpack(layouts[number_type.code], content)[0]
+
+
+HARMLESS_TYPES = [
+    argparse.Namespace,  # the options that timm's own trainer saves
+    (NumberType, "numpy.dtype"),
+    *((plain_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -884,7 +1170,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], list[str]]:
     def plain(text: str) -> Any:
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return text
 
     with safe_open(path, framework="pt", device="cpu") as file:
@@ -893,11 +1179,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], list[str]]:
     return {**metadata, MODEL_KEYS[0]: weights}, ["weights read from a safetensors file"]
 
 
-def recorded(contents: dict[Any, Any], name: str) -> Any:
-    """What a checkpoint records under a name, itself or in its config; None where it does not."""
-    config = contents.get("config")
-    found = contents.get(name)
-    return config.get(name) if found is None and isinstance(config, dict) else found
+def recorded(contents: dict[Any, Any], *names: str) -> Any:
+    """The first that a checkpoint records under these names, itself or in its options; else None."""
+    options = [contents.get("config"), contents.get("args")]
+    places = [contents, *(vars(each) if isinstance(each, argparse.Namespace) else each for each in options)]
+    found = (place.get(name) for name in names for place in places if isinstance(place, dict))
+    return next((value for value in found if value is not None), None)
 
 
 def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -914,7 +1201,7 @@ def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Te
     places = {key: tensors(contents.get(key)) for key in MODEL_KEYS}
     places["the top level"] = tensors(contents)
     places |= {key: tensors(contents.get(key)) for key in EMA_KEYS}
-    filled = [place for place, weights in places.items() if weights]
+    filled = [key for key, weights in places.items() if weights]
     if not filled:
         cause = f"holds no weights under {', '.join(MODEL_KEYS)} or at its top level"
         raise refusal(path, cause, "save the network's state_dict()")
@@ -924,71 +1211,102 @@ def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Te
         notes = [f"EMA weights taken from {taken}: the only ones in the file"]
     notes += [f"EMA weights beside them ({key}) not used" for key in others if key in EMA_KEYS]
     notes += [f"other weights beside them ({key}) not used" for key in others if key in MODEL_KEYS]
-    weights, prefix_notes = without_prefixes(places[taken], path)
-    return weights, notes + prefix_notes
+    check_numbers(places[taken], path)
+    return places[taken], notes
 
 
-def without_prefixes(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Keys as the network names them, without what torch's wrappers put before them.
+def check_numbers(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise ExplainError where weights share their numbers: a few could stand for gigabytes."""
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    if claimed > path.stat().st_size:
+        cause = f"its weights are {claimed:,} bytes of numbers, and the file holds fewer numbers"
+        raise refusal(path, cause, "save each weight with its own numbers (tensor.clone())")
 
-    Raises ExplainError where two keys become one.
+
+def without_prefix(
+    family: Family, weights: dict[str, torch.Tensor], path: Path
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Keys as the network names them, without what wrappers put before all of them (module., model. ...).
+
+    Raises ExplainError where the family's landmark is there more than once, or another family's is.
     """
-    prefixes = [found.group() for key in weights if (found := WRAPPER_PREFIX.match(key))]
-    bare = {WRAPPER_PREFIX.sub("", key): tensor for key, tensor in weights.items()}
-    if len(bare) < len(weights):
-        raise refusal(path, "holds weights twice, with and without a prefix such as module.", "save one state_dict() alone")
-    bare.pop("n_averaged", None)  # the counter that torch.optim.swa_utils.AveragedModel keeps
-    names = ", ".join(sorted(set(prefixes))[:3])
-    return bare, [f"prefix {names[:80]} removed from {len(prefixes)} keys"] if prefixes else []
-
-
-def check_family(family: Family, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise ExplainError where the keys are those of another family."""
+    found = prefixes_of(family, weights)
+    if len(found) > 1:
+        names = " and ".join(printable(prefix[:80]) or "no prefix" for prefix in found[:3])
+        raise refusal(path, f"holds weights twice, with {names}", "save one state_dict() alone")
     for other in FAMILIES.values():
-        if other.landmark in weights and family.landmark not in weights:
+        if not found and prefixes_of(other, weights):
             cause = f"holds weights of the {other.key} family (key {other.landmark}), not of {family.key}"
             raise refusal(path, cause, f"give it to --{other.key}-checkpoint")
+    prefix = "".join(found)
+    bare = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
+    bare.pop("n_averaged", None)  # the counter that torch.optim.swa_utils.AveragedModel keeps
+    count = sum(key.startswith(prefix) for key in weights)
+    return bare, [f"prefix {printable(prefix[:80])} removed from {count} keys"] if prefix else []
 
 
-def architecture_of(family: Family, contents: dict[Any, Any], path: Path) -> str:
-    """The timm name that the checkpoint records, or the family's full-size network.
+def prefixes_of(family: Family, weights: dict[str, torch.Tensor]) -> list[str]:
+    """What stands before a family's landmark, wherever that is among the keys."""
+    ends = [key.removesuffix(family.landmark) for key in weights if key.endswith(family.landmark)]
+    return sorted(prefix for prefix in ends if not prefix or prefix.endswith("."))
+
+
+def architecture_of(
+    family: Family, contents: dict[Any, Any], weights: dict[str, Any], path: Path
+) -> tuple[str, str]:
+    """The timm name that the checkpoint records, else the one its shapes tell; and how that is known.
 
     The name is checked against the family's own: a foreign one could send timm to the network.
     """
-    name = recorded(contents, "model_name")
+    name = recorded(contents, "model_name", "arch")
     if name is None:
-        return family.full_size
+        head = weights.get(f"{family.head}.weight")
+        inputs = head.shape[-1] if head is not None and head.ndim else 0
+        count = sum(not key.endswith(COUNTER) for key in weights)
+        return family.sizes.get((count, inputs), family.full_size), "assumed, as its config names none"
     if not isinstance(name, str) or not family.names.fullmatch(name):
         cause = f"records the network {brief(name)}, which is not of the family of {family.full_size}"
         raise refusal(path, cause, "give it to the option of its own family")
-    return name
+    return name, "which its config names"
 
 
-def class_names_of(family: Family, contents: dict[Any, Any], weights: dict[str, Any], path: Path) -> tuple[str, ...]:
-    """The names of the classes, one for each output of the network's head.
+def class_names_of(
+    family: Family, contents: dict[Any, Any], weights: dict[str, Any], given: Sequence[str] | None, path: Path
+) -> tuple[tuple[str, ...], list[str]]:
+    """The names of the classes, one for each output of the network's head, and notes.
 
-    Raises ExplainError where names, head and config do not agree. The head alone tells the number
-    of outputs; a number in config is never built from.
+    `given` are the user's, for files that record none. Raises ExplainError where names, head and
+    config do not agree. The head alone tells the number of outputs; none is built from config.
     """
-    names = recorded(contents, "class_names")
+    names, notes = recorded(contents, "class_names"), []
     if names is None:
-        names = CLASS_NAMES
+        names = given or CLASS_NAMES
+        order = ", ".join(f"{index} = {printable(name)}" for index, name in enumerate(names))
+        notes = [] if given else [f"class order assumed: {order}; --class-names says another"]
     elif not are_class_names(names):
         wanted = f"a list of 2 to {MAX_CLASSES} different names of at most {MAX_NAME} characters"
         cause = f"class_names is {brief(names)}, not {wanted}"
         raise refusal(path, cause, "correct class_names in the checkpoint")
+    elif given and [*map(class_key, names)] != [*map(class_key, given)]:
+        raise refusal(path, f"records its own class names, {listed(names)}", "leave --class-names out")
     head = weights.get(f"{family.head}.weight")
     if head is None or head.ndim != 2:
-        return CLASS_NAMES  # the comparison with the network names what is missing
-    outputs, claimed = head.shape[0], recorded(contents, "num_classes")
-    if claimed is not None and (type(claimed) is not int or claimed != outputs):
-        cause = f"records num_classes {brief(claimed)}, but its head ({family.head}) has {outputs} outputs"
-        raise refusal(path, cause, "correct num_classes in the checkpoint")
-    if outputs != len(names):
-        cause = f"its head ({family.head}) has {outputs} outputs, but the class names are {listed(names)}"
-        raise refusal(path, cause, "save class_names in the checkpoint, one for each output")
+        return CLASS_NAMES, []  # the comparison with the network names what is missing
+    check_outputs(family, head.shape[0], recorded(contents, "num_classes"), names, path)
     usual = {class_key(name): name for name in CLASS_NAMES}
-    return tuple(usual.get(class_key(name), printable(name)) for name in names)
+    return tuple(usual.get(class_key(name), printable(name)) for name in names), notes
+
+
+def check_outputs(family: Family, outputs: int, claimed: object, names: Sequence[str], path: Path) -> None:
+    """Raise ExplainError unless the head has an output for each name, as many as the file claims."""
+    head = f"its head ({family.head}) has {outputs} outputs"
+    if claimed is not None and (type(claimed) is not int or claimed != outputs):
+        raise refusal(
+            path, f"records num_classes {brief(claimed)}, but {head}", "correct num_classes in the checkpoint"
+        )
+    if outputs != len(names):
+        remedy = "name them with --class-names, or save class_names in the checkpoint"
+        raise refusal(path, f"{head}, but the class names are {listed(names)}", remedy)
 
 
 def are_class_names(value: object) -> bool:
@@ -1007,15 +1325,18 @@ def preprocessing_of(contents: dict[Any, Any], path: Path) -> tuple[Preprocessin
     """
     side = recorded(contents, "img_size")
     sides = side if isinstance(side, (list, tuple)) else [INPUT_SIZE if side is None else side] * 2
-    if len(sides) != 2 or any(type(side) is not int or side not in INPUT_SIZES for side in sides) or sides[0] != sides[1]:
-        cause = f"img_size is {brief(side)}, not one multiple of 32 from {INPUT_SIZES[0]} to {INPUT_SIZES[-1]}"
+    are_numbers = all(type(each) is int and each in INPUT_SIZES for each in sides)
+    if not are_numbers or len(sides) != 2 or sides[0] != sides[1]:
+        wanted = f"one number of pixels from {INPUT_SIZES[0]} to {INPUT_SIZES[-1]}"
+        cause = f"img_size is {brief(side)}, not {wanted}"
         raise refusal(path, cause, "correct img_size in the checkpoint")
     mean = channel_values(contents, "mean", IMAGENET_MEAN, 0, path)
     std = channel_values(contents, "std", IMAGENET_STD, 0.001, path)
     preprocessing = Preprocessing(sides[0], mean, std)
     if preprocessing == Preprocessing():
         return preprocessing, []
-    return preprocessing, [f"preprocessing as the checkpoint says: {sides[0]} pixels a side, mean {mean}, std {std}"]
+    told = f"{sides[0]} pixels a side, mean {mean}, std {std}"
+    return preprocessing, [f"preprocessing as the checkpoint says: {told}"]
 
 
 def channel_values(
@@ -1025,13 +1346,10 @@ def channel_values(
     values = recorded(contents, name)
     if values is None:
         return default
-    numbers = isinstance(values, (list, tuple)) and len(values) == 3 and all(type(value) in (int, float) for value in values)
-    if not numbers or not all(least <= value <= 1 for value in values):
-        raise refusal(
-            path,
-            f"{name} is {brief(values)}, not three numbers from {least} to 1 for pixels in [0, 1]",
-            f"correct {name} in the checkpoint",
-        )
+    is_list = isinstance(values, (list, tuple)) and len(values) == 3
+    if not is_list or not all(type(value) in (int, float) and least <= value <= 1 for value in values):
+        cause = f"{name} is {brief(values)}, not three numbers from {least} to 1 for pixels in [0, 1]"
+        raise refusal(path, cause, f"correct {name} in the checkpoint")
     return tuple(float(value) for value in values)
 
 
@@ -1053,23 +1371,28 @@ def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], name: 
     `name` says which network that is and why.
     """
     expected = network.state_dict()
-    kinds = [f"{key} is {kind}" for key, tensor in weights.items() if (kind := number_kind(tensor)) not in NUMBER_KINDS]
+    found = {key: number_kind(tensor) for key, tensor in weights.items()}
+    kinds = [f"{key} is {kind}" for key, kind in found.items() if kind not in NUMBER_KINDS]
     floats = [key for key, tensor in expected.items() if tensor.is_floating_point()]
-    kinds += [f"{key} is int64" for key in floats if key in weights and number_kind(weights[key]) == "int64"]
+    kinds += [f"{key} is int64" for key in floats if found.get(key) == "int64"]
     if kinds:
-        raise refusal(path, f"not the floats of a network: {listed(kinds)}", "save the trained weights as dense floats")
-    missing = [key for key in expected if key not in weights]
+        cause = f"not the floats of a network: {listed(kinds)}"
+        raise refusal(path, cause, "save the trained weights as dense floats")
+    missing = [key for key in expected if key not in weights and not key.endswith(COUNTER)]
     unexpected = [key for key in weights if key not in expected]
-    pairs = [(key, weights[key], tensor) for key, tensor in expected.items() if key in weights]
-    shapes = [f"{key} is {size(w)} in the file, {size(e)} in the network" for key, w, e in pairs if w.shape != e.shape]
+    shapes = [
+        f"{key} is {shape_text(weights[key])} in the file, {shape_text(tensor)} in the network"
+        for key, tensor in expected.items()
+        if key in weights and weights[key].shape != tensor.shape
+    ]
     faults = (("keys missing", missing), ("keys not in the network", unexpected), ("other shapes", shapes))
-    found = [f"{what} {listed(items)}" for what, items in faults if items]
-    if found:
-        cause = f"its {len(weights)} weights do not fit the {len(expected)} of {name}: {', '.join(found)}"
-        raise refusal(path, cause, "set model_name in its config to the network that was trained")
+    told = [f"{what} {listed(items)}" for what, items in faults if items]
+    if told:
+        cause = f"its {len(weights)} weights do not fit the {len(expected)} of {name}: {', '.join(told)}"
+        raise refusal(path, cause, "record the timm name of the trained network as model_name in its config")
 
 
-def size(tensor: torch.Tensor) -> str:
+def shape_text(tensor: torch.Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "one number"
 
 
@@ -1078,16 +1401,20 @@ def number_kind(tensor: torch.Tensor) -> str:
     import torch
 
     dtype = str(tensor.dtype).removeprefix("torch.")
-    words = {"meta": tensor.is_meta, "sparse": tensor.layout != torch.strided, "quantised": tensor.is_quantized}
+    is_sparse = tensor.layout != torch.strided
+    words = {"meta": tensor.is_meta, "sparse": is_sparse, "quantised": tensor.is_quantized}
     return " ".join([*(word for word, holds in words.items() if holds), dtype])
 
 
 def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The weights as they are computed with. Raises ExplainError where some are NaN or infinite."""
-    ready = {key: tensor.detach().float() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
+    ready = {
+        key: tensor.detach().float() if tensor.is_floating_point() else tensor for key, tensor in weights.items()
+    }
     bad = [key for key, tensor in ready.items() if not is_finite(tensor)]
     if bad:
-        raise refusal(path, f"NaN or infinite weights in {listed(bad)}", "use a checkpoint from before the training diverged")
+        cause = f"NaN or infinite weights in {listed(bad)}"
+        raise refusal(path, cause, "use a checkpoint from before the training diverged")
     kinds = {number_kind(tensor) for tensor in weights.values()} - {"float32", "int64"}
     return ready, [f"{kind} weights computed in float32" for kind in sorted(kinds)]
 
@@ -1106,38 +1433,74 @@ def build_network(architecture: str, classes: int) -> torch.nn.Module:
         return timm.create_model(architecture.partition(".")[0], pretrained=False, num_classes=classes)
 
 
-def load_classifier(family: Family, path: Path, device: str) -> Classifier:
-    """Read a checkpoint into a classifier on `device`.
+def load_classifier(
+    family: Family, path: Path, device: str, class_names: Sequence[str] | None = None
+) -> Classifier:
+    """Read a checkpoint into a classifier on `device`; `class_names` where the file records none.
 
     Raises ExplainError where the file is no checkpoint of this family.
     """
     contents, file_notes = read_checkpoint(path)
-    weights, weight_notes = weights_of(contents, path)
-    check_family(family, weights, path)
-    architecture = architecture_of(family, contents, path)
-    class_names = class_names_of(family, contents, weights, path)
+    weights, place_notes = weights_of(contents, path)
+    weights, prefix_notes = without_prefix(family, weights, path)
+    architecture, why = architecture_of(family, contents, weights, path)
+    class_names, class_notes = class_names_of(family, contents, weights, class_names, path)
     preprocessing, preprocessing_notes = preprocessing_of(contents, path)
     try:
-        network = build_network(architecture, len(class_names))
-        origin = "assumed, as its config names none" if recorded(contents, "model_name") is None else "which its config names"
-        check_fit(network, weights, f"{architecture} ({origin})", path)
-        weights, type_notes = in_float32(weights, path)
-        network.load_state_dict(weights, strict=True, assign=True)
-        network = network.eval().requires_grad_(False).to(device)
-    except (MemoryError, RuntimeError) as error:  # torch reports a lack of memory as either
-        cause = f"cannot be put on {device} ({type(error).__name__})"
-        raise refusal(path, cause, "free memory, or choose --device cpu") from error
+        network, type_notes = network_of(family, architecture, why, len(class_names), weights, path)
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        raise refusal(path, "not enough memory for its network", "close other programs") from error
     return Classifier(
-        family=family,
-        title=family.title.format(size=family.names.fullmatch(architecture).group(1).upper()),
-        architecture=architecture,
-        checkpoint=path,
-        accuracy=accuracy_text(contents),
-        class_names=class_names,
-        preprocessing=preprocessing,
-        network=network,
-        notes=(*file_notes, *weight_notes, *type_notes, *preprocessing_notes),
+        Model(
+            family=family,
+            architecture=architecture,
+            checkpoint=path,
+            accuracy=accuracy_text(contents),
+            class_names=class_names,
+            preprocessing=preprocessing,
+            notes=(*file_notes, *place_notes, *prefix_notes, *class_notes, *type_notes, *preprocessing_notes),
+        ),
+        moved(network, device, path),
     )
+
+
+def network_of(
+    family: Family, architecture: str, why: str, classes: int, weights: dict[str, torch.Tensor], path: Path
+) -> tuple[torch.nn.Module, list[str]]:
+    """The network with these weights on the CPU, in eval mode, and notes.
+
+    Raises ExplainError where they do not fit or are not finite.
+    """
+    network = build_network(architecture, classes)
+    if family.landmark not in weights:
+        fitting = " or ".join(each.names.pattern.partition("(")[0] + "*" for each in FAMILIES.values())
+        cause = f"holds another network, without the key {family.landmark}"
+        raise refusal(path, cause, f"give one of timm's {fitting}: this tool explains no others")
+    check_fit(network, weights, f"{architecture} ({why})", path)
+    weights, notes = in_float32(weights, path)
+    counters = [key for key in network.state_dict() if key not in weights]
+    network.load_state_dict(weights | {key: zero_counter() for key in counters}, strict=True, assign=True)
+    if counters:
+        notes.append(f"{len(counters)} counters of batches missing, which only training needs")
+    return network.eval().requires_grad_(False), notes
+
+
+def zero_counter() -> torch.Tensor:
+    import torch
+
+    return torch.tensor(0)
+
+
+def moved(network: torch.nn.Module, device: str, path: Path) -> torch.nn.Module:
+    """The network on `device`. Raises ExplainError where it has no room there."""
+    try:
+        return network.to(device)
+    except (MemoryError, RuntimeError) as error:
+        why = "not enough memory" if lacks_memory(error) else type(error).__name__
+        cause = f"cannot be put on {device} ({why})"
+        raise refusal(path, cause, "free memory, or choose --device cpu") from error
 
 
 def choose_device(wanted: str) -> str:
@@ -1162,8 +1525,76 @@ def use_exact_float32() -> None:
 
 
 # ------------------------------------------------------------------------------------------
-# Grad-CAM
+# Methods: from one pass of a batch to signed maps
 # ------------------------------------------------------------------------------------------
+
+BLUR = 12 / 224  # sigma of the reference's blur, in parts of the input's side
+CELL = 8  # pixels of the input a side, over which maps of pixels are summed
+POINTS = 32  # on the path of Integrated Gradients
+PLAYERS = 7  # cells a side of SHAP's grid
+COALITIONS = 512  # of those cells, half of them the complements of the others
+REFERENCE = "the radiograph, Gaussian-blurred, sigma 12/224 of its side"
+SMALL_GAIN = 1.0  # of a score over the reference's, a factor of e in the odds: less is a small difference
+MAX_SUM_ERROR = 0.05  # of what a map's sum owes: more is said
+WINDOWS = 13  # positions of occlusion's window along a side; it covers 2 x 2 cells of a grid with one more
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """What a batch's pass through a network gave: all that a method makes its maps of."""
+
+    network: torch.nn.Module
+    finer_layer: str  # dotted path
+    inputs: torch.Tensor  # (B, 3, S, S)
+    logits: torch.Tensor  # (B, K)
+    explained: torch.Tensor  # (B,) classes whose scores are explained
+    activations: torch.Tensor  # (B, C, h, w) of the target layer
+    gradients: torch.Tensor  # (B, C, h, w) d score / d activations
+    at_once: int  # inputs that memory has room for in one pass
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """(B,) logits of the explained classes."""
+        return chosen(self.logits, self.explained)
+
+    @functools.cached_property
+    def reference(self) -> torch.Tensor:
+        """(B, 3, S, S) what stands for "nothing there": the radiographs without detail.
+
+        Black or grey would lie far from all that the network was trained on.
+        """
+        return blurred(self.inputs)
+
+    @functools.cached_property
+    def reference_logits(self) -> torch.Tensor:
+        """(B, K) logits of the reference."""
+        import torch
+
+        with torch.no_grad():
+            return self.network(self.reference)
+
+    @property
+    def gain(self) -> torch.Tensor:
+        """(B,) how much higher the explained classes score on the radiographs than on the reference."""
+        differs = (self.inputs != self.reference).flatten(1).any(dim=1)  # else all difference is rounding
+        return (self.scores - chosen(self.reference_logits, self.explained)).where(differs, 0)
+
+
+def chosen(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Of logits (N, K) those of one class each: (N,)."""
+    return logits.gather(1, classes[:, None])[:, 0]
+
+
+def blurred(inputs: torch.Tensor) -> torch.Tensor:
+    """Inputs (B, 3, S, S) under a Gaussian blur, which near an edge weighs only pixels that are there."""
+    import torch
+
+    places = torch.arange(inputs.shape[-1], dtype=inputs.dtype, device=inputs.device)
+    kernel = (-(((places[:, None] - places) / (BLUR * len(places))) ** 2) / 2).exp()  # (S, S)
+    kernel /= kernel.sum(dim=1, keepdim=True)
+    smooth = kernel @ inputs @ kernel.T
+    rounding = 16 * ROUNDING * inputs.abs().amax(dim=(1, 2, 3), keepdim=True)  # of sums over S pixels, twice
+    return smooth.where((smooth - inputs).abs() > rounding, inputs)  # a flat image must be its own reference
 
 
 @contextlib.contextmanager
@@ -1186,17 +1617,412 @@ def captured_activations(layer: torch.nn.Module) -> Iterator[list[torch.Tensor]]
         handle.remove()
 
 
+def layer_gradients(
+    network: torch.nn.Module, layer: str, inputs: torch.Tensor, explained: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """One forward pass, and one backward pass from the class scores to a layer.
+
+    Returns logits (B, K), explained classes (B,): those given, or the predicted ones, and the
+    layer's activations and gradients (B, C, h, w).
+    """
+    import torch
+
+    with captured_activations(network.get_submodule(layer)) as captured, torch.enable_grad():
+        logits = network(inputs)
+        (activations,) = captured
+        explained = logits.argmax(dim=1) if explained is None else explained
+        # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
+        (gradients,) = torch.autograd.grad(chosen(logits, explained).sum(), activations)
+    return logits.detach(), explained, activations.detach(), gradients
+
+
+def forward_pass(
+    classifier: Classifier, inputs: torch.Tensor, target: int | None, at_once: int
+) -> ForwardPass:
+    """What every method needs of a batch; explains class `target`, or each image's predicted class.
+
+    Raises ExplainError where the network's output is not finite.
+    """
+    import torch
+
+    family, network = classifier.model.family, classifier.network
+    wanted = None if target is None else torch.full((len(inputs),), target, device=inputs.device)
+    logits, *rest = layer_gradients(network, family.target_layer, inputs, wanted)
+    if not torch.isfinite(logits).all():
+        raise refusal(
+            classifier.model.checkpoint, "the network's output is not finite", "its weights are damaged"
+        )
+    return ForwardPass(network, family.finer_layer, inputs, logits, *rest, at_once)
+
+
+# Class activation maps
+
+
 def grad_cam(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """Grad-CAM before the ReLU: (B, C, h, w) twice -> (B, h, w), signed.
 
-    alpha_k = mean over space of the gradients (eq. 1); sum over k of alpha_k A_k (eq. 2). What
-    lies within the rounding error of the sum is zero: noise must not become a heatmap.
+    alpha_k = mean over space of the gradients (eq. 1); sum over k of alpha_k A_k (eq. 2).
     """
-    weights = gradients.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+    return weighted_sum(gradients.mean(dim=(2, 3), keepdim=True), activations)
+
+
+def grad_cam_plus_plus(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """Grad-CAM++ before the ReLU: (B, C, h, w) twice -> (B, h, w), signed.
+
+    alpha = g^2 / (2 g^2 + g^3 sum A) = 1 / (2 + g sum A) (its eq. 19); weights sum(alpha relu(g)).
+    The paper's activations are never negative. Where the sum of these is, it counts as zero: else
+    the denominator could cross zero.
+    """
+    positive = gradients.relu()
+    totals = activations.sum(dim=(2, 3), keepdim=True).relu()
+    return weighted_sum((positive / (2 + positive * totals)).sum(dim=(2, 3), keepdim=True), activations)
+
+
+def weighted_sum(weights: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
+    """Sum over the channels: (B, C, 1, 1) and (B, C, h, w) -> (B, h, w).
+
+    What lies within the rounding error of the sum is zero: noise must not become a heatmap.
+    """
     terms = weights * activations  # (B, C, h, w)
     raw = terms.sum(dim=1)
     rounding = terms.abs().sum(dim=1) * ROUNDING
     return raw.where(raw.abs() > rounding, 0)
+
+
+def finer_grad_cam(seen: ForwardPass) -> torch.Tensor:
+    """Grad-CAM at the target layer times Grad-CAM one stage earlier, both after the ReLU: (B, 2h, 2w).
+
+    The finer map has the edges and is often hot elsewhere; the coarse one says what of it counts.
+    """
+    import torch
+
+    *_, activations, gradients = layer_gradients(seen.network, seen.finer_layer, seen.inputs, seen.explained)
+    finer = grad_cam(activations, gradients).relu()
+    coarse = grad_cam(seen.activations, seen.gradients).relu()[:, None]
+    return finer * torch.nn.functional.interpolate(coarse, finer.shape[1:], mode="bilinear")[:, 0]
+
+
+# Gradients of pixels
+
+
+def input_gradients(network: torch.nn.Module, inputs: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """d score / d inputs (N, 3, S, S), of one class (N,) each."""
+    import torch
+
+    inputs = inputs.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(chosen(network(inputs), classes).sum(), inputs)[0]
+
+
+def summed_over_cells(maps: torch.Tensor) -> torch.Tensor:
+    """Maps of pixels (B, 3, S, S) summed over colours and equal cells: (B, g, g), g = S / CELL.
+
+    No sum is lost: a pixel that lies across an edge counts in parts for both cells.
+    """
+    import torch
+
+    maps = maps.cpu().double().sum(dim=1)  # Apple's GPUs have no float64
+    size = maps.shape[-1]
+    cells, pixels = torch.arange(round(size / CELL))[:, None], torch.arange(size)
+    side = size / len(cells)
+    ends = (pixels + 1).double().minimum((cells + 1) * side)
+    shares = (ends - pixels.double().maximum(cells * side)).clamp(min=0)  # (g, S)
+    return (shares @ maps @ shares.T).float()
+
+
+def integrated_gradients(seen: ForwardPass) -> torch.Tensor:
+    """(x - x') * integral of the gradient from the reference x' to x, by the Gauss-Legendre rule."""
+    import torch
+
+    nodes, weights = (
+        torch.tensor(each / 2, dtype=torch.float32) for each in np.polynomial.legendre.leggauss(POINTS)
+    )
+    maps = torch.zeros_like(seen.inputs)
+    for total, reference, difference, explained in zip(
+        maps, seen.reference, seen.inputs - seen.reference, seen.explained
+    ):
+        for node, weight in zip(nodes.split(seen.at_once), weights.split(seen.at_once)):
+            node, weight = (each.to(total.device)[:, None, None, None] for each in (node + 0.5, weight))
+            gradients = input_gradients(
+                seen.network, reference + node * difference, explained.expand(len(node))
+            )
+            total += (weight * gradients).sum(dim=0)
+        total *= difference
+    return summed_over_cells(maps)
+
+
+# Layer-wise relevance propagation: the score made linear
+
+
+def held(factor: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """A factor of a batch's first images as a constant, the same for the images after them."""
+    import torch
+
+    return torch.cat([factor.detach()] * (len(inputs) // len(factor)))
+
+
+def held_layer_norm(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    """LayerNorm over the last axis with the first images' standard deviations."""
+    deviations = (inputs[:count].var(dim=-1, unbiased=False, keepdim=True) + layer.eps).sqrt()
+    return (inputs - inputs.mean(dim=-1, keepdim=True)) / held(deviations, inputs) * layer.weight + layer.bias
+
+
+def held_layer_norm_2d(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    return held_layer_norm(layer, count, inputs.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def held_response_norm(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    """Global response normalisation with the first images' factors (Woo et al. 2023, eq. 1 to 3)."""
+    norms = inputs[:count].norm(dim=layer.spatial_dim, keepdim=True)
+    factors = norms / (norms.mean(dim=layer.channel_dim, keepdim=True) + layer.eps)
+    return inputs * (1 + layer.weight.view(layer.wb_shape) * held(factors, inputs)) + layer.bias.view(
+        layer.wb_shape
+    )
+
+
+def held_gelu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return inputs * held(torch.special.ndtr(inputs[:count]), inputs)
+
+
+def held_silu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    return inputs * held(inputs[:count].sigmoid(), inputs)
+
+
+def held_sigmoid(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    """The gate of squeeze-and-excitation."""
+    return held(inputs[:count].sigmoid(), inputs)
+
+
+HELD_LAYERS = {
+    "LayerNorm": held_layer_norm,
+    "LayerNorm2d": held_layer_norm_2d,
+    "GlobalResponseNorm": held_response_norm,
+    "GELU": held_gelu,
+    "SiLU": held_silu,
+    "Sigmoid": held_sigmoid,
+}
+LINEAR_LAYERS = (  # in eval mode, but for what they hold of those above
+    *(
+        "Conv2d",
+        "Conv2dSame",
+        "Linear",
+        "BatchNorm2d",
+        "BatchNormAct2d",
+        "AdaptiveAvgPool2d",
+        "SelectAdaptivePool2d",
+    ),
+    *(
+        "AvgPool2d",
+        "Flatten",
+        "Identity",
+        "Dropout",
+        "Sequential",
+        "Downsample",
+        "GlobalResponseNormMlp",
+        "SqueezeExcite",
+    ),
+    *("ConvNeXt", "ConvNeXtStage", "ConvNeXtBlock", "NormMlpClassifierHead"),
+    *("EfficientNet", "ConvBnAct", "EdgeResidual", "InvertedResidual"),
+)
+
+
+@contextlib.contextmanager
+def held_factors(network: torch.nn.Module, count: int) -> Iterator[None]:
+    """Hold all that multiplies at what a batch's first `count` images make of it.
+
+    The scores are then linear in the inputs (Ali et al. 2022). The layers' own forward comes back
+    whatever happens. Raises ExplainError for a network with layers that are not known.
+    """
+    layers = [(layer, type(layer).__name__) for layer in network.modules()]
+    unknown = sorted({name for _, name in layers} - HELD_LAYERS.keys() - set(LINEAR_LAYERS))
+    if unknown:
+        raise ExplainError(
+            f"--method lrp: no rule for {', '.join(unknown)} in this network; choose another method"
+        )
+    swapped = [(layer, HELD_LAYERS[name]) for layer, name in layers if name in HELD_LAYERS]
+    try:
+        for layer, forward in swapped:
+            layer.forward = functools.partial(forward, layer, count)
+        yield
+    finally:
+        for layer, _ in swapped:
+            vars(layer).pop("forward", None)  # the class has its own
+
+
+def relevance(seen: ForwardPass) -> torch.Tensor:
+    """LRP-0: (x - x') times the gradient of the score with all factors held: (B, g, g)."""
+    maps = seen.inputs - seen.reference
+    with held_factors(seen.network, len(maps)):
+        return summed_over_cells(maps * input_gradients(seen.network, seen.inputs, seen.explained))
+
+
+def relevance_owed(seen: ForwardPass) -> torch.Tensor:
+    """How much lower the explained classes score on the reference with the radiographs' factors: (B,)."""
+    import torch
+
+    count = len(seen.inputs)
+    with torch.no_grad(), held_factors(seen.network, count):
+        scores = chosen(seen.network(torch.cat([seen.inputs, seen.reference])), seen.explained.repeat(2))
+    return scores[:count] - scores[count:]
+
+
+# Parts covered
+
+
+def falls(seen: ForwardPass, kept: torch.Tensor) -> torch.Tensor:
+    """How far the scores fall where a radiograph is covered by its reference: (B, M) float64.
+
+    `kept` (M, g, g) bool says which cells of g x g stay as they are.
+    """
+    import torch
+
+    rows = []
+    for image, reference, explained, score in zip(seen.inputs, seen.reference, seen.explained, seen.scores):
+        parts = []
+        for some in kept[:, None].float().split(seen.at_once):
+            mask = (
+                torch.nn.functional.interpolate(some.to(image.device), image.shape[1:]) > 0.5
+            )  # nearest: any size
+            covered = image.where(mask, reference)
+            differs = (covered != image).flatten(1).any(dim=1)  # else all difference is rounding
+            with torch.no_grad():
+                parts.append((score - seen.network(covered)[:, explained]).where(differs, 0))
+        rows.append(torch.cat(parts))
+    return torch.stack(rows).cpu().double()
+
+
+def occlusion(seen: ForwardPass) -> torch.Tensor:
+    """Mean fall of the score over the windows that cover a cell: (B, g, g), signed."""
+    import torch
+
+    side = WINDOWS + 1
+    covered = torch.zeros(WINDOWS, WINDOWS, side, side, dtype=torch.bool)
+    for row, column in itertools.product(range(WINDOWS), repeat=2):
+        covered[row, column, row : row + 2, column : column + 2] = True
+    covered = covered.flatten(0, 1)  # (M, g, g)
+    totals = torch.einsum("bm,mij->bij", falls(seen, ~covered), covered.double())
+    return (totals / covered.sum(dim=0)).float()
+
+
+def coalitions(players: int, count: int) -> np.ndarray:
+    """Sets of players (count, players) bool, pairs of complements, drawn with the kernel's chance."""
+    generator = np.random.default_rng(0)  # the same for every image, so that maps can be compared
+    sizes = np.arange(1, players)
+    chances = 1 / (sizes * (players - sizes))  # of a size; within it all sets are alike
+    drawn = generator.choice(sizes, count // 2, p=chances / chances.sum())
+    ranks = generator.random((count // 2, players)).argsort(axis=1)
+    sets = ranks < drawn[:, None]
+    return np.concatenate([sets, ~sets])
+
+
+def shapley_values(sets: np.ndarray, worths: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Least squares for the players' values: sets (M, P) with worths (B, M) -> (B, P) of sum `total` (B,).
+
+    Unweighted, as the draw follows the kernel already. The last player has what the others leave.
+    """
+    sets = sets.astype(float)
+    rest = worths - total[:, None] * sets[:, -1]
+    values = np.linalg.lstsq(sets[:, :-1] - sets[:, -1:], rest.T, rcond=None)[0].T
+    return np.column_stack([values, total - values.sum(axis=1)])
+
+
+def kernel_shap(seen: ForwardPass) -> torch.Tensor:
+    """Shapley values of the cells of a grid, absent cells covered by the reference: (B, PLAYERS, PLAYERS)."""
+    import torch
+
+    sets = coalitions(PLAYERS**2, COALITIONS)
+    total = seen.gain.cpu().double().numpy()
+    fallen = falls(seen, torch.from_numpy(sets).view(-1, PLAYERS, PLAYERS)).numpy()
+    values = shapley_values(sets, total[:, None] - fallen, total)
+    return torch.from_numpy(values).float().view(-1, PLAYERS, PLAYERS)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to tell where the score of a class comes from."""
+
+    key: str  # value of --method, part of the names of files
+    title: str
+    citation: str
+    maps: Callable[[ForwardPass], torch.Tensor]  # signed, (B, h, w)
+    passes: int  # inputs that go through the network for one image, the first pass and the proof among them
+    owed: Callable[[ForwardPass], torch.Tensor] | None = None  # (B,) what the maps must sum to
+    compares: bool = False  # with the reference; its maps then hold evidence against the class as well
+
+    @property
+    def own_passes(self) -> int:
+        """Passes that other methods on the same image do not share."""
+        return self.passes - 1 - self.compares
+
+
+METHODS = {
+    method.key: method
+    for method in (
+        Method(
+            key="gradcam",
+            title="Grad-CAM",
+            citation="Selvaraju et al., ICCV 2017",
+            maps=lambda seen: grad_cam(seen.activations, seen.gradients),
+            passes=1,
+        ),
+        Method(
+            key="gradcam++",
+            title="Grad-CAM++",
+            citation="Chattopadhay et al., WACV 2018",
+            maps=lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients),
+            passes=1,
+        ),
+        Method(
+            key="gradcam-hires",
+            title="Grad-CAM, high resolution",
+            citation="Selvaraju et al., ICCV 2017, at two stages; the product is this tool's",
+            maps=finer_grad_cam,
+            passes=2,
+        ),
+        Method(
+            key="ig",
+            title="Integrated Gradients",
+            citation="Sundararajan et al., ICML 2017",
+            maps=integrated_gradients,
+            passes=2 + POINTS,
+            owed=lambda seen: seen.gain,
+            compares=True,
+        ),
+        Method(
+            key="shap",
+            title="SHAP",
+            citation="Lundberg & Lee, NeurIPS 2017; Covert & Lee, AISTATS 2021",
+            maps=kernel_shap,
+            passes=2 + COALITIONS,
+            owed=lambda seen: seen.gain,
+            compares=True,
+        ),
+        Method(
+            key="lrp",
+            title="LRP",
+            citation="Bach et al., PLOS ONE 2015; factors held as in Ali et al., ICML 2022",
+            maps=relevance,
+            passes=5,
+            owed=relevance_owed,
+            compares=True,
+        ),
+        Method(
+            key="occlusion",
+            title="Occlusion",
+            citation="Zeiler & Fergus, ECCV 2014",
+            maps=occlusion,
+            passes=2 + WINDOWS**2,
+            compares=True,
+        ),
+    )
+}
+
+
+def passes_of(methods: Sequence[str]) -> int:
+    """Inputs that go through the network for an image; methods share the first and the reference."""
+    return 1 + any(METHODS[key].compares for key in methods) + sum(METHODS[key].own_passes for key in methods)
 
 
 def normalised(raw_map: np.ndarray) -> np.ndarray:
@@ -1206,13 +2032,11 @@ def normalised(raw_map: np.ndarray) -> np.ndarray:
     return positive / peak if peak > 0 else positive
 
 
-def resized(heatmap: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A heatmap (h, w) at (height, width): bilinear, cell centres aligned, still in [0, 1]."""
-    return np.asarray(Image.fromarray(heatmap).resize((width, height), Image.Resampling.BILINEAR))
-
-
 def target_index(target_class: str | None, class_names: Sequence[str]) -> int | None:
-    """The class that --target-class means, by name or index; None stands for the predicted one."""
+    """The class that --target-class means, by name or index; None stands for the predicted one.
+
+    Raises ExplainError for what is neither.
+    """
     if target_class is None:
         return None
     names = [class_key(name) for name in class_names]
@@ -1221,315 +2045,702 @@ def target_index(target_class: str | None, class_names: Sequence[str]) -> int | 
     if target_class.strip() in map(str, range(len(names))):
         return int(target_class)
     choices = ", ".join(f"{index} = {printable(name)}" for index, name in enumerate(class_names))
-    raise ExplainError(f"--target-class {printable(target_class)}: not a class of the network; choose {choices}")
+    cause = "not a class of the network"
+    raise ExplainError(f"--target-class {printable(target_class)}: {cause}; choose {choices}")
 
 
-def explain_inputs(classifier: Classifier, inputs: torch.Tensor, target: int | None = None) -> tuple[torch.Tensor, ...]:
-    """One forward pass, and one backward pass from the class scores to the target layer.
+def explain_batch(
+    classifier: Classifier, inputs: Sequence[np.ndarray], target: int | None = None,
+    methods: Sequence[str] = ("gradcam",), at_once: int = DEFAULT_BATCH["cpu"],
+) -> list[Explanation]:  # fmt: skip
+    """Explain prepared images, each (3, size, size): class `target`, or each one's predicted class.
 
-    Returns probabilities (B, K), the explained classes (B,): `target`, or each image's predicted
-    class, and the raw maps (B, h, w). Raises ExplainError where the network's output is not finite.
-    """
-    import torch
-
-    layer = classifier.network.get_submodule(classifier.family.target_layer)
-    with captured_activations(layer) as captured, torch.enable_grad():
-        logits = classifier.network(inputs)  # (B, K)
-        (activations,) = captured
-        if not torch.isfinite(logits).all():
-            raise ExplainError(f"{shown(classifier.checkpoint)}: the network's output is not finite; its weights are damaged")
-        explained = logits.argmax(dim=1) if target is None else torch.full_like(logits[:, 0], target, dtype=torch.long)
-        # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
-        score = logits.gather(1, explained[:, None]).sum()
-        (gradients,) = torch.autograd.grad(score, activations)
-    return logits.detach().softmax(dim=1), explained, grad_cam(activations.detach(), gradients)
-
-
-def explain_batch(classifier: Classifier, inputs: Sequence[np.ndarray], target: int | None = None) -> list[Explanation]:
-    """Explain a batch of prepared images, each (3, size, size): class `target`, or each one's predicted class.
-
-    Raises ExplainError where the network's output is not finite or memory does not suffice.
+    Returns one explanation by each method for the first image, then for the second and so on. No
+    more inputs than `at_once` pass the network together. Raises ExplainError where the network's
+    output or a map is not finite, or memory does not suffice.
     """
     import torch
 
     try:
-        tensors = explain_inputs(classifier, torch.from_numpy(np.stack(inputs)).to(classifier.device), target)
+        seen = forward_pass(
+            classifier, torch.from_numpy(np.stack(inputs)).to(classifier.device), target, at_once
+        )
+        by_method = [explanations_of(classifier.model, seen, METHODS[key]) for key in methods]
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if not lacks_memory(error):
             raise
-        cause = f"not enough memory for a batch of {len(inputs)}; choose a smaller --batch-size"
-        raise ExplainError(f"{shown(classifier.checkpoint)}: {cause}") from error
-    probabilities, explained, raw_maps = (tensor.cpu().numpy() for tensor in tensors)
-    return [explanation(classifier, *each) for each in zip(probabilities, explained.tolist(), raw_maps)]
+        cause = f"not enough memory for a batch of {len(inputs)}"
+        raise refusal(classifier.model.checkpoint, cause, "choose a smaller --batch-size") from error
+    return [explanation for of_image in zip(*by_method) for explanation in of_image]
 
 
-def explain(classifier: Classifier, radiographs: Sequence[Radiograph], target: int | None = None) -> list[Explanation]:
-    """`explain_batch` of radiographs as they were loaded."""
-    return explain_batch(classifier, [network_input(each, classifier.preprocessing) for each in radiographs], target)
+def explanations_of(model: Model, seen: ForwardPass, method: Method) -> list[Explanation]:
+    """A batch's explanations by one method."""
+    raw_maps = method.maps(seen).cpu().numpy()  # (B, h, w)
+    if not np.isfinite(raw_maps).all():
+        raise refusal(model.checkpoint, f"the map by {method.title} is not finite", "choose another --method")
+    probabilities, explained = seen.logits.softmax(dim=1).cpu().numpy(), seen.explained.tolist()
+    owed = method.owed(seen).tolist() if method.owed else [None] * len(raw_maps)
+    explanations = [
+        Explanation(model, scores, index, raw_map, normalised(raw_map), method.key, due)
+        for scores, index, raw_map, due in zip(probabilities, explained, raw_maps, owed)
+    ]
+    if not method.compares:
+        return explanations
+    said = zip(explanations, seen.reference_logits.softmax(dim=1).cpu().numpy(), seen.gain.tolist())
+    return [
+        dataclasses.replace(each, remarks=method_remarks(each, scores, gain)) for each, scores, gain in said
+    ]
 
 
-def explanation(classifier: Classifier, probabilities: np.ndarray, explained: int, raw_map: np.ndarray) -> Explanation:
-    return Explanation(
-        title=classifier.title,
-        family=classifier.family.key,
-        architecture=classifier.architecture,
-        checkpoint=printable(classifier.checkpoint.name),
-        accuracy=classifier.accuracy,
-        target_layer=classifier.family.target_layer,
-        is_demo=is_demo(classifier.checkpoint),
-        class_names=classifier.class_names,
-        probabilities=probabilities,
-        explained=explained,
-        raw_map=raw_map,
-        heatmap=normalised(raw_map),
-    )
+def method_remarks(explanation: Explanation, reference: np.ndarray, gain: float) -> tuple[str, ...]:
+    """What the reader of a map that compares with the reference must know.
+
+    `reference` (K,) are the reference's probabilities; `gain` is what the explained class's score
+    gains on it.
+    """
+    name = explanation.model.class_names[reference.argmax()]
+    remarks = [f"Compared with the blurred radiograph, which the network calls {name}, {reference.max():.1%}"]
+    if gain < SMALL_GAIN:
+        little = f"{explanation.explained_class} scores {gain:+.2g} on the radiograph against it"
+        remarks.append(f"{little}: the map explains a small difference")
+    return tuple(remarks + [sum_remark(explanation)] * (explanation.sum_error > MAX_SUM_ERROR))
+
+
+def sum_remark(explanation: Explanation) -> str:
+    return f"The sum of the map by {METHODS[explanation.method].title} is off by {explanation.sum_error:.0%}"
 
 
 # ------------------------------------------------------------------------------------------
 # Panels and figures
 # ------------------------------------------------------------------------------------------
 
-FONT = "DejaVu Sans"  # comes with matplotlib, so figures look the same everywhere
-LARGE, BODY, SMALL = 17, 11.5, 9  # points
-INK, MUTED, TRACK, BAR = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#3b6ea5"
-CHANGING_DETAILS = ("Explained class", "Peak of raw map")  # from image to image
-READING_GUIDE = (  # (place on the colour bar, what it means)
-    (1.0, "High attention: raised the score of the explained class"),
-    (0.0, "Low attention: counted little or not at all"),
-)
-BACKGROUNDS: dict[tuple[object, ...], Any] = {}  # pages with their fixed texts alone, as matplotlib copies them
-MAX_BACKGROUNDS = 4  # 9 MB each at 150 DPI; two models and their comparison need three
-READING_ADVICE = (
-    "Good: on the fracture line and the bone around it.",
-    "Red flag: on borders, markers, text, or nowhere in particular.",
-)
+# A figure is a sheet: texts, boxes and pictures at places in inches from its top left. matplotlib's
+# renderers draw it. Its Figure, Axes and Text would do, but take several times as long.
 
 
 @functools.cache
-def drawable_characters() -> frozenset[int]:
-    """The code points that the figures' font can draw."""
-    from matplotlib.font_manager import findfont, get_font
+def plain_matplotlib() -> Any:
+    """matplotlib as it comes: no file, variable or style of the user's reaches the figures.
 
-    return frozenset(get_font(findfont(FONT)).get_charmap())
+    A matplotlibrc in the working directory is read before all others, so the import happens in the
+    folder that holds matplotlib's own. Raises ExplainError where that fails.
+    """
+    os.environ["MPLBACKEND"] = "agg"  # a notebook leaves its own, which may not be importable from here
+    os.environ.pop("FREETYPE_PROPERTIES", None)  # how outlines of letters become pixels
+    with silenced(), contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # the working directory is gone, and no file in it
+            stack.enter_context(contextlib.chdir(Path(find_spec("matplotlib").origin).parent / "mpl-data"))
+        try:
+            import matplotlib
+            from matplotlib import font_manager  # noqa: F401  here, as it looks for a folder for its cache
+        except Exception as error:
+            cause = f"cannot be imported ({brief(str(error))})"
+            raise ExplainError(f"matplotlib: {cause}; set MPLCONFIGDIR to a folder that can be written") from error
+    lasting = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "explainability"}
+    matplotlib.rcParams.update({**lasting, "text.hinting": "none"})
+    return matplotlib
 
 
+# Texts
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a text looks."""
+
+    points: float
+    colour: str = INK
+    is_bold: bool = False
+
+    @property
+    def leading(self) -> float:
+        """Inches from line to line."""
+        return self.points * LEADING
+
+
+LARGE, MEDIUM, BOLD = (Look(points, is_bold=True) for points in (15, 12, 10))
+BODY, SMALL = Look(10), Look(8.5)
+NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
+
+
+@functools.cache
+def font_file(is_bold: bool) -> str:
+    """DejaVu Sans, which comes with matplotlib, so that figures look the same everywhere."""
+    return str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' * is_bold}.ttf"))
+
+
+@functools.cache
+def advances(is_bold: bool) -> dict[str, float]:
+    """Width of each character that the figures' font can draw, in inches for each point of size."""
+    plain_matplotlib()
+    from matplotlib.ft2font import FT2Font, LoadFlags
+
+    font = FT2Font(font_file(is_bold))
+    scale = 1 / font.units_per_EM / 72
+    codes = font.get_charmap().items()
+    glyphs = {chr(code): font.load_glyph(index, LoadFlags.NO_SCALE) for code, index in codes}
+    return {character: glyph.horiAdvance * scale for character, glyph in glyphs.items()}
+
+
+@functools.lru_cache(maxsize=4096)
 def drawable(text: str) -> str:
     """Text in which every character that the figures' font lacks is shown as an escape."""
-    known = drawable_characters()
+    known = advances(False)
     return "".join(
-        character if ord(character) in known else character.encode("unicode_escape").decode()
+        character if character in known else character.encode("unicode_escape").decode()
         for character in printable(text)
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def text_width(text: str, points: float, bold: bool) -> float:
-    """Width of a line of text in inches."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    font = FontProperties(family=FONT, size=points, weight="bold" if bold else "normal")
-    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
+def text_width(text: str, look: Look) -> float:
+    """Inches that a line of drawable text takes; kerning is left out."""
+    widths = advances(look.is_bold)
+    return look.points * sum(widths.get(character, widths["M"]) for character in text)
 
 
-def elided(text: str, points: float, inches: float, bold: bool = False) -> str:
-    """Text cut in the middle until it fits; both ends of a name tell something."""
-    text = drawable(text)
-    if text_width(text, points, bold) <= inches:
+def elided(text: str, look: Look, inches: float) -> str:
+    """Drawable text cut in the middle until it fits; both ends of a name tell something."""
+    if text_width(text, look) <= inches:
         return text
     low, high = 1, len(text) // 2  # characters kept at each end
     while low < high:
         kept = (low + high + 1) // 2
-        fits = text_width(f"{text[:kept]}…{text[-kept:]}", points, bold) <= inches
+        fits = text_width(f"{text[:kept]}…{text[-kept:]}", look) <= inches
         low, high = (kept, high) if fits else (low, kept - 1)
     return f"{text[:low]}…{text[-low:]}"
 
 
-def fitted(pixels: np.ndarray, side: int) -> np.ndarray:
-    """A radiograph at the size of a panel: (H, W, 3) -> its longer side `side` pixels."""
-    height, width = pixels.shape[:2]
-    scale = side / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=3))
+def wrapped(text: str, look: Look, inches: float, most: int = 2) -> list[str]:
+    """A text in at most so many lines, broken at spaces; the last is cut in the middle where it must be."""
+    words, lines = drawable(text).split(" "), []
+    while words and len(lines) < most - 1:
+        count = 1
+        while count < len(words) and text_width(" ".join(words[: count + 1]), look) <= inches:
+            count += 1
+        lines.append(elided(" ".join(words[:count]), look, inches))
+        words = words[count:]
+    return [*lines, elided(" ".join(words), look, inches)] if words else lines
+
+
+# What lies on a sheet. Each draws itself through a renderer, for a page of this height in inches.
+
+
+@functools.lru_cache(maxsize=4096)
+def text_strip(text: str, points: float, is_bold: bool, dpi: float) -> np.ndarray:
+    """How much of each pixel a line of text covers, (h, w) uint8; most lines come again on every page."""
+    plain_matplotlib()
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    pad = strip_pad(points, dpi)
+    width = round(text_width(text, Look(points, is_bold=is_bold)) * dpi) + 2 * pad
+    renderer = RendererAgg(width, 6 * pad, dpi)
+    font = FontProperties(fname=font_file(is_bold), size=points)
+    renderer.draw_text(renderer.new_gc(), pad, 4 * pad, text, font, 0)
+    return np.array(renderer.buffer_rgba())[:, :, 3]
+
+
+def strip_pad(points: float, dpi: float) -> int:
+    """Pixels around the text of a strip: one at its sides, two below the baseline."""
+    return max(1, round(0.3 * points / 72 * dpi))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of text; upright ones are turned left and start at the bottom."""
+
+    x: float
+    baseline: float
+    text: str
+    look: Look
+    is_upright: bool
+
+    def draw(self, renderer: Any, dpi: float, height: float) -> None:
+        from matplotlib.font_manager import FontProperties
+
+        gc, x, y = renderer.new_gc(), self.x * dpi, (height - self.baseline) * dpi
+        gc.set_foreground(self.look.colour)
+        if not hasattr(renderer, "buffer_rgba"):  # text stays text
+            font = FontProperties(fname=font_file(self.look.is_bold), size=self.look.points)
+            y = self.baseline * dpi if renderer.flipy() else y
+            renderer.draw_text(gc, x, y, self.text, font, 90 * self.is_upright)
+            return
+        strip = text_strip(self.text, self.look.points, self.look.is_bold, dpi)
+        pad = strip_pad(self.look.points, dpi)
+        image = np.empty((*strip.shape, 4), np.uint8)
+        image[:, :, :3], image[:, :, 3] = np.multiply(gc.get_rgb()[:3], 255).round(), strip
+        if self.is_upright:
+            renderer.draw_image(gc, round(x) - 4 * pad, round(y) - pad, np.rot90(image)[::-1])
+        else:
+            renderer.draw_image(gc, round(x) - pad, round(y) - 2 * pad, image[::-1])
+
+
+@dataclass(frozen=True)
+class Box:
+    """A filled rectangle, or its outline where the line has a width."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    colour: str | tuple[float, ...]
+    line: float = 0  # points
+    dashes: tuple[float, ...] = ()  # points
+
+    def draw(self, renderer: Any, dpi: float, height: float) -> None:
+        from matplotlib.path import Path as Outline
+        from matplotlib.transforms import Affine2D
+
+        gc, corner = renderer.new_gc(), (self.x * dpi, (height - self.y - self.height) * dpi)
+        gc.set_foreground(self.colour)
+        gc.set_linewidth(self.line * dpi / 72)
+        gc.set_joinstyle("miter")
+        gc.set_dashes(0, [dash * dpi / 72 for dash in self.dashes] or None)
+        place = Affine2D().scale(self.width * dpi, self.height * dpi).translate(*corner)
+        renderer.draw_path(gc, Outline.unit_rectangle(), place, None if self.line else gc.get_rgb())
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Pixels, copied to the page as they are, in a thin frame: white borders must not vanish."""
+
+    x: float
+    y: float
+    pixels: np.ndarray  # (H, W, 3) uint8
+    title: str
+
+    def draw(self, renderer: Any, dpi: float, height: float) -> None:
+        rows, columns = self.pixels.shape[:2]
+        finer = renderer.get_image_magnification() * dpi  # pixels of a picture for each inch
+        left, bottom = round(self.x * finer), round((height - self.y) * finer) - rows
+        opaque = np.full((rows, columns, 4), 255, np.uint8)
+        opaque[:, :, :3] = self.pixels[::-1]
+        renderer.draw_image(renderer.new_gc(), left * dpi / finer, bottom * dpi / finer, opaque)
+        hair = 0.25 / 72
+        top = height - (bottom + rows) / finer
+        size = (columns / finer + 2 * hair, rows / finer + 2 * hair)
+        Box(left / finer - hair, top - hair, *size, FRAME, 0.5).draw(renderer, dpi, height)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Lines of equal heat over a picture, on a dark ground that shows on bright bone."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    heat: np.ndarray  # (h, w) in [0, 1]
+    colours: tuple[tuple[float, ...], ...]  # one for each of CONTOURS
+
+    def draw(self, renderer: Any, dpi: float, height: float) -> None:
+        from matplotlib.transforms import Affine2D
+
+        rows, columns = self.heat.shape
+        cells = Affine2D().translate(0.5, 0.5).scale(self.width * dpi / columns, -self.height * dpi / rows)
+        place, gc = cells.translate(self.x * dpi, (height - self.y) * dpi), renderer.new_gc()
+        for outline, colour in zip(contour_lines(self.heat), self.colours):
+            for points, shade in ((2, "black"), (1, colour)):
+                gc.set_linewidth(points * dpi / 72)
+                gc.set_foreground(shade)
+                renderer.draw_path(gc, outline, place, None)
+
+
+def contour_lines(heat: np.ndarray) -> list[Any]:
+    """A matplotlib path for each of CONTOURS, in cells from the centre of the first."""
+    from matplotlib.figure import Figure
+
+    return Figure().add_subplot().contour(heat, levels=CONTOURS).get_paths()
+
+
+@dataclass
+class Sheet:
+    """A page as it is filled; lines of text are placed by their top."""
+
+    width: float
+    height: float = 0
+    items: list[Line | Box | Picture | Curves] = dataclasses.field(default_factory=list)
+    details: Box | None = None  # the place of the details panel, margins included
+
+    def write(self, x: float, y: float, text: str, look: Look = SMALL) -> None:
+        """One line of drawable text."""
+        self.items.append(Line(x, y + (LEADING + CAPITALS) / 2 * look.points, text, look, False))
+
+    def paragraph(
+        self, x: float, y: float, text: str, inches: float, look: Look = SMALL, most: int = 2
+    ) -> float:
+        """A text in at most so many lines; returns where it ends."""
+        for line in wrapped(text, look, inches, most):
+            self.write(x, y, line, look)
+            y += look.leading
+        return y
+
+    def fill(self, x: float, y: float, width: float, height: float, colour: Any, line: float = 0) -> None:
+        """A rectangle of one colour, with a thin frame where the line has a width."""
+        self.items.append(Box(x, y, width, height, colour))
+        self.items += [Box(x, y, width, height, FRAME, line)] * bool(line)
+
+    def show(self, x: float, y: float, pixels: np.ndarray, title: str = "") -> None:
+        self.items.append(Picture(x, y, pixels, title))
+
+
+# Maps in colour
 
 
 @functools.cache
 def colour_table(colormap: str) -> np.ndarray:
-    """A matplotlib colormap as (256, 3) uint8."""
-    from matplotlib import colormaps
+    """A matplotlib colormap as (256, 3) uint8, however many colours it is made of."""
+    colours = plain_matplotlib().colormaps[colormap](np.linspace(0, 1, 256))
+    return (colours[:, :3] * 255).round().astype(np.uint8)
 
-    return (colormaps[colormap](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+
+def colours_of(style: FigureStyle) -> np.ndarray:
+    return colour_table(DIVERGING if style.signed else style.colormap)
 
 
-def coloured(heatmap: np.ndarray, picture: np.ndarray, colormap: str) -> np.ndarray:
-    """A heatmap (h, w) in colour at the size of `picture`: (H, W, 3) uint8."""
-    levels = resized(heatmap, *picture.shape[:2]) * 255
-    return colour_table(colormap)[levels.round().astype(np.uint8)]
+def colour_at(place: float, style: FigureStyle) -> tuple[float, ...]:
+    """The colour at a place of the colour bar, 0 to 1, as matplotlib takes it."""
+    return tuple(colours_of(style)[round(255 * place)] / 255)
+
+
+def drawn_map(explanation: Explanation, style: FigureStyle) -> np.ndarray:
+    """What is drawn of a map: heat in [0, 1] or, signed, evidence for and against in [-1, 1]."""
+    peak = np.abs(explanation.raw_map).max()
+    return explanation.raw_map / peak if style.signed and peak > 0 else explanation.heatmap
+
+
+def has_colours(explanation: Explanation, style: FigureStyle) -> bool:
+    """Whether there is anything to draw of a map."""
+    return bool(drawn_map(explanation, style).any())
+
+
+def resized(values: np.ndarray, height: int, width: int, low: float = 0) -> np.ndarray:
+    """A map (h, w) at (height, width): bicubic, cell centres aligned, clipped to [low, 1]."""
+    image = Image.fromarray(values.astype(np.float32, copy=False))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).clip(low, 1)
+
+
+def colour_levels(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
+    """A map as places in the table of colours: (height, width) uint8."""
+    values = resized(drawn_map(explanation, style), height, width, -1 if style.signed else 0)
+    return ((values + 1) * 127.5 if style.signed else values * 255).round().astype(np.uint8)
+
+
+def opacities(style: FigureStyle) -> np.ndarray:
+    """Opacity of each colour over the radiograph, (256,) uint8: it follows the heat, so cold bone stays."""
+    places = np.arange(256)
+    strength = np.maximum(np.abs(places - 127.5) - 0.5, 0) / 127 if style.signed else places / 255
+    return (OVERLAY_OPACITY * 255 * strength).round().astype(np.uint8)
+
+
+def heatmap_pixels(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
+    """The map alone in colour, (height, width, 3) uint8; plain grey where there is none."""
+    if not has_colours(explanation, style):
+        return np.full((height, width, 3), 228, np.uint8)
+    return colours_of(style)[colour_levels(explanation, height, width, style)]
+
+
+def overlay_pixels(picture: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
+    """The map in colour over a radiograph (H, W, 3) uint8; a blank map leaves it as it is."""
+    if style.contours or not has_colours(explanation, style):
+        return picture
+    levels = colour_levels(explanation, *picture.shape[:2], style)
+    colours, mask = Image.fromarray(colours_of(style)[levels]), Image.fromarray(opacities(style)[levels])
+    return np.asarray(Image.composite(colours, Image.fromarray(picture), mask))
+
+
+def add_contours(
+    sheet: Sheet, x: float, y: float, width: float, height: float,
+    explanation: Explanation, style: FigureStyle,
+) -> None:  # fmt: skip
+    """Lines of equal heat, where they are asked for and there is any."""
+    if style.contours and explanation.heatmap.any():
+        scale = 128 / min(width, height)
+        cells = (round(min(scale * side, 1024)) for side in (height, width))
+        colours = tuple(colour_at(level, style) for level in CONTOURS)
+        sheet.items.append(Curves(x, y, width, height, resized(explanation.heatmap, *cells), colours))
+
+
+def bare_overlay(pixels: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
+    """The overlay alone at the radiograph's own size, (H, W, 3) uint8, contours included."""
+    over, dpi = overlay_pixels(pixels, explanation, style), max(pixels.shape[:2]) / BARE_INCHES
+    sheet = Sheet(pixels.shape[1] / dpi, pixels.shape[0] / dpi)
+    add_contours(sheet, 0, 0, sheet.width, sheet.height, explanation, style)
+    return sheet_pixels(sheet, dpi, over) if sheet.items else over
+
+
+# Panels
 
 
 @dataclass(frozen=True)
-class Panel:
-    """A rectangle of a page, in inches from the bottom left; points inside it are (0, 0) to (1, 1).
+class View:
+    """What the figures of one image have in common."""
 
-    A matplotlib Axes would do, but eight of them take longer than everything drawn in them.
-    """
+    picture: np.ndarray  # (H, W, 3) uint8: the radiograph at the size of a panel
+    name: str
+    style: FigureStyle
+    boxes: tuple[tuple[float, ...], ...] = ()  # known fractures: left, top, right, bottom, in [0, 1]
 
-    figure: Figure
-    left: float
-    bottom: float
-    width: float
-    height: float
+    @property
+    def width(self) -> float:
+        """Inches of the picture on the page."""
+        return self.picture.shape[1] / self.style.dpi
 
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        """A point of the panel in fractions of the page."""
-        across, up = self.figure.get_size_inches()
-        return (self.left + x * self.width) / across, (self.bottom + y * self.height) / up
+    @property
+    def height(self) -> float:
+        return self.picture.shape[0] / self.style.dpi
 
-    def write(self, x: float, y: float, text: str, points: float, inches: float, **look: Any) -> None:
-        """One line at (x, y), cut in the middle to `inches`; `animated` if it changes from image to image."""
-        line = elided(text, points, inches, bold=look.get("weight") == "bold")
-        self.figure.text(*self.place(x, y), line, fontsize=points, parse_math=False, **{"color": INK, "va": "top", **look})
-
-    def fill(self, x: float, y: float, width: float, height: float, colour: Any) -> None:
-        """A rectangle of one colour, its bottom left at (x, y)."""
-        from matplotlib.patches import Rectangle
-
-        (x0, y0), (x1, y1) = self.place(x, y), self.place(x + width, y + height)
-        self.figure.add_artist(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, edgecolor="none", animated=True))
-
-    def show(self, pixels: np.ndarray, title: str) -> None:
-        """A picture (H, W, 3) uint8, pixel for pixel in the middle of the panel, under its title."""
-        (height, width), dpi = pixels.shape[:2], self.figure.dpi
-        left = round((self.left + self.width / 2) * dpi - width / 2)
-        bottom = round((self.bottom + self.height / 2) * dpi - height / 2)
-        self.figure.add_artist(picture_class()(pixels, left, bottom, title))
-        # The title sits on its picture, not on the top of a panel that a wide picture leaves empty.
-        top = (bottom + height) / dpi - self.bottom
-        self.write(0.5, top / self.height + 0.02, title, BODY, self.width, ha="center", va="bottom")
+    @property
+    def column(self) -> float:
+        """Inches that a panel takes with its title."""
+        return max(self.width, MIN_COLUMN)
 
 
-@functools.cache
-def picture_class() -> type[Artist]:
-    """An artist that copies pixels to the page as they are; matplotlib's own images are resampled."""
-    from matplotlib.artist import Artist
-
-    class Picture(Artist):
-        def __init__(self, pixels: np.ndarray, left: int, bottom: int, title: str) -> None:
-            super().__init__()
-            self.pixels, self.left, self.bottom = pixels, left, bottom
-            self.set(label=title, animated=True)
-
-        def draw(self, renderer: Any) -> None:
-            opaque = np.full((*self.pixels.shape[:2], 1), 255, np.uint8)
-            upwards = np.concatenate([self.pixels, opaque], axis=2)[::-1]  # as Agg draws
-            renderer.draw_image(renderer.new_gc(), self.left, self.bottom, upwards)
-
-    return Picture
+def fitted(pixels: np.ndarray, dpi: float) -> np.ndarray:
+    """A radiograph (H, W, 3) at the size of a panel: about the same area whatever its shape."""
+    rows, columns = pixels.shape[:2]
+    area = PANEL_AREA * max(1, columns / rows) ** 0.25  # wide ones lose more of the page to their titles
+    longest = min(LONGEST_SIDE, math.sqrt(area * max(rows, columns) / min(rows, columns)))
+    scale = longest * dpi / max(rows, columns)
+    size = max(1, round(columns * scale)), max(1, round(rows * scale))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=3))
 
 
-def draw_heatmap(panel: Panel, picture: np.ndarray, explanation: Explanation, style: FigureStyle, title: str) -> None:
-    """The heatmap alone, at the size of the picture; a map with a remark says it."""
-    panel.show(coloured(explanation.heatmap, picture, style.colormap), title)
-    if explanation.remark:
-        frame = {"facecolor": "white", "edgecolor": MUTED, "boxstyle": "round,pad=0.6"}
-        panel.write(0.5, 0.5, explanation.remark, SMALL, panel.width - 0.3, ha="center", va="center", bbox=frame, animated=True)
+def title_room(titles: Sequence[str], inches: float) -> float:
+    """Inches that the titles of a row of panels need above their pictures."""
+    return 0.08 + BODY.leading * max(len(wrapped(title, BODY, inches)) for title in titles)
 
 
-def draw_overlay(panel: Panel, picture: np.ndarray, explanation: Explanation, style: FigureStyle, title: str) -> None:
-    """The heatmap over the radiograph; a blank map leaves the radiograph as it is."""
-    if explanation.heatmap.any():
-        colours = coloured(explanation.heatmap, picture, style.colormap)
-        picture = np.asarray(Image.blend(Image.fromarray(picture), Image.fromarray(colours), OVERLAY_WEIGHT))
-    panel.show(picture, title)
+def draw_picture(sheet: Sheet, x: float, y: float, view: View, pixels: np.ndarray, title: str) -> None:
+    """A picture with its title, whose last line sits on it."""
+    lines = len(wrapped(title, BODY, view.column))
+    sheet.paragraph(x, y - 0.06 - BODY.leading * lines, title, view.column, BODY)
+    sheet.show(x, y, pixels, title)
 
 
-def draw_colour_bar(panel: Panel, style: FigureStyle) -> None:
-    """The scale of the heatmaps: 0 at the bottom, 1 at the top."""
-    height, width = round(panel.height * style.dpi), round(panel.width * style.dpi)
-    levels = np.linspace(255, 0, height).round().astype(np.uint8)
-    panel.show(colour_table(style.colormap)[np.repeat(levels[:, None], width, axis=1)], "")
-    for value in (0, 0.5, 1):
-        panel.write(1.4, value, f"{value:g}", SMALL, 1, va="center")
-    panel.write(3.6, 0.25, "relative importance", SMALL, 2, color=MUTED, rotation=90, va="center", ha="center")
+def draw_boxes(sheet: Sheet, x: float, y: float, view: View) -> None:
+    """Dashed outlines of what is known to be there."""
+    for left, top, right, bottom in view.boxes:
+        size = (right - left) * view.width, (bottom - top) * view.height
+        place = (x + left * view.width, y + top * view.height, *size)
+        sheet.items += [Box(*place, "black", 1.8), Box(*place, "white", 0.9, (3, 2))]
 
 
-def draw_probabilities(panel: Panel, explanation: Explanation, top: float) -> float:
-    """A line and a bar for each of the likeliest classes from `top` down; returns where they end."""
-    listed = explanation.ranking[:MAX_LISTED_CLASSES]
-    step = 0.115 if len(listed) < 3 else 0.088
-    for index in listed:
-        weight = "bold" if index == explanation.predicted else "normal"
+def draw_heatmap(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
+    """The map alone, at the size of the picture; a map with nothing to show says so."""
+    draw_picture(sheet, x, y, view, heatmap_pixels(explanation, *view.picture.shape[:2], view.style), title)
+    draw_boxes(sheet, x, y, view)
+    if explanation.blankness:
+        lines = wrapped(explanation.blankness, SMALL, view.column - 0.3, 4)
+        width, height = max(text_width(line, SMALL) for line in lines), SMALL.leading * len(lines)
+        left, top = x + max(0.1, (view.width - width) / 2), y + max(0, (view.height - height) / 2)
+        sheet.fill(left - 0.1, top - 0.08, width + 0.2, height + 0.16, "white", 0.5)
+        sheet.paragraph(left, top, explanation.blankness, view.column - 0.3, SMALL, 4)
+
+
+def draw_overlay(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
+    """The map over the radiograph."""
+    title += ", dashed: the true fracture" * bool(view.boxes)
+    draw_picture(sheet, x, y, view, overlay_pixels(view.picture, explanation, view.style), title)
+    add_contours(sheet, x, y, view.width, view.height, explanation, view.style)
+    draw_boxes(sheet, x, y, view)
+
+
+def draw_colour_bar(sheet: Sheet, x: float, y: float, view: View) -> None:
+    """The scale of the maps, its greatest value at the top; none beside a picture too low for its ticks."""
+    height, style = view.height, view.style
+    if height < 0.3:
+        return
+    levels = np.linspace(255, 0, len(view.picture)).round().astype(np.uint8)
+    sheet.show(x, y, colours_of(style)[np.repeat(levels[:, None], round(0.16 * style.dpi), axis=1)])
+    for place in (0, 0.5, 1) if height > 0.5 else (0, 1):
+        value = 2 * place - 1 if style.signed else place
+        sheet.write(x + 0.22, y + (1 - place) * height - SMALL.leading / 2, f"{value:g}")
+    label = "against    evidence    for" if style.signed else "relative importance"
+    length = text_width(label, FAINT)
+    if height > length:
+        sheet.items.append(Line(x + 0.62, y + (height + length) / 2, label, FAINT, True))
+
+
+# The details panel: blocks of text, each of which returns where it ends
+
+
+def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
+    """The prediction, and a line and a bar for each of the likeliest classes."""
+    names, last = explanation.model.class_names, y + 0.26 + PROBABILITY_ROOM
+    look = LARGE if text_width(drawable(explanation.prediction), LARGE) < 1.8 * width else MEDIUM
+    y = sheet.paragraph(x, y - 0.05, explanation.prediction, width, look)
+    sheet.write(x, y, f"Confidence: {explanation.confidence:.2%}", BODY)
+    y, listed = y + 0.3, 0
+    for index in explanation.ranking:
+        look = BOLD if index == explanation.predicted else BODY
+        below = y + look.leading * len(wrapped(names[index], look, width - 0.8))
+        if listed and below > last:
+            break
         probability = float(explanation.probabilities[index])
-        panel.write(0, top, explanation.class_names[index], BODY, 3.5, weight=weight, animated=True)
-        panel.write(1, top, f"{probability:.2%}", BODY, 1, weight=weight, ha="right", animated=True)
-        panel.fill(0, top - 0.7 * step, 1, 0.018, TRACK)
-        panel.fill(0, top - 0.7 * step, probability, 0.018, BAR)
-        top -= step
-    return top
+        text = f"{probability:.2%}"
+        sheet.paragraph(x, y, names[index], width - 0.8, look)
+        sheet.write(x + width - text_width(text, look), y, text, look)
+        sheet.fill(x, below, width, 0.075, TRACK)
+        sheet.fill(x, below, width * probability, 0.075, BAR)
+        y, listed = below + 0.15, listed + 1
+    if rest := explanation.ranking[listed:]:
+        together = float(explanation.probabilities[rest].sum())
+        y = sheet.paragraph(x, y - 0.02, f"and {len(rest)} more, together {together:.2%}", width, FAINT)
+    return y + 0.06
 
 
-def detail_lines(explanation: Explanation) -> list[tuple[str, str]]:
+def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
+    """The checks: those flagged in words, the others in one line, and what only the reader can judge."""
+    if not explanation.findings:
+        return y
+    for finding in explanation.findings:
+        if finding.is_flagged:
+            sheet.write(x, y, "⚠", ALERT)
+            y = sheet.paragraph(x + 0.2, y, finding.text, width - 0.2, ALERT, 3) + 0.03
+    passed = [check_title(finding.check) for finding in explanation.findings if not finding.is_flagged]
+    if passed:
+        y = sheet.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
+    return sheet.paragraph(x, y, READERS_CHECK, width) + 0.1
+
+
+def check_title(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def explained_text(explanation: Explanation) -> str:
+    """The explained class, with its probability where it is not the predicted one."""
+    if explanation.explained == explanation.predicted:
+        return explanation.explained_class
+    return f"{explanation.probabilities[explanation.explained]:.2%} {explanation.explained_class}"
+
+
+def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str, str]]:
     """What the details panel lists: (label, value)."""
-    h, w = explanation.heatmap.shape
-    return [
-        ("Explained class", explanation.explained_text),
-        ("Model", explanation.architecture),
-        ("Checkpoint", explanation.checkpoint),
-        ("", explanation.accuracy),
-        ("Target layer", f"{explanation.target_layer}, {h}×{w} grid: one cell is 1/{h * w} of the image"),
-        ("Peak of raw map", f"{explanation.raw_map.max():.3g} (the colours are relative to it)"),
+    model, raw = explanation.model, explanation.raw_map
+    h, w = raw.shape
+    relative = "" if style.signed else " (the colours are relative to it)"
+    lines = [
+        ("Explained class", explained_text(explanation)),
+        ("Model", model.architecture),
+        ("Checkpoint", printable(model.checkpoint.name)),
+        ("", model.accuracy + " (synthetic test images)" * is_demo(model.checkpoint)),
+        ("Method", METHODS[explanation.method].title),
     ]
+    if explanation.method.startswith("gradcam"):
+        lines.append(("Target layer", model.family.target_layer))
+    lines.append(("Map", f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"))
+    if explanation.heatmap.any():
+        lines.append(("Peak of raw map", f"{raw.max():.3g}{relative}"))
+    if explanation.owed is not None:
+        lines.append(("Sum of raw map", f"{raw.sum():.3g}, must be {explanation.owed:.3g}"))
+    if METHODS[explanation.method].compares:
+        lines.append(("Negative share", f"{explanation.negative_share:.0%} of the map's magnitude"))
+    return lines
 
 
-def draw_details(panel: Panel, explanation: Explanation, style: FigureStyle) -> None:
-    """The panel of text: prediction, probabilities, provenance and how to read the colours."""
-    panel.write(0, 1, "Prediction", SMALL, 4, color=MUTED)
-    panel.write(0, 0.955, explanation.prediction, LARGE, panel.width, weight="bold", animated=True)
-    panel.write(0, 0.88, f"Confidence: {explanation.confidence:.2%}", BODY, 4, animated=True)
-    top = draw_probabilities(panel, explanation, top=0.79) - 0.01
-    for label, value in detail_lines(explanation):
-        panel.write(0, top, label, SMALL, 1.2, color=MUTED)
-        panel.write(0.26, top, value, SMALL, panel.width * 0.74, animated=label in CHANGING_DETAILS)
-        top -= 0.046
-    panel.write(0, top - 0.02, "How to read the heatmap", SMALL, 4, color=MUTED)
-    for place, text in READING_GUIDE:
-        top -= 0.055
-        panel.fill(0, top - 0.048, 0.05, 0.03, colour_table(style.colormap)[int(255 * place)] / 255)
-        panel.write(0.08, top - 0.017, text, SMALL, panel.width * 0.92)
-    for text in READING_ADVICE:
-        top -= 0.046
-        panel.write(0, top - 0.025, text, SMALL, panel.width)
+def provenance_block(
+    sheet: Sheet, x: float, y: float, width: float, explanation: Explanation, style: FigureStyle
+) -> float:
+    """Where the map came from, and what its reader must know."""
+    for label, value in detail_lines(explanation, style):
+        sheet.write(x, y, label, FAINT)
+        y = sheet.paragraph(x + 1.12, y, value, width - 1.12) + 0.01
+    for remark in explanation.remarks:
+        y = sheet.paragraph(x, y + 0.03, remark, width, ALERT, 3)
+    return y + 0.1
 
 
-def footer_text(explanations: Sequence[Explanation]) -> str:
-    """What stands below every figure."""
-    if explanations[0].is_demo:
-        return f"Demo {'networks' if len(explanations) > 1 else 'network'}: {DEMO_NOTICE}."
-    return "Grad-CAM shows correlation, not cause. Not for diagnosis."
+def guide_block(sheet: Sheet, x: float, y: float, width: float, style: FigureStyle) -> float:
+    """How to read the colours."""
+    sheet.write(x, y, "How to read the heatmap", FAINT)
+    y += 0.19
+    for place, text in SIGNED_GUIDE if style.signed else READING_GUIDE:
+        sheet.fill(x, y + 0.02, 0.22, 0.13, colour_at(place, style), 0.5)
+        y = max(sheet.paragraph(x + 0.32, y, text, width - 0.32), y + 0.19)
+    for text in ("Lines: 25, 50 and 75 % of the maximum.",) * style.contours + READING_ADVICE:
+        y = sheet.paragraph(x, y + 0.01, text, width)
+    return y + 0.05
 
 
-def new_figure(width: float, height: float, style: FigureStyle, title: str, name: str, footer: str) -> Figure:
-    """A page of width x height inches with its title, the file's name and a footer."""
-    from matplotlib.figure import Figure
+def draw_details(
+    sheet: Sheet, x: float, y: float, width: float, explanation: Explanation, style: FigureStyle
+) -> float:
+    """The panel of text, in two columns where it is wide; returns where it ends."""
+    inches = width if width < 6 else (width - 0.3) / 2
+    first = prediction_block(sheet, x, y, inches, explanation)
+    first = findings_block(sheet, x, first, inches, explanation)
+    across, down = (x, first) if inches == width else (x + inches + 0.3, y)
+    end = provenance_block(sheet, across, down, inches, explanation, style)
+    if has_colours(explanation, style):
+        end = guide_block(sheet, across, end, inches, style)
+    return max(first, end)
 
-    figure = Figure(figsize=(width, height), dpi=style.dpi, facecolor="white")
-    write = functools.partial(figure.text, ha="center", va="center", parse_math=False)
-    write(0.5, 1 - 0.32 / height, elided(title, LARGE, width - 0.6, bold=True), fontsize=LARGE, weight="bold", color=INK, animated=True)
-    write(0.5, 1 - 0.62 / height, elided(name, BODY, width - 0.6), fontsize=BODY, color=MUTED, animated=True)
-    write(0.5, 0.2 / height, footer, fontsize=SMALL, color=MUTED)
-    return figure
+
+# Figures
 
 
-def explanation_figure(picture: np.ndarray, name: str, explanation: Explanation, style: FigureStyle) -> Figure:
+def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool, beside: float = 0) -> float:
+    """The title, a tag for demo networks and the file's name; returns where they end.
+
+    So many inches at the right of the page are left to what lies `beside`.
+    """
+    room, tag = sheet.width - 2 * MARGIN - beside, 0.75 * is_from_demo
+    y = sheet.paragraph(MARGIN, 0.16, title, room - tag, LARGE)
+    right = MARGIN + 0.15 + text_width(wrapped(title, LARGE, room - tag)[-1], LARGE)
+    middle = y - LARGE.leading / 2
+    if is_from_demo:
+        sheet.fill(right, middle - 0.115, 0.6, 0.23, BADGE)
+        sheet.write(right + 0.08, middle - BODY.leading / 2, "DEMO", Look(10, "white", True))
+    name, right = drawable(name), right + tag
+    if text_width(name, NAME) <= MARGIN + room - right:  # beside the title, else below it
+        sheet.write(right, middle - NAME.leading / 2 + 0.03, name, NAME)
+        return y + 0.08
+    sheet.write(MARGIN, y - 0.02, elided(name, NAME, room), NAME)
+    return y + 0.28
+
+
+def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float, beside: float = 0) -> None:
+    """What stands below every figure; ends the page."""
+    if is_demo(explanations[0].model.checkpoint):
+        text = f"Demo {'networks' if len(explanations) > 1 else 'network'}: {DEMO_NOTICE}."
+    else:
+        text = f"{METHODS[explanations[0].method].title} shows correlation, not cause. Not for diagnosis."
+    inches = sheet.width - 2 * MARGIN - beside
+    sheet.height = sheet.paragraph(MARGIN, bottom + 0.1, text, inches, FAINT) + 0.12
+
+
+ROW = ((0, 0), (1, 0), (2, 0), (3, 0))  # column and row of radiograph, heatmap, overlay and details
+GRID = ((0, 0), (1, 0), (0, 1), (1, 1))
+STACK = ((0, 0), (0, 1), (0, 2), (0, 3))
+
+
+def explanation_figure(view: View, explanation: Explanation) -> Sheet:
     """The 4-panel figure: radiograph, heatmap, overlay, prediction details."""
-    figure = new_figure(10, 10, style, f"Grad-CAM: {explanation.title}", name, footer_text([explanation]))
-    side, top, bottom = PANEL_INCHES, 4.9, 0.45
-    Panel(figure, 0.4, top, side, side).show(picture, "Original X-ray")
-    draw_heatmap(Panel(figure, 4.9, top, side, side), picture, explanation, style, "Grad-CAM Heatmap")
-    draw_colour_bar(Panel(figure, 9.15, top, 0.15, side), style)
-    draw_overlay(Panel(figure, 0.4, bottom, side, side), picture, explanation, style, "Overlay (Model Focus)")
-    draw_details(Panel(figure, 4.95, bottom, 4.65, side), explanation, style)
-    return figure
+    aspect, column, method = view.width / view.height, view.column, METHODS[explanation.method].title
+    cells = ROW if aspect < 0.6 else GRID if aspect < 2 else STACK  # what fills the page best
+    titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", "Overlay (Model Focus)")
+    room, model = title_room(titles, column), explanation.model
+    across = [MARGIN + number * (column + GAP) + BAR_ROOM * (number > 1) for number in range(4)]
+    details_width = DETAILS_WIDTH if cells is ROW else column + BAR_ROOM - 0.1
+    beside = details_width + GAP if cells is ROW else 0  # there the details take the page's whole height
+    sheet = Sheet(across[cells[3][0]] + details_width + MARGIN)
+    top = draw_header(sheet, f"{method}: {model.title}", view.name, is_demo(model.checkpoint), beside) + room
+    places = [(across[number], top + row * (room + view.height + GAP / 2)) for number, row in cells]
+    draw_picture(sheet, *places[0], view, view.picture, titles[0])
+    draw_heatmap(sheet, *places[1], view, explanation, titles[1])
+    if has_colours(explanation, view.style):
+        draw_colour_bar(sheet, places[1][0] + view.width + 0.12, places[1][1], view)
+    draw_overlay(sheet, *places[2], view, explanation, titles[2])
+    x, y = places[3][0], MARGIN if cells is ROW else places[3][1] - room + 0.06
+    end = draw_details(sheet, x, y, details_width, explanation, view.style)
+    bottom = max(place[1] + view.height for place in places[:3])
+    draw_footer(sheet, [explanation], bottom if cells is ROW else max(bottom, end), beside)
+    sheet.height = max(sheet.height, end + 0.12)
+    left, (upper, lower) = x - GAP / 2, (0, sheet.height) if cells is ROW else (y - 0.06, max(bottom, end))
+    sheet.details = Box(left, upper, sheet.width - left, lower - upper, TRACK)
+    return sheet
 
 
 def agree(explanations: Sequence[Explanation]) -> bool:
@@ -1542,27 +2753,347 @@ def agreement_text(explanations: Sequence[Explanation]) -> str:
     first, second = explanations
     if agree(explanations):
         return f"Both models agree: {first.prediction}"
-    return f"Models disagree: {first.title} says {first.prediction}, {second.title} says {second.prediction}"
+    said = (f"{each.model.title} says {each.prediction}" for each in (first, second))
+    return f"Models disagree: {', '.join(said)}"
 
 
 def row_heading(explanation: Explanation) -> str:
-    heading = f"{explanation.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
+    heading = f"{explanation.model.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
     if explanation.explained != explanation.predicted:
-        heading += f" (explained class: {explanation.class_names[explanation.explained]})"
+        heading += f" (explained class: {explanation.explained_class})"
     return heading
 
 
-def comparison_figure(picture: np.ndarray, name: str, explanations: Sequence[Explanation], style: FigureStyle) -> Figure:
-    """The 6-panel figure: a row for each model of radiograph, heatmap and overlay."""
-    figure = new_figure(14, 10.8, style, agreement_text(explanations), name, footer_text(explanations))
-    side = PANEL_INCHES
-    for explanation, bottom in zip(explanations, (5.4, 0.45)):
-        Panel(figure, 0.4, bottom, 13.2, side).write(0, 1.1, row_heading(explanation), BODY, 13.2, weight="bold", va="center", animated=True)
-        Panel(figure, 0.2, bottom, side, side).show(picture, "Original")
-        draw_heatmap(Panel(figure, 4.6, bottom, side, side), picture, explanation, style, "Heatmap")
-        draw_overlay(Panel(figure, 9.0, bottom, side, side), picture, explanation, style, "Overlay")
-        draw_colour_bar(Panel(figure, 13.25, bottom, 0.15, side), style)
-    return figure
+def comparison_figure(
+    view: View, explanations: Sequence[Explanation], overlap: Finding | None = None
+) -> Sheet:
+    """The 6-panel figure: a row for each model of radiograph, heatmap and overlay.
+
+    `overlap` says how far the two maps agree, which is another thing than the same class.
+    """
+    across = [MARGIN + number * (view.column + GAP) for number in range(3)]
+    bar = across[2] + view.width + 0.12
+    sheet = Sheet(across[2] + view.column + BAR_ROOM + 0.1)
+    inches = sheet.width - 2 * MARGIN
+    title = agreement_text(explanations) if agree(explanations) else "Models disagree"
+    y = draw_header(sheet, title, view.name, is_demo(explanations[0].model.checkpoint))
+    if overlap is not None:
+        text = "⚠ " * overlap.is_flagged + overlap.text
+        y = sheet.paragraph(MARGIN, y - 0.04, text, inches, ALERT if overlap.is_flagged else FAINT) + 0.06
+    for explanation in explanations:
+        y = sheet.paragraph(MARGIN, y, row_heading(explanation), inches, BOLD)
+        flagged = "; ".join(finding.text for finding in explanation.findings if finding.is_flagged)
+        y = sheet.paragraph(MARGIN, y, f"⚠ {flagged}", inches, ALERT) if flagged else y
+        titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay")
+        y += title_room(titles, view.column)
+        draw_picture(sheet, across[0], y, view, view.picture, titles[0])
+        draw_heatmap(sheet, across[1], y, view, explanation, titles[1])
+        draw_overlay(sheet, across[2], y, view, explanation, titles[2])
+        if has_colours(explanation, view.style):
+            draw_colour_bar(sheet, bar, y, view)
+        y += view.height + 0.16
+    draw_footer(sheet, explanations, y - 0.16)
+    return sheet
+
+
+# Several methods
+
+
+def map_overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """Agreement of two heatmaps (h, w): the sum of the smaller shares of heat, 1 the same, 0 disjoint.
+
+    Maps of different grids are compared on the coarser one.
+    """
+    size = min(one.shape[::-1], other.shape[::-1])
+    grids = [np.asarray(Image.fromarray(each).resize(size, Image.Resampling.BOX)) for each in (one, other)]
+    sums = [float(grid.sum()) for grid in grids]
+    return float(np.minimum(grids[0] / sums[0], grids[1] / sums[1]).sum()) if all(sums) else 0.0
+
+
+def fill_share(
+    sheet: Sheet, x: float, y: float, width: float, height: float, share: float, text: str
+) -> None:
+    """A cell of a table, white for a share of 0 to blue for 1, with its text in the middle."""
+    shade = tuple(1 - share * (1 - part) for part in (0.23, 0.43, 0.65))  # towards the colour of the bars
+    sheet.fill(x, y, width - 0.03, height - 0.03, shade, 0.5)
+    look = Look(SMALL.points, "white" if share > 0.6 else INK)
+    left = x + (width - 0.03 - text_width(text, look)) / 2
+    if height > SMALL.leading:
+        sheet.write(left, y + (height - 0.03 - SMALL.leading) / 2, text, look)
+
+
+def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Explanation]) -> float:
+    """A table of how far each two maps agree; returns where it ends."""
+    heading, cell, first = "Agreement of each two maps: 1 the same places, 0 none in common", 0.6, 2.1
+    y = sheet.paragraph(x, y, heading, sheet.width - 2 * MARGIN, BODY) + 0.06
+    for number, explanation in enumerate(explanations):
+        sheet.write(x + first + number * cell + 0.25, y, str(number + 1), FAINT)
+        top = y + 0.22 + 0.28 * number
+        sheet.write(x, top + 0.04, f"{number + 1}  {METHODS[explanation.method].title}")
+        for place, other in enumerate(explanations):
+            share = map_overlap(explanation.heatmap, other.heatmap)
+            fill_share(sheet, x + first + place * cell, top, cell, 0.28, share, f"{share:.2f}")
+    return y + 0.22 + 0.28 * len(explanations)
+
+
+def draw_method(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, cost: str) -> None:
+    """One method's overlay, with its cost and the sum of its map beside what it owes."""
+    draw_overlay(sheet, x, y, view, explanation, METHODS[explanation.method].title)
+    owed = "" if explanation.owed is None else f", must be {explanation.owed:.3g}"
+    text = f"{cost}; sum {explanation.raw_map.sum():.3g}{owed}"
+    end = sheet.paragraph(x, y + view.height + 0.05, text, view.column)
+    sheet.paragraph(x, end, explanation.blankness, view.column, ALERT, 1)
+
+
+def methods_figure(view: View, explanations: Sequence[Explanation], costs: Sequence[str]) -> Sheet:
+    """One model's maps by several methods over the same radiograph, and how far they agree.
+
+    `costs` says in words what each method took.
+    """
+    size = tuple(max(1, round(0.7 * side)) for side in view.picture.shape[1::-1])
+    small = np.asarray(Image.fromarray(view.picture).resize(size, Image.Resampling.BILINEAR))
+    view, model = dataclasses.replace(view, picture=small), explanations[0].model
+    count = len(explanations) + 1
+    columns = min(count, max(2, round(11 / view.column)))
+    pitch = view.column + GAP
+    sheet = Sheet(max(2 * MARGIN + columns * pitch + BAR_ROOM, 7))
+    title = f"{model.title}: evidence for {explanations[0].explained_class}"
+    room = title_room([METHODS[each.method].title for each in explanations], view.column)
+    y = draw_header(sheet, title, view.name, is_demo(model.checkpoint)) + room
+    down = room + view.height + 3 * SMALL.leading
+    places = [(MARGIN + n % columns * pitch, y + n // columns * down) for n in range(count)]
+    draw_picture(sheet, *places[0], view, view.picture, "Original X-ray")
+    for place, explanation, cost in zip(places[1:], explanations, costs):
+        draw_method(sheet, *place, view, explanation, cost)
+    draw_colour_bar(sheet, places[columns - 1][0] + view.width + 0.12, y, view)
+    end = draw_overlaps(sheet, MARGIN, places[-1][1] + down - room + 0.1, explanations)
+    draw_footer(sheet, explanations[:1], end)
+    return sheet
+
+
+# The contact sheet of a run. Its data are the rows of the table, as text.
+
+
+def said_by(row: dict[str, str], model: Model, column: str) -> str:
+    """What a row says in one of a model's columns; empty where there is no such column."""
+    return row.get(f"{model.family.key}_{column}", "")
+
+
+def confidence_in(row: dict[str, str], model: Model) -> float:
+    return max(float(said_by(row, model, f"p_{name}")) for name in model.class_names)
+
+
+def flags_in(row: dict[str, str], models: Sequence[Model]) -> str:
+    """What is flagged about the maps of a row."""
+    flags = {model.title: said_by(row, model, "flags") for model in models}
+    flags |= {model.title: "blank map" for model in models if said_by(row, model, "blank_map") == "yes"}
+    return "; ".join(f"{title}: {text}" for title, text in flags.items() if text)
+
+
+def looked_at_first(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> list[dict[str, str]]:
+    """What a person should look at: wrong and sure, disagreements, the rest of the wrong, flagged maps."""
+
+    def order(row: dict[str, str]) -> tuple[int, float]:
+        wrong = [confidence_in(row, model) for model in models if said_by(row, model, "correct") == "no"]
+        surest = max(wrong, default=0)
+        kinds = surest >= SURE, row.get("agree") == "no", bool(wrong), bool(flags_in(row, models)), True
+        return kinds.index(True), -surest
+
+    ranked = sorted((row for row in rows if not row["error"]), key=order)
+    return [row for row in ranked if order(row)[0] < 4][:MAX_THUMBNAILS]
+
+
+def draw_confusion(
+    sheet: Sheet, x: float, y: float, width: float, rows: Sequence[dict[str, str]], model: Model
+) -> None:
+    """How often each true class (a line) was predicted as each class (a column)."""
+    names, first = model.class_names, 1.25
+    pairs = ((class_key(row["true_class"]), class_key(said_by(row, model, "predicted"))) for row in rows)
+    counts, keys = Counter(pairs), [class_key(name) for name in names]
+    cell, high, is_small = (width - first) / len(names), min(0.5, 1.4 / len(names)), len(names) > 3
+    sheet.write(x + first, y, "predicted as", FAINT)
+    top = y + 0.54
+    for number, name in enumerate(names):
+        label = f"{number + 1} {name}" if is_small else name
+        heading = str(number + 1) if is_small else name
+        if high > SMALL.leading:
+            sheet.paragraph(x + first + number * cell, y + 0.19, heading, cell - 0.06)
+            lines = wrapped(label, SMALL, first - 0.1, 1 if is_small else 2)
+            middle = top + number * high + (high - SMALL.leading * len(lines)) / 2
+            sheet.paragraph(x, middle, label, first - 0.1, SMALL, 1 if is_small else 2)
+        total = sum(counts[keys[number], key] for key in keys)
+        for place, key in enumerate(keys):
+            count = counts[keys[number], key]
+            corner = x + first + place * cell, top + number * high
+            fill_share(sheet, *corner, cell, high, count / total if total else 0, str(count))
+
+
+def draw_histogram(
+    sheet: Sheet, x: float, y: float, width: float, height: float,
+    rows: Sequence[dict[str, str]], model: Model,
+) -> None:  # fmt: skip
+    """How sure right and wrong predictions are, or all where the truth is not known.
+
+    In steps of 5 % from the least possible confidence.
+    """
+    lowest = 20 // len(model.class_names)  # in steps
+    right, wrong = Look(8.5, BAR, True), Look(8.5, WARNING, True)
+    looks = {"yes": right, "no": wrong} if rows[0]["true_class"] else {"": right}
+    said = [("right ", right), ("and ", FAINT), ("wrong ", wrong)] if len(looks) > 1 else []
+    steps = {side: Counter[int]() for side in looks}
+    for row in rows:
+        step = math.floor(confidence_in(row, model) * 20 + 1e-9)
+        steps[said_by(row, model, "correct")][min(19, max(lowest, step))] += 1
+    most = max(max(counts.values(), default=1) for counts in steps.values())
+    across = x
+    for text, look in [("Confidence of ", FAINT), *said, (f"predictions; the highest bar is {most}", FAINT)]:
+        sheet.write(across, y, text, look)
+        across += text_width(text, look)
+    base, step = y + 0.3 + height, width / (20 - lowest)
+    for side, counts in steps.items():
+        for place, count in counts.items():
+            left, tall = x + (place - lowest + 0.45 * (side == "no")) * step, height * count / most
+            sheet.fill(left, base - tall, 0.42 * step, tall, looks[side].colour)
+    sheet.fill(x, base, width, 0.012, INK)
+    sheet.write(x, base + 0.05, f"{lowest / 20:.0%}")
+    sheet.write(x + width - text_width("100%", SMALL), base + 0.05, "100%")
+
+
+def draw_model(
+    sheet: Sheet, y: float, rows: Sequence[dict[str, str]], model: Model,
+    mean_map: np.ndarray | None, style: FigureStyle,
+) -> float:  # fmt: skip
+    """How one model did in a run; returns where that ends."""
+    known = [row for row in rows if row["true_class"]]
+    right = sum(said_by(row, model, "correct") == "yes" for row in known)
+    told = f"{right / len(known):.1%} of {len(known)} right" if known else "no folder is named after a class"
+    sheet.write(MARGIN, y, f"{model.title}: {told}", BOLD)
+    y += 0.28
+    if known:
+        draw_confusion(sheet, MARGIN, y, 4.3, known, model)
+    if rows:
+        draw_histogram(sheet, MARGIN + 4.7, y, 5.2, 1.4, known or rows, model)
+    if mean_map is not None:
+        side = round(1.75 * style.dpi)
+        levels = (resized(mean_map, side, side) * 255).round().astype(np.uint8)
+        sheet.write(MARGIN + 10.4, y, "Mean map of this run", FAINT)
+        sheet.show(MARGIN + 10.4, y + 0.22, colour_table(style.colormap)[levels], "Mean map")
+    return y + (2.2 if rows else 0)
+
+
+def draw_thumbnail(
+    sheet: Sheet, x: float, y: float, inches: float, row: dict[str, str], models: Sequence[Model],
+    seen: tuple[np.ndarray, Explanation] | None, style: FigureStyle,
+) -> None:  # fmt: skip
+    """An image to look at, with its name, its true class and what each model said."""
+    name = Path(row["file"]).name
+    if seen is not None:
+        overlay = Image.fromarray(bare_overlay(*seen, style))
+        overlay.thumbnail((round(inches * style.dpi),) * 2, Image.Resampling.BILINEAR)
+        sheet.show(x, y, np.asarray(overlay), name)
+    y = sheet.paragraph(x, y + inches + 0.06, name, inches, Look(8.5, INK, True), 1)
+    if row["true_class"]:
+        y = sheet.paragraph(x, y, f"true: {row['true_class']}", inches, SMALL, 1)
+    for model in models:
+        said = f"{confidence_in(row, model):.1%} {said_by(row, model, 'predicted')}"
+        y = sheet.paragraph(x, y, said, inches, ALERT if said_by(row, model, "correct") == "no" else SMALL, 1)
+    if flags := flags_in(row, models):
+        sheet.paragraph(x, y, f"⚠ {flags}", inches, ALERT, 1)
+
+
+def summary_figure(
+    rows: Sequence[dict[str, str]], models: Sequence[Model], mean_maps: dict[str, np.ndarray],
+    seen: dict[str, tuple[np.ndarray, Explanation]], style: FigureStyle,
+) -> Sheet:  # fmt: skip
+    """The contact sheet of a run: how each model did, and the images to look at first.
+
+    `rows` are those of the table; mean maps (h, w) in [0, 1] go by the family's key, what was seen
+    (pictures (H, W, 3) uint8, with the explanation to show) by the row's file.
+    """
+    sheet, done, columns, inches = Sheet(13.6), [row for row in rows if not row["error"]], 6, 1.98
+    failed = f", {len(rows) - len(done)} failed" * (len(done) < len(rows))
+    is_from_demo = is_demo(models[0].checkpoint)
+    y = draw_header(sheet, f"Run over {len(done)} images{failed}", "", is_from_demo)
+    for model in models:
+        y = draw_model(sheet, y, done, model, mean_maps.get(model.family.key), style) + 0.1
+    first = looked_at_first(done, models)
+    title = "To look at first: wrong and sure, disagreements, other wrong ones, flagged maps"
+    sheet.write(MARGIN, y, title if first else "Nothing wrong, nothing flagged, no disagreement", BOLD)
+    pitch = inches + (len(models) + 3) * SMALL.leading + 0.2
+    for number, row in enumerate(first):
+        place = MARGIN + number % columns * (inches + 0.204), y + 0.28 + number // columns * pitch
+        draw_thumbnail(sheet, *place, inches, row, models, seen.get(row["file"]), style)
+    text = f"Demo networks: {DEMO_NOTICE}." if is_from_demo else "Not for diagnosis."
+    y += 0.28 + -(-len(first) // columns) * pitch
+    sheet.height = sheet.paragraph(MARGIN, y, text, sheet.width - 2 * MARGIN, FAINT) + 0.12
+    return sheet
+
+
+# Figures as files
+
+
+def sheet_pixels(sheet: Sheet, dpi: float, background: np.ndarray | None = None) -> np.ndarray:
+    """A sheet as pixels (H, W, 3) uint8, on white or on a background of its size."""
+    plain_matplotlib()
+    from matplotlib.backends.backend_agg import RendererAgg
+
+    renderer = RendererAgg(round(sheet.width * dpi), round(sheet.height * dpi), dpi)
+    pixels = np.asarray(renderer.buffer_rgba())
+    pixels[:] = 255
+    if background is not None:
+        pixels[:, :, :3] = background
+    for item in sheet.items:
+        item.draw(renderer, dpi, renderer.height / dpi)
+    return pixels[:, :, :3]
+
+
+def png(pixels: np.ndarray, dpi: float, digest: str = "") -> bytes:
+    """Pixels (H, W, 3) uint8 as a PNG file, with its resolution and a text chunk named Digest.
+
+    Each row is stored as its difference from the row above (PNG, 2nd edition, section 9.2). Pillow
+    tries all five filters on each row, which takes longer than everything else about a page.
+    """
+    height, width = pixels.shape[:2]
+    values = pixels.reshape(height, 3 * width)
+    rows = np.full((height, 1 + 3 * width), 2, np.uint8)  # a row begins with the number of its filter
+    rows[0, 1:] = values[0]
+    np.subtract(values[1:], values[:-1], out=rows[1:, 1:])
+    per_metre = round(dpi / 0.0254)
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),  # 8 bits, RGB
+        (b"pHYs", struct.pack(">IIB", per_metre, per_metre, 1)),
+        (b"tEXt", b"Digest\0" + digest.encode("latin-1")),
+        (b"IDAT", zlib.compress(rows, PNG_LEVEL)),
+        (b"IEND", b""),
+    )
+    ends = (struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    packed = (struct.pack(">I", len(data)) + kind + data + end for (kind, data), end in zip(chunks, ends))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def vector_bytes(sheet: Sheet, style: FigureStyle, digest: str) -> bytes:
+    """A sheet as PDF or SVG: texts and lines as such, pictures at the size of their panels, no date."""
+    plain_matplotlib()
+    from matplotlib.artist import Artist
+    from matplotlib.figure import Figure
+
+    class Items(Artist):
+        def draw(self, renderer: Any) -> None:
+            for item in sheet.items:
+                item.draw(renderer, self.get_figure().dpi, sheet.height)
+
+    figure, file = Figure(figsize=(sheet.width, sheet.height), facecolor="white"), io.BytesIO()
+    figure.add_artist(Items())
+    told = {"pdf": {"Keywords": digest, "CreationDate": None}, "svg": {"Identifier": digest, "Date": None}}
+    figure.savefig(file, format=style.format, dpi=style.dpi, metadata=told[style.format])
+    return file.getvalue()
+
+
+def figure_bytes(sheet: Sheet, style: FigureStyle, digest: str = "") -> bytes:
+    """A sheet as a file of the style's format that holds the digest of its job."""
+    if style.format == "png":
+        return png(sheet_pixels(sheet, style.dpi), style.dpi, digest)
+    return vector_bytes(sheet, style, digest)
 
 
 # ------------------------------------------------------------------------------------------
@@ -1577,11 +3108,14 @@ def check_output_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(PROBE_BYTES))
     except OSError as error:
+        if folder.exists() and not folder.is_dir():
+            raise refusal(folder, "a file, not a folder", "choose another place with --output-dir") from error
         raise unwritable(folder, error) from error
 
 
 def unwritable(path: Path, error: OSError) -> ExplainError:
-    return ExplainError(f"{shown(path)}: cannot be written ({error.strerror or error}); choose another place with --output-dir")
+    cause = f"cannot be written ({error.strerror or error})"
+    return refusal(path, cause, "choose another place with --output-dir")
 
 
 @contextlib.contextmanager
@@ -1601,104 +3135,34 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def drawn(figure: Figure) -> FigureCanvasAgg:
-    """Draw a page: its fixed texts once for all pages that have the same, then what is `animated`.
-
-    Texts are half of a page's drawing time, and most of them stay from image to image.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    fixed = [text for text in figure.texts if not text.get_animated()]
-    key = (figure.bbox.bounds, *((text.get_text(), text.get_position(), text.get_color()) for text in fixed))
-    if key not in BACKGROUNDS:
-        canvas.draw()
-        if len(BACKGROUNDS) == MAX_BACKGROUNDS or figure.dpi > 200:  # 100 MB and more at 600 DPI
-            BACKGROUNDS.clear()
-        BACKGROUNDS[key] = canvas.copy_from_bbox(figure.bbox)
-    canvas.restore_region(BACKGROUNDS[key])
-    for artist in (*figure.artists, *figure.patches, *figure.texts):
-        if artist.get_animated():
-            figure.draw_artist(artist)
-    return canvas
-
-
-def png(pixels: np.ndarray, dpi: float, settings: str) -> bytes:
-    """Pixels (H, W, 3) uint8 as a PNG file, with its resolution and a text chunk named Settings.
-
-    Each row is stored as its difference from the row above (PNG, 2nd edition, section 9.2). Pillow
-    tries all five filters on each row, which takes longer than everything else about a page.
-    """
-    height, width = pixels.shape[:2]
-    values = pixels.reshape(height, 3 * width)
-    rows = np.full((height, 1 + 3 * width), 2, np.uint8)  # a row begins with the number of its filter
-    rows[0, 1:] = values[0]
-    np.subtract(values[1:], values[:-1], out=rows[1:, 1:])
-    per_metre = round(dpi / 0.0254)
-    chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),  # 8 bits, RGB
-        (b"pHYs", struct.pack(">IIB", per_metre, per_metre, 1)),
-        (b"tEXt", b"Settings\0" + settings.encode("latin-1")),
-        (b"IDAT", zlib.compress(rows, PNG_LEVEL)),
-        (b"IEND", b""),
-    )
-    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
-
-
-def write_page(figure: Figure, path: Path, settings: str = "") -> None:
-    """Draw a figure and write it as PNG, with the job's settings in it."""
-    canvas = drawn(figure)
-    page = png(np.asarray(canvas.buffer_rgba())[:, :, :3], figure.dpi, settings)
-    canvas.renderer = None  # 9 MB that would stay until Python looks for cycles: figure and canvas hold each other
-    with replacing(path) as file:
-        file.write(page)
-
-
-def settings_of(figure: Path) -> str | None:
-    """The settings that a figure was drawn with; None where it is not there or not whole."""
-    try:
-        with open_regular(figure) as file, Image.open(file, formats=("PNG",)) as page:
-            return page.info.get("Settings")
-    except (ExplainError, OSError, SyntaxError, ValueError):
-        return None
-
-
 def short_stem(stem: str) -> str:
     """A file's stem, cut where its outputs' names would be longer than file systems allow."""
     encoded = os.fsencode(stem)
     if len(encoded) <= MAX_STEM_BYTES:
         return stem
-    return encoded[: MAX_STEM_BYTES - 9].decode(errors="ignore") + "_" + hashlib.sha256(encoded).hexdigest()[:8]
+    kept = encoded[: MAX_STEM_BYTES - 9].decode(errors="ignore")
+    return f"{kept}_{hashlib.sha256(encoded).hexdigest()[:8]}"
 
 
-def output_stems(images: Sequence[Path]) -> list[str]:
+def output_stems(labels: Sequence[str]) -> list[str]:
     """What the names of each image's outputs end in: the image's own stem.
 
     Images of one run that share a stem get their folder's name before it, and if that does not
     tell them apart, a number behind it in the order of the images. Upper and lower case do not
     tell names apart: some file systems do not.
     """
-    counts = Counter(path.stem.casefold() for path in images)
+    paths = [Path(label) for label in labels]
+    counts = Counter(path.stem.casefold() for path in paths)
     taken: set[str] = set()
     stems = []
-    for path in images:
-        shared = counts[path.stem.casefold()] > 1
-        wanted = short_stem(f"{path.absolute().parent.name}_{path.stem}" if shared else path.stem)
+    for path in paths:
+        folder = path.absolute().parent.name if counts[path.stem.casefold()] > 1 else ""
+        wanted = short_stem(f"{folder}_{path.stem}" if folder else path.stem)
         numbered = (f"{wanted}_{number}" for number in itertools.count(2))
-        stems.append(next(stem for stem in itertools.chain([wanted], numbered) if stem.casefold() not in taken))
+        names = itertools.chain([wanted], numbered)
+        stems.append(next(stem for stem in names if stem.casefold() not in taken))
         taken.add(stems[-1].casefold())
     return stems
-
-
-@dataclass(frozen=True)
-class Job:
-    """One image to explain, and the files that will come of it."""
-
-    image: Path
-    figures: tuple[Path, ...]  # one for each model, then the comparison where there are two models
-    maps: tuple[Path, ...]  # one .npy for each model; its .json lies beside it
-    settings: str  # mark of the image's content and of all that its results depend on
 
 
 def file_mark(path: Path) -> tuple[int, str]:
@@ -1707,80 +3171,161 @@ def file_mark(path: Path) -> tuple[int, str]:
     A file that cannot be read has the mark of an empty one; what is wrong is said when it is used.
     """
     with contextlib.suppress(ExplainError, OSError), open_regular(path) as file:
-        size, ends = file.seek(0, os.SEEK_END), hashlib.sha256()
-        for start in (0, max(0, size - MARKED_BYTES)):
+        length, ends = file.seek(0, os.SEEK_END), hashlib.sha256()
+        for start in (0, max(0, length - MARKED_BYTES)):
             file.seek(start)
             ends.update(file.read(MARKED_BYTES))
-        return size, ends.hexdigest()
+        return length, ends.hexdigest()
     return 0, ""
 
 
-def make_jobs(images: Sequence[Path], keys: Sequence[str], folder: Path, figures: bool, maps: bool, asked: object) -> list[Job]:
-    """A job for each image; `asked` is all that results depend on beside the image.
+def make_jobs(
+    images: Sequence[Path], labels: Sequence[str], keys: Sequence[str], methods: Sequence[str],
+    folder: Path, kinds: Sequence[str], ending: str, asked: object,
+) -> list[Job]:  # fmt: skip
+    """A job for each image, known by its label; `asked` is all that results depend on beside the image.
 
-    Raises ExplainError where an output would replace one of the images.
+    It writes outputs of these kinds: figures, whose names have this ending, maps and panels.
+
+    Raises ExplainError where an output would replace one of the images, or another output.
     """
-    prefixes = [f"gradcam_{key}" for key in keys] + ["comparison"] * (len(keys) > 1)
+    shown_by = page_prefixes(keys, methods) if "figures" in kinds else {}
+    made = list(itertools.product(keys, methods))
+    map_prefixes = [prefix_of("map", method, key) for key, method in made if "maps" in kinds]
+    bare = [prefix_of(kind, method, key) for key, method in made for kind in ("heatmap", "overlay")]
     jobs = [
         Job(
             image,
-            tuple(folder / f"{prefix}_{stem}.png" for prefix in prefixes) if figures else (),
-            tuple(folder / f"map_{key}_{stem}.npy" for key in keys) if maps else (),
-            hashlib.sha256(repr((asked, file_mark(image))).encode("utf-8", "surrogateescape")).hexdigest()[:16],
+            label,
+            tuple(Page(folder / f"{prefix}_{stem}.{ending}", shows) for prefix, shows in shown_by.items()),
+            tuple(folder / f"{prefix}_{stem}.npy" for prefix in map_prefixes),
+            digest_of(asked, file_mark(image)),
+            tuple(folder / f"{prefix}_{stem}.png" for prefix in ("radiograph", *bare) if "panels" in kinds),
         )
-        for image, stem in zip(images, output_stems(images))
+        for image, label, stem in zip(images, labels, output_stems(labels))
     ]
     inputs = {os.path.realpath(image) for image in images}
-    for job in jobs:
-        for path in (*job.figures, *job.maps, *(path.with_suffix(".json") for path in job.maps), folder / TABLE_NAME):
-            if os.path.realpath(path) in inputs:
-                raise ExplainError(f"{shown(path)}: is an input of this run and would be replaced; choose another --output-dir")
+    written = Counter(path for job in jobs for path in job.outputs)
+    for path in (folder / TABLE_NAME, folder / f"{SHEET_STEM}.{ending}", *written):
+        if os.path.realpath(path) in inputs:
+            cause = "is an input of this run and would be replaced"
+            raise refusal(path, cause, "choose another --output-dir")
+        if written[path] > 1:  # comparison_ig_x: of x by Integrated Gradients, or of ig_x by Grad-CAM
+            raise refusal(path, "two results of this run would have this name", "run one --method at a time")
     return jobs
 
 
-def write_figure(job: Job, index: int, picture: np.ndarray, explanations: Sequence[Explanation], style: FigureStyle) -> None:
-    """Figure `index` of a job: the four panels of that explanation, or, after the last one's, the comparison.
-
-    Raises ExplainError where it cannot be written.
-    """
-    if index < len(explanations):
-        figure = explanation_figure(picture, job.image.name, explanations[index], style)
-    else:
-        figure = comparison_figure(picture, job.image.name, explanations, style)
-    write_page(figure, job.figures[index], job.settings)
+def prefix_of(kind: str, method: str, key: str = "") -> str:
+    """How the name of an output begins; Grad-CAM, which came first, is not named."""
+    return "_".join(filter(None, (kind, method if method != "gradcam" else "", key)))
 
 
-def write_figures(job: Job, picture: np.ndarray, explanations: Sequence[Explanation], style: FigureStyle) -> None:
-    """All figures of a job. Raises ExplainError where one cannot be written."""
-    for index in range(len(job.figures)):
-        write_figure(job, index, picture, explanations, style)
+def page_prefixes(keys: Sequence[str], methods: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """How the names of an image's figures begin, and which of its explanations each shows."""
+    made = list(itertools.product(keys, methods))  # in the order in which they are explained
+    pages = {f"{method}_{key}": (index,) for index, (key, method) in enumerate(made)}
+    for method in methods if len(keys) > 1 else ():
+        pages[prefix_of("comparison", method)] = tuple(
+            index for index, pair in enumerate(made) if pair[1] == method
+        )
+    for key in keys if len(methods) > 1 else ():
+        pages[f"methods_{key}"] = tuple(index for index, pair in enumerate(made) if pair[0] == key)
+    return pages
 
 
-def write_maps(job: Job, classifiers: Sequence[Classifier], explanations: Sequence[Explanation]) -> None:
+def content_label(image: Path) -> str:
+    """A name that says nothing about whom the image shows: the start of its content's SHA-256."""
+    with contextlib.suppress(ExplainError):
+        return file_digest(image)[:8]
+    return hashlib.sha256(os.fsencode(image)).hexdigest()[:8]  # what is wrong is said when it is read
+
+
+def digest_of(*parts: object) -> str:
+    """A short checksum of values that have a repr of their own."""
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def page_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
+    """The figure of one explanation, of one method by several models, or of one model by several methods."""
+    if len(explanations) == 1:
+        return explanation_figure(view, explanations[0])
+    if explanations[0].method == explanations[1].method:
+        return comparison_figure(view, explanations)
+    passes = [METHODS[each.method].passes for each in explanations]
+    return methods_figure(
+        view, explanations, [f"{count} {'passes' if count > 1 else 'pass'}" for count in passes]
+    )
+
+
+def write_page(result: Result, page: Page, style: FigureStyle) -> None:
+    """Draw one figure of a job and write it. Raises ExplainError where it cannot be written."""
+    explanations = [result.explanations[index] for index in page.shows]
+    view = View(result.picture, result.job.name, style)
+    try:
+        content = figure_bytes(page_figure(view, explanations), style, result.job.digest)
+    except MemoryError as error:
+        cause = f"not enough memory to draw it at {style.dpi} DPI"
+        raise refusal(page.path, cause, "choose a smaller --dpi") from error
+    with replacing(page.path) as file:
+        file.write(content)
+
+
+def write_panels(result: Result, style: FigureStyle) -> None:
+    """The radiograph, and each model's heatmap and overlay, as bare pictures of the radiograph's own size."""
+    pixels = load_radiograph(result.job.image).pixels
+    pictures = [pixels]
+    for explanation in result.explanations:
+        pictures.append(heatmap_pixels(explanation, *pixels.shape[:2], style))
+        pictures.append(bare_overlay(pixels, explanation, style))
+    for path, picture in zip(result.job.panels, pictures):
+        content = png(picture, style.dpi, result.job.digest)
+        with replacing(path) as file:
+            file.write(content)
+
+
+def write_contact_sheet(
+    path: Path, rows: Sequence[dict[str, str]], highlights: Highlights, style: FigureStyle
+) -> None:
+    """The contact sheet of a run. Raises ExplainError where it cannot be written."""
+    sheet = summary_figure(rows, highlights.models, highlights.mean_maps, highlights.seen, style)
+    content = figure_bytes(sheet, style)
+    with replacing(path) as file:
+        file.write(content)
+
+
+def write_maps(result: Result) -> None:
     """Each raw map as .npy (h, w) float32, and beside it as .json what it takes to compute it again."""
-    for classifier, explanation, path in zip(classifiers, explanations, job.maps):
-        told = json.dumps(provenance(job.image, classifier, explanation), indent=2)
+    for explanation, path in zip(result.explanations, result.job.maps):
+        told = json.dumps(provenance(result.job, explanation), indent=2)
         with replacing(path) as file:
             np.save(file, explanation.raw_map, allow_pickle=False)
         with replacing(path.with_suffix(".json")) as file:
             file.write(told.encode())
 
 
-def provenance(image: Path, classifier: Classifier, explanation: Explanation) -> dict[str, Any]:
-    """Everything that a raw map depends on."""
+def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
+    """Everything that a raw map depends on, and what it must sum to."""
+    model, method = explanation.model, METHODS[explanation.method]
     return {
-        "image": shown(image),
-        "image_sha256": file_digest(image),
-        "checkpoint": shown(classifier.checkpoint),
-        "checkpoint_sha256": file_digest(classifier.checkpoint),
-        "architecture": explanation.architecture,
-        "target_layer": explanation.target_layer,
-        "method": "Grad-CAM before the ReLU",
+        "image": shown(Path(job.label)),
+        "image_sha256": file_digest(job.image),
+        "checkpoint": shown(model.checkpoint),
+        "checkpoint_sha256": file_digest(model.checkpoint),
+        "architecture": model.architecture,
+        "target_layer": model.family.target_layer,
+        "method": explanation.method,
+        "method_title": method.title,
+        "citation": method.citation,
+        "sum": float(explanation.raw_map.sum(dtype=float)),
+        "sum_owed": explanation.owed,
+        "reference": REFERENCE if method.compares else None,
+        "remarks": explanation.remarks,
         "explained_class": explanation.explained,
-        "class_names": explanation.class_names,
+        "class_names": model.class_names,
         "probabilities": explanation.probabilities.tolist(),
-        "preprocessing": dataclasses.asdict(classifier.preprocessing),
+        "preprocessing": dataclasses.asdict(model.preprocessing),
         "versions": {name: version(name) for name in ("torch", "timm", "numpy", "pillow")},
+        "digest": job.digest,
     }
 
 
@@ -1791,14 +3336,30 @@ def file_digest(path: Path) -> str:
         with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (ExplainError, OSError) as error:
-        raise ExplainError(f"{shown(path)}: changed or removed during the run; run again") from error
+        raise refusal(path, "changed or removed during the run", "run again") from error
+
+
+def is_finished(job: Job) -> bool:
+    """Whether every file that a job would write is there, and came of the same job."""
+    return all(digest_in(path) in (job.digest, "") for path in job.outputs)
+
+
+def digest_in(path: Path) -> str | None:
+    """The digest of the job that wrote a file; "" where it holds none, None where it is not there or not whole."""
+    try:
+        with open_regular(path) as file:
+            if path.suffix == ".json":
+                return json.load(file)["digest"]
+            if path.suffix in DIGEST_PLACES:
+                return DIGEST_PLACES[path.suffix].search(file.read())[1].decode()
+            return ""
+    except (ExplainError, OSError, SyntaxError, ValueError, KeyError, TypeError):
+        return None
 
 
 # ------------------------------------------------------------------------------------------
 # The table of results
 # ------------------------------------------------------------------------------------------
-
-TABLE_NAME = "summary.csv"
 
 
 def true_class(image: Path, class_names: Sequence[str]) -> str:
@@ -1807,46 +3368,82 @@ def true_class(image: Path, class_names: Sequence[str]) -> str:
     return next((name for name in class_names if class_key(name) == folder), "")
 
 
-def table_columns(classifiers: Sequence[Classifier]) -> list[str]:
-    columns = ["file", "true_class"]
-    for classifier in classifiers:
-        key = classifier.family.key
-        columns += [f"{key}_predicted", *(f"{key}_p_{name}" for name in classifier.class_names), f"{key}_correct", f"{key}_blank_map"]
-    return [*columns, "agree", "settings", "outputs", "error"]
-
-
-def table_row(job: Job, explanations: Sequence[Explanation]) -> dict[str, str]:
-    """One image's results, as text: yes, no, or empty where it cannot be said."""
-    truth = true_class(job.image, explanations[0].class_names)
-    row = {"file": str(job.image), "true_class": truth}
-    for explanation in explanations:
-        key = explanation.family
-        row[f"{key}_predicted"] = explanation.prediction
-        for name, probability in zip(explanation.class_names, explanation.probabilities):
-            row[f"{key}_p_{name}"] = f"{probability:.6f}"
-        row[f"{key}_correct"] = yes_or_no(class_key(explanation.prediction) == class_key(truth)) if truth else ""
-        row[f"{key}_blank_map"] = yes_or_no(not explanation.heatmap.any())
-    if len(explanations) > 1:
-        row["agree"] = yes_or_no(agree(explanations))
-    return row | {"settings": job.settings, "outputs": ";".join(path.name for path in job.figures + job.maps), "error": ""}
-
-
 def yes_or_no(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def is_finished(job: Job) -> bool:
-    """Whether all files that a job would write are there, the figures drawn with its settings."""
-    return all(settings_of(path) == job.settings for path in job.figures) and all(path.exists() for path in job.maps)
+MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from explanation and true class
+    "predicted": lambda explanation, truth: explanation.prediction,
+    "confidence": lambda explanation, truth: f"{explanation.confidence:.6f}",
+    "correct": lambda explanation, truth: yes_or_no(is_right(explanation, truth)) if truth else "",
+    "explained": lambda explanation, truth: explanation.explained_class,
+    "method": lambda explanation, truth: explanation.method,
+}
 
 
-def is_row_of(row: dict[str, str], job: Job) -> bool:
-    """Whether a row of an earlier run's table is what this job would give."""
-    return row["settings"] == job.settings and not row["error"] and is_finished(job)
+MAP_COLUMNS: dict[str, Callable[[Explanation], str]] = {  # by name: from explanation
+    "raw_peak": lambda explanation: f"{explanation.raw_map.max():.6g}",
+    "blank_map": lambda explanation: yes_or_no(not explanation.heatmap.any()),
+    "sum": lambda explanation: f"{explanation.raw_map.sum(dtype=float):.6g}",
+    "sum_owed": lambda explanation: "" if explanation.owed is None else f"{explanation.owed:.6g}",
+    "negative_share": lambda explanation: f"{explanation.negative_share:.4f}",
+}
+
+
+def table_columns(models: Sequence[Model], methods: Sequence[str] = ("gradcam",)) -> list[str]:
+    columns = ["file", "true_class"]
+    for model in models:
+        columns += [f"{model.family.key}_{name}" for name in MODEL_COLUMNS]
+        columns += [
+            f"{model.family.key}_{name}" for key in methods for name in map_columns(key, key == methods[0])
+        ]
+        columns += [f"{model.family.key}_p_{name}" for name in model.class_names]
+    return [*columns, "agree", "notes", "digest", "outputs", "error"]
+
+
+def map_columns(method: str, is_first: bool) -> dict[str, Callable[[Explanation], str]]:
+    """What the table says of each map by a method; the first method's columns go without its name."""
+    has_sum = METHODS[method].compares
+    wanted = {
+        name: text_of for name, text_of in MAP_COLUMNS.items() if has_sum or name in ("raw_peak", "blank_map")
+    }
+    return {name if is_first else f"{method}_{name}": text_of for name, text_of in wanted.items()}
+
+
+def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
+    """One image's results, as text: yes, no, or empty where it cannot be said."""
+    job, truth = result.job, true_class(result.job.image, models[0].class_names)
+    row = {"file": job.label, "true_class": truth, "notes": "; ".join(result.notes), "error": result.error}
+    if result.error:
+        return row
+    for explanation in result.explanations:
+        for name, text_of in map_columns(
+            explanation.method, explanation.method == result.explanations[0].method
+        ).items():
+            row[f"{explanation.model.family.key}_{name}"] = text_of(explanation)
+    for explanation in result.opinions:
+        model = explanation.model
+        for name, text_of in MODEL_COLUMNS.items():
+            row[f"{model.family.key}_{name}"] = text_of(explanation, truth)
+        for name, probability in zip(model.class_names, explanation.probabilities):
+            row[f"{model.family.key}_p_{name}"] = f"{probability:.6f}"
+    if len(models) > 1:
+        row["agree"] = yes_or_no(agree(result.opinions))
+    files = [path.name for path in job.outputs if path.suffix != ".json"]
+    return row | {"digest": job.digest, "outputs": ";".join(files)}
+
+
+def is_right(explanation: Explanation, truth: str) -> bool:
+    return class_key(explanation.prediction) == class_key(truth)
+
+
+def row_key(file: str) -> str:
+    """What tells the rows of a table apart: a folder may be named in more than one way."""
+    return os.path.abspath(file)
 
 
 def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The whole rows of an earlier run's table, by file.
+    """The whole rows of an earlier run's table, by `row_key`.
 
     Raises ExplainError where the table cannot be read or has other columns than this run's.
     """
@@ -1855,36 +3452,55 @@ def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, st
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames not in (None, columns):
-                cause = "its columns are not those of this run (another --model, or other classes)"
-                raise ExplainError(f"{shown(path)}: {cause}; move it away, or choose another --output-dir")
-            return {row["file"]: row for row in reader if None not in row.values()}
+                cause = (
+                    "its columns are not those of this run (another --model or --method, or other classes)"
+                )
+                raise refusal(path, cause, "move it away, or choose another --output-dir")
+            return {row_key(row["file"]): row for row in reader if None not in row.values()}
     except FileNotFoundError:
         return {}
     except (OSError, csv.Error) as error:
-        raise ExplainError(f"{shown(path)}: cannot be read ({error}); move it away") from error
+        raise refusal(path, f"cannot be read ({error})", "move it away") from error
+
+
+def keep_table(folder: Path) -> list[str]:
+    """Rename an earlier run's table, so that none is ever lost; what to say of it."""
+    path = folder / TABLE_NAME
+    names = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(1))
+    try:
+        if not path.exists():
+            return []
+        other = next(name for name in names if not os.path.lexists(name))
+        os.rename(path, other)
+        return [f"ℹ️  {shown(path)}: the table of an earlier run, kept as {other.name}"]
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 @contextlib.contextmanager
-def open_table(folder: Path, columns: Sequence[str], kept: Iterable[dict[str, str]]) -> Iterator[Callable[[dict[str, str]], None]]:
-    """Write summary.csv row by row, each out of this process's hands before the next; starts with the kept rows."""
+def open_table(
+    folder: Path, columns: Sequence[str], kept: Iterable[dict[str, str]]
+) -> Iterator[Callable[[dict[str, str]], None]]:
+    """Write summary.csv row by row, each out of this process's hands before the next, after the kept rows."""
     path = folder / TABLE_NAME
     with replacing(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
+        coding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+        text = io.TextIOWrapper(file, write_through=True, **coding)
         writer = csv.DictWriter(text, columns, restval="")
         writer.writeheader()
         writer.writerows(kept)
         text.detach()
-    with open(path, "a", encoding="utf-8", errors="surrogateescape", newline="") as text:
+    with open(path, "a", **coding) as text:
         writer = csv.DictWriter(text, columns, restval="")
 
-        def add(row: dict[str, str]) -> None:
+        def append(row: dict[str, str]) -> None:
             try:
                 writer.writerow(row)
                 text.flush()
             except OSError as error:
                 raise unwritable(path, error) from error
 
-        yield add
+        yield append
 
 
 # ------------------------------------------------------------------------------------------
@@ -1893,111 +3509,41 @@ def open_table(folder: Path, columns: Sequence[str], kept: Iterable[dict[str, st
 
 
 def say(*lines: str) -> None:
-    print(*lines, sep="\n", flush=True)
+    """Print to standard output, at once. Raises ExplainError where that cannot be written."""
+    with writing_output():
+        print(*lines, sep="\n", flush=True)
+
+
+@contextlib.contextmanager
+def writing_output() -> Iterator[None]:
+    """Turn a full disk behind standard output into an ExplainError; a reader that has gone stays what it is."""
+    try:
+        yield
+    except OSError as error:
+        discard(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise ExplainError(f"standard output: cannot be written ({error.strerror}); free space, or send it elsewhere") from error
+
+
+def discard(stream: TextIO) -> None:
+    """Let what is left in a stream that cannot be written go nowhere, or Python complains of it at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def warn(*lines: str) -> None:
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)
+    """Print to standard error; where that cannot be written, nothing can be said."""
+    try:
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
 
 
-def prediction_lines(explanation: Explanation) -> list[str]:
-    lines = [
-        f"{explanation.title}:",
-        f"  Prediction: {printable(explanation.prediction)}",
-        f"  Confidence: {explanation.confidence:.2%}",
-    ]
-    if explanation.explained != explanation.predicted:
-        lines.append(f"  Explained class: {printable(explanation.class_names[explanation.explained])}")
-    if explanation.remark:
-        lines.append(f"  ⚠️  {printable(explanation.remark)}")
-    return lines
-
-
-def comparison_lines(explanations: Sequence[Explanation]) -> list[str]:
-    """The comparison summary of one image."""
-    lines = [RULE, "📊 COMPARISON SUMMARY", RULE]
-    for explanation in explanations:
-        lines += [*prediction_lines(explanation), ""]
-    return [*lines, f"{'✅' if agree(explanations) else '⚠️ '} {printable(agreement_text(explanations))}"]
-
-
-def result_line(job: Job, explanations: Sequence[Explanation]) -> str:
-    """One image of many in one line."""
-    verdicts = "; ".join(
-        f"{each.title} {printable(each.prediction)} {each.confidence:.2%}{' (blank map)' if not each.heatmap.any() else ''}"
-        for each in explanations
-    )
-    mark, verdict = ("✅", "") if agree(explanations) else ("⚠️ ", "; models disagree")
-    return f"{mark} {shown(job.image)}: {verdicts}{verdict}"
-
-
-def run_lines(rows: Sequence[dict[str, str]], classifiers: Sequence[Classifier], kept: int, seconds: float) -> list[str]:
-    """What a run over many images found: speed, accuracy, confusion, the images to look at."""
-    failed = [row for row in rows if row["error"]]
-    done = [row for row in rows if not row["error"]]
-    lines = [RULE, "📊 RUN SUMMARY", RULE, f"Images: {len(done)} done, {len(failed)} failed"]
-    if len(done) > kept:
-        lines.append(f"Speed: {(len(done) - kept) / seconds:.2f} images per second ({len(done) - kept} images in {seconds:.1f} s)")
-    for classifier in classifiers:
-        lines += ["", *accuracy_lines(done, classifier)]
-    if len(classifiers) > 1 and done:
-        differ = [row for row in done if row["agree"] == "no"]
-        lines += ["", f"Models agree on {len(done) - len(differ)} of {len(done)} images"]
-        lines += [f"  Disagree: {shown(Path(row['file']))}" for row in differ]
-    return lines
-
-
-def accuracy_lines(rows: Sequence[dict[str, str]], classifier: Classifier) -> list[str]:
-    """Accuracy, confusion counts and misclassified files of one model, against the folder names."""
-    key, names = classifier.family.key, classifier.class_names
-    known = [row for row in rows if row["true_class"]]
-    if not known:
-        return [f"{classifier.title}:", "  Accuracy: unknown, no folder is named after a class"]
-    wrong = [row for row in known if row[f"{key}_correct"] == "no"]
-    right = len(known) - len(wrong)
-    lines = [f"{classifier.title}:", f"  Accuracy: {right / len(known):.2%} ({right} of {len(known)} images in folders named after a class)"]
-    counts = Counter((class_key(row["true_class"]), class_key(row[f"{key}_predicted"])) for row in known)
-    for truth in names:
-        counted = ", ".join(f"{counts[class_key(truth), class_key(name)]} as {name}" for name in names)
-        lines.append(f"  {truth}: {counted}")
-    return lines + [f"  Misclassified: {shown(Path(row['file']))} as {printable(row[f'{key}_predicted'])}" for row in wrong]
-
-
-# ------------------------------------------------------------------------------------------
-# Runs
-# ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one run is asked to do, checked as far as the file system can tell."""
-
-    jobs: tuple[Job, ...]
-    is_random: bool
-    is_single: bool  # one image, named by itself or drawn: the console text is about it alone
-    checkpoints: tuple[tuple[Family, Path], ...]
-    output_folder: Path
-    device: str
-    target_class: str | None
-    style: FigureStyle
-    batch_size: int | None
-    skip_existing: bool
-    quiet: bool
-
-
-def load_models(request: Request) -> list[Classifier]:
-    """Load every model that the request names, and say so."""
-    use_exact_float32()
-    device, classifiers = choose_device(request.device), []
-    for family, path in request.checkpoints:
-        say(f"📦 Loading {family.key.upper()} model...")
-        classifier = load_classifier(family, path, device)
-        warn(*note_lines(path, classifier.notes))
-        target_index(request.target_class, classifier.class_names)
-        say(f"✅ Model loaded: {classifier.architecture}", f"   {classifier.accuracy}", "")
-        classifiers.append(classifier)
-    return classifiers
+def note_lines(file: Path | str, notes: Sequence[str]) -> list[str]:
+    return [f"ℹ️  {shown(Path(file))}: {note}" for note in notes]
 
 
 def demo_lines(checkpoints: Sequence[Path]) -> list[str]:
@@ -2006,181 +3552,534 @@ def demo_lines(checkpoints: Sequence[Path]) -> list[str]:
     return ["", f"⚠️  Demo {noun}: {DEMO_NOTICE}"] if is_demo(checkpoints[0]) else []
 
 
-def note_lines(path: Path, notes: Sequence[str]) -> list[str]:
-    return [f"ℹ️  {shown(path)}: {note}" for note in notes]
+def opening_lines(jobs: Sequence[Job], is_single: bool, is_random: bool, models: int) -> list[str]:
+    lines = ["🎲 No image specified. Using random test image:", f"   {shown(Path(jobs[0].label))}", ""]
+    what = f": {printable(jobs[0].name)}" if is_single else f" {len(jobs)} images"
+    verb = "Comparing" if models > 1 else "Analyzing"
+    return [*(lines if is_random else []), f"🔍 {verb} explainability for{what}", RULE]
+
+
+# One image alone
+
+
+def single_lines(result: Result) -> list[str]:
+    """What became of the one image of a run."""
+    lines = [line for page in result.job.pages for line in page_lines(result, page)]
+    lines += [f"✅ Picture saved: {shown(path)}" for path in result.job.panels]
+    lines += [f"✅ Map saved: {shown(path)}" for path in result.job.maps]
+    return lines + [""] * bool(result.job.panels or result.job.maps)
+
+
+def page_lines(result: Result, page: Page) -> list[str]:
+    first, *others = (result.explanations[index] for index in page.shows)
+    if not others:
+        what = f"{first.model.family.bullet} Generating {first.model.title} {METHODS[first.method].title}"
+        return [f"{what}...", f"✅ Visualization saved: {shown(page.path)}", ""]
+    what = "comparison" if others[0].method == first.method else "methods"
+    saved = f"✅ {what.capitalize()} saved: {shown(page.path)}"
+    return [f"📊 Creating {what} visualization...", saved, ""]
+
+
+def summary_lines(result: Result) -> list[str]:
+    """What the models say about the one image of a run."""
+    by_model = [[each for each in result.explanations if each.model == one.model] for one in result.opinions]
+    if len(by_model) == 1:
+        return prediction_lines(by_model[0])
+    lines = [RULE, "📊 COMPARISON SUMMARY", RULE]
+    for explanations in by_model:
+        lines += [*prediction_lines(explanations), ""]
+    verdict = f"{agreement_text(result.opinions)}{verdict_text(result)}"
+    return [*lines, f"{verdict_mark(result)} {verdict}"]
+
+
+def prediction_lines(explanations: Sequence[Explanation]) -> list[str]:
+    """What one model says, and what is to be known of its maps."""
+    first = explanations[0]
+    lines = [
+        f"{first.model.title}:",
+        f"  Prediction: {first.prediction}",
+        f"  Confidence: {first.confidence:.2%}",
+    ]
+    if first.explained != first.predicted:
+        lines.append(f"  Explained class: {first.explained_class}")
+    lines += [f"  {proof_text(each)}" for each in explanations if METHODS[each.method].compares]
+    titles = {
+        each.method: f"{METHODS[each.method].title}: " * (len(explanations) > 1) for each in explanations
+    }
+    warnings_due = [titles[each.method] + each.blankness for each in explanations if each.blankness]
+    warnings_due += [remark for each in explanations for remark in each.remarks]
+    return lines + [f"  ⚠️  {text}" for text in dict.fromkeys(warnings_due)]
+
+
+def proof_text(explanation: Explanation) -> str:
+    """What a signed map sums to and owes, and how much of it speaks against the class."""
+    owed = "" if explanation.owed is None else f", must be {explanation.owed:.4g}"
+    against = f"{explanation.negative_share:.0%} of its magnitude speaks against the class"
+    total = f"sum {explanation.raw_map.sum(dtype=float):.4g}{owed}"
+    return f"{METHODS[explanation.method].title}: {total}; {against}"
+
+
+def verdict_mark(result: Result) -> str:
+    """A tick for being right where the folder names the true class, else for agreeing."""
+    truth = true_class(result.job.image, result.opinions[0].model.class_names)
+    are_right = all(is_right(each, truth) for each in result.opinions)
+    return "✅" if (are_right if truth else agree(result.opinions)) else "⚠️ "
+
+
+def verdict_text(result: Result) -> str:
+    """Which models contradict the folder's name, in words; empty where none does."""
+    truth = true_class(result.job.image, result.opinions[0].model.class_names)
+    wrong = [each.model.title for each in result.opinions if truth and not is_right(each, truth)]
+    return f"; wrong, the folder says {truth}: {', '.join(wrong)}" if wrong else ""
+
+
+# Many images
+
+
+def result_line(result: Result) -> str:
+    """One image of many in one line of a terminal."""
+    verdicts = ", ".join(
+        f"{short_class(each.prediction, each.model.class_names)} {each.confidence:.1%}"
+        f"{' (blank map)' if not each.heatmap.any() else ''}"
+        for each in result.opinions
+    )
+    truth = true_class(result.job.image, result.opinions[0].model.class_names)
+    wrong = sum(not is_right(each, truth) for each in result.opinions) if truth else 0
+    words = [f"{wrong} wrong" if len(result.opinions) > 1 else "wrong"] * bool(wrong)
+    words += ["disagree"] * (not agree(result.opinions))
+    words += [NOTHING_TO_SEE] * (NOTHING_TO_SEE in result.notes)
+    words += [sum_remark(each) for each in result.explanations if each.sum_error > MAX_SUM_ERROR]
+    return f"{verdict_mark(result)} {printable(result.job.name)}: {'; '.join([verdicts, *words])}"
+
+
+def short_class(name: str, names: Sequence[str]) -> str:
+    """A class's name without the words that every class has, such as Fracture."""
+    common = set.intersection(*(set(each.split()) for each in names))
+    return " ".join(word for word in name.split() if word not in common) or name
+
+
+def run_lines(
+    rows: Sequence[dict[str, str]], models: Sequence[Model], fresh: int, seconds: float
+) -> list[str]:
+    """What a run over many images found: speed, accuracy, confusion, the images to look at.
+
+    `fresh` is the count of images that were explained in these seconds.
+    """
+    failed = [row for row in rows if row["error"]]
+    done = [row for row in rows if not row["error"]]
+    lines = [RULE, "📊 RUN SUMMARY", RULE, f"Images: {len(done)} done, {len(failed)} failed"]
+    lines += [f"  Failed: {shown(Path(row['file']))}" for row in failed]
+    if fresh:
+        lines.append(f"Speed: {fresh / seconds:.2f} images per second ({fresh} images in {seconds:.1f} s)")
+    for model in models:
+        lines += ["", *accuracy_lines(done, model)]
+    if len(models) > 1 and done:
+        differ = [row for row in done if row["agree"] == "no"]
+        lines += ["", f"Models agree on {len(done) - len(differ)} of {len(done)} images"]
+        lines += [f"  Disagree: {shown(Path(row['file']))}" for row in differ]
+    return lines
+
+
+def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
+    """Accuracy, confusion counts and misclassified files of one model, against the folder names."""
+    key, names = model.family.key, model.class_names
+    known = [row for row in rows if row["true_class"]]
+    if not known:
+        return [f"{model.title}:", "  Accuracy: unknown, no folder is named after a class"]
+    wrong = [row for row in known if row[f"{key}_correct"] == "no"]
+    right = len(known) - len(wrong)
+    share = f"{right / len(known):.2%} ({right} of {len(known)} images in folders named after a class)"
+    lines = [f"{model.title}:", f"  Accuracy: {share}"]
+    counts = Counter((class_key(row["true_class"]), class_key(row[f"{key}_predicted"])) for row in known)
+    for truth in names:
+        counted = ", ".join(f"{counts[class_key(truth), class_key(name)]} as {name}" for name in names)
+        lines.append(f"  {truth}: {counted}")
+    files = [(shown(Path(row["file"])), printable(row[f"{key}_predicted"])) for row in wrong]
+    return lines + [f"  Misclassified: {file} as {predicted}" for file, predicted in files]
+
+
+# ------------------------------------------------------------------------------------------
+# Runs: jobs -> read -> explained in batches -> figures and maps written -> row, lines
+# ------------------------------------------------------------------------------------------
+
+
+Submit = Callable[..., "Future[None]"]  # of a function and its arguments, as an executor has it
+
+
+def load_classifiers(
+    checkpoints: Sequence[tuple[Family, Path]], device: str, class_names: Sequence[str] | None, quiet: bool
+) -> list[Classifier]:
+    """Load every model, and say so. Raises ExplainError where one cannot be used."""
+    use_exact_float32()
+    chosen, classifiers = choose_device(device), []
+    for family, path in checkpoints:
+        say(f"📦 Loading {family.key.upper()} model...")
+        classifier = load_classifier(family, path, chosen, class_names)
+        if not quiet:
+            warn(*note_lines(path, classifier.model.notes))
+        say(f"✅ Model loaded: {classifier.model.architecture}", f"   {classifier.model.accuracy}", "")
+        classifiers.append(classifier)
+    return classifiers
 
 
 def panel_picture(radiograph: Radiograph, style: FigureStyle) -> np.ndarray:
-    return fitted(radiograph.pixels, round(PANEL_INCHES * style.dpi))
+    return fitted(radiograph.pixels, style.dpi)
 
 
-def run_single(request: Request) -> tuple[list[str], int]:
-    """Explain one image with every model and write its files; returns what to say last, and the exit status."""
-    (job,), both = request.jobs, len(request.checkpoints) > 1
-    if request.skip_existing and job.figures and is_finished(job):
-        return [f"⏭️  Finished earlier, left alone: {shown(job.image)}"], 0
-    if request.is_random:
-        say("🎲 No image specified. Using random test image:", f"   {shown(job.image)}", "")
-    say(f"🔍 {'Comparing' if both else 'Analyzing'} explainability for: {printable(job.image.name)}", RULE)
-    radiograph = load_radiograph(job.image)
-    warn(*note_lines(job.image, radiograph.notes))
-    picture = panel_picture(radiograph, request.style)
-    classifiers, explanations = load_models(request), []
-    for index, classifier in enumerate(classifiers):
-        say(f"{classifier.family.bullet} Generating {classifier.title} Grad-CAM...")
-        explanations += explain(classifier, [radiograph], target_index(request.target_class, classifier.class_names))
-        for path in job.figures[index : index + 1]:
-            write_figure(job, index, picture, explanations, request.style)
-            say(f"✅ Visualization saved: {shown(path)}", "")
-    write_maps(job, classifiers, explanations)
-    for path in job.figures[len(classifiers) :]:
-        say("📊 Creating comparison visualization...")
-        write_figure(job, len(classifiers), picture, explanations, request.style)
-        say(f"✅ Comparison saved: {shown(path)}", "")
-    return comparison_lines(explanations) if both else prediction_lines(explanations[0]), 0
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one job of many: explanations and the picture for its panels, or an error."""
-
-    job: Job
-    explanations: tuple[Explanation, ...] = ()
-    picture: np.ndarray | None = None
-    notes: tuple[str, ...] = ()
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is kept of a radiograph: its size does not matter for the memory that a batch takes."""
-
-    inputs: tuple[np.ndarray, ...]  # for each classifier
-    picture: np.ndarray
-    notes: tuple[str, ...]
-
-
-def prepare(job: Job, classifiers: Sequence[Classifier], style: FigureStyle) -> Prepared | ExplainError:
-    """Load and reduce a job's image; the error where that fails."""
+def read_result(job: Job, models: Sequence[Model], style: FigureStyle) -> Result:
+    """Read and reduce a job's image: its size does not matter for the memory that a batch takes."""
     try:
         radiograph = load_radiograph(job.image)
     except ExplainError as error:
-        return error
-    inputs = tuple(network_input(radiograph, classifier.preprocessing) for classifier in classifiers)
-    return Prepared(inputs, panel_picture(radiograph, style), radiograph.notes)
+        return Result(job, error=str(error).replace(shown(job.image), shown(Path(job.label))))
+    inputs = tuple(network_input(radiograph, model.preprocessing) for model in models)
+    return Result(job, panel_picture(radiograph, style), inputs, notes=radiograph.notes)
 
 
-def explain_jobs(jobs: Sequence[Job], classifiers: Sequence[Classifier], request: Request) -> Iterator[Result]:
-    """Explain many images, a batch at a time; an image that cannot be read does not stop the others."""
-    size = request.batch_size or DEFAULT_BATCH[classifiers[0].device.type]
-    targets = [target_index(request.target_class, classifier.class_names) for classifier in classifiers]
-    for start in range(0, len(jobs), size):
-        batch = [(job, prepare(job, classifiers, request.style)) for job in jobs[start : start + size]]
-        inputs = zip(*(prepared.inputs for _, prepared in batch if isinstance(prepared, Prepared)))  # by classifier
-        explained = zip(*map(explain_batch, classifiers, inputs, targets))  # by image
-        for job, prepared in batch:
-            if isinstance(prepared, Prepared):
-                yield Result(job, next(explained), prepared.picture, prepared.notes)
-            else:
-                yield Result(job, error=str(prepared))
+def explained_results(
+    results: Sequence[Result], index: int, classifier: Classifier, target: int | None,
+    methods: Sequence[str], at_once: int,
+) -> list[Result]:  # fmt: skip
+    """A batch of results with the explanations of one more classifier, whose inputs have this index."""
+    inputs = [result.inputs[index] for result in results if not result.error]
+    fresh = iter(explain_batch(classifier, inputs, target, methods, at_once) if inputs else ())
+    return [
+        result if result.error else with_explanations(result, [next(fresh) for _ in methods])
+        for result in results
+    ]
 
 
-def drawing_processes(jobs: Sequence[Job]) -> int:
-    """How many processes draw: one a core, also beside networks on the CPU, which leave each core a part."""
-    return min(MAX_DRAWING_PROCESSES, os.cpu_count() or 1, len(jobs)) if jobs[0].figures else 0
+def with_explanations(result: Result, explanations: Sequence[Explanation]) -> Result:
+    """A result with more explanations, and the warning that its picture deserves."""
+    if NOTHING_TO_SEE in result.notes:
+        warning = (NOTHING_TO_SEE,)
+        explanations = [dataclasses.replace(each, remarks=warning + each.remarks) for each in explanations]
+    return dataclasses.replace(result, explanations=(*result.explanations, *explanations))
 
 
-@contextlib.contextmanager
-def drawing_pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes that draw figures, None for none of them; they import matplotlib and never torch.
+def explain_jobs(
+    jobs: Sequence[Job], classifiers: Sequence[Classifier], targets: Sequence[int | None],
+    methods: Sequence[str], batch: int, style: FigureStyle, submit: Submit,
+) -> Iterator[tuple[Result, list[Future[None]]]]:  # fmt: skip
+    """Explain images, a batch at a time: each one's result, and its figures as they are being drawn.
 
-    Raises ExplainError where one of them is killed.
+    A figure is begun as soon as the models that it shows have spoken. An image that cannot be read
+    does not stop the others.
     """
-    if not processes:
-        yield None
-        return
-    ignoring = signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), *ignoring)
-    # Ctrl-C is not for them, from their start: what they have begun they finish, what waits is dropped.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for _ in range(processes):
-        pool.submit(drawable_characters)  # so they start now, while the networks are loaded
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield pool
-    except BrokenExecutor as error:
-        raise ExplainError("drawing: a process that draws figures was killed; free some memory, then go on with --skip-existing") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    models = [classifier.model for classifier in classifiers]
+    for start in range(0, len(jobs), batch):
+        results = [read_result(job, models, style) for job in jobs[start : start + batch]]
+        drawings: list[list[Future[None]]] = [[] for _ in results]
+        for index, (classifier, target) in enumerate(zip(classifiers, targets)):
+            before = index * len(methods)
+            results = explained_results(results, index, classifier, target, methods, batch)
+            for result, begun in zip(results, drawings):
+                told = dataclasses.replace(result, inputs=())
+                pages = () if result.error else result.job.pages
+                ready = [page for page in pages if before <= max(page.shows) < before + len(methods)]
+                begun += [submit(write_page, told, page, style) for page in ready]
+                if index == len(classifiers) - 1 and result.job.panels and not result.error:
+                    begun.append(submit(write_panels, told, style))
+        yield from zip(results, drawings)
 
 
-def run_many(request: Request) -> tuple[list[str], int]:
-    """Explain many images in batches, with a row of the table for each; returns as run_single."""
-    # Read when torch is imported: its threads then sleep while they wait, and leave the cores to the drawing.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with drawing_pool(drawing_processes(request.jobs)) as pool:
-        say(f"🔍 {'Comparing' if len(request.checkpoints) > 1 else 'Analyzing'} explainability for {len(request.jobs)} images", RULE)
-        classifiers = load_models(request)
-        columns = table_columns(classifiers)
-        earlier = earlier_rows(request.output_folder, columns) if request.skip_existing else {}
-        rows = [row for job in request.jobs if (row := earlier.get(str(job.image))) and is_row_of(row, job)]
-        finished = {row["file"] for row in rows}
-        jobs = [job for job in request.jobs if str(job.image) not in finished]
-        if finished:
-            say(f"⏭️  Finished earlier, left alone: {len(finished)} images", "")
-        started, again = time.monotonic(), {str(job.image) for job in jobs}
-        kept = [row for file, row in earlier.items() if file not in again]
-        with open_table(request.output_folder, columns, kept) as add, progress_bar(len(jobs), request.quiet) as bar:
-            for result, row in finished_jobs(pool, jobs, classifiers, request):
-                add(row)
-                rows.append(row)
-                for line in note_lines(result.job.image, result.notes) + [f"❌ {row['error']}"] * bool(row["error"]):
-                    bar.write(line, file=sys.stderr)
-                if not row["error"]:
-                    bar.write(result_line(result.job, result.explanations), file=sys.stdout)
-                    sys.stdout.flush()
-                bar.update()
-    lines = run_lines(rows, classifiers, len(finished), time.monotonic() - started)
-    return [*lines, f"Table: {shown(request.output_folder / TABLE_NAME)}"], int(any(row["error"] for row in rows))
-
-
-def finished_jobs(
-    pool: ProcessPoolExecutor | None, jobs: Sequence[Job], classifiers: Sequence[Classifier], request: Request
-) -> Iterator[tuple[Result, dict[str, str]]]:
-    """Each job's result and its row of the table, once its files are written.
+def written_results(explanations: Iterable[tuple[Result, list[Future[None]]]]) -> Iterator[Result]:
+    """Each job's result once its files are written.
 
     The networks run ahead of the drawing by a few images only, so that memory does not grow.
     """
-    waiting: deque[tuple[Result, Future[None] | None]] = deque()
-    for result in explain_jobs(jobs, classifiers, request):
-        is_drawn = result.job.figures and not result.error
-        arguments = (result.job, result.picture, result.explanations, request.style)
-        waiting.append((result, pool.submit(write_figures, *arguments) if is_drawn else None))
-        while waiting and (waiting[0][1] is None or waiting[0][1].done() or len(waiting) > MAX_WAITING_JOBS):
-            yield finished_job(*waiting.popleft(), classifiers)
-    for result, drawn in waiting:
-        yield finished_job(result, drawn, classifiers)
+    waiting: deque[tuple[Result, list[Future[None]]]] = deque()
+    for each in explanations:
+        waiting.append(each)
+        while waiting and (len(waiting) > MAX_WAITING_RESULTS or are_done(waiting[0][1])):
+            yield written(*waiting.popleft())
+    for result, drawings in waiting:
+        yield written(result, drawings)
 
 
-def finished_job(result: Result, drawn: Future[None] | None, classifiers: Sequence[Classifier]) -> tuple[Result, dict[str, str]]:
-    """Wait for a job's figures and write its maps; its row says whether that worked."""
+def are_done(drawings: Sequence[Future[None]]) -> bool:
+    return all(drawing.done() for drawing in drawings)
+
+
+def written(result: Result, drawings: Sequence[Future[None]]) -> Result:
+    """Wait for a job's figures and write its maps; the result says whether that worked."""
     try:
-        if result.error:
-            raise ExplainError(result.error)
-        if drawn is not None:
-            drawn.result()
-        write_maps(result.job, classifiers, result.explanations)
-        return result, table_row(result.job, result.explanations)
+        for drawing in drawings:
+            drawing.result()
+        if not result.error:
+            write_maps(result)
     except ExplainError as error:
-        truth = true_class(result.job.image, classifiers[0].class_names)
-        return result, {"file": str(result.job.image), "true_class": truth, "error": str(error)}
+        return dataclasses.replace(result, error=str(error))
+    return result
 
 
-def progress_bar(total: int, quiet: bool) -> tqdm:
-    """A bar on a terminal; where standard error is none, only the lines written through it."""
+@dataclass
+class Highlights:
+    """What the contact sheet takes from the results of a run, no more than it can show."""
+
+    models: Sequence[Model]
+    heat: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # sum of the heatmaps, by family
+    seen: dict[str, tuple[np.ndarray, Explanation]] = dataclasses.field(default_factory=dict)  # by label
+
+    @property
+    def mean_maps(self) -> dict[str, np.ndarray]:
+        return {key: normalised(heat) for key, heat in self.heat.items()}
+
+    def add(self, result: Result, rows: Sequence[dict[str, str]]) -> None:
+        """Count a result in, and forget the pictures of those that others push from the sheet."""
+        for explanation in result.opinions:
+            key = explanation.model.family.key
+            self.heat[key] = self.heat.get(key, 0) + explanation.heatmap
+        self.look_at(result)
+        if len(self.seen) > 2 * MAX_THUMBNAILS:
+            first = looked_at_first(rows, self.models)
+            self.seen = {row["file"]: self.seen[row["file"]] for row in first if row["file"] in self.seen}
+
+    def look_at(self, result: Result) -> None:
+        """Keep the picture of a result, with the surest wrong explanation or else the first."""
+        if result.error:
+            return
+        truth = true_class(result.job.image, self.models[0].class_names)
+        wrong = [each for each in result.opinions if truth and not is_right(each, truth)]
+        picture = Image.fromarray(result.picture)
+        picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+        shown_one = max(wrong or result.explanations[:1], key=lambda each: each.confidence)
+        self.seen[result.job.label] = np.asarray(picture), shown_one
+
+
+def done_here(function: Callable[..., None], *arguments: object) -> Future[None]:
+    """Call a function at once, in this process, as an executor would elsewhere."""
+    future: Future[None] = Future()
+    try:
+        future.set_result(function(*arguments))
+    except ExplainError as error:
+        future.set_exception(error)
+    return future
+
+
+def can_be_imported() -> bool:
+    """Whether a new process finds this code: not where it came through a pipe, from an archive or from exec()."""
+    module = sys.modules.get(__name__)
+    return SCRIPT.is_file() and os.access(SCRIPT, os.R_OK) and getattr(module, "can_be_imported", None) is can_be_imported
+
+
+def prepare_drawing() -> None:
+    """Run first in a drawing process: end with the parent, whatever ended that."""
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    warnings.simplefilter("ignore")
+
+
+@contextlib.contextmanager
+def holding_signals() -> Iterator[None]:
+    """Let signals that end a run wait; processes that are started inside never get them.
+
+    What these have begun they finish; what waits is dropped.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def started_pool(processes: int) -> ProcessPoolExecutor:
+    """Processes that draw figures; they import matplotlib and never torch.
+
+    Raises OSError and others where the system starts none.
+    """
+    if not can_be_imported():
+        raise OSError("they could not import this script")
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
+    try:
+        with holding_signals():
+            for _ in range(processes):
+                pool.submit(text_strip, "", 9, False, 150)  # so they start now, while the networks are loaded
+        return pool
+    except Exception:
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
+
+
+@contextlib.contextmanager
+def drawing_pool(processes: int, is_told: bool) -> Iterator[Submit]:
+    """What draws figures: processes, or this one where none is asked for or none can be started.
+
+    Raises ExplainError where one of them is killed.
+    """
+    try:
+        pool = started_pool(processes) if processes else None
+    except Exception as error:  # no semaphores, no shared memory, no more processes, threads or files
+        why = printable(str(getattr(error, "strerror", None) or error))
+        warn(*[f"ℹ️  Without drawing processes ({why}), figures are drawn one after another: slower"] * is_told)
+        pool = None
+    try:
+        yield pool.submit if pool else done_here
+    except BrokenExecutor as error:
+        remedy = "free some memory, then go on with --skip-existing"
+        raise ExplainError(f"drawing: a process that draws figures was killed; {remedy}") from error
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def progress_bar(
+    request: Request, classifiers: Sequence[Classifier], images: int, is_quiet: bool
+) -> Iterator[tuple[tqdm, Callable[[], None]]]:
+    """A bar on a terminal, and what counts an image; elsewhere only the lines written through it.
+
+    Where an image takes many passes through the networks the bar counts those, for one image as well.
+    """
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="image", disable=quiet or not sys.stderr.isatty())
+    passes = passes_of(request.methods)
+    is_long = passes >= LONG_PASSES
+    is_shown = not is_quiet and sys.stderr.isatty() and (is_long or not request.is_single)
+    total, unit = (images * passes * len(classifiers), "pass") if is_long else (images, "image")
+    with tqdm(total=total, unit=unit, disable=not is_shown) as bar:
+        if not is_long:
+            yield bar, bar.update
+            return
+        with counted_inputs([classifier.network for classifier in classifiers], bar.update):
+            yield bar, lambda: None
+
+
+@contextlib.contextmanager
+def counted_inputs(networks: Sequence[torch.nn.Module], count: Callable[[int], object]) -> Iterator[None]:
+    """Tell `count` after each pass how many inputs went through a network."""
+
+    def tell(network: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        count(len(inputs[0]))
+
+    handles = [network.register_forward_hook(tell) for network in networks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the arguments come to, checked as far as the file system can tell."""
+
+    jobs: tuple[Job, ...]
+    is_single: bool  # one image, named by itself or drawn: no table, and the console is about it alone
+    checkpoints: tuple[tuple[Family, Path], ...]
+    methods: tuple[str, ...]
+    style: FigureStyle
+    notes: tuple[str, ...] = ()  # lines to say beside what was asked
+
+
+def run(args: argparse.Namespace, request: Request) -> int:
+    """Do what is asked; the exit status."""
+    nowhere = open(os.devnull, "w", encoding="utf-8", errors="replace")
+    job = request.jobs[0]
+    if request.is_single and args.skip_existing and job.outputs and is_finished(job):
+        lines, status = [f"⏭️  Finished earlier, left alone: {shown(Path(job.label))}"], 0
+    else:
+        with nowhere, contextlib.redirect_stdout(nowhere) if args.quiet else contextlib.nullcontext():
+            lines, status = explain_all(args, request)
+    say(*lines, *demo_lines([path for _, path in request.checkpoints]))
+    return status
+
+
+def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], int]:
+    """Explain every image; returns what to say last, and the exit status. One image is a run of one."""
+    # Read when torch is imported: its threads then sleep while they wait, and leave the cores to the drawing.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    pages = sum(len(job.pages) for job in request.jobs)
+    processes = min(MAX_DRAWING_PROCESSES, os.cpu_count() or 1, pages)
+    with drawing_pool(processes, is_told=not (args.quiet or request.is_single)) as submit:
+        say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
+        warn(*request.notes)
+        classifiers = load_classifiers(request.checkpoints, args.device, args.class_names, args.quiet)
+        models = [classifier.model for classifier in classifiers]
+        targets = [target_index(args.target_class, model.class_names) for model in models]
+        batch = args.batch_size or DEFAULT_BATCH[classifiers[0].device.type]
+        highlights, sheet = Highlights(models), args.output_dir / f"{SHEET_STEM}.{args.format}"
+        with results_table(request, models, args.output_dir, args.skip_existing) as (rows, jobs, append):
+            started, finished = time.monotonic(), len(rows)
+            asked = classifiers, targets, request.methods, batch, request.style, submit
+            with progress_bar(request, classifiers, len(jobs), args.quiet) as (bar, count_image):
+                for result in written_results(explain_jobs(jobs, *asked)):
+                    rows.append(table_row(result, models))
+                    append(rows[-1])
+                    highlights.add(result, rows)
+                    report(bar, result, request.is_single, args.quiet)
+                    count_image()
+            spent = time.monotonic() - started
+            if not (request.is_single or args.no_figures) and (jobs or not sheet.exists()):
+                first = {row["file"] for row in looked_at_first(rows, models)} - set(highlights.seen)
+                again = [Job(job.image, job.label, (), (), "") for job in request.jobs if job.label in first]
+                first_method = classifiers, targets, request.methods[:1], batch, request.style, submit
+                for result, _ in explain_jobs(again, *first_method):
+                    highlights.look_at(result)
+                submit(write_contact_sheet, sheet, rows, highlights, request.style).result()
+    status = int(any(row["error"] for row in rows))
+    if request.is_single:
+        return [] if status else summary_lines(result), status
+    fresh = sum(not row["error"] for row in rows[finished:])
+    lines = run_lines(rows, models, fresh, spent)
+    files = [f"Table: {shown(args.output_dir / TABLE_NAME)}"]
+    files += [f"Contact sheet: {shown(sheet)}"] * (not args.no_figures)
+    return [*lines, *files], status
+
+
+def report(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
+    """Say what became of an image, beside the bar."""
+    notes = [] if is_quiet else note_lines(result.job.label, result.notes)
+    for line in [*notes, *[f"❌ {result.error}"] * bool(result.error)]:
+        bar.write(line, file=sys.stderr)
+    if not result.error:
+        with writing_output():
+            for line in single_lines(result) if is_single else [result_line(result)]:
+                bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def results_table(
+    request: Request, models: Sequence[Model], folder: Path, goes_on: bool
+) -> Iterator[tuple[list[dict[str, str]], list[Job], Callable[[dict[str, str]], None]]]:
+    """Rows of finished images, the jobs that are left, and what adds a row to summary.csv.
+
+    One image has no table. A table goes on where an earlier run left it, or starts anew.
+    """
+    if request.is_single:
+        yield [], list(request.jobs), lambda row: None
+        return
+    columns = table_columns(models, request.methods)
+    earlier = earlier_rows(folder, columns) if goes_on else {}
+    rows = [row for job in request.jobs if (row := earlier.get(row_key(job.label))) and is_row_of(row, job)]
+    finished = {row_key(row["file"]) for row in rows}
+    jobs = [job for job in request.jobs if row_key(job.label) not in finished]
+    if finished:
+        say(f"⏭️  Finished earlier, left alone: {len(finished)} images", "")
+    if not goes_on:
+        warn(*keep_table(folder))
+    for job in jobs:
+        earlier.pop(row_key(job.label), None)
+    with open_table(folder, columns, earlier.values()) as append:
+        try:
+            yield rows, jobs, append
+        except KeyboardInterrupt:
+            warn("⏹️  Interrupted; --skip-existing goes on from here")
+            raise
+
+
+def is_row_of(row: dict[str, str], job: Job) -> bool:
+    """Whether a row of an earlier run's table is what this job would give."""
+    return row["digest"] == job.digest and not row["error"] and is_finished(job)
 
 
 # ------------------------------------------------------------------------------------------
@@ -2209,13 +4108,97 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def colormap_name(text: str) -> str:
-    """An argparse type: the name of a colormap of matplotlib, which is imported only for other names than jet."""
+    """An argparse type: a colormap of matplotlib, which is imported only for other names than jet."""
     if text != "jet":
-        from matplotlib import colormaps
-
-        if text not in colormaps:
-            raise argparse.ArgumentTypeError(f"matplotlib has no colormap {text!r}; viridis, magma, gray ... are there")
+        if text not in plain_matplotlib().colormaps:
+            some = "viridis, magma, gray ... are there"
+            raise argparse.ArgumentTypeError(f"matplotlib has no colormap {text!r}; {some}")
     return text
+
+
+def class_list(text: str) -> tuple[str, ...]:
+    """An argparse type: names of classes between commas."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not are_class_names(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two or more different names between commas")
+    return names
+
+
+OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in --help and name: help, how to read it
+    "what to explain": {
+        "--image": (
+            "X-ray images, folders or quoted patterns (default: a random test image)",
+            {"nargs": "+", "action": "extend", "metavar": "PATH"},
+        ),
+        "--model": (
+            "which model to analyze (default: both)",
+            {"choices": [*FAMILIES, "both"], "default": "both"},
+        ),
+        "--compare": ("both models and their comparison, whatever --model says", {"action": "store_true"}),
+        "--method": (
+            f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)",
+            {"nargs": "+", "choices": METHODS, "default": ["gradcam"], "metavar": "METHOD"},
+        ),
+        "--target-class": (
+            "name or index of the class to explain (default: the predicted class)",
+            {"metavar": "CLASS"},
+        ),
+        "--seed": ("repeat the choice of the random test image", {"type": whole_number(0, 2**63), "metavar": "N"}),
+    },
+    "networks": {
+        **{
+            f"--{key}-checkpoint": (f"default: checkpoints/{key}*", {"type": Path, "metavar": "FILE"})
+            for key in FAMILIES
+        },
+        "--class-names": (
+            "classes in the order of the outputs, for checkpoints that record none",
+            {"type": class_list, "metavar": "A,B"},
+        ),
+        "--device": (
+            "where to compute (default: auto)",
+            {"choices": ("auto", "cpu", "cuda", "mps"), "default": "auto"},
+        ),
+        "--batch-size": (
+            "images computed at once (default: 4, on a GPU 32)",
+            {"type": whole_number(1, 4096), "metavar": "N"},
+        ),
+    },
+    "outputs": {
+        "--output-dir": (
+            "where results go (default: explainability_outputs)",
+            {"type": Path, "metavar": "DIR"},
+        ),
+        "--colormap": (
+            "any matplotlib colormap (default: jet; viridis is perceptually uniform)",
+            {"type": colormap_name, "default": "jet", "metavar": "NAME"},
+        ),
+        "--signed": (
+            "draw evidence for and against the class, not the first alone",
+            {"action": "store_true"},
+        ),
+        "--dpi": (
+            "resolution of the figures (default: 150)",
+            {"type": whole_number(30, 1200), "default": 150, "metavar": "N"},
+        ),
+        "--format": (
+            "kind of the figures' files; pdf and svg for print (default: png)",
+            {"choices": ("png", "pdf", "svg"), "default": "png"},
+        ),
+        "--contours": ("lines of equal heat over the radiograph, not colours", {"action": "store_true"}),
+        "--save-panels": (
+            "also write radiograph, heatmap and overlay as bare pictures of the radiograph's size",
+            {"action": "store_true"},
+        ),
+        "--no-figures": ("numbers alone", {"action": "store_true"}),
+        "--save-maps": (
+            "also write the raw maps, before the ReLU, as .npy with a .json beside each",
+            {"action": "store_true"},
+        ),
+        "--anonymous": ("name images by their content's checksum, not by their files' names", {"action": "store_true"}),
+        "--skip-existing": ("leave images alone that an earlier run finished", {"action": "store_true"}),
+        "--quiet": ("print only the final summary, warnings and errors", {"action": "store_true"}),
+    },
+}  # fmt: skip
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -2223,24 +4206,26 @@ def argument_parser() -> argparse.ArgumentParser:
         description="Show where bone-fracture classifiers look, with Grad-CAM.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
-    add = parser.add_argument
-    add("--image", nargs="+", metavar="PATH", help="X-ray images, folders or quoted patterns (default: a random test image)")
-    add("--model", choices=[*FAMILIES, "both"], default="both", help="which model to analyze (default: both)")
-    add("--compare", action="store_true", help="both models and their comparison, whatever --model says")
-    add("--seed", type=whole_number(0, 2**63), metavar="N", help="repeat the choice of the random test image")
-    add("--target-class", metavar="CLASS", help="name or index of the class to explain (default: the predicted class)")
-    add("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR", help="where results go (default: explainability_outputs)")
-    for family in FAMILIES.values():
-        add(f"--{family.key}-checkpoint", type=Path, metavar="FILE", help=f"default: checkpoints/{family.key}*")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: auto)")
-    add("--colormap", type=colormap_name, default="jet", metavar="NAME", help="any matplotlib colormap (default: jet; viridis is perceptually uniform)")
-    add("--dpi", type=whole_number(30, 1200), default=150, metavar="N", help="resolution of the figures (default: 150)")
-    add("--batch-size", type=whole_number(1, 4096), metavar="N", help="images computed at once (default: 4, on a GPU 32)")
-    add("--skip-existing", action="store_true", help="of many images, leave those alone that an earlier run finished")
-    add("--no-figures", action="store_true", help="numbers alone")
-    add("--save-maps", action="store_true", help="also write the raw maps, before the ReLU, as .npy with a .json beside each")
-    add("--quiet", action="store_true", help="print only the final summary, warnings and errors")
+    for heading, options in OPTIONS.items():
+        group = parser.add_argument_group(heading)
+        for name, (what, how) in options.items():
+            group.add_argument(name, help=what, **how)
+    parser.set_defaults(output_dir=OUTPUT_FOLDER)
     return parser
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; ends with 2 where they are wrong."""
+    parser = argument_parser()
+    try:
+        args, unknown = parser.parse_known_args(argv)
+    finally:
+        with writing_output():
+            sys.stdout.flush()  # of --help
+    if unknown:
+        hint = "" if unknown[0].startswith("-") else f"; did you mean --image {printable(unknown[0])}?"
+        parser.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}{hint}")
+    return args
 
 
 def images_below(folder: Path) -> list[Path]:
@@ -2250,17 +4235,20 @@ def images_below(folder: Path) -> list[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        place = shown(Path(error.filename))
-        raise ExplainError(f"{place}: cannot be searched ({error.strerror}); change its mode, or name the other folders")
+        cause = f"cannot be searched ({error.strerror})"
+        raise refusal(Path(error.filename), cause, "change its mode, or name the other folders")
 
     paths = (Path(parent, name) for parent, _, names in os.walk(folder, onerror=refuse) for name in names)
-    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES or (not path.suffix and is_dicom(path)))
+    return sorted(path for path in paths if is_dicom(path) or path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def is_dicom(path: Path) -> bool:
+    """Whether a file without a suffix, as DICOM files often are, is one."""
+    if path.suffix:
+        return False
     try:
         with open_regular(path) as file:
-            return file.read(HEAD_BYTES)[DICOM_MARK] == b"DICM"
+            return kind_of(file.read(HEAD_BYTES)).use == "dicom"
     except (ExplainError, OSError):
         return False
 
@@ -2273,16 +4261,60 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
     outputs = Path(os.path.realpath(output_folder))
     images: list[Path] = []
     for text in arguments:
+        if not text:
+            raise ExplainError("--image: an empty path; name an image or a folder")
+        if re.match(r"[a-z]+://", text, re.IGNORECASE):
+            raise ExplainError(f"{printable(text)}: URLs are not read; download the image and name its file")
         if os.path.isdir(text):
-            found = [each for each in images_below(Path(text)) if outputs not in Path(os.path.realpath(each)).parents]
+            below = images_below(Path(text))
+            found = [each for each in below if outputs not in Path(os.path.realpath(each)).parents]
         elif glob.has_magic(text) and not os.path.lexists(text):
             found = sorted(Path(each) for each in glob.glob(text, recursive=True) if os.path.isfile(each))
         else:
             found = [Path(text)]
         if not found:
-            raise ExplainError(f"{shown(Path(text))}: no image found there; files end in {', '.join(IMAGE_SUFFIXES)}")
+            suffixes = ", ".join(IMAGE_SUFFIXES)
+            raise refusal(Path(text), "no image found there", f"files end in {suffixes}")
         images += found
     return list(dict.fromkeys(images))
+
+
+def random_test_image(seed: int | None) -> Path:
+    """One of data_original/test/*/, the same for the same seed.
+
+    Raises ExplainError where there is none.
+    """
+    paths = sorted(path for path in TEST_IMAGES.glob("*/*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise refusal(TEST_IMAGES, "no test images there", "give one with --image")
+    return random.Random(seed).choice(paths)
+
+
+def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Path]], list[str]]:
+    """The checkpoint of each model that is asked for, and what to say of the choice.
+
+    One network of the user's, alone in the folder, is explained alone where nothing else was named.
+    Raises ExplainError where one is missing or cannot be a checkpoint.
+    """
+    keys = list(FAMILIES) if args.compare or args.model == "both" else [args.model]
+    named = {key: path for key in keys if (path := vars(args)[f"{key}_checkpoint"])}
+    for path in named.values():
+        check_checkpoint_path(path)
+    lone = lone_family(keys) if not (named or args.compare) else None
+    paths = {key: named.get(key) or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER) for key in lone or keys}
+    check_not_mixed(list(paths.values()))
+    for path in paths.values():
+        check_checkpoint_path(path)
+    alone = "explained alone, as no other network of yours is beside it"
+    notes = [f"ℹ️  {shown(paths[key])}: {alone}" for key in lone or ()]
+    return [(FAMILIES[key], path) for key, path in paths.items()], notes
+
+
+def lone_family(keys: Sequence[str]) -> list[str] | None:
+    """The one family of two of which the folder holds a network of the user's; None where there is none."""
+    found = {key: candidates(FAMILIES[key], CHECKPOINT_FOLDER) for key in keys}
+    own = [key for key in keys if any(not is_demo(path) for path in found[key])]
+    return own if len(own) == 1 < len(keys) else None
 
 
 def checked_request(args: argparse.Namespace) -> Request:
@@ -2291,57 +4323,100 @@ def checked_request(args: argparse.Namespace) -> Request:
     is_single = not args.image or (len(args.image) == 1 and images == [Path(args.image[0])])
     if is_single:
         check_image_path(images[0])
-    keys = list(FAMILIES) if args.compare or args.model == "both" else [args.model]
-    named = {key: vars(args)[f"{key}_checkpoint"] for key in keys}
-    checkpoints = tuple((FAMILIES[key], named[key] or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER)) for key in keys)
-    check_not_mixed([path for _, path in checkpoints])
-    for _, path in checkpoints:
-        check_checkpoint_path(path)
+    checkpoints, notes = chosen_checkpoints(args)
     check_output_folder(args.output_dir)
-    style = FigureStyle(args.colormap, args.dpi)
-    asked = [(family.key, file_mark(path)) for family, path in checkpoints], args.target_class, style
-    return Request(
-        jobs=tuple(make_jobs(images, keys, args.output_dir, not args.no_figures, args.save_maps, asked)),
-        is_random=not args.image,
-        is_single=is_single,
-        checkpoints=checkpoints,
-        output_folder=args.output_dir,
-        device=args.device,
-        target_class=args.target_class,
-        style=style,
-        batch_size=args.batch_size,
-        skip_existing=args.skip_existing,
-        quiet=args.quiet,
-    )
+    style = FigureStyle(args.colormap, args.dpi, args.format, args.contours, args.signed)
+    labels = [content_label(image) if args.anonymous else str(image) for image in images]
+    marks = [(family.key, file_mark(path)) for family, path in checkpoints]
+    methods = tuple(dict.fromkeys(args.method))
+    asked = marks, args.target_class, args.class_names, methods, style
+    keys = [family.key for family, _ in checkpoints]
+    wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
+    kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
+    jobs = make_jobs(images, labels, keys, methods, args.output_dir, kinds, args.format, asked)
+    return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, tuple(notes))
 
 
-def run(request: Request) -> int:
-    """Do what is asked; the exit status."""
-    nowhere = open(os.devnull, "w", encoding="utf-8", errors="replace")
-    with nowhere, contextlib.redirect_stdout(nowhere) if request.quiet else contextlib.nullcontext():
-        lines, status = (run_single if request.is_single else run_many)(request)
-    say(*lines, *demo_lines([path for _, path in request.checkpoints]))
-    return status
+def hold_streams() -> None:
+    """Open the null device in place of standard streams that are closed; no other file must get their numbers.
+
+    Raises ExplainError where standard output is closed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)
+    if sys.stdout is None:
+        raise ExplainError("standard output: closed; send it somewhere, such as to /dev/null")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an emoji that the terminal lacks becomes "?"
+
+
+def check_working_folder(args: argparse.Namespace) -> None:
+    """Leave a working directory that is gone. Raises ExplainError where a path starts from it."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        checkpoints = (path for key in FAMILIES if (path := vars(args)[f"{key}_checkpoint"]))
+        for path in (args.output_dir, *map(Path, args.image or ()), *checkpoints):
+            if not path.is_absolute():
+                raise working_folder_gone() from error
+        os.chdir(os.sep)
+
+
+def working_folder_gone() -> ExplainError:
+    return ExplainError("the working directory: gone; change to another, or give whole paths from there")
+
+
+def end_on_signal(number: int, _: Any) -> None:
+    """End as after Ctrl-C, so that nothing half done stays behind."""
+    sys.exit(128 + number)
+
+
+def fault_text(error: Exception) -> str:
+    """One line for an error that nothing has worded yet: it comes of what surrounds the tool, or of a fault in it."""
+    if lacks_memory(error):
+        return "memory: not enough; close other programs, or choose a smaller --batch-size or --dpi"
+    if isinstance(error, ImportError):
+        what = printable(error.name or "a library")
+        return f"{what}: cannot be imported ({brief(str(error))}); pip install -r requirements.txt"
+    try:
+        os.getcwd()
+    except OSError:
+        return str(working_folder_gone())
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    place = f"{Path(frame.f_code.co_filename).name}:{line}"
+    cause = f"{type(error).__name__} {brief(str(error))} at {place}"
+    return f"{cause}; look at the settings that this names, or report it"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an emoji that the terminal lacks becomes "?"
     try:
-        args = argument_parser().parse_args(argv)
-        return run(checked_request(args))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of libraries, for their programmers
+            hold_streams()
+            args = parsed(argv)
+            check_working_folder(args)
+            return run(args, checked_request(args))
     except ExplainError as error:
         warn(f"❌ {error}")
         return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         return 141
+    except Exception as error:
+        warn(f"❌ {fault_text(error)}")
+        return 1
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half done stays behind
+    for ending in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; under nohup it is ignored, and stays so
+        if hasattr(signal, ending) and signal.getsignal(getattr(signal, ending)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, ending), end_on_signal)
     raise SystemExit(main())

@@ -5,6 +5,7 @@ Networks here have random weights: they test the tool and say nothing about frac
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -19,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 if TYPE_CHECKING:
-    from explainability import Classifier, Explanation
+    from collections.abc import Sequence
+
+    from explainability import Classifier, Explanation, Model, Radiograph
 
 TINY = {"convnext": "convnextv2_atto", "efficientnet": "tf_efficientnetv2_b0"}
 HEADS = {"convnext": "head.fc.bias", "efficientnet": "classifier.bias"}  # what the class scores start from
@@ -72,24 +75,41 @@ def tiny_arguments(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> list[st
     return [*pair, "--device=cpu", f"--output-dir={tmp_path / 'figures'}"]
 
 
+def explain(
+    classifier: Classifier, radiographs: Sequence[Radiograph], target: int | None = None
+) -> list[Explanation]:
+    """What a classifier says of radiographs as they were loaded."""
+    from explainability import explain_batch, network_input
+
+    inputs = [network_input(radiograph, classifier.model.preprocessing) for radiograph in radiographs]
+    return explain_batch(classifier, inputs, target)
+
+
+def a_model(**changed: object) -> Model:
+    """What a checkpoint might have told of itself."""
+    from explainability import CLASS_NAMES, FAMILIES, Model, Preprocessing
+
+    usual = {
+        "family": FAMILIES["convnext"],
+        "architecture": "convnextv2_base.fcmae_ft_in22k_in1k",
+        "checkpoint": Path("convnext_v2_improved_best.pth"),
+        "accuracy": "Validation accuracy: 98.32%",
+        "class_names": CLASS_NAMES,
+        "preprocessing": Preprocessing(),
+    }
+    return Model(**{**usual, **changed})
+
+
 def an_explanation(**changed: object) -> Explanation:
-    """What a network might have said, for what is done with it afterwards."""
-    from explainability import Explanation, normalised
+    """What a network might have said, for what is done with it afterwards; fields of its model go there."""
+    from explainability import Explanation, Model, normalised
 
     raw_map = changed.pop("raw_map", np.arange(-24, 25, dtype=np.float32).reshape(7, 7))
-    usual = {
-        "title": "ConvNeXt V2",
-        "family": "convnext",
-        "architecture": "convnextv2_base.fcmae_ft_in22k_in1k",
-        "checkpoint": "convnext_v2_improved_best.pth",
-        "accuracy": "Validation accuracy: 98.32%",
-        "target_layer": "stages.3",
-        "is_demo": False,
-        "class_names": ("Comminuted Fracture", "Simple Fracture"),
-        "probabilities": np.float32([0.9694, 0.0306]),
-        "explained": 0,
-    }
-    return Explanation(**{**usual, **changed}, raw_map=raw_map, heatmap=normalised(raw_map))
+    fields = {field.name for field in dataclasses.fields(Model)}
+    model = a_model(**{key: value for key, value in changed.items() if key in fields})
+    usual = {"probabilities": np.float32([0.9694, 0.0306]), "explained": 0}
+    told = {**usual, **{key: value for key, value in changed.items() if key not in fields}}
+    return Explanation(model=model, raw_map=raw_map, heatmap=normalised(raw_map), **told)
 
 
 def in_new_process(*command: str, **environment: str) -> subprocess.CompletedProcess[bytes]:

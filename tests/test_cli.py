@@ -29,7 +29,7 @@ sys.exit(f"imported {heavy}" if heavy else status)
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[explainability.Request]:
     """What runs were asked to do; they are not done."""
     collected: list[explainability.Request] = []
-    monkeypatch.setattr(explainability, "run", lambda request: collected.append(request) or 0)
+    monkeypatch.setattr(explainability, "run", lambda args, request: collected.append(request) or 0)
     return collected
 
 
@@ -122,7 +122,7 @@ def test_unknown_colormap_is_refused_by_name(xray, tiny_arguments, tmp_path, cap
 
 
 def test_interruption_ends_with_130_and_no_traceback(checkpoints, xray, monkeypatch, capsys):
-    def interrupt(_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(explainability, "run", interrupt)
@@ -139,7 +139,7 @@ def test_random_image_is_one_of_the_test_images(checkpoints, test_images, reques
     for seed in range(40):
         assert main([f"--seed={seed}"]) == 0
     chosen = {request.jobs[0].image for request in requests}
-    assert all(request.is_random for request in requests)
+    assert all(request.is_single for request in requests)
     assert chosen <= set(test_images.glob("*/*.jpg"))
     assert {path.parent.name for path in chosen} == {"simple_fracture", "comminuted_fracture"}
 
@@ -166,7 +166,7 @@ def test_without_test_images_the_message_names_the_option(checkpoints, tmp_path,
 
 def test_named_image_is_taken_as_it_is(checkpoints, xray, requests):
     assert main(["--image", str(xray)]) == 0
-    assert ([job.image for job in requests[0].jobs], requests[0].is_random) == ([xray], False)
+    assert [job.image for job in requests[0].jobs] == [xray]
 
 
 # ------------------------------------------------------------------------------------------
@@ -231,16 +231,62 @@ def test_demo_serves_only_where_no_other_is_there(checkpoints, xray, requests):
 
 def test_own_network_is_not_compared_with_a_demo(checkpoints, xray, capsys, requests):
     (checkpoints / "convnext_v2_best.pth").rename(checkpoints / "convnext_v2_demo.pth")
-    assert main(["--image", str(xray)]) == 1
+    assert main(["--image", str(xray), "--compare"]) == 1
     error = capsys.readouterr().err
     for expected in ("convnext_v2_demo.pth", "efficientnetv2_s_best.pth", "synthetic radiographs"):
         assert expected in error
     assert requests == []
 
 
-def test_own_network_alone_runs_beside_a_demo(checkpoints, xray, requests):
+def test_own_network_alone_runs_beside_a_demo_or_none(checkpoints, xray, requests):
     (checkpoints / "convnext_v2_best.pth").rename(checkpoints / "convnext_v2_demo.pth")
     assert main(["--image", str(xray), "--model=efficientnet"]) == 0
+    assert main(["--image", str(xray)]) == 0
+    (checkpoints / "convnext_v2_demo.pth").unlink()
+    assert main(["--image", str(xray)]) == 0
+    for request in requests:
+        assert [path.name for _, path in request.checkpoints] == ["efficientnetv2_s_best.pth"]
+    assert requests[0].notes == () and "explained alone" in requests[1].notes[0]
+
+
+def test_a_missing_file_is_named_before_anything_is_compared(checkpoints, xray, capsys):
+    (checkpoints / "convnext_v2_best.pth").rename(checkpoints / "convnext_v2_demo.pth")
+    assert main(["--image", str(xray), "--convnext-checkpoint=nope.pth"]) == 1
+    assert "nope.pth: no such file" in capsys.readouterr().err
+
+
+def test_image_may_be_given_twice(checkpoints, xray, tmp_path, requests):
+    other = xray.with_name("other.png")
+    shutil.copy(xray, other)
+    assert main(["--image", str(xray), "--image", str(other)]) == 0
+    assert [job.image for job in requests[0].jobs] == [xray, other]
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    (
+        (["--image", "https://example.org/x.png"], "URLs are not read"),
+        (["--image", ""], "an empty path"),
+        (["--image", "XRAY", "--output-dir", "XRAY"], "a file, not a folder"),
+    ),
+)
+def test_paths_that_cannot_be_meant_are_one_line(checkpoints, xray, capsys, arguments, word):
+    assert main([str(xray) if part == "XRAY" else part for part in arguments]) == 1
+    error = capsys.readouterr().err
+    assert word in error and error.count("\n") == 1
+
+
+def test_a_bare_path_is_answered_with_the_option(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["xray.png"])
+    assert end.value.code == 2 and "did you mean --image xray.png?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ("one", "a,a", "a,", ","))
+def test_class_names_that_cannot_be_told_apart_are_refused(xray, capsys, text):
+    with pytest.raises(SystemExit) as end:
+        main(["--image", str(xray), "--class-names", text])
+    assert end.value.code == 2 and "different names" in capsys.readouterr().err
 
 
 def test_without_checkpoints_the_message_names_folder_and_option(checkpoints, xray, capsys):
@@ -321,5 +367,5 @@ def test_damaged_image_is_refused_without_figures(tiny_arguments, tmp_path, caps
     assert main([*tiny_arguments, "--image", str(image)]) == 1
     out, error = capsys.readouterr()
     assert "half.png" in error
-    assert "✅" not in out
+    assert "saved" not in out
     assert not list(tmp_path.glob("figures/*"))

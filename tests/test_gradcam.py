@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import explainability
-from conftest import save, users_checkpoint
-from explainability import FAMILIES, Classifier, ExplainError, Preprocessing, Radiograph, explain, grad_cam, normalised
+from conftest import a_model, explain, save, users_checkpoint
+from explainability import FAMILIES, Classifier, ExplainError, Preprocessing, Radiograph, grad_cam, normalised
 
 torch = pytest.importorskip("torch")
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ CLASSES = ("Comminuted Fracture", "Simple Fracture")
 def noise(seed: int, height: int = 90, width: int = 120) -> Radiograph:
     """A radiograph that is different everywhere."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Radiograph(Path(f"noise{seed}.png"), pixels)
+    return Radiograph(pixels)
 
 
 def toy(head: Sequence[Sequence[float]], kernel: float = 1.0) -> Classifier:
@@ -39,7 +39,7 @@ def toy(head: Sequence[Sequence[float]], kernel: float = 1.0) -> Classifier:
     plain = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # activations stay positive
     family = dataclasses.replace(FAMILIES["convnext"], target_layer="grid")
     network.eval().requires_grad_(False)
-    return Classifier(family, "Toy", "toy", Path("toy.pth"), "", CLASSES, plain, network)
+    return Classifier(a_model(family=family, class_names=CLASSES, preprocessing=plain), network)
 
 
 def changed(classifier: Classifier) -> Classifier:
@@ -48,7 +48,7 @@ def changed(classifier: Classifier) -> Classifier:
 
 
 def target_layer(classifier: Classifier) -> torch.nn.Module:
-    return classifier.network.get_submodule(classifier.family.target_layer)
+    return classifier.network.get_submodule(classifier.model.family.target_layer)
 
 
 # ------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_raw_map_is_the_sum_of_activations_weighted_by_mean_gradients():
 
 
 def test_toy_network_gives_the_map_worked_out_by_hand():
-    radiograph = Radiograph(Path("steps.png"), np.zeros((224, 224, 3), np.uint8))
+    radiograph = Radiograph(np.zeros((224, 224, 3), np.uint8))
     radiograph.pixels[:32, 32:64] = 255  # cell (0, 1) is white, all others are black
     (explanation,) = explain(toy([[2.0, 1.0], [0.0, 0.0]]), [radiograph])
     expected = np.full((7, 7), 3 * 1 / 49)  # both channels are 1 where black, 2 where white
@@ -120,7 +120,7 @@ def check_against_others(classifier: Classifier, target: int) -> None:
     (explanation,) = explain(classifier, [noise(1)], target)
     other = changed(classifier)
     other.network.requires_grad_(True)
-    pixels = torch.from_numpy(explainability.network_input(noise(1), classifier.preprocessing))[None]
+    pixels = torch.from_numpy(explainability.network_input(noise(1), classifier.model.preprocessing))[None]
     for raw in (map_of_grad_cam_package(other, pixels, target), map_of_captum(other, pixels, target)):
         assert raw.shape == explanation.raw_map.shape == (7, 7)
         np.testing.assert_allclose(explanation.raw_map, raw, rtol=0, atol=1e-4 * np.abs(raw).max())
@@ -159,15 +159,15 @@ def test_blank_map_stays_blank_and_is_named():
     blank, full = (explain(classifier, [noise(1)], target)[0] for target in (0, 1))
     assert blank.raw_map.max() < 0
     assert not blank.heatmap.any()
-    assert blank.remark == "Blank map: no positive evidence for Comminuted Fracture"
+    assert blank.blankness == "Blank map: no positive evidence for Comminuted Fracture"
     assert full.heatmap.max() == 1
-    assert full.remark == ""
+    assert full.blankness == ""
 
 
 def test_constant_map_is_named():
     (explanation,) = explain(toy([[1.0, 2.0], [0.0, 0.0]], kernel=0.0), [noise(1)])
     assert (explanation.heatmap == 1).all()
-    assert explanation.remark.startswith("Constant map")
+    assert explanation.blankness.startswith("Constant map")
 
 
 def test_rounding_noise_is_not_stretched_to_a_heatmap():
@@ -313,7 +313,7 @@ def test_the_predicted_class_is_explained_unless_another_is_asked_for(tiny_class
 def test_probabilities_are_the_softmax_of_the_scores(tiny_classifiers):
     classifier = tiny_classifiers["efficientnet"]
     (explanation,) = explain(classifier, [noise(1)])
-    pixels = explainability.network_input(noise(1), classifier.preprocessing)
+    pixels = explainability.network_input(noise(1), classifier.model.preprocessing)
     with torch.inference_mode():
         scores = np.exp(classifier.network(torch.from_numpy(pixels)[None])[0].double().numpy())
     np.testing.assert_allclose(explanation.probabilities, scores / scores.sum(), rtol=1e-5)
@@ -326,3 +326,11 @@ def test_scores_that_are_not_finite_are_refused(tiny_classifiers, value):
     with pytest.raises(ExplainError, match="efficientnet_best.pth.*not finite"):
         explain(classifier, [noise(1)])
     assert not target_layer(classifier)._forward_hooks
+
+
+def test_nothing_on_a_gpu_is_left_to_chance(monkeypatch):
+    for name, unwanted in (("deterministic", False), ("benchmark", True), ("allow_tf32", True)):
+        monkeypatch.setattr(torch.backends.cudnn, name, unwanted)
+    explainability.use_exact_float32()
+    cudnn = torch.backends.cudnn
+    assert (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32) == (True, False, False)
