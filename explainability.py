@@ -2844,7 +2844,7 @@ def read_boxes(path: Path) -> dict[str, TrueBox]:
 
 
 def known_boxes(table: Path | None, images: Sequence[Path]) -> tuple[dict[str, TrueBox], tuple[int, str]]:
-    """Boxes by `read_boxes` of the table named, or of the test images' own for these; and the table's mark."""
+    """Boxes by `read_boxes` of the table named, or of the test images' own; and the table's mark."""
     if table is None:
         if not any(TEST_IMAGES in Path(os.path.realpath(image)).parents for image in images):
             return {}, (0, "")
@@ -2957,7 +2957,8 @@ def plain_matplotlib() -> Any:
             from matplotlib import font_manager  # noqa: F401  here, as it looks for a folder for its cache
         except Exception as error:
             cause = f"cannot be imported ({brief(str(error))})"
-            raise ExplainError(f"matplotlib: {cause}; set MPLCONFIGDIR to a folder that can be written") from error
+            remedy = "set MPLCONFIGDIR to a folder that can be written"
+            raise ExplainError(f"matplotlib: {cause}; {remedy}") from error
     lasting = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "explainability"}
     matplotlib.rcParams.update({**lasting, "text.hinting": "none"})
     return matplotlib
@@ -4180,7 +4181,7 @@ def is_finished(job: Job) -> bool:
 
 
 def digest_in(path: Path) -> str | None:
-    """The digest of the job that wrote a file; "" where it holds none, None where it is not there or not whole."""
+    """The digest of the job that wrote a file; "" where it holds none, None where it is not whole."""
     try:
         with open_regular(path) as file:
             if path.suffix == ".json":
@@ -4385,14 +4386,15 @@ def say(*lines: str) -> None:
 
 @contextlib.contextmanager
 def writing_output() -> Iterator[None]:
-    """Turn a full disk behind standard output into an ExplainError; a reader that has gone stays what it is."""
+    """Turn a full disk behind standard output into an ExplainError; a reader that has gone stays that."""
     try:
         yield
     except OSError as error:
         discard(sys.stdout)
         if isinstance(error, BrokenPipeError):
             raise
-        raise ExplainError(f"standard output: cannot be written ({error.strerror}); free space, or send it elsewhere") from error
+        cause = f"cannot be written ({error.strerror})"
+        raise ExplainError(f"standard output: {cause}; free space, or send it elsewhere") from error
 
 
 def discard(stream: TextIO) -> None:
@@ -4576,7 +4578,8 @@ def overlap_lines(rows: Sequence[dict[str, str]]) -> list[str]:
     if not shares:
         return []
     few = sum(share < AGREEMENT_LIMIT for share in shares)
-    return [f"Maps share {percent(np.mean(shares))} of their heat on average, in {few} of {len(shares)} images too little"]
+    mean = percent(np.mean(shares))
+    return [f"Maps share {mean} of their heat on average, in {few} of {len(shares)} images too little"]
 
 
 def box_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
@@ -4647,7 +4650,8 @@ def read_result(job: Job, models: Sequence[Model], style: FigureStyle) -> Result
         return Result(job, error=str(error).replace(shown(job.image), shown(Path(job.label))))
     inputs = tuple(network_input(radiograph, model.preprocessing) for model in models)
     landmarks = landmarks_of(radiograph.pixels)
-    return Result(job, panel_picture(radiograph, style), inputs, notes=radiograph.notes, landmarks=landmarks, box=box)
+    picture, notes = panel_picture(radiograph, style), radiograph.notes
+    return Result(job, picture, inputs, notes=notes, landmarks=landmarks, box=box)
 
 
 def explained_results(
@@ -4670,7 +4674,7 @@ def explained_results(
 def with_explanations(
     result: Result, explanations: Sequence[Explanation], trial: Trial | None = None
 ) -> Result:
-    """A result with more explanations, what the checks say of each, and the warning that its picture deserves.
+    """A result with more explanations, what the checks say of each, and what its picture warns of.
 
     The trial is of the network, and of the first map.
     """
@@ -4747,11 +4751,12 @@ def written(result: Result, drawings: Sequence[Future[None]]) -> Result:
 
 @dataclass
 class Highlights:
-    """What the contact sheet takes from the results of a run, no more than it can show."""
+    """What the summary of a run takes from its results, no more than it can show."""
 
     models: Sequence[Model]
     heat: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # sum of the heatmaps, by family
     seen: dict[str, tuple[np.ndarray, Explanation]] = dataclasses.field(default_factory=dict)  # by label
+    observations: dict[str, list[Observation]] = dataclasses.field(default_factory=lambda: defaultdict(list))
 
     @property
     def mean_maps(self) -> dict[str, np.ndarray]:
@@ -4762,6 +4767,7 @@ class Highlights:
         for explanation in result.opinions:
             key = explanation.model.family.key
             self.heat[key] = self.heat.get(key, 0) + explanation.heatmap
+            self.observations[key].append(observation(explanation, result.landmarks))
         self.look_at(result)
         if len(self.seen) > 2 * MAX_THUMBNAILS:
             first = looked_at_first(rows, self.models)
@@ -4792,7 +4798,8 @@ def done_here(function: Callable[..., None], *arguments: object) -> Future[None]
 def can_be_imported() -> bool:
     """Whether a new process finds this code: not where it came through a pipe, from an archive or from exec()."""
     module = sys.modules.get(__name__)
-    return SCRIPT.is_file() and os.access(SCRIPT, os.R_OK) and getattr(module, "can_be_imported", None) is can_be_imported
+    is_readable = SCRIPT.is_file() and os.access(SCRIPT, os.R_OK)
+    return is_readable and getattr(module, "can_be_imported", None) is can_be_imported
 
 
 def prepare_drawing() -> None:
@@ -4851,7 +4858,8 @@ def drawing_pool(processes: int, is_told: bool) -> Iterator[Submit]:
         pool = started_pool(processes) if processes else None
     except Exception as error:  # no semaphores, no shared memory, no more processes, threads or files
         why = printable(str(getattr(error, "strerror", None) or error))
-        warn(*[f"ℹ️  Without drawing processes ({why}), figures are drawn one after another: slower"] * is_told)
+        told = f"ℹ️  Without drawing processes ({why}), figures are drawn one after another: slower"
+        warn(*[told] * is_told)
         pool = None
     try:
         yield pool.submit if pool else done_here
@@ -4938,37 +4946,42 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
         models = [classifier.model for classifier in classifiers]
         targets = [target_index(args.target_class, model.class_names) for model in models]
         batch = args.batch_size or DEFAULT_BATCH[classifiers[0].device.type]
-        highlights, sheet = Highlights(models), args.output_dir / f"{SHEET_STEM}.{args.format}"
-        with results_table(request, models, args.output_dir, args.skip_existing) as (rows, jobs, append):
+        asked = classifiers, targets, request.methods, batch, request.style, submit, args.verify
+        highlights = Highlights(models)
+        with (
+            results_table(request, models, args.output_dir, args.skip_existing) as (rows, jobs, append),
+            progress_bar(request, classifiers, len(jobs), args.quiet) as (bar, count_image),
+        ):
             started, finished = time.monotonic(), len(rows)
-            asked = classifiers, targets, request.methods, batch, request.style, submit, args.verify
-            observations = defaultdict(list)
-            with progress_bar(request, classifiers, len(jobs), args.quiet) as (bar, count_image):
-                for result in written_results(explain_jobs(jobs, *asked)):
-                    for explanation in result.opinions:
-                        observed = observation(explanation, result.landmarks)
-                        observations[explanation.model.family.key].append(observed)
-                    rows.append(table_row(result, models))
-                    append(rows[-1])
-                    highlights.add(result, rows)
-                    report(bar, result, request.is_single, args.quiet)
-                    count_image()
-            spent = time.monotonic() - started
-            if not (request.is_single or args.no_figures) and (jobs or not sheet.exists()):
-                first = {row["file"] for row in looked_at_first(rows, models)} - set(highlights.seen)
-                again = [Job(job.image, job.label, (), (), "") for job in request.jobs if job.label in first]
-                first_method = classifiers, targets, request.methods[:1], batch, request.style, submit
-                for result, _ in explain_jobs(again, *first_method):
-                    highlights.look_at(result)
-                submit(write_contact_sheet, sheet, rows, highlights, request.style).result()
+            for result in written_results(explain_jobs(jobs, *asked)):
+                rows.append(table_row(result, models))
+                append(rows[-1])
+                highlights.add(result, rows)
+                report(bar, result, request.is_single, args.quiet)
+                count_image()
+        spent = time.monotonic() - started
+        sheet = args.output_dir / f"{SHEET_STEM}.{args.format}"
+        if not (request.is_single or args.no_figures) and (jobs or not sheet.exists()):
+            make_sheet(sheet, request, rows, highlights, asked)
     status = int(any(row["error"] for row in rows))
     if request.is_single:
         return [] if status else summary_lines(result), status
     fresh = sum(not row["error"] for row in rows[finished:])
-    lines = run_lines(rows, models, observations, fresh, spent)
-    files = [f"Table: {shown(args.output_dir / TABLE_NAME)}"]
-    files += [f"Contact sheet: {shown(sheet)}"] * (not args.no_figures)
-    return [*lines, *files], status
+    files = [args.output_dir / TABLE_NAME, *[sheet] * (not args.no_figures)]
+    told = [f"{what}: {shown(path)}" for what, path in zip(("Table", "Contact sheet"), files)]
+    return [*run_lines(rows, models, highlights.observations, fresh, spent), *told], status
+
+
+def make_sheet(
+    path: Path, request: Request, rows: Sequence[dict[str, str]], highlights: Highlights, asked: tuple[Any, ...]
+) -> None:
+    """Write the contact sheet; what it shows of an earlier run is explained once more."""
+    classifiers, targets, methods, batch, style, submit, _ = asked
+    first = {row["file"] for row in looked_at_first(rows, highlights.models)} - set(highlights.seen)
+    again = [Job(job.image, job.label, (), (), "") for job in request.jobs if job.label in first]
+    for result, _ in explain_jobs(again, classifiers, targets, methods[:1], batch, style, submit):
+        highlights.look_at(result)
+    submit(write_contact_sheet, path, rows, highlights, style).result()
 
 
 def report(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
@@ -5061,7 +5074,8 @@ def class_list(text: str) -> tuple[str, ...]:
     return names
 
 
-OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in --help and name: help, how to read it
+# By heading in --help and name: its help, and how it is read.
+OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "what to explain": {
         "--image": (
             "X-ray images, folders or quoted patterns (default: a random test image)",
@@ -5080,7 +5094,10 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
             "name or index of the class to explain (default: the predicted class)",
             {"metavar": "CLASS"},
         ),
-        "--seed": ("repeat the choice of the random test image", {"type": whole_number(0, 2**63), "metavar": "N"}),
+        "--seed": (
+            "repeat the choice of the random test image",
+            {"type": whole_number(0, 2**63), "metavar": "N"},
+        ),
     },
     "networks": {
         **{
@@ -5141,7 +5158,10 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
             "also write the raw maps, before the ReLU, as .npy with a .json beside each",
             {"action": "store_true"},
         ),
-        "--anonymous": ("name images by their content's checksum, not by their files' names", {"action": "store_true"}),
+        "--anonymous": (
+            "name images by their content's checksum, not by their files' names",
+            {"action": "store_true"},
+        ),
         "--skip-existing": ("leave images alone that an earlier run finished", {"action": "store_true"}),
         "--quiet": ("print only the final summary, warnings and errors", {"action": "store_true"}),
     },
@@ -5287,7 +5307,7 @@ def checked_request(args: argparse.Namespace) -> Request:
 
 
 def hold_streams() -> None:
-    """Open the null device in place of standard streams that are closed; no other file must get their numbers.
+    """Open the null device in place of closed standard streams: no other file must get their numbers.
 
     Raises ExplainError where standard output is closed.
     """
@@ -5327,7 +5347,7 @@ def end_on_signal(number: int, _: Any) -> None:
 
 
 def fault_text(error: Exception) -> str:
-    """One line for an error that nothing has worded yet: it comes of what surrounds the tool, or of a fault in it."""
+    """One line for an error that nothing has worded yet: of what surrounds the tool, or of a fault in it."""
     if lacks_memory(error):
         return "memory: not enough; close other programs, or choose a smaller --batch-size or --dpi"
     if isinstance(error, ImportError):
