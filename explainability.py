@@ -38,6 +38,7 @@ import json
 import logging
 import math
 import multiprocessing
+import operator
 import os
 import pickletools
 import random
@@ -54,7 +55,7 @@ import traceback
 import warnings
 import zipfile
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -146,12 +147,13 @@ SPECIAL_FILES = {
 
 ROUNDING = 8 * float(np.finfo(np.float32).eps)  # relative error of a few float32 operations
 
-MAX_STEM_BYTES = 220  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
+MAX_STEM_BYTES = 210  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
 MARKED_BYTES = 1_000_000  # at each end of a file
 PROBE_BYTES = 4_000_000  # room that an output folder must have: the figures of one image
 
 DEFAULT_BATCH = {"cpu": 4, "cuda": 32, "mps": 32}  # images; larger ones gain no speed and take memory
 MAX_DRAWING_PROCESSES = 8
+LONG_PASSES = 10  # an image: from here on a bar counts them
 MAX_WAITING_RESULTS = 24  # explained images whose figures are not drawn yet
 RULE = "=" * 80
 
@@ -191,16 +193,6 @@ DIGEST_PLACES = {  # how the digest stands in a whole file
     ".pdf": re.compile(rb"/Keywords \((\w*)\).*%%EOF\s*$", re.DOTALL),
     ".svg": re.compile(rb"<dc:identifier>(\w*)</dc:identifier>.*</svg>\s*$", re.DOTALL),
 }
-METHOD_TITLES = {
-    "gradcam": "Grad-CAM",
-    "gradcam++": "Grad-CAM++",
-    "gradcam-hires": "Grad-CAM, high resolution",
-    "ig": "Integrated Gradients",
-    "shap": "SHAP",
-    "lrp": "LRP",
-    "occlusion": "Occlusion",
-}
-SIGNED_METHODS = ("ig", "shap", "lrp", "occlusion")
 
 
 # ------------------------------------------------------------------------------------------
@@ -257,6 +249,7 @@ class Family:
     landmark: str  # a key that weights of this family have and of others have not
     head: str  # dotted path of the last layer, one output a class
     target_layer: str  # dotted path for torch.nn.Module.get_submodule
+    finer_layer: str  # the last one whose grid has twice as many cells a side
     bullet: str
 
 
@@ -276,6 +269,7 @@ FAMILIES = {
             landmark="stages.0.blocks.0.mlp.grn.weight",
             head="head.fc",
             target_layer="stages.3",  # the last stage
+            finer_layer="stages.2",
             bullet="🔵",
         ),
         Family(
@@ -292,6 +286,7 @@ FAMILIES = {
             landmark="conv_stem.weight",
             head="classifier",
             target_layer="conv_head",
+            finer_layer="blocks.4",
             bullet="🟢",
         ),
     )
@@ -344,12 +339,43 @@ class Classifier:
         return next(self.network.parameters()).device
 
 
+PixelBox = tuple[int, int, int, int]  # x0, y0, x1, y1, half-open
+
+
+@dataclass(frozen=True)
+class Landmarks:
+    """What of a radiograph the checks compare its maps with."""
+
+    dense: np.ndarray  # (CELLS, CELLS) share of each cell's pixels that are as dense as bone
+    markers: tuple[PixelBox, ...]  # pixels of CHECKED_SIDE
+
+
+@dataclass(frozen=True)
+class TrueBox:
+    """Where the fracture of one image is, in pixels of the upright image, half-open."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+    source: str  # table and line, for messages
+
+
+@dataclass(frozen=True)
+class Pointing:
+    """How a map compares with the true box, enlarged by half a cell of the map's grid on each side."""
+
+    is_inside: bool  # the map's maximum
+    heat: float  # share of the heatmap inside
+    area: float  # of the image: what heat and maxima in random places reach
+
+
 @dataclass(frozen=True)
 class Finding:
     """What one check found about one map."""
 
-    check: str
-    value: float  # the measured quantity
+    check: str  # key in CHECKS
+    value: float  # the measured quantity; NaN where it cannot be measured
     is_flagged: bool
     text: str  # in words
 
@@ -363,10 +389,12 @@ class Explanation:
     explained: int  # class whose score was explained
     raw_map: np.ndarray  # (h, w) float32, signed
     heatmap: np.ndarray  # (h, w) float32 in [0, 1]
-    method: str = "gradcam"  # key in METHOD_TITLES
-    owed: float | None = None  # what the raw map's sum must equal; None: no promise
+    method: str = "gradcam"  # key in METHODS
+    owed: float | None = None  # what the raw map's sum must equal; None where nothing is promised
     remarks: tuple[str, ...] = ()  # what its reader must know beside the map
-    findings: tuple[Finding, ...] = ()  # one for each check
+    findings: tuple[Finding, ...] = ()  # one for each check that applies
+    pointing: Pointing | None = None  # where the fracture is known
+    passes: int = 0  # forward passes that --verify took
 
     @property
     def predicted(self) -> int:
@@ -388,6 +416,23 @@ class Explanation:
     @property
     def explained_class(self) -> str:
         return self.model.class_names[self.explained]
+
+    @property
+    def sum_error(self) -> float:
+        """How far the raw map's sum is from what it owes, as a share of that; 0 where it owes nothing."""
+        if self.owed is None or not self.raw_map.any():
+            return 0.0
+        error, rounding = (
+            abs(float(self.raw_map.sum(dtype=float)) - self.owed),
+            1e-4 * float(np.abs(self.raw_map).sum()),
+        )
+        return error / max(abs(self.owed), rounding) if error > rounding else 0.0
+
+    @property
+    def negative_share(self) -> float:
+        """Share of the raw map's magnitude that speaks against the explained class."""
+        magnitude = float(np.abs(self.raw_map).sum())
+        return float(np.maximum(-self.raw_map, 0).sum()) / magnitude if magnitude else 0.0
 
     @property
     def blankness(self) -> str:
@@ -428,6 +473,7 @@ class Job:
     maps: tuple[Path, ...]  # a .npy for each explanation; its .json lies beside it
     digest: str  # of the image's content and of all else that its results depend on
     panels: tuple[Path, ...] = ()  # bare pictures: radiograph, then heatmap and overlay for each explanation
+    box: TrueBox | None = None  # where the fracture is known
 
     @property
     def name(self) -> str:
@@ -447,9 +493,16 @@ class Result:
     job: Job
     picture: np.ndarray | None = None  # (H, W, 3) uint8: the radiograph at the size of a panel
     inputs: tuple[np.ndarray, ...] = ()  # (3, size, size) float32 for each model; dropped once explained
-    explanations: tuple[Explanation, ...] = ()
+    explanations: tuple[Explanation, ...] = ()  # of the first model by each method, then of the second
     notes: tuple[str, ...] = ()
     error: str = ""
+    landmarks: Landmarks | None = None
+    box: tuple[float, ...] | None = None  # the true one in shares of the sides: left, top, right, bottom
+
+    @property
+    def opinions(self) -> list[Explanation]:
+        """One explanation of each model, by the first method."""
+        return [each for each in self.explanations if each.method == self.explanations[0].method]
 
 
 # ------------------------------------------------------------------------------------------
@@ -1513,8 +1566,76 @@ def use_exact_float32() -> None:
 
 
 # ------------------------------------------------------------------------------------------
-# Grad-CAM
+# Methods: from one pass of a batch to signed maps
 # ------------------------------------------------------------------------------------------
+
+BLUR = 12 / 224  # sigma of the reference's blur, in parts of the input's side
+CELL = 8  # pixels of the input a side, over which maps of pixels are summed
+POINTS = 32  # on the path of Integrated Gradients
+PLAYERS = 7  # cells a side of SHAP's grid
+COALITIONS = 512  # of those cells, half of them the complements of the others
+REFERENCE = "the radiograph, Gaussian-blurred, sigma 12/224 of its side"
+SMALL_GAIN = 1.0  # of a score over the reference's, a factor of e in the odds: less is a small difference
+MAX_SUM_ERROR = 0.05  # of what a map's sum owes: more is said
+WINDOWS = 13  # positions of occlusion's window along a side; it covers 2 x 2 cells of a grid with one more
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """What a batch's pass through a network gave: all that a method makes its maps of."""
+
+    network: torch.nn.Module
+    finer_layer: str  # dotted path
+    inputs: torch.Tensor  # (B, 3, S, S)
+    logits: torch.Tensor  # (B, K)
+    explained: torch.Tensor  # (B,) classes whose scores are explained
+    activations: torch.Tensor  # (B, C, h, w) of the target layer
+    gradients: torch.Tensor  # (B, C, h, w) d score / d activations
+    at_once: int  # inputs that memory has room for in one pass
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """(B,) logits of the explained classes."""
+        return chosen(self.logits, self.explained)
+
+    @functools.cached_property
+    def reference(self) -> torch.Tensor:
+        """(B, 3, S, S) what stands for "nothing there": the radiographs without detail.
+
+        Black or grey would lie far from all that the network was trained on.
+        """
+        return blurred(self.inputs)
+
+    @functools.cached_property
+    def reference_logits(self) -> torch.Tensor:
+        """(B, K) logits of the reference."""
+        import torch
+
+        with torch.no_grad():
+            return self.network(self.reference)
+
+    @property
+    def gain(self) -> torch.Tensor:
+        """(B,) how much higher the explained classes score on the radiographs than on the reference."""
+        differs = (self.inputs != self.reference).flatten(1).any(dim=1)  # else all difference is rounding
+        return (self.scores - chosen(self.reference_logits, self.explained)).where(differs, 0)
+
+
+def chosen(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Of logits (N, K) those of one class each: (N,)."""
+    return logits.gather(1, classes[:, None])[:, 0]
+
+
+def blurred(inputs: torch.Tensor) -> torch.Tensor:
+    """Inputs (B, 3, S, S) under a Gaussian blur, which near an edge weighs only pixels that are there."""
+    import torch
+
+    places = torch.arange(inputs.shape[-1], dtype=inputs.dtype, device=inputs.device)
+    kernel = (-(((places[:, None] - places) / (BLUR * len(places))) ** 2) / 2).exp()  # (S, S)
+    kernel /= kernel.sum(dim=1, keepdim=True)
+    smooth = kernel @ inputs @ kernel.T
+    rounding = 16 * ROUNDING * inputs.abs().amax(dim=(1, 2, 3), keepdim=True)  # of sums over S pixels, twice
+    return smooth.where((smooth - inputs).abs() > rounding, inputs)  # a flat image must be its own reference
 
 
 @contextlib.contextmanager
@@ -1537,17 +1658,412 @@ def captured_activations(layer: torch.nn.Module) -> Iterator[list[torch.Tensor]]
         handle.remove()
 
 
+def layer_gradients(
+    network: torch.nn.Module, layer: str, inputs: torch.Tensor, explained: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """One forward pass, and one backward pass from the class scores to a layer.
+
+    Returns logits (B, K), explained classes (B,): those given, or the predicted ones, and the
+    layer's activations and gradients (B, C, h, w).
+    """
+    import torch
+
+    with captured_activations(network.get_submodule(layer)) as captured, torch.enable_grad():
+        logits = network(inputs)
+        (activations,) = captured
+        explained = logits.argmax(dim=1) if explained is None else explained
+        # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
+        (gradients,) = torch.autograd.grad(chosen(logits, explained).sum(), activations)
+    return logits.detach(), explained, activations.detach(), gradients
+
+
+def forward_pass(
+    classifier: Classifier, inputs: torch.Tensor, target: int | None, at_once: int
+) -> ForwardPass:
+    """What every method needs of a batch; explains class `target`, or each image's predicted class.
+
+    Raises ExplainError where the network's output is not finite.
+    """
+    import torch
+
+    family, network = classifier.model.family, classifier.network
+    wanted = None if target is None else torch.full((len(inputs),), target, device=inputs.device)
+    logits, *rest = layer_gradients(network, family.target_layer, inputs, wanted)
+    if not torch.isfinite(logits).all():
+        raise refusal(
+            classifier.model.checkpoint, "the network's output is not finite", "its weights are damaged"
+        )
+    return ForwardPass(network, family.finer_layer, inputs, logits, *rest, at_once)
+
+
+# Class activation maps
+
+
 def grad_cam(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """Grad-CAM before the ReLU: (B, C, h, w) twice -> (B, h, w), signed.
 
-    alpha_k = mean over space of the gradients (eq. 1); sum over k of alpha_k A_k (eq. 2). What
-    lies within the rounding error of the sum is zero: noise must not become a heatmap.
+    alpha_k = mean over space of the gradients (eq. 1); sum over k of alpha_k A_k (eq. 2).
     """
-    weights = gradients.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+    return weighted_sum(gradients.mean(dim=(2, 3), keepdim=True), activations)
+
+
+def grad_cam_plus_plus(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """Grad-CAM++ before the ReLU: (B, C, h, w) twice -> (B, h, w), signed.
+
+    alpha = g^2 / (2 g^2 + g^3 sum A) = 1 / (2 + g sum A) (its eq. 19); weights sum(alpha relu(g)).
+    The paper's activations are never negative. Where the sum of these is, it counts as zero: else
+    the denominator could cross zero.
+    """
+    positive = gradients.relu()
+    totals = activations.sum(dim=(2, 3), keepdim=True).relu()
+    return weighted_sum((positive / (2 + positive * totals)).sum(dim=(2, 3), keepdim=True), activations)
+
+
+def weighted_sum(weights: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
+    """Sum over the channels: (B, C, 1, 1) and (B, C, h, w) -> (B, h, w).
+
+    What lies within the rounding error of the sum is zero: noise must not become a heatmap.
+    """
     terms = weights * activations  # (B, C, h, w)
     raw = terms.sum(dim=1)
     rounding = terms.abs().sum(dim=1) * ROUNDING
     return raw.where(raw.abs() > rounding, 0)
+
+
+def finer_grad_cam(seen: ForwardPass) -> torch.Tensor:
+    """Grad-CAM at the target layer times Grad-CAM one stage earlier, both after the ReLU: (B, 2h, 2w).
+
+    The finer map has the edges and is often hot elsewhere; the coarse one says what of it counts.
+    """
+    import torch
+
+    *_, activations, gradients = layer_gradients(seen.network, seen.finer_layer, seen.inputs, seen.explained)
+    finer = grad_cam(activations, gradients).relu()
+    coarse = grad_cam(seen.activations, seen.gradients).relu()[:, None]
+    return finer * torch.nn.functional.interpolate(coarse, finer.shape[1:], mode="bilinear")[:, 0]
+
+
+# Gradients of pixels
+
+
+def input_gradients(network: torch.nn.Module, inputs: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """d score / d inputs (N, 3, S, S), of one class (N,) each."""
+    import torch
+
+    inputs = inputs.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(chosen(network(inputs), classes).sum(), inputs)[0]
+
+
+def summed_over_cells(maps: torch.Tensor) -> torch.Tensor:
+    """Maps of pixels (B, 3, S, S) summed over colours and equal cells: (B, g, g), g = S / CELL.
+
+    No sum is lost: a pixel that lies across an edge counts in parts for both cells.
+    """
+    import torch
+
+    maps = maps.cpu().double().sum(dim=1)  # Apple's GPUs have no float64
+    size = maps.shape[-1]
+    cells, pixels = torch.arange(round(size / CELL))[:, None], torch.arange(size)
+    side = size / len(cells)
+    ends = (pixels + 1).double().minimum((cells + 1) * side)
+    shares = (ends - pixels.double().maximum(cells * side)).clamp(min=0)  # (g, S)
+    return (shares @ maps @ shares.T).float()
+
+
+def integrated_gradients(seen: ForwardPass) -> torch.Tensor:
+    """(x - x') * integral of the gradient from the reference x' to x, by the Gauss-Legendre rule."""
+    import torch
+
+    nodes, weights = (
+        torch.tensor(each / 2, dtype=torch.float32) for each in np.polynomial.legendre.leggauss(POINTS)
+    )
+    maps = torch.zeros_like(seen.inputs)
+    for total, reference, difference, explained in zip(
+        maps, seen.reference, seen.inputs - seen.reference, seen.explained
+    ):
+        for node, weight in zip(nodes.split(seen.at_once), weights.split(seen.at_once)):
+            node, weight = (each.to(total.device)[:, None, None, None] for each in (node + 0.5, weight))
+            gradients = input_gradients(
+                seen.network, reference + node * difference, explained.expand(len(node))
+            )
+            total += (weight * gradients).sum(dim=0)
+        total *= difference
+    return summed_over_cells(maps)
+
+
+# Layer-wise relevance propagation: the score made linear
+
+
+def held(factor: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """A factor of a batch's first images as a constant, the same for the images after them."""
+    import torch
+
+    return torch.cat([factor.detach()] * (len(inputs) // len(factor)))
+
+
+def held_layer_norm(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    """LayerNorm over the last axis with the first images' standard deviations."""
+    deviations = (inputs[:count].var(dim=-1, unbiased=False, keepdim=True) + layer.eps).sqrt()
+    return (inputs - inputs.mean(dim=-1, keepdim=True)) / held(deviations, inputs) * layer.weight + layer.bias
+
+
+def held_layer_norm_2d(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    return held_layer_norm(layer, count, inputs.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def held_response_norm(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    """Global response normalisation with the first images' factors (Woo et al. 2023, eq. 1 to 3)."""
+    norms = inputs[:count].norm(dim=layer.spatial_dim, keepdim=True)
+    factors = norms / (norms.mean(dim=layer.channel_dim, keepdim=True) + layer.eps)
+    return inputs * (1 + layer.weight.view(layer.wb_shape) * held(factors, inputs)) + layer.bias.view(
+        layer.wb_shape
+    )
+
+
+def held_gelu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return inputs * held(torch.special.ndtr(inputs[:count]), inputs)
+
+
+def held_silu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    return inputs * held(inputs[:count].sigmoid(), inputs)
+
+
+def held_sigmoid(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
+    """The gate of squeeze-and-excitation."""
+    return held(inputs[:count].sigmoid(), inputs)
+
+
+HELD_LAYERS = {
+    "LayerNorm": held_layer_norm,
+    "LayerNorm2d": held_layer_norm_2d,
+    "GlobalResponseNorm": held_response_norm,
+    "GELU": held_gelu,
+    "SiLU": held_silu,
+    "Sigmoid": held_sigmoid,
+}
+LINEAR_LAYERS = (  # in eval mode, but for what they hold of those above
+    *(
+        "Conv2d",
+        "Conv2dSame",
+        "Linear",
+        "BatchNorm2d",
+        "BatchNormAct2d",
+        "AdaptiveAvgPool2d",
+        "SelectAdaptivePool2d",
+    ),
+    *(
+        "AvgPool2d",
+        "Flatten",
+        "Identity",
+        "Dropout",
+        "Sequential",
+        "Downsample",
+        "GlobalResponseNormMlp",
+        "SqueezeExcite",
+    ),
+    *("ConvNeXt", "ConvNeXtStage", "ConvNeXtBlock", "NormMlpClassifierHead"),
+    *("EfficientNet", "ConvBnAct", "EdgeResidual", "InvertedResidual"),
+)
+
+
+@contextlib.contextmanager
+def held_factors(network: torch.nn.Module, count: int) -> Iterator[None]:
+    """Hold all that multiplies at what a batch's first `count` images make of it.
+
+    The scores are then linear in the inputs (Ali et al. 2022). The layers' own forward comes back
+    whatever happens. Raises ExplainError for a network with layers that are not known.
+    """
+    layers = [(layer, type(layer).__name__) for layer in network.modules()]
+    unknown = sorted({name for _, name in layers} - HELD_LAYERS.keys() - set(LINEAR_LAYERS))
+    if unknown:
+        raise ExplainError(
+            f"--method lrp: no rule for {', '.join(unknown)} in this network; choose another method"
+        )
+    swapped = [(layer, HELD_LAYERS[name]) for layer, name in layers if name in HELD_LAYERS]
+    try:
+        for layer, forward in swapped:
+            layer.forward = functools.partial(forward, layer, count)
+        yield
+    finally:
+        for layer, _ in swapped:
+            vars(layer).pop("forward", None)  # the class has its own
+
+
+def relevance(seen: ForwardPass) -> torch.Tensor:
+    """LRP-0: (x - x') times the gradient of the score with all factors held: (B, g, g)."""
+    maps = seen.inputs - seen.reference
+    with held_factors(seen.network, len(maps)):
+        return summed_over_cells(maps * input_gradients(seen.network, seen.inputs, seen.explained))
+
+
+def relevance_owed(seen: ForwardPass) -> torch.Tensor:
+    """How much lower the explained classes score on the reference with the radiographs' factors: (B,)."""
+    import torch
+
+    count = len(seen.inputs)
+    with torch.no_grad(), held_factors(seen.network, count):
+        scores = chosen(seen.network(torch.cat([seen.inputs, seen.reference])), seen.explained.repeat(2))
+    return scores[:count] - scores[count:]
+
+
+# Parts covered
+
+
+def falls(seen: ForwardPass, kept: torch.Tensor) -> torch.Tensor:
+    """How far the scores fall where a radiograph is covered by its reference: (B, M) float64.
+
+    `kept` (M, g, g) bool says which cells of g x g stay as they are.
+    """
+    import torch
+
+    rows = []
+    for image, reference, explained, score in zip(seen.inputs, seen.reference, seen.explained, seen.scores):
+        parts = []
+        for some in kept[:, None].float().split(seen.at_once):
+            mask = (
+                torch.nn.functional.interpolate(some.to(image.device), image.shape[1:]) > 0.5
+            )  # nearest: any size
+            covered = image.where(mask, reference)
+            differs = (covered != image).flatten(1).any(dim=1)  # else all difference is rounding
+            with torch.no_grad():
+                parts.append((score - seen.network(covered)[:, explained]).where(differs, 0))
+        rows.append(torch.cat(parts))
+    return torch.stack(rows).cpu().double()
+
+
+def occlusion(seen: ForwardPass) -> torch.Tensor:
+    """Mean fall of the score over the windows that cover a cell: (B, g, g), signed."""
+    import torch
+
+    side = WINDOWS + 1
+    covered = torch.zeros(WINDOWS, WINDOWS, side, side, dtype=torch.bool)
+    for row, column in itertools.product(range(WINDOWS), repeat=2):
+        covered[row, column, row : row + 2, column : column + 2] = True
+    covered = covered.flatten(0, 1)  # (M, g, g)
+    totals = torch.einsum("bm,mij->bij", falls(seen, ~covered), covered.double())
+    return (totals / covered.sum(dim=0)).float()
+
+
+def coalitions(players: int, count: int) -> np.ndarray:
+    """Sets of players (count, players) bool, pairs of complements, drawn with the kernel's chance."""
+    generator = np.random.default_rng(0)  # the same for every image, so that maps can be compared
+    sizes = np.arange(1, players)
+    chances = 1 / (sizes * (players - sizes))  # of a size; within it all sets are alike
+    drawn = generator.choice(sizes, count // 2, p=chances / chances.sum())
+    ranks = generator.random((count // 2, players)).argsort(axis=1)
+    sets = ranks < drawn[:, None]
+    return np.concatenate([sets, ~sets])
+
+
+def shapley_values(sets: np.ndarray, worths: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Least squares for the players' values: sets (M, P) with worths (B, M) -> (B, P) of sum `total` (B,).
+
+    Unweighted, as the draw follows the kernel already. The last player has what the others leave.
+    """
+    sets = sets.astype(float)
+    rest = worths - total[:, None] * sets[:, -1]
+    values = np.linalg.lstsq(sets[:, :-1] - sets[:, -1:], rest.T, rcond=None)[0].T
+    return np.column_stack([values, total - values.sum(axis=1)])
+
+
+def kernel_shap(seen: ForwardPass) -> torch.Tensor:
+    """Shapley values of the cells of a grid, absent cells covered by the reference: (B, PLAYERS, PLAYERS)."""
+    import torch
+
+    sets = coalitions(PLAYERS**2, COALITIONS)
+    total = seen.gain.cpu().double().numpy()
+    fallen = falls(seen, torch.from_numpy(sets).view(-1, PLAYERS, PLAYERS)).numpy()
+    values = shapley_values(sets, total[:, None] - fallen, total)
+    return torch.from_numpy(values).float().view(-1, PLAYERS, PLAYERS)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to tell where the score of a class comes from."""
+
+    key: str  # value of --method, part of the names of files
+    title: str
+    citation: str
+    maps: Callable[[ForwardPass], torch.Tensor]  # signed, (B, h, w)
+    passes: int  # inputs that go through the network for one image, the first pass and the proof among them
+    owed: Callable[[ForwardPass], torch.Tensor] | None = None  # (B,) what the maps must sum to
+    compares: bool = False  # with the reference; its maps then hold evidence against the class as well
+
+    @property
+    def own_passes(self) -> int:
+        """Passes that other methods on the same image do not share."""
+        return self.passes - 1 - self.compares
+
+
+METHODS = {
+    method.key: method
+    for method in (
+        Method(
+            key="gradcam",
+            title="Grad-CAM",
+            citation="Selvaraju et al., ICCV 2017",
+            maps=lambda seen: grad_cam(seen.activations, seen.gradients),
+            passes=1,
+        ),
+        Method(
+            key="gradcam++",
+            title="Grad-CAM++",
+            citation="Chattopadhay et al., WACV 2018",
+            maps=lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients),
+            passes=1,
+        ),
+        Method(
+            key="gradcam-hires",
+            title="Grad-CAM, high resolution",
+            citation="Selvaraju et al., ICCV 2017, at two stages; the product is this tool's",
+            maps=finer_grad_cam,
+            passes=2,
+        ),
+        Method(
+            key="ig",
+            title="Integrated Gradients",
+            citation="Sundararajan et al., ICML 2017",
+            maps=integrated_gradients,
+            passes=2 + POINTS,
+            owed=lambda seen: seen.gain,
+            compares=True,
+        ),
+        Method(
+            key="shap",
+            title="SHAP",
+            citation="Lundberg & Lee, NeurIPS 2017; Covert & Lee, AISTATS 2021",
+            maps=kernel_shap,
+            passes=2 + COALITIONS,
+            owed=lambda seen: seen.gain,
+            compares=True,
+        ),
+        Method(
+            key="lrp",
+            title="LRP",
+            citation="Bach et al., PLOS ONE 2015; factors held as in Ali et al., ICML 2022",
+            maps=relevance,
+            passes=5,
+            owed=relevance_owed,
+            compares=True,
+        ),
+        Method(
+            key="occlusion",
+            title="Occlusion",
+            citation="Zeiler & Fergus, ECCV 2014",
+            maps=occlusion,
+            passes=2 + WINDOWS**2,
+            compares=True,
+        ),
+    )
+}
+
+
+def passes_of(methods: Sequence[str]) -> int:
+    """Inputs that go through the network for an image; methods share the first and the reference."""
+    return 1 + any(METHODS[key].compares for key in methods) + sum(METHODS[key].own_passes for key in methods)
 
 
 def normalised(raw_map: np.ndarray) -> np.ndarray:
@@ -1574,48 +2090,868 @@ def target_index(target_class: str | None, class_names: Sequence[str]) -> int | 
     raise ExplainError(f"--target-class {printable(target_class)}: {cause}; choose {choices}")
 
 
-def explain_inputs(classifier: Classifier, inputs: torch.Tensor, target: int | None = None) -> tuple[torch.Tensor, ...]:
-    """One forward pass, and one backward pass from the class scores to the target layer.
-
-    Returns probabilities (B, K), the explained classes (B,): `target`, or each image's predicted
-    class, and the raw maps (B, h, w). Raises ExplainError where the network's output is not finite.
-    """
-    import torch
-
-    layer = classifier.network.get_submodule(classifier.model.family.target_layer)
-    with captured_activations(layer) as captured, torch.enable_grad():
-        logits = classifier.network(inputs)  # (B, K)
-        (activations,) = captured
-        if not torch.isfinite(logits).all():
-            raise refusal(classifier.model.checkpoint, "the network's output is not finite", "its weights are damaged")
-        explained = logits.argmax(dim=1) if target is None else torch.full_like(logits[:, 0], target, dtype=torch.long)
-        # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
-        score = logits.gather(1, explained[:, None]).sum()
-        (gradients,) = torch.autograd.grad(score, activations)
-    return logits.detach().softmax(dim=1), explained, grad_cam(activations.detach(), gradients)
-
-
 def explain_batch(
-    classifier: Classifier, inputs: Sequence[np.ndarray], target: int | None = None
-) -> list[Explanation]:
+    classifier: Classifier, inputs: Sequence[np.ndarray], target: int | None = None,
+    methods: Sequence[str] = ("gradcam",), at_once: int = DEFAULT_BATCH["cpu"],
+) -> list[Explanation]:  # fmt: skip
     """Explain prepared images, each (3, size, size): class `target`, or each one's predicted class.
 
-    Raises ExplainError where the network's output is not finite or memory does not suffice.
+    Returns one explanation by each method for the first image, then for the second and so on. No
+    more inputs than `at_once` pass the network together. Raises ExplainError where the network's
+    output or a map is not finite, or memory does not suffice.
     """
     import torch
 
     try:
-        answers = explain_inputs(classifier, torch.from_numpy(np.stack(inputs)).to(classifier.device), target)
+        seen = forward_pass(
+            classifier, torch.from_numpy(np.stack(inputs)).to(classifier.device), target, at_once
+        )
+        by_method = [explanations_of(classifier.model, seen, METHODS[key]) for key in methods]
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
         cause = f"not enough memory for a batch of {len(inputs)}"
         raise refusal(classifier.model.checkpoint, cause, "choose a smaller --batch-size") from error
-    probabilities, explained, raw_maps = (answer.cpu().numpy() for answer in answers)
-    return [
-        Explanation(classifier.model, scores, index, raw_map, normalised(raw_map))
-        for scores, index, raw_map in zip(probabilities, explained.tolist(), raw_maps)
+    return [explanation for of_image in zip(*by_method) for explanation in of_image]
+
+
+def explanations_of(model: Model, seen: ForwardPass, method: Method) -> list[Explanation]:
+    """A batch's explanations by one method."""
+    raw_maps = method.maps(seen).cpu().numpy()  # (B, h, w)
+    if not np.isfinite(raw_maps).all():
+        raise refusal(model.checkpoint, f"the map by {method.title} is not finite", "choose another --method")
+    probabilities, explained = seen.logits.softmax(dim=1).cpu().numpy(), seen.explained.tolist()
+    owed = method.owed(seen).tolist() if method.owed else [None] * len(raw_maps)
+    explanations = [
+        Explanation(model, scores, index, raw_map, normalised(raw_map), method.key, due)
+        for scores, index, raw_map, due in zip(probabilities, explained, raw_maps, owed)
     ]
+    if not method.compares:
+        return explanations
+    said = zip(explanations, seen.reference_logits.softmax(dim=1).cpu().numpy(), seen.gain.tolist())
+    return [
+        dataclasses.replace(each, remarks=method_remarks(each, scores, gain)) for each, scores, gain in said
+    ]
+
+
+def method_remarks(explanation: Explanation, reference: np.ndarray, gain: float) -> tuple[str, ...]:
+    """What the reader of a map that compares with the reference must know.
+
+    `reference` (K,) are the reference's probabilities; `gain` is what the explained class's score
+    gains on it.
+    """
+    name = explanation.model.class_names[reference.argmax()]
+    remarks = [f"Compared with the blurred radiograph, which the network calls {name}, {reference.max():.1%}"]
+    if gain < SMALL_GAIN:
+        little = f"{explanation.explained_class} scores {gain:+.2g} on the radiograph against it"
+        remarks.append(f"{little}: the map explains a small difference")
+    return tuple(remarks + [sum_remark(explanation)] * (explanation.sum_error > MAX_SUM_ERROR))
+
+
+def sum_remark(explanation: Explanation) -> str:
+    return f"The sum of the map by {METHODS[explanation.method].title} is off by {explanation.sum_error:.0%}"
+
+
+# ------------------------------------------------------------------------------------------
+# Checks
+# ------------------------------------------------------------------------------------------
+
+# Everything is measured on one grid for all networks and methods, so that a threshold means the
+# same share of the area everywhere. Heat is max(raw map, 0) divided by its sum.
+
+CELLS = 7  # a side of that grid, which is both families' own at 224 pixels
+CHECKED_SIDE = 224  # pixels; radiographs are looked at squashed, as networks of that size see them
+OUTER = np.pad(np.zeros((CELLS - 2, CELLS - 2), bool), 1, constant_values=True)  # the frame of 24 cells
+DENSE_SHARE = 0.02  # of a cell's pixels; with fewer the cell holds nothing as dense as bone
+HOT_AREA = 0.25  # of the image
+
+# A marker or annotation is bright, thin, small and set off from all around it. Lengths in pixels
+# of CHECKED_SIDE, brightness in shares of the radiograph's range (1st to 99th percentile).
+STROKE_REACH, STROKE_CONTRAST = 4, 0.3  # an opening of 9 x 9 takes away strokes of up to 8 pixels
+JOINING_REACH = 2  # letters at most 4 pixels apart are one marker
+MARKER_PIXELS, MARKER_SIDES = 12, range(6, 50)  # fewer pixels are noise; sides are the longer ones
+TEXT_SIDES, TEXT_HEIGHT = range(6, 124), 27  # a line of text may be longer while it is lower than this
+RING, RING_CONTRAST = (2, 5), 0.25  # pixels outside the box; bone's edges go on there, markers do not
+
+BORDER_LIMIT = 0.5  # just above the 24/49 of the area that the frame has
+DARK_LIMIT = 0.35  # fractures lie in bone; some heat spills into the cells beside it
+MARKER_LIMIT = 0.2  # a marker touches 1 to 4 of 49 cells: 0.02 to 0.08 by chance
+FOCUS_LIMIT = 0.5  # a map without focus has 0.25 there
+AGREEMENT = "map_agreement"  # the check of a pair
+AGREEMENT_LIMIT = 0.4  # equal maps share 1, disjoint ones 0
+CONFIDENCE_LIMIT = 0.95  # the guide's, for clear cases
+COVERING_LIMIT = 0.1  # of probability; covering as much elsewhere costs honest networks less
+ERASING_BLUR = 8 / 224  # of the image's side: standard deviation of the Gaussian that erases
+ERASED_AREA = 0.2  # of the image, the hottest
+MOVED_MASKS = 15  # with the hot area, the blurred and two covered copies 19 passes
+MAX_OVERLAP = 0.25  # of a moved mask with the hot area
+MARKER_MARGIN = 4  # pixels of CHECKED_SIDE round a covered marker
+ERASING_LIMIT = 0.5  # where masks put anywhere do as much, the map says nothing
+
+FEW_MAPS = 20  # fewer tell more about chance than about the network
+SAME_PLACE_LIMIT = 0.5  # mean correlation of the maps of different images: fractures lie in different places
+SAME_CELL_LIMIT = 0.5  # of the hottest cells; 1/49 by chance
+MEAN_DARK_LIMIT = 0.25  # of the heat
+MEAN_MARKER_LIMIT = 0.1  # of the heat, where there is a marker
+BLANK_LIMIT = 0.5  # of a class's maps: then the network decides for it by what it does not see
+
+TEST_BOXES = TEST_IMAGES / "fracture_boxes.csv"  # used by itself for the images beside it
+BOX_COLUMNS = ("file", "x0", "y0", "x1", "y1")  # that a table of boxes must have; class may be there
+MAX_BOX_TABLE = 100_000_000  # bytes
+
+
+# What a radiograph shows
+
+
+def landmarks_of(pixels: np.ndarray) -> Landmarks:
+    """Look for bone and markers in a radiograph (H, W, 3) uint8."""
+    small = Image.fromarray(pixels).resize((CHECKED_SIDE, CHECKED_SIDE), Image.Resampling.BILINEAR)
+    grey = np.asarray(small.convert("L"))
+    return Landmarks(dense_shares(grey), tuple(marker_boxes(grey)))
+
+
+def over_windows(values: np.ndarray, reach: int, combine: np.ufunc) -> np.ndarray:
+    """Combine the 2 * reach + 1 values a side around each one: (H, W) -> (H, W).
+
+    np.minimum gives the erosion, np.maximum the dilation; outside, the edge's values count.
+    """
+    for _ in range(2):
+        length = len(values)
+        padded = np.pad(values, ((reach, reach), (0, 0)), mode="edge")
+        shifted = (padded[start : start + length] for start in range(2 * reach + 1))
+        values = functools.reduce(combine, shifted).T
+    return values
+
+
+def otsu_threshold(values: np.ndarray) -> int:
+    """The grey value that best parts uint8 values into dark and bright: N. Otsu, IEEE SMC-9, 1979.
+
+    Of the thresholds with the largest variance between the two parts, the lowest; values equal to
+    it are dark. 255 where there is but one value.
+    """
+    counts = np.bincount(values.ravel(), minlength=256)
+    dark, mass = counts.cumsum(), (counts * np.arange(256)).cumsum()
+    pairs = dark * (values.size - dark)  # 0 where one part is empty
+    distance = (mass[-1] * (dark / values.size) - mass) ** 2
+    between = np.divide(distance, pairs, out=np.zeros(256), where=pairs > 0)
+    return int(between.argmax()) if pairs.any() else 255
+
+
+def dense_shares(grey: np.ndarray) -> np.ndarray:
+    """Share of each cell's pixels above Otsu's threshold: grey (H, W) uint8 -> (CELLS, CELLS).
+
+    Means of 3 x 3 pixels are compared, or noise in the dark would count.
+    """
+    smooth = (over_windows(grey.astype(np.uint16), 1, np.add) // 9).astype(np.uint8)
+    side = CHECKED_SIDE // CELLS
+    return (smooth > otsu_threshold(smooth)).reshape(CELLS, side, CELLS, side).mean(axis=(1, 3))
+
+
+def marker_boxes(grey: np.ndarray) -> list[PixelBox]:
+    """Boxes of what looks like a side marker or text in grey (H, W) uint8; see STROKE_REACH and below.
+
+    Strokes stand out from an opening (white top-hat: J. Serra, Image Analysis, 1982); those close
+    together are one marker.
+    """
+    low, high = np.percentile(grey, (1, 99))
+    eroded = over_windows(grey, STROKE_REACH, np.minimum)
+    strokes = grey - over_windows(eroded, STROKE_REACH, np.maximum) > STROKE_CONTRAST * (high - low)
+    found = []
+    for rows, columns in regions(strokes, JOINING_REACH):
+        box = int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
+        if is_marker_size(len(rows), box) and stands_out(
+            grey, rows, columns, box, RING_CONTRAST * (high - low)
+        ):
+            found.append(box)
+    return found
+
+
+def regions(mask: np.ndarray, reach: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Parts of a mask (H, W): rows and columns of the pixels that hang together once dilated by `reach`."""
+    joined = over_windows(mask, reach, np.maximum)
+    labels = connected(joined)[mask[joined]]  # of the mask's own pixels
+    order = labels.argsort(kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order])) + 1
+    rows, columns = (np.split(each[order], starts) for each in mask.nonzero())
+    return [part for part in zip(rows, columns) if part[0].size]
+
+
+def connected(mask: np.ndarray) -> np.ndarray:
+    """A label for each of a mask's n pixels, row by row: the lowest number among those 8-connected with it.
+
+    Numbers spread along the edges; a label's own label is looked up, so that each turn reaches
+    about twice as far.
+    """
+    rows, columns = mask.nonzero()
+    labels = np.arange(rows.size)
+    numbers = np.full(np.add(mask.shape, 2), -1)  # with a rim, so that every pixel has neighbours
+    numbers[rows + 1, columns + 1] = labels
+    onward = ((1, 2), (2, 0), (2, 1), (2, 2))  # right, and the three below; the other four look back
+    second = np.concatenate([numbers[rows + down, columns + right] for down, right in onward])
+    first, second = np.tile(labels, len(onward))[second >= 0], second[second >= 0]
+    while (labels[first] != labels[second]).any():
+        lower = np.minimum(labels[first], labels[second])
+        for end in (labels[first], labels[second]):
+            np.minimum.at(labels, end, lower)
+        labels = labels[labels]
+    return labels
+
+
+def is_marker_size(pixels: int, box: PixelBox) -> bool:
+    short, long = sorted((box[2] - box[0], box[3] - box[1]))
+    return pixels >= MARKER_PIXELS and (long in MARKER_SIDES or (long in TEXT_SIDES and short < TEXT_HEIGHT))
+
+
+def stands_out(grey: np.ndarray, rows: np.ndarray, columns: np.ndarray, box: PixelBox, by: float) -> bool:
+    """Whether a region's median lies `by` above the 90th percentile of the ring round its box."""
+    inner, outer = (grown(box, reach, CHECKED_SIDE) for reach in (RING[0] - 1, RING[1]))
+    x0, y0, x1, y1 = outer
+    ring = np.ones((y1 - y0, x1 - x0), bool)
+    ring[inner[1] - y0 : inner[3] - y0, inner[0] - x0 : inner[2] - x0] = False
+    around = grey[y0:y1, x0:x1][ring]
+    return bool(around.size and np.median(grey[rows, columns]) - np.percentile(around, 90) >= by)
+
+
+def grown(box: PixelBox, reach: int, side: int) -> PixelBox:
+    """A box with `reach` pixels more on each side, cut at the edges of a square image."""
+    x0, y0, x1, y1 = box
+    return max(0, x0 - reach), max(0, y0 - reach), min(side, x1 + reach), min(side, y1 + reach)
+
+
+# What a map shows
+
+
+def overlaps(cells: int, others: int) -> np.ndarray:
+    """(cells, others): the share of each of `others` equal parts of a length in each of `cells`."""
+    ends, other_ends = np.arange(1, cells + 1)[:, None] * others, np.arange(1, others + 1) * cells
+    shared = np.minimum(ends, other_ends) - np.maximum(ends - others, other_ends - cells)
+    return np.maximum(shared, 0) / cells
+
+
+def heat_on_cells(raw_map: np.ndarray) -> np.ndarray:
+    """Share of the heat in each cell, by area: (h, w) -> (CELLS, CELLS); all 0 for a blank map."""
+    heat = np.maximum(raw_map, 0).astype(np.float64)
+    total = heat.sum()
+    if total == 0:
+        return np.zeros((CELLS, CELLS))
+    h, w = heat.shape
+    return overlaps(CELLS, h) @ (heat / total) @ overlaps(CELLS, w).T
+
+
+def touched_cells(boxes: Iterable[PixelBox]) -> np.ndarray:
+    """(CELLS, CELLS) bool: the cells that boxes touch."""
+    touched, side = np.zeros((CELLS, CELLS), bool), CHECKED_SIDE // CELLS
+    for x0, y0, x1, y1 in boxes:
+        touched[y0 // side : (y1 - 1) // side + 1, x0 // side : (x1 - 1) // side + 1] = True
+    return touched
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a network says of changed copies of a radiograph: class scores before the softmax, (K,) each."""
+
+    blurred: np.ndarray  # the whole radiograph
+    covered: np.ndarray | None = None  # its markers; None where none was found
+    covered_elsewhere: np.ndarray | None = None
+    erased: np.ndarray | None = None  # the map's hot area; None for a map without one
+    erased_elsewhere: np.ndarray | None = None  # (n, K), n moved masks
+    passes: int = 0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a check may look at."""
+
+    explanation: Explanation
+    landmarks: Landmarks | None
+    trial: Trial | None = None  # with --verify
+    other_map: np.ndarray | None = None  # the other model's raw map, for the check of a pair
+
+    @functools.cached_property
+    def heat(self) -> np.ndarray:
+        """(CELLS, CELLS) shares."""
+        return heat_on_cells(self.explanation.raw_map)
+
+
+def is_uniform(raw_map: np.ndarray) -> bool:
+    """Whether a map is blank (nothing positive) or constant: neither has a place to judge."""
+    return bool(raw_map.max() <= 0 or raw_map.min() == raw_map.max())
+
+
+def border_heat(evidence: Evidence) -> float:
+    """Share of the heat in the frame of outer cells; 24/49 for a uniform map."""
+    return float(evidence.heat[OUTER].sum())
+
+
+def dark_heat(evidence: Evidence) -> float:
+    """Share of the heat in cells where less than DENSE_SHARE of the pixels is as dense as bone."""
+    return float(evidence.heat[evidence.landmarks.dense < DENSE_SHARE].sum())
+
+
+def marker_heat(evidence: Evidence) -> float:
+    """Share of the heat in cells that a marker's box touches; 0 where there is no marker."""
+    return float(evidence.heat[touched_cells(evidence.landmarks.markers)].sum())
+
+
+def focus(evidence: Evidence) -> float:
+    """Share of the heat in the hottest HOT_AREA of the image; HOT_AREA itself for a uniform map."""
+    hottest = np.sort(evidence.heat, axis=None)[::-1]
+    cells = HOT_AREA * hottest.size
+    whole = int(cells)
+    return float(hottest[:whole].sum() + (cells - whole) * hottest[whole])
+
+
+def shared_heat(evidence: Evidence) -> float:
+    """Heat that the two models' maps share, sum of min(a, b): 1 for equal maps, 0 for disjoint ones.
+
+    Histogram intersection: M. Swain and D. Ballard, IJCV 1991.
+    """
+    return float(np.minimum(evidence.heat, heat_on_cells(evidence.other_map)).sum())
+
+
+# What a network says of changed copies (--verify)
+
+
+def softmax_at(scores: np.ndarray, index: int) -> float:
+    """Softmax of class scores (K,) at one class."""
+    return float(1 / np.exp(scores - scores[index]).sum())
+
+
+def log_odds(scores: np.ndarray, index: int) -> np.ndarray:
+    """log p / (1 - p) of one class from scores (..., K), also where p rounds to 1: (...)."""
+    return scores[..., index] - np.logaddexp.reduce(np.delete(scores, index, axis=-1), axis=-1)
+
+
+def covering_fall(evidence: Evidence) -> float | None:
+    """What covering the markers takes from the predicted class, beyond covering as much elsewhere."""
+    trial, explanation = evidence.trial, evidence.explanation
+    if trial is None or trial.covered is None:
+        return None
+    covered, elsewhere = (
+        softmax_at(each, explanation.predicted) for each in (trial.covered, trial.covered_elsewhere)
+    )
+    return min(explanation.confidence, elsewhere) - covered
+
+
+def default_probability(evidence: Evidence) -> float | None:
+    """Probability of the class that the network gives to the whole radiograph blurred."""
+    return (
+        None
+        if evidence.trial is None
+        else softmax_at(evidence.trial.blurred, int(evidence.trial.blurred.argmax()))
+    )
+
+
+def erasing_rank(evidence: Evidence) -> float | None:
+    """Share of the moved masks that take at least as much from the explained class as the hot area's does.
+
+    In log-odds, which do not saturate; 0 for a map that found what counts, about 0.5 for one that
+    points anywhere. NaN for the class that the network gives to a blurred radiograph as well:
+    nothing that is erased can lower it.
+    """
+    trial, explained = evidence.trial, evidence.explanation.explained
+    if trial is None or trial.erased is None:
+        return None
+    if trial.blurred.argmax() == explained:
+        return float("nan")
+    return float((log_odds(trial.erased_elsewhere, explained) <= log_odds(trial.erased, explained)).mean())
+
+
+# The table of checks
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def covering_text(evidence: Evidence, value: float) -> str:
+    explanation, trial, count = evidence.explanation, evidence.trial, len(evidence.landmarks.markers)
+    what = "the side marker" if count == 1 else f"{count} markers"
+    scores = trial.covered, trial.covered_elsewhere
+    before, covered, elsewhere = (
+        percent(share)
+        for share in (explanation.confidence, *(softmax_at(each, explanation.predicted) for each in scores))
+    )
+    verb = "lowers" if value > 0 else "takes"
+    change = f"{verb} {explanation.prediction} from {before} to {covered}"
+    told = f"leaves {explanation.prediction} at {covered}" if covered == before else change
+    return f"covering {what} {told}; covering as much elsewhere, {elsewhere}"
+
+
+def default_text(evidence: Evidence, value: float) -> str:
+    name = evidence.explanation.model.class_names[evidence.trial.blurred.argmax()]
+    return f"with everything blurred it says {name} at {percent(value)}"
+
+
+def erasing_text(evidence: Evidence, value: float) -> str:
+    trial, explained = evidence.trial, evidence.explanation.explained
+    name = evidence.explanation.explained_class
+    if np.isnan(value):
+        return f"erasing cannot be tested: it says {name} even when everything is blurred"
+    moved = trial.erased_elsewhere
+    usual = moved[log_odds(moved, explained).argsort(kind="stable")[len(moved) // 2]]  # the median one
+    return (
+        f"erasing the hot area leaves {name} at {percent(softmax_at(trial.erased, explained))}; "
+        f"erasing as much in {len(moved)} other places, {percent(softmax_at(usual, explained))} (log-odds "
+        f"{log_odds(trial.erased, explained):+.1f} against {log_odds(usual, explained):+.1f})"
+    )
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question asked of every map; a further check is one entry of CHECKS and one function."""
+
+    key: str  # in the table's columns and in JSON; in words where passed checks are listed
+    title: str  # the guide's words where it has some
+    about: str  # "map", "pair" of maps, "prediction", or "verify": asked only with --verify
+    measure: Callable[[Evidence], float | None]  # None: does not apply
+    limit: float
+    flags: Callable[[float, float], bool]  # value, limit; False for NaN
+    text: Callable[[Evidence, float], str]
+
+
+CHECKS = {
+    check.key: check
+    for check in (
+        Check(
+            "blank",
+            "No positive evidence",
+            "map",
+            lambda evidence: float(is_uniform(evidence.explanation.raw_map)),
+            0,
+            operator.gt,
+            lambda evidence, value: evidence.explanation.blankness or "the map has a place to judge",
+        ),
+        Check(
+            "border",
+            "Attention on image borders",
+            "map",
+            border_heat,
+            BORDER_LIMIT,
+            operator.gt,
+            lambda evidence, value: (
+                f"{percent(value)} of the heat lies in the outer ring of cells, "
+                f"which is {percent(OUTER.mean())} of the area"
+            ),
+        ),
+        Check(
+            "dark",
+            "Attention on irrelevant areas",
+            "map",
+            dark_heat,
+            DARK_LIMIT,
+            operator.gt,
+            lambda evidence, value: f"{percent(value)} of the heat lies where nothing as dense as bone is",
+        ),
+        Check(
+            "markers",
+            "Focus on text/labels/artifacts",
+            "map",
+            marker_heat,
+            MARKER_LIMIT,
+            operator.gt,
+            lambda evidence, value: f"{percent(value)} of the heat lies on cells with a marker or text",
+        ),
+        Check(
+            "focus",
+            "No clear focal point",
+            "map",
+            focus,
+            FOCUS_LIMIT,
+            operator.lt,
+            lambda evidence, value: f"the hottest quarter of the area holds {percent(value)} of the heat",
+        ),
+        Check(
+            AGREEMENT,
+            "Models strongly disagree",
+            "pair",
+            shared_heat,
+            AGREEMENT_LIMIT,
+            operator.lt,
+            lambda evidence, value: f"the two maps share {percent(value)} of their heat",
+        ),
+        Check(
+            "confidence",
+            "Low confidence overall",
+            "prediction",
+            lambda evidence: evidence.explanation.confidence,
+            CONFIDENCE_LIMIT,
+            operator.lt,
+            lambda evidence, value: (
+                f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}"
+            ),
+        ),
+        Check(
+            "covering",
+            "Reads the side marker",
+            "verify",
+            covering_fall,
+            COVERING_LIMIT,
+            operator.gt,
+            covering_text,
+        ),
+        Check("default", "Says so of anything", "verify", default_probability, 1, operator.gt, default_text),
+        Check(
+            "erasing",
+            "The hot area counts no more than others",
+            "verify",
+            erasing_rank,
+            ERASING_LIMIT,
+            operator.gt,
+            erasing_text,
+        ),
+    )
+}
+MAP_CHECKS = sum(check.about == "map" for check in CHECKS.values())
+
+
+def finding_of(check: Check, evidence: Evidence) -> Finding | None:
+    """What one check says; None where it does not apply."""
+    value = check.measure(evidence)
+    if value is None:
+        return None
+    return Finding(check.key, value, bool(check.flags(value, check.limit)), check.text(evidence, value))
+
+
+def findings_of(evidence: Evidence) -> tuple[Finding, ...]:
+    """What the checks say of one map; of a blank or constant one only that, and what needs no map."""
+    uniform = is_uniform(evidence.explanation.raw_map)
+    asked = [check for check in CHECKS.values() if check.about != "pair"]
+    asked = [check for check in asked if check.about != "map" or check.key == "blank" or not uniform]
+    return tuple(found for check in asked if (found := finding_of(check, evidence)))
+
+
+def map_agreement(explanations: Sequence[Explanation]) -> Finding | None:
+    """How far the maps of two models agree; None where there are no two that have a place to judge."""
+    if len(explanations) != 2 or any(is_uniform(each.raw_map) for each in explanations):
+        return None
+    first, second = explanations
+    return finding_of(CHECKS[AGREEMENT], Evidence(first, None, other_map=second.raw_map))
+
+
+def flagged_findings(findings: Sequence[Finding], *about: str) -> list[Finding]:
+    return [each for each in findings if each.is_flagged and CHECKS[each.check].about in about]
+
+
+def checks_text(findings: Sequence[Finding]) -> str:
+    """What the map checks say of one map, as one sentence."""
+    found = flagged_findings(findings, "map")
+    if not found:
+        return f"{MAP_CHECKS} map checks passed"
+    return f"{len(found)} of {MAP_CHECKS} map checks flagged: {'; '.join(finding.text for finding in found)}"
+
+
+def marked_text(finding: Finding) -> str:
+    """A finding as a sentence, with a warning where it is flagged."""
+    return f"{'⚠️  ' * finding.is_flagged}{finding.text[0].upper()}{finding.text[1:]}"
+
+
+# --verify: copies of a radiograph in which something is covered or erased
+
+
+def without_detail(image: np.ndarray) -> np.ndarray:
+    """Gaussian blur of (C, N, N); at the edge over what there is of the image."""
+    places = np.arange(image.shape[1])
+    weights = np.exp(-(((places[:, None] - places) / (ERASING_BLUR * len(places))) ** 2) / 2).astype(np.float32)
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights @ image @ weights.T
+
+
+def with_filled(image: np.ndarray, boxes: Iterable[PixelBox]) -> np.ndarray:
+    """(C, N, N) with boxes filled from their surroundings.
+
+    Each pixel is the mean of the four nearest ones outside, in its row and its column, weighted by
+    their closeness.
+    """
+    image, end = image.copy(), image.shape[1]
+    for x0, y0, x1, y1 in boxes:
+        right, down = np.arange(1, x1 - x0 + 1), np.arange(1, y1 - y0 + 1)[:, None]
+        sides = (
+            (x0 > 0, image[:, y0:y1, x0 - 1 : x0], 1 / right),
+            (x1 < end, image[:, y0:y1, x1 : x1 + 1], 1 / right[::-1]),
+            (y0 > 0, image[:, y0 - 1 : y0, x0:x1], 1 / down),
+            (y1 < end, image[:, y1 : y1 + 1, x0:x1], 1 / down[::-1]),
+        )
+        there = [(values, weights) for is_there, values, weights in sides if is_there]
+        image[:, y0:y1, x0:x1] = sum(values * weights for values, weights in there) / sum(
+            weights for _, weights in there
+        )
+    return image
+
+
+def marker_masks(markers: Sequence[PixelBox], side: int) -> tuple[list[PixelBox], list[PixelBox]]:
+    """Boxes to cover in an image of `side` pixels: the markers with a margin, and as much elsewhere.
+
+    Elsewhere is their mirror image, left-right, up-down or both, that overlaps them least: about
+    as far from the centre.
+    """
+    boxes = [
+        tuple(round(end * side / CHECKED_SIDE) for end in grown(box, MARKER_MARGIN, CHECKED_SIDE))
+        for box in markers
+    ]
+    across = [(side - x1, y0, side - x0, y1) for x0, y0, x1, y1 in boxes]
+    mirrors = [
+        across,
+        *([(x0, side - y1, x1, side - y0) for x0, y0, x1, y1 in each] for each in (boxes, across)),
+    ]
+    return boxes, min(mirrors, key=lambda mirror: (box_mask(mirror, side) & box_mask(boxes, side)).sum())
+
+
+def box_mask(boxes: Iterable[PixelBox], side: int) -> np.ndarray:
+    mask = np.zeros((side, side), bool)
+    for x0, y0, x1, y1 in boxes:
+        mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def enlarged(heatmap: np.ndarray, side: int) -> np.ndarray:
+    """A heatmap (h, w) at (side, side): bilinear, cell centres aligned; no heat where no cell has any."""
+    return np.asarray(Image.fromarray(heatmap).resize((side, side), Image.Resampling.BILINEAR))
+
+
+def hot_mask(heatmap: np.ndarray, side: int) -> np.ndarray:
+    """(side, side) bool: the hottest ERASED_AREA of the image; less where less has any heat."""
+    heat = enlarged(heatmap, side)
+    return (heat > 0) & (heat >= np.quantile(heat, 1 - ERASED_AREA))
+
+
+def moved_masks(mask: np.ndarray) -> list[np.ndarray]:
+    """At most MOVED_MASKS shifted and mirrored copies of a mask that hardly overlap it."""
+    step = len(mask) // CELLS
+    moved = [
+        np.roll(mirrored, (step * down, step * across), axis=(0, 1))
+        for down, across in itertools.product(range(CELLS), repeat=2)
+        for mirrored in (mask, mask[:, ::-1], mask[::-1], mask[::-1, ::-1])
+    ]
+    apart = [each for each in moved if (each & mask).sum() < MAX_OVERLAP * mask.sum()]
+    chosen = np.linspace(0, len(apart) - 1, min(MOVED_MASKS, len(apart))).round().astype(int)
+    return [apart[index] for index in chosen]
+
+
+def class_scores(classifier: Classifier, images: np.ndarray, batch_size: int) -> np.ndarray:
+    """Forward passes alone: (n, 3, N, N) -> (n, K) float64."""
+    import torch
+
+    with torch.inference_mode():
+        batches = (
+            torch.from_numpy(images[start : start + batch_size])
+            for start in range(0, len(images), batch_size)
+        )
+        scores = [classifier.network(batch.to(classifier.device)).cpu().numpy() for batch in batches]
+    return np.concatenate(scores).astype(np.float64)
+
+
+def tried(
+    classifier: Classifier, image: np.ndarray, explanation: Explanation, landmarks: Landmarks, batch_size: int
+) -> Trial:
+    """Ask the network about changed copies of one input (3, N, N): at most 19 forward passes."""
+    erasing = without_detail(image)
+    copies, side = [erasing], image.shape[1]
+    if landmarks.markers:
+        copies += [with_filled(image, boxes) for boxes in marker_masks(landmarks.markers, side)]
+    first_erased = len(copies)
+    if not is_uniform(explanation.raw_map):
+        mask = hot_mask(explanation.heatmap, side)
+        copies += [np.where(each, erasing, image) for each in (mask, *moved_masks(mask))]
+    scores = class_scores(classifier, np.stack(copies), batch_size)
+    covering = scores[1:first_erased] if landmarks.markers else (None, None)
+    hot = scores[first_erased:]
+    erased = (hot[0], hot[1:]) if len(hot) > 1 else (None, None)
+    return Trial(scores[0], *covering, *erased, passes=len(copies))
+
+
+# Over a run
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a run keeps of one map for its audit."""
+
+    explained: str  # class
+    heat: np.ndarray  # (CELLS, CELLS) shares; all 0 for a blank map
+    has_marker: bool
+    findings: tuple[Finding, ...]
+
+    def value(self, check: str) -> float | None:
+        return next((finding.value for finding in self.findings if finding.check == check), None)
+
+
+def observation(explanation: Explanation, landmarks: Landmarks) -> Observation:
+    name, heat = explanation.explained_class, heat_on_cells(explanation.raw_map)
+    return Observation(name, heat, bool(landmarks.markers), explanation.findings)
+
+
+def mean_correlation(heats: np.ndarray) -> float:
+    """Mean correlation (Pearson) between the maps of two different images: (n, CELLS, CELLS), none constant.
+
+    Of standardised maps z, |sum z|^2 / CELLS^2 holds each pair twice and each map with itself once.
+    """
+    flat = heats.reshape(len(heats), -1)
+    standardised = (flat - flat.mean(axis=1, keepdims=True)) / flat.std(axis=1, keepdims=True)
+    summed = (standardised.sum(axis=0) ** 2).mean()
+    return float((summed - len(heats)) / (len(heats) * (len(heats) - 1)))
+
+
+def same_cell_share(heats: np.ndarray) -> float:
+    """The largest share of maps whose hottest cell is the same one: (n, CELLS, CELLS)."""
+    return float(np.bincount(heats.reshape(len(heats), -1).argmax(axis=1)).max() / len(heats))
+
+
+def audit_lines(observations: Sequence[Observation]) -> list[str]:
+    """What the maps of one model have in common over a run, with the guide's flag where that is suspect."""
+    with_flags = [found for each in observations if (found := flagged_findings(each.findings, "map"))]
+    counts = Counter(finding.check for found in with_flags for finding in found)
+    which = ": " + ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key]) if counts else ""
+    lines = [f"Map checks: {len(with_flags)} of {len(observations)} maps flagged{which}"]
+    for text, value, limit, form in audited(observations):
+        sign = "🚩 " if value > limit else ""
+        lines.append(f"{sign}{text}: {form(value)}{f', flagged above {form(limit)}' if sign else ''}")
+    placed = sum(each.value("focus") is not None for each in observations)
+    if placed < FEW_MAPS:
+        lines.append(f"Same place in every image: needs {FEW_MAPS} maps that are not blank, here {placed}")
+    return lines
+
+
+def audited(
+    observations: Sequence[Observation],
+) -> Iterator[tuple[str, float, float, Callable[[float], str]]]:
+    """What is measured over a run: words, value, limit, and how to write a value."""
+    for name in sorted({each.explained for each in observations}):
+        blank = [each.value("blank") for each in observations if each.explained == name]
+        if any(blank) and len(blank) >= FEW_MAPS:
+            yield f"Blank maps for {printable(name)}", float(np.mean(blank)), BLANK_LIMIT, percent
+    placed = [each for each in observations if each.value("focus") is not None]
+    if len(placed) >= FEW_MAPS:
+        heats = np.stack([each.heat for each in placed])
+        yield (
+            "Same place in every image, mean correlation of the maps",
+            mean_correlation(heats),
+            SAME_PLACE_LIMIT,
+            "{:.2f}".format,
+        )
+        yield "Same hottest cell", same_cell_share(heats), SAME_CELL_LIMIT, percent
+        dark = [each.value("dark") for each in placed]
+        yield "Mean heat where nothing as dense as bone is", float(np.mean(dark)), MEAN_DARK_LIMIT, percent
+    marked = [each.value("markers") for each in placed if each.has_marker]
+    if len(marked) >= FEW_MAPS:
+        yield "Mean heat on markers, where there are any", float(np.mean(marked)), MEAN_MARKER_LIMIT, percent
+
+
+# Where the fracture is known (--boxes)
+
+
+def read_boxes(path: Path) -> dict[str, TrueBox]:
+    """The boxes of a table, by the real path of the image; images are named from the table's folder.
+
+    Lines without coordinates are images without a fracture. Raises ExplainError, with the line,
+    for whatever is no box.
+    """
+    boxes: dict[str, TrueBox] = {}
+    for number, row in box_rows(path):
+        source = f"{shown(path)}, line {number}"
+        try:
+            image, box = path.parent / row["file"], box_of(row, source)
+            if not row["file"] or not image.is_file():
+                raise ExplainError(f"no such file as {brief(row['file'])} beside the table; correct its name")
+            if os.path.realpath(image) in boxes:
+                raise ExplainError(
+                    f"a second box for {brief(row['file'])}; keep one that holds the whole fracture"
+                )
+        except (ExplainError, ValueError, OSError) as error:
+            cause = error if isinstance(error, ExplainError) else "not a file name; correct it"
+            raise ExplainError(f"{source}: {cause}") from error
+        if box:
+            boxes[os.path.realpath(image)] = box
+    return boxes
+
+
+def known_boxes(table: Path | None, images: Sequence[Path]) -> tuple[dict[str, TrueBox], tuple[int, str]]:
+    """Boxes by `read_boxes` of the table named, or of the test images' own for these; and the table's mark."""
+    if table is None:
+        if not any(TEST_IMAGES in Path(os.path.realpath(image)).parents for image in images):
+            return {}, (0, "")
+        if not TEST_BOXES.is_file():
+            return {}, (0, "")
+        table = TEST_BOXES
+    return read_boxes(table), file_mark(table)
+
+
+def box_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line numbers and rows of a table of boxes. Raises ExplainError for what is no such table."""
+    try:
+        with open_regular(path) as file:
+            text = file.read(MAX_BOX_TABLE).decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        header = reader.fieldnames or []
+        if any(header.count(name) != 1 for name in BOX_COLUMNS):
+            raise ExplainError(
+                f"its header is {brief(','.join(header))}, not file,class,x0,y0,x1,y1; correct it"
+            )
+        for row in reader:
+            if None in row or None in row.values():
+                cause = f"{len(header)} values expected, as in the header; correct it"
+                raise ExplainError(f"line {reader.line_num}: {cause}")
+            yield reader.line_num, row
+    except ExplainError as error:
+        raise ExplainError(f"{shown(path)}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ExplainError(f"{shown(path)}: not UTF-8 text; save it as CSV in UTF-8") from error
+    except csv.Error as error:
+        raise ExplainError(f"{shown(path)}: not a CSV table ({error}); save it as CSV again") from error
+
+
+def box_of(row: dict[str, str], source: str) -> TrueBox | None:
+    """The box of one row; None without coordinates. Raises ExplainError, without the line."""
+    if not any(row[name].strip() for name in BOX_COLUMNS[1:]):
+        return None
+    ends = {}
+    for name in BOX_COLUMNS[1:]:
+        try:
+            ends[name] = float(row[name])
+        except ValueError as error:
+            raise ExplainError(f"{name} is {brief(row[name])}, not a number; correct it") from error
+        if not np.isfinite(ends[name]):
+            raise ExplainError(f"{name} is {row[name].strip()}, not a finite number; correct it")
+        if ends[name] < 0:
+            raise ExplainError(f"{name} is {ends[name]:g}, outside the image; correct it")
+    for low, high in (("x0", "x1"), ("y0", "y1")):
+        if ends[low] >= ends[high]:
+            raise ExplainError(
+                f"{high} ({ends[high]:g}) is not larger than {low} ({ends[low]:g}); exchange or correct them"
+            )
+    return TrueBox(**ends, source=source)
+
+
+def box_in_shares(box: TrueBox, width: int, height: int) -> tuple[float, float, float, float]:
+    """A box in shares of the image's sides. Raises ExplainError where it reaches outside the image."""
+    if box.x1 > width or box.y1 > height:
+        cause = f"the box ends at ({box.x1:g}, {box.y1:g}), outside the image of {width} x {height} pixels"
+        raise ExplainError(f"{box.source}: {cause}; correct it")
+    return box.x0 / width, box.y0 / height, box.x1 / width, box.y1 / height
+
+
+def pointing(raw_map: np.ndarray, box: tuple[float, float, float, float]) -> Pointing:
+    """The pointing game (J. Zhang et al., ECCV 2016) and the heat inside, of a map (h, w).
+
+    The box is in shares of the image's sides, and counts with half a cell of the map more on each
+    side: a map's maximum cannot be told more exactly.
+    """
+    h, w = raw_map.shape
+    x0, y0 = max(0, box[0] - 0.5 / w), max(0, box[1] - 0.5 / h)
+    x1, y1 = min(1, box[2] + 0.5 / w), min(1, box[3] + 0.5 / h)
+    row, column = np.unravel_index(raw_map.argmax(), raw_map.shape)
+    x, y = (column + 0.5) / w, (row + 0.5) / h
+    heat = enlarged(normalised(raw_map), CHECKED_SIDE)
+    left, top, right, bottom = (round(end * CHECKED_SIDE) for end in (x0, y0, x1, y1))
+    share = heat[top:bottom, left:right].sum() / heat.sum() if heat.any() else 0
+    is_inside = not is_uniform(raw_map) and x0 <= x <= x1 and y0 <= y <= y1
+    return Pointing(bool(is_inside), float(share), (x1 - x0) * (y1 - y0))
+
+
+def pointing_text(pointed: Pointing) -> str:
+    place = "inside" if pointed.is_inside else "outside"
+    share = f"{percent(pointed.heat)} of the heat inside, {percent(pointed.area)} of the area"
+    return f"{'' if pointed.is_inside else '⚠️  '}Maximum {place} the true fracture's box; {share}"
 
 
 # ------------------------------------------------------------------------------------------
@@ -2105,10 +3441,16 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
     for finding in explanation.findings:
         if finding.is_flagged:
             sheet.write(x, y, "⚠", ALERT)
-            y = sheet.paragraph(x + 0.2, y, finding.text, width - 0.2, ALERT, 3) + 0.03
-    passed = [check_title(finding.check) for finding in explanation.findings if not finding.is_flagged]
+            text = f"{CHECKS[finding.check].title}: {finding.text}"
+            y = sheet.paragraph(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
+        elif CHECKS[finding.check].about == "verify":
+            y = sheet.paragraph(x, y, marked_text(finding), width, SMALL, 3) + 0.03
+    plain = [each for each in explanation.findings if CHECKS[each.check].about != "verify"]
+    passed = [check_title(each.check) for each in plain if not each.is_flagged]
     if passed:
         y = sheet.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
+    if explanation.pointing:
+        y = sheet.paragraph(x, y, pointing_text(explanation.pointing), width)
     return sheet.paragraph(x, y, READERS_CHECK, width) + 0.1
 
 
@@ -2116,21 +3458,11 @@ def check_title(key: str) -> str:
     return key.replace("_", " ")
 
 
-def method_title(key: str) -> str:
-    return METHOD_TITLES[key]
-
-
 def explained_text(explanation: Explanation) -> str:
     """The explained class, with its probability where it is not the predicted one."""
     if explanation.explained == explanation.predicted:
         return explanation.explained_class
     return f"{explanation.probabilities[explanation.explained]:.2%} {explanation.explained_class}"
-
-
-def negative_share(raw_map: np.ndarray) -> float:
-    """Share of a map's magnitude that speaks against the explained class."""
-    magnitude = float(np.abs(raw_map).sum())
-    return float(np.maximum(-raw_map, 0).sum()) / magnitude if magnitude else 0.0
 
 
 def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str, str]]:
@@ -2143,7 +3475,7 @@ def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str
         ("Model", model.architecture),
         ("Checkpoint", printable(model.checkpoint.name)),
         ("", model.accuracy + " (synthetic test images)" * is_demo(model.checkpoint)),
-        ("Method", method_title(explanation.method)),
+        ("Method", METHODS[explanation.method].title),
     ]
     if explanation.method.startswith("gradcam"):
         lines.append(("Target layer", model.family.target_layer))
@@ -2152,8 +3484,8 @@ def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str
         lines.append(("Peak of raw map", f"{raw.max():.3g}{relative}"))
     if explanation.owed is not None:
         lines.append(("Sum of raw map", f"{raw.sum():.3g}, must be {explanation.owed:.3g}"))
-    if explanation.method in SIGNED_METHODS:
-        lines.append(("Negative share", f"{negative_share(raw):.0%} of the map's magnitude"))
+    if METHODS[explanation.method].compares:
+        lines.append(("Negative share", f"{explanation.negative_share:.0%} of the map's magnitude"))
     return lines
 
 
@@ -2223,7 +3555,7 @@ def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float
     if is_demo(explanations[0].model.checkpoint):
         text = f"Demo {'networks' if len(explanations) > 1 else 'network'}: {DEMO_NOTICE}."
     else:
-        text = f"{method_title(explanations[0].method)} shows correlation, not cause. Not for diagnosis."
+        text = f"{METHODS[explanations[0].method].title} shows correlation, not cause. Not for diagnosis."
     inches = sheet.width - 2 * MARGIN - beside
     sheet.height = sheet.paragraph(MARGIN, bottom + 0.1, text, inches, FAINT) + 0.12
 
@@ -2235,7 +3567,7 @@ STACK = ((0, 0), (0, 1), (0, 2), (0, 3))
 
 def explanation_figure(view: View, explanation: Explanation) -> Sheet:
     """The 4-panel figure: radiograph, heatmap, overlay, prediction details."""
-    aspect, column, method = view.width / view.height, view.column, method_title(explanation.method)
+    aspect, column, method = view.width / view.height, view.column, METHODS[explanation.method].title
     cells = ROW if aspect < 0.6 else GRID if aspect < 2 else STACK  # what fills the page best
     titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", "Overlay (Model Focus)")
     room, model = title_room(titles, column), explanation.model
@@ -2346,7 +3678,7 @@ def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Expla
     for number, explanation in enumerate(explanations):
         sheet.write(x + first + number * cell + 0.25, y, str(number + 1), FAINT)
         top = y + 0.22 + 0.28 * number
-        sheet.write(x, top + 0.04, f"{number + 1}  {method_title(explanation.method)}")
+        sheet.write(x, top + 0.04, f"{number + 1}  {METHODS[explanation.method].title}")
         for place, other in enumerate(explanations):
             share = map_overlap(explanation.heatmap, other.heatmap)
             fill_share(sheet, x + first + place * cell, top, cell, 0.28, share, f"{share:.2f}")
@@ -2355,7 +3687,7 @@ def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Expla
 
 def draw_method(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, cost: str) -> None:
     """One method's overlay, with its cost and the sum of its map beside what it owes."""
-    draw_overlay(sheet, x, y, view, explanation, method_title(explanation.method))
+    draw_overlay(sheet, x, y, view, explanation, METHODS[explanation.method].title)
     owed = "" if explanation.owed is None else f", must be {explanation.owed:.3g}"
     text = f"{cost}; sum {explanation.raw_map.sum():.3g}{owed}"
     end = sheet.paragraph(x, y + view.height + 0.05, text, view.column)
@@ -2375,7 +3707,7 @@ def methods_figure(view: View, explanations: Sequence[Explanation], costs: Seque
     pitch = view.column + GAP
     sheet = Sheet(max(2 * MARGIN + columns * pitch + BAR_ROOM, 7))
     title = f"{model.title}: evidence for {explanations[0].explained_class}"
-    room = title_room([method_title(each.method) for each in explanations], view.column)
+    room = title_room([METHODS[each.method].title for each in explanations], view.column)
     y = draw_header(sheet, title, view.name, is_demo(model.checkpoint)) + room
     down = room + view.height + 3 * SMALL.leading
     places = [(MARGIN + n % columns * pitch, y + n // columns * down) for n in range(count)]
@@ -2697,37 +4029,57 @@ def file_mark(path: Path) -> tuple[int, str]:
 
 
 def make_jobs(
-    images: Sequence[Path], labels: Sequence[str], keys: Sequence[str], folder: Path,
-    kinds: Sequence[str], ending: str, asked: object,
+    images: Sequence[Path], labels: Sequence[str], keys: Sequence[str], methods: Sequence[str],
+    folder: Path, kinds: Sequence[str], ending: str, asked: object,
 ) -> list[Job]:  # fmt: skip
     """A job for each image, known by its label; `asked` is all that results depend on beside the image.
 
     It writes outputs of these kinds: figures, whose names have this ending, maps and panels.
 
-    Raises ExplainError where an output would replace one of the images.
+    Raises ExplainError where an output would replace one of the images, or another output.
     """
-    prefixes = {f"gradcam_{key}": (index,) for index, key in enumerate(keys)}
-    prefixes |= {"comparison": tuple(range(len(keys)))} if len(keys) > 1 else {}
-    shown_by = prefixes if "figures" in kinds else {}
-    bare = ["radiograph", *(f"{kind}_{key}" for key in keys for kind in ("heatmap", "overlay"))]
+    shown_by = page_prefixes(keys, methods) if "figures" in kinds else {}
+    made = list(itertools.product(keys, methods))
+    map_prefixes = [prefix_of("map", method, key) for key, method in made if "maps" in kinds]
+    bare = [prefix_of(kind, method, key) for key, method in made for kind in ("heatmap", "overlay")]
     jobs = [
         Job(
             image,
             label,
             tuple(Page(folder / f"{prefix}_{stem}.{ending}", shows) for prefix, shows in shown_by.items()),
-            tuple(folder / f"map_{key}_{stem}.npy" for key in keys if "maps" in kinds),
+            tuple(folder / f"{prefix}_{stem}.npy" for prefix in map_prefixes),
             digest_of(asked, file_mark(image)),
-            tuple(folder / f"{prefix}_{stem}.png" for prefix in bare if "panels" in kinds),
+            tuple(folder / f"{prefix}_{stem}.png" for prefix in ("radiograph", *bare) if "panels" in kinds),
         )
         for image, label, stem in zip(images, labels, output_stems(labels))
     ]
     inputs = {os.path.realpath(image) for image in images}
-    written = folder / TABLE_NAME, folder / f"{SHEET_STEM}.{ending}"
-    for path in (*written, *(path for job in jobs for path in job.outputs)):
+    written = Counter(path for job in jobs for path in job.outputs)
+    for path in (folder / TABLE_NAME, folder / f"{SHEET_STEM}.{ending}", *written):
         if os.path.realpath(path) in inputs:
             cause = "is an input of this run and would be replaced"
             raise refusal(path, cause, "choose another --output-dir")
+        if written[path] > 1:  # comparison_ig_x: of x by Integrated Gradients, or of ig_x by Grad-CAM
+            raise refusal(path, "two results of this run would have this name", "run one --method at a time")
     return jobs
+
+
+def prefix_of(kind: str, method: str, key: str = "") -> str:
+    """How the name of an output begins; Grad-CAM, which came first, is not named."""
+    return "_".join(filter(None, (kind, method if method != "gradcam" else "", key)))
+
+
+def page_prefixes(keys: Sequence[str], methods: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """How the names of an image's figures begin, and which of its explanations each shows."""
+    made = list(itertools.product(keys, methods))  # in the order in which they are explained
+    pages = {f"{method}_{key}": (index,) for index, (key, method) in enumerate(made)}
+    for method in methods if len(keys) > 1 else ():
+        pages[prefix_of("comparison", method)] = tuple(
+            index for index, pair in enumerate(made) if pair[1] == method
+        )
+    for key in keys if len(methods) > 1 else ():
+        pages[f"methods_{key}"] = tuple(index for index, pair in enumerate(made) if pair[0] == key)
+    return pages
 
 
 def content_label(image: Path) -> str:
@@ -2742,14 +4094,24 @@ def digest_of(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
+def page_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
+    """The figure of one explanation, of one method by several models, or of one model by several methods."""
+    if len(explanations) == 1:
+        return explanation_figure(view, explanations[0])
+    if explanations[0].method == explanations[1].method:
+        return comparison_figure(view, explanations, map_agreement(explanations))
+    passes = [METHODS[each.method].passes for each in explanations]
+    return methods_figure(
+        view, explanations, [f"{count} {'passes' if count > 1 else 'pass'}" for count in passes]
+    )
+
+
 def write_page(result: Result, page: Page, style: FigureStyle) -> None:
     """Draw one figure of a job and write it. Raises ExplainError where it cannot be written."""
     explanations = [result.explanations[index] for index in page.shows]
-    view = View(result.picture, result.job.name, style)
-    single = len(explanations) == 1
-    figure = explanation_figure(view, explanations[0]) if single else comparison_figure(view, explanations)
+    view = View(result.picture, result.job.name, style, (result.box,) if result.box else ())
     try:
-        content = figure_bytes(figure, style, result.job.digest)
+        content = figure_bytes(page_figure(view, explanations), style, result.job.digest)
     except MemoryError as error:
         cause = f"not enough memory to draw it at {style.dpi} DPI"
         raise refusal(page.path, cause, "choose a smaller --dpi") from error
@@ -2791,8 +4153,8 @@ def write_maps(result: Result) -> None:
 
 
 def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
-    """Everything that a raw map depends on."""
-    model = explanation.model
+    """Everything that a raw map depends on, and what it must sum to."""
+    model, method = explanation.model, METHODS[explanation.method]
     return {
         "image": shown(Path(job.label)),
         "image_sha256": file_digest(job.image),
@@ -2800,14 +4162,28 @@ def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
         "checkpoint_sha256": file_digest(model.checkpoint),
         "architecture": model.architecture,
         "target_layer": model.family.target_layer,
-        "method": "Grad-CAM before the ReLU",
+        "method": explanation.method,
+        "method_title": method.title,
+        "citation": method.citation,
+        "sum": float(explanation.raw_map.sum(dtype=float)),
+        "sum_owed": explanation.owed,
+        "reference": REFERENCE if method.compares else None,
+        "remarks": explanation.remarks,
         "explained_class": explanation.explained,
         "class_names": model.class_names,
         "probabilities": explanation.probabilities.tolist(),
         "preprocessing": dataclasses.asdict(model.preprocessing),
+        "checks": {finding.check: told_finding(finding) for finding in explanation.findings},
+        "true_box": explanation.pointing and dataclasses.asdict(explanation.pointing),
         "versions": {name: version(name) for name in ("torch", "timm", "numpy", "pillow")},
         "digest": job.digest,
     }
+
+
+def told_finding(finding: Finding) -> dict[str, Any]:
+    """A finding for JSON, which has no NaN."""
+    value = None if np.isnan(finding.value) else finding.value
+    return {"value": value, "flagged": finding.is_flagged, "text": finding.text}
 
 
 @functools.lru_cache(maxsize=8)
@@ -2853,22 +4229,74 @@ def yes_or_no(value: bool) -> str:
     return "yes" if value else "no"
 
 
+def flags_text(explanation: Explanation) -> str:
+    """The keys of the flagged checks of a map; low confidence has a column of its own."""
+    return ", ".join(each.check for each in flagged_findings(explanation.findings, "map", "verify"))
+
+
+def value_text(explanation: Explanation, check: str) -> str:
+    """What a check measured, or nothing where it does not apply."""
+    values = [each.value for each in explanation.findings if each.check == check and not np.isnan(each.value)]
+    return f"{values[0]:.6f}" if values else ""
+
+
+def box_text(pointed: Pointing | None, name: str) -> str:
+    """One value of a map's comparison with the true box; nothing where that is not known."""
+    if pointed is None:
+        return ""
+    value = getattr(pointed, name)
+    return yes_or_no(value) if name == "is_inside" else f"{value:.6f}"
+
+
 MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from explanation and true class
     "predicted": lambda explanation, truth: explanation.prediction,
     "confidence": lambda explanation, truth: f"{explanation.confidence:.6f}",
     "correct": lambda explanation, truth: yes_or_no(is_right(explanation, truth)) if truth else "",
     "explained": lambda explanation, truth: explanation.explained_class,
-    "raw_peak": lambda explanation, truth: f"{explanation.raw_map.max():.6g}",
-    "blank_map": lambda explanation, truth: yes_or_no(not explanation.heatmap.any()),
+    "method": lambda explanation, truth: explanation.method,
+    **{
+        key: lambda explanation, truth, key=key: value_text(explanation, key)
+        for key, check in CHECKS.items()
+        if check.about == "verify"
+    },
 }
 
 
-def table_columns(models: Sequence[Model]) -> list[str]:
+MAP_COLUMNS: dict[str, Callable[[Explanation], str]] = {  # by name: from explanation
+    "raw_peak": lambda explanation: f"{explanation.raw_map.max():.6g}",
+    "blank_map": lambda explanation: yes_or_no(not explanation.heatmap.any()),
+    "flags": flags_text,
+    **{
+        key: lambda explanation, key=key: value_text(explanation, key)
+        for key, check in CHECKS.items()
+        if check.about == "map" and key != "blank"
+    },
+    "in_box": lambda explanation: box_text(explanation.pointing, "is_inside"),
+    "heat_in_box": lambda explanation: box_text(explanation.pointing, "heat"),
+    "box_area": lambda explanation: box_text(explanation.pointing, "area"),
+    "sum": lambda explanation: f"{explanation.raw_map.sum(dtype=float):.6g}",
+    "sum_owed": lambda explanation: "" if explanation.owed is None else f"{explanation.owed:.6g}",
+    "negative_share": lambda explanation: f"{explanation.negative_share:.4f}",
+}
+SUM_COLUMNS = ("sum", "sum_owed", "negative_share")  # of methods that compare with a reference
+
+
+def table_columns(models: Sequence[Model], methods: Sequence[str] = ("gradcam",)) -> list[str]:
     columns = ["file", "true_class"]
     for model in models:
         columns += [f"{model.family.key}_{name}" for name in MODEL_COLUMNS]
+        columns += [
+            f"{model.family.key}_{name}" for key in methods for name in map_columns(key, key == methods[0])
+        ]
         columns += [f"{model.family.key}_p_{name}" for name in model.class_names]
-    return [*columns, "agree", "notes", "digest", "outputs", "error"]
+    return [*columns, "agree", AGREEMENT, "notes", "digest", "outputs", "error"]
+
+
+def map_columns(method: str, is_first: bool) -> dict[str, Callable[[Explanation], str]]:
+    """What the table says of each map by a method; the first method's columns go without its name."""
+    has_sum = METHODS[method].compares
+    wanted = {name: text_of for name, text_of in MAP_COLUMNS.items() if has_sum or name not in SUM_COLUMNS}
+    return {name if is_first else f"{method}_{name}": text_of for name, text_of in wanted.items()}
 
 
 def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
@@ -2878,13 +4306,20 @@ def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
     if result.error:
         return row
     for explanation in result.explanations:
+        for name, text_of in map_columns(
+            explanation.method, explanation.method == result.explanations[0].method
+        ).items():
+            row[f"{explanation.model.family.key}_{name}"] = text_of(explanation)
+    for explanation in result.opinions:
         model = explanation.model
         for name, text_of in MODEL_COLUMNS.items():
             row[f"{model.family.key}_{name}"] = text_of(explanation, truth)
         for name, probability in zip(model.class_names, explanation.probabilities):
             row[f"{model.family.key}_p_{name}"] = f"{probability:.6f}"
     if len(models) > 1:
-        row["agree"] = yes_or_no(agree(result.explanations))
+        row["agree"] = yes_or_no(agree(result.opinions))
+        overlap = map_agreement(result.opinions)
+        row[AGREEMENT] = f"{overlap.value:.6f}" if overlap else ""
     files = [path.name for path in job.outputs if path.suffix != ".json"]
     return row | {"digest": job.digest, "outputs": ";".join(files)}
 
@@ -2908,7 +4343,9 @@ def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, st
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames not in (None, columns):
-                cause = "its columns are not those of this run (another --model, or other classes)"
+                cause = (
+                    "its columns are not those of this run (another --model or --method, or other classes)"
+                )
                 raise refusal(path, cause, "move it away, or choose another --output-dir")
             return {row_key(row["file"]): row for row in reader if None not in row.values()}
     except FileNotFoundError:
@@ -3018,53 +4455,89 @@ def opening_lines(jobs: Sequence[Job], is_single: bool, is_random: bool, models:
 
 def single_lines(result: Result) -> list[str]:
     """What became of the one image of a run."""
-    lines = []
-    for explanation, page in zip(result.explanations, result.job.pages):
-        model = explanation.model
-        lines += [f"{model.family.bullet} Generating {model.title} Grad-CAM..."]
-        lines += [f"✅ Visualization saved: {shown(page.path)}", ""]
-    for page in result.job.pages[len(result.explanations) :]:
-        lines += ["📊 Creating comparison visualization..."]
-        lines += [f"✅ Comparison saved: {shown(page.path)}", ""]
+    lines = [line for page in result.job.pages for line in page_lines(result, page)]
     lines += [f"✅ Picture saved: {shown(path)}" for path in result.job.panels]
     lines += [f"✅ Map saved: {shown(path)}" for path in result.job.maps]
     return lines + [""] * bool(result.job.panels or result.job.maps)
 
 
+def page_lines(result: Result, page: Page) -> list[str]:
+    first, *others = (result.explanations[index] for index in page.shows)
+    if not others:
+        what = f"{first.model.family.bullet} Generating {first.model.title} {METHODS[first.method].title}"
+        return [f"{what}...", f"✅ Visualization saved: {shown(page.path)}", ""]
+    what = "comparison" if others[0].method == first.method else "methods"
+    saved = f"✅ {what.capitalize()} saved: {shown(page.path)}"
+    return [f"📊 Creating {what} visualization...", saved, ""]
+
+
 def summary_lines(result: Result) -> list[str]:
     """What the models say about the one image of a run."""
-    if len(result.explanations) == 1:
-        return prediction_lines(result.explanations[0])
+    by_model = [[each for each in result.explanations if each.model == one.model] for one in result.opinions]
+    if len(by_model) == 1:
+        return prediction_lines(by_model[0])
     lines = [RULE, "📊 COMPARISON SUMMARY", RULE]
-    for explanation in result.explanations:
-        lines += [*prediction_lines(explanation), ""]
-    verdict = f"{agreement_text(result.explanations)}{verdict_text(result)}"
-    return [*lines, f"{verdict_mark(result)} {verdict}"]
+    for explanations in by_model:
+        lines += [*prediction_lines(explanations), ""]
+    verdict = f"{agreement_text(result.opinions)}{verdict_text(result)}"
+    overlap = map_agreement(result.opinions)
+    return [*lines, f"{verdict_mark(result)} {verdict}", *([marked_text(overlap)] if overlap else [])]
 
 
-def prediction_lines(explanation: Explanation) -> list[str]:
+def prediction_lines(explanations: Sequence[Explanation]) -> list[str]:
+    """What one model says, and what is to be known of its maps."""
+    first = explanations[0]
     lines = [
-        f"{explanation.model.title}:",
-        f"  Prediction: {explanation.prediction}",
-        f"  Confidence: {explanation.confidence:.2%}",
+        f"{first.model.title}:",
+        f"  Prediction: {first.prediction}",
+        f"  Confidence: {first.confidence:.2%}",
     ]
-    if explanation.explained != explanation.predicted:
-        lines.append(f"  Explained class: {explanation.explained_class}")
-    warnings_due = filter(None, (explanation.blankness, *explanation.remarks))
-    return lines + [f"  ⚠️  {text}" for text in warnings_due]
+    if first.explained != first.predicted:
+        lines.append(f"  Explained class: {first.explained_class}")
+    lines += [f"  {proof_text(each)}" for each in explanations if METHODS[each.method].compares]
+    titles = {
+        each.method: f"{METHODS[each.method].title}: " * (len(explanations) > 1) for each in explanations
+    }
+    lines += [f"  {line}" for each in explanations for line in map_lines(each, titles[each.method])]
+    lines += [f"  {line}" for line in network_lines(first)]
+    warnings_due = [remark for each in explanations for remark in each.remarks]
+    return lines + [f"  ⚠️  {text}" for text in dict.fromkeys(warnings_due)]
+
+
+def proof_text(explanation: Explanation) -> str:
+    """What a signed map sums to and owes, and how much of it speaks against the class."""
+    owed = "" if explanation.owed is None else f", must be {explanation.owed:.4g}"
+    against = f"{explanation.negative_share:.0%} of its magnitude speaks against the class"
+    total = f"sum {explanation.raw_map.sum(dtype=float):.4g}{owed}"
+    return f"{METHODS[explanation.method].title}: {total}; {against}"
+
+
+def map_lines(explanation: Explanation, title: str) -> list[str]:
+    """What the checks say of one map, and how it compares with the true box."""
+    mark = "⚠️  " * bool(flagged_findings(explanation.findings, "map"))
+    lines = [f"{mark}{title}{checks_text(explanation.findings)}"] if explanation.findings else []
+    return lines + ([title + pointing_text(explanation.pointing)] if explanation.pointing else [])
+
+
+def network_lines(explanation: Explanation) -> list[str]:
+    """What the checks say of the network: low confidence, and all that --verify asked."""
+    about = {each: CHECKS[each.check].about for each in explanation.findings}
+    told = [each for each in about if about[each] == "verify" or (about[each] == "prediction" and each.is_flagged)]
+    passes = [f"Verified with {explanation.passes} more forward passes"] * bool(explanation.passes)
+    return [*map(marked_text, told), *passes]
 
 
 def verdict_mark(result: Result) -> str:
     """A tick for being right where the folder names the true class, else for agreeing."""
-    truth = true_class(result.job.image, result.explanations[0].model.class_names)
-    are_right = all(is_right(each, truth) for each in result.explanations)
-    return "✅" if (are_right if truth else agree(result.explanations)) else "⚠️ "
+    truth = true_class(result.job.image, result.opinions[0].model.class_names)
+    are_right = all(is_right(each, truth) for each in result.opinions)
+    return "✅" if (are_right if truth else agree(result.opinions)) else "⚠️ "
 
 
 def verdict_text(result: Result) -> str:
     """Which models contradict the folder's name, in words; empty where none does."""
-    truth = true_class(result.job.image, result.explanations[0].model.class_names)
-    wrong = [each.model.title for each in result.explanations if truth and not is_right(each, truth)]
+    truth = true_class(result.job.image, result.opinions[0].model.class_names)
+    wrong = [each.model.title for each in result.opinions if truth and not is_right(each, truth)]
     return f"; wrong, the folder says {truth}: {', '.join(wrong)}" if wrong else ""
 
 
@@ -3076,13 +4549,15 @@ def result_line(result: Result) -> str:
     verdicts = ", ".join(
         f"{short_class(each.prediction, each.model.class_names)} {each.confidence:.1%}"
         f"{' (blank map)' if not each.heatmap.any() else ''}"
-        for each in result.explanations
+        for each in result.opinions
     )
-    truth = true_class(result.job.image, result.explanations[0].model.class_names)
-    wrong = sum(not is_right(each, truth) for each in result.explanations) if truth else 0
-    words = [f"{wrong} wrong" if len(result.explanations) > 1 else "wrong"] * bool(wrong)
-    words += ["disagree"] * (not agree(result.explanations))
-    words += result.explanations[0].remarks
+    truth = true_class(result.job.image, result.opinions[0].model.class_names)
+    wrong = sum(not is_right(each, truth) for each in result.opinions) if truth else 0
+    words = [f"{wrong} wrong" if len(result.opinions) > 1 else "wrong"] * bool(wrong)
+    words += ["disagree"] * (not agree(result.opinions))
+    words += [f"{each.model.title} flagged: {flags_text(each)}" for each in result.opinions if flags_text(each)]
+    words += [NOTHING_TO_SEE] * (NOTHING_TO_SEE in result.notes)
+    words += [sum_remark(each) for each in result.explanations if each.sum_error > MAX_SUM_ERROR]
     return f"{verdict_mark(result)} {printable(result.job.name)}: {'; '.join([verdicts, *words])}"
 
 
@@ -3093,11 +4568,12 @@ def short_class(name: str, names: Sequence[str]) -> str:
 
 
 def run_lines(
-    rows: Sequence[dict[str, str]], models: Sequence[Model], fresh: int, seconds: float
-) -> list[str]:
+    rows: Sequence[dict[str, str]], models: Sequence[Model], observations: dict[str, list[Observation]],
+    fresh: int, seconds: float,
+) -> list[str]:  # fmt: skip
     """What a run over many images found: speed, accuracy, confusion, the images to look at.
 
-    `fresh` is the count of images that were explained in these seconds.
+    `fresh` is the count of images that were explained in these seconds, with these observations.
     """
     failed = [row for row in rows if row["error"]]
     done = [row for row in rows if not row["error"]]
@@ -3106,12 +4582,35 @@ def run_lines(
     if fresh:
         lines.append(f"Speed: {fresh / seconds:.2f} images per second ({fresh} images in {seconds:.1f} s)")
     for model in models:
-        lines += ["", *accuracy_lines(done, model)]
+        lines += ["", *accuracy_lines(done, model), *(f"  {line}" for line in box_lines(done, model))]
+        lines += [f"  {line}" for line in audit_lines(observations.get(model.family.key, ()))]
     if len(models) > 1 and done:
         differ = [row for row in done if row["agree"] == "no"]
         lines += ["", f"Models agree on {len(done) - len(differ)} of {len(done)} images"]
         lines += [f"  Disagree: {shown(Path(row['file']))}" for row in differ]
+        lines += overlap_lines(done)
     return lines
+
+
+def overlap_lines(rows: Sequence[dict[str, str]]) -> list[str]:
+    """How far the two models' maps agree over a run, which is another thing than the same class."""
+    shares = [float(row[AGREEMENT]) for row in rows if row[AGREEMENT]]
+    if not shares:
+        return []
+    few = sum(share < AGREEMENT_LIMIT for share in shares)
+    return [f"Maps share {percent(np.mean(shares))} of their heat on average, in {few} of {len(shares)} images too little"]
+
+
+def box_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
+    """How one model's maps compare with the true boxes, over the images that have one."""
+    key = model.family.key
+    known = [row for row in rows if row[f"{key}_in_box"]]
+    if not known:
+        return []
+    inside = sum(row[f"{key}_in_box"] == "yes" for row in known)
+    heat, area = (np.mean([float(row[f"{key}_{name}"]) for row in known]) for name in ("heat_in_box", "box_area"))
+    share = f"{inside / len(known):.1%} ({inside} of {len(known)})"
+    return [f"True fracture: maximum inside {share}, heat inside {heat:.1%}, chance {area:.1%}"]
 
 
 def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
@@ -3164,31 +4663,57 @@ def read_result(job: Job, models: Sequence[Model], style: FigureStyle) -> Result
     """Read and reduce a job's image: its size does not matter for the memory that a batch takes."""
     try:
         radiograph = load_radiograph(job.image)
+        height, width = radiograph.pixels.shape[:2]
+        box = job.box and box_in_shares(job.box, width, height)
     except ExplainError as error:
         return Result(job, error=str(error).replace(shown(job.image), shown(Path(job.label))))
     inputs = tuple(network_input(radiograph, model.preprocessing) for model in models)
-    return Result(job, panel_picture(radiograph, style), inputs, notes=radiograph.notes)
+    landmarks = landmarks_of(radiograph.pixels)
+    return Result(job, panel_picture(radiograph, style), inputs, notes=radiograph.notes, landmarks=landmarks, box=box)
 
 
 def explained_results(
-    results: Sequence[Result], index: int, classifier: Classifier, target: int | None
-) -> list[Result]:
+    results: Sequence[Result], index: int, classifier: Classifier, target: int | None,
+    methods: Sequence[str], at_once: int, is_verified: bool,
+) -> list[Result]:  # fmt: skip
     """A batch of results with the explanations of one more classifier, whose inputs have this index."""
     inputs = [result.inputs[index] for result in results if not result.error]
-    fresh = iter(explain_batch(classifier, inputs, target) if inputs else ())
-    return [result if result.error else with_explanation(result, next(fresh)) for result in results]
+    fresh = iter(explain_batch(classifier, inputs, target, methods, at_once) if inputs else ())
+    explained = []
+    for result in results:
+        if not result.error:
+            explanations = [next(fresh) for _ in methods]
+            asked = classifier, result.inputs[index], explanations[0], result.landmarks, at_once
+            result = with_explanations(result, explanations, tried(*asked) if is_verified else None)
+        explained.append(result)
+    return explained
 
 
-def with_explanation(result: Result, explanation: Explanation) -> Result:
-    """A result with one explanation more, and the warning that its picture deserves."""
-    if NOTHING_TO_SEE in result.notes:
-        explanation = dataclasses.replace(explanation, remarks=(NOTHING_TO_SEE,))
-    return dataclasses.replace(result, explanations=(*result.explanations, explanation))
+def with_explanations(
+    result: Result, explanations: Sequence[Explanation], trial: Trial | None = None
+) -> Result:
+    """A result with more explanations, what the checks say of each, and the warning that its picture deserves.
+
+    The trial is of the network, and of the first map.
+    """
+    warning = (NOTHING_TO_SEE,) * (NOTHING_TO_SEE in result.notes)
+    trials = [trial, *[None] * (len(explanations) - 1)]
+    checked = tuple(
+        dataclasses.replace(
+            each,
+            remarks=warning + each.remarks,
+            findings=findings_of(Evidence(each, result.landmarks, tested)) if result.landmarks else (),
+            pointing=pointing(each.raw_map, result.box) if result.box else None,
+            passes=tested.passes if tested else 0,
+        )
+        for each, tested in zip(explanations, trials)
+    )
+    return dataclasses.replace(result, explanations=(*result.explanations, *checked))
 
 
 def explain_jobs(
-    jobs: Sequence[Job], classifiers: Sequence[Classifier], targets: Sequence[int | None], batch: int,
-    style: FigureStyle, submit: Submit,
+    jobs: Sequence[Job], classifiers: Sequence[Classifier], targets: Sequence[int | None],
+    methods: Sequence[str], batch: int, style: FigureStyle, submit: Submit, is_verified: bool = False,
 ) -> Iterator[tuple[Result, list[Future[None]]]]:  # fmt: skip
     """Explain images, a batch at a time: each one's result, and its figures as they are being drawn.
 
@@ -3200,10 +4725,12 @@ def explain_jobs(
         results = [read_result(job, models, style) for job in jobs[start : start + batch]]
         drawings: list[list[Future[None]]] = [[] for _ in results]
         for index, (classifier, target) in enumerate(zip(classifiers, targets)):
-            results = explained_results(results, index, classifier, target)
+            before = index * len(methods)
+            results = explained_results(results, index, classifier, target, methods, batch, is_verified)
             for result, begun in zip(results, drawings):
                 told = dataclasses.replace(result, inputs=())
-                ready = [page for page in result.job.pages if max(page.shows) == index and not result.error]
+                pages = () if result.error else result.job.pages
+                ready = [page for page in pages if before <= max(page.shows) < before + len(methods)]
                 begun += [submit(write_page, told, page, style) for page in ready]
                 if index == len(classifiers) - 1 and result.job.panels and not result.error:
                     begun.append(submit(write_panels, told, style))
@@ -3254,7 +4781,7 @@ class Highlights:
 
     def add(self, result: Result, rows: Sequence[dict[str, str]]) -> None:
         """Count a result in, and forget the pictures of those that others push from the sheet."""
-        for explanation in result.explanations:
+        for explanation in result.opinions:
             key = explanation.model.family.key
             self.heat[key] = self.heat.get(key, 0) + explanation.heatmap
         self.look_at(result)
@@ -3267,7 +4794,7 @@ class Highlights:
         if result.error:
             return
         truth = true_class(result.job.image, self.models[0].class_names)
-        wrong = [each for each in result.explanations if truth and not is_right(each, truth)]
+        wrong = [each for each in result.opinions if truth and not is_right(each, truth)]
         picture = Image.fromarray(result.picture)
         picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
         shown_one = max(wrong or result.explanations[:1], key=lambda each: each.confidence)
@@ -3359,11 +4886,41 @@ def drawing_pool(processes: int, is_told: bool) -> Iterator[Submit]:
             pool.shutdown(cancel_futures=True)
 
 
-def progress_bar(total: int, is_shown: bool) -> tqdm:
-    """A bar on a terminal; where standard error is none, only the lines written through it."""
+@contextlib.contextmanager
+def progress_bar(
+    request: Request, classifiers: Sequence[Classifier], images: int, is_quiet: bool
+) -> Iterator[tuple[tqdm, Callable[[], None]]]:
+    """A bar on a terminal, and what counts an image; elsewhere only the lines written through it.
+
+    Where an image takes many passes through the networks the bar counts those, for one image as well.
+    """
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="image", disable=not is_shown or not sys.stderr.isatty())
+    passes = passes_of(request.methods)
+    is_long = passes >= LONG_PASSES
+    is_shown = not is_quiet and sys.stderr.isatty() and (is_long or not request.is_single)
+    total, unit = (images * passes * len(classifiers), "pass") if is_long else (images, "image")
+    with tqdm(total=total, unit=unit, disable=not is_shown) as bar:
+        if not is_long:
+            yield bar, bar.update
+            return
+        with counted_inputs([classifier.network for classifier in classifiers], bar.update):
+            yield bar, lambda: None
+
+
+@contextlib.contextmanager
+def counted_inputs(networks: Sequence[torch.nn.Module], count: Callable[[int], object]) -> Iterator[None]:
+    """Tell `count` after each pass how many inputs went through a network."""
+
+    def tell(network: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        count(len(inputs[0]))
+
+    handles = [network.register_forward_hook(tell) for network in networks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -3373,6 +4930,7 @@ class Request:
     jobs: tuple[Job, ...]
     is_single: bool  # one image, named by itself or drawn: no table, and the console is about it alone
     checkpoints: tuple[tuple[Family, Path], ...]
+    methods: tuple[str, ...]
     style: FigureStyle
     notes: tuple[str, ...] = ()  # lines to say beside what was asked
 
@@ -3406,26 +4964,31 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
         highlights, sheet = Highlights(models), args.output_dir / f"{SHEET_STEM}.{args.format}"
         with results_table(request, models, args.output_dir, args.skip_existing) as (rows, jobs, append):
             started, finished = time.monotonic(), len(rows)
-            results = written_results(explain_jobs(jobs, classifiers, targets, batch, request.style, submit))
-            with progress_bar(len(jobs), is_shown=not (args.quiet or request.is_single)) as bar:
-                for result in results:
+            asked = classifiers, targets, request.methods, batch, request.style, submit, args.verify
+            observations = defaultdict(list)
+            with progress_bar(request, classifiers, len(jobs), args.quiet) as (bar, count_image):
+                for result in written_results(explain_jobs(jobs, *asked)):
+                    for explanation in result.opinions:
+                        observed = observation(explanation, result.landmarks)
+                        observations[explanation.model.family.key].append(observed)
                     rows.append(table_row(result, models))
                     append(rows[-1])
                     highlights.add(result, rows)
                     report(bar, result, request.is_single, args.quiet)
-                    bar.update()
+                    count_image()
             spent = time.monotonic() - started
             if not (request.is_single or args.no_figures) and (jobs or not sheet.exists()):
                 first = {row["file"] for row in looked_at_first(rows, models)} - set(highlights.seen)
                 again = [Job(job.image, job.label, (), (), "") for job in request.jobs if job.label in first]
-                for result, _ in explain_jobs(again, classifiers, targets, batch, request.style, submit):
+                first_method = classifiers, targets, request.methods[:1], batch, request.style, submit
+                for result, _ in explain_jobs(again, *first_method):
                     highlights.look_at(result)
                 submit(write_contact_sheet, sheet, rows, highlights, request.style).result()
     status = int(any(row["error"] for row in rows))
     if request.is_single:
         return [] if status else summary_lines(result), status
     fresh = sum(not row["error"] for row in rows[finished:])
-    lines = run_lines(rows, models, fresh, spent)
+    lines = run_lines(rows, models, observations, fresh, spent)
     files = [f"Table: {shown(args.output_dir / TABLE_NAME)}"]
     files += [f"Contact sheet: {shown(sheet)}"] * (not args.no_figures)
     return [*lines, *files], status
@@ -3454,7 +5017,7 @@ def results_table(
     if request.is_single:
         yield [], list(request.jobs), lambda row: None
         return
-    columns = table_columns(models)
+    columns = table_columns(models, request.methods)
     earlier = earlier_rows(folder, columns) if goes_on else {}
     rows = [row for job in request.jobs if (row := earlier.get(row_key(job.label))) and is_row_of(row, job)]
     finished = {row_key(row["file"]) for row in rows}
@@ -3531,6 +5094,10 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
             {"choices": [*FAMILIES, "both"], "default": "both"},
         ),
         "--compare": ("both models and their comparison, whatever --model says", {"action": "store_true"}),
+        "--method": (
+            f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)",
+            {"nargs": "+", "choices": METHODS, "default": ["gradcam"], "metavar": "METHOD"},
+        ),
         "--target-class": (
             "name or index of the class to explain (default: the predicted class)",
             {"metavar": "CLASS"},
@@ -3555,6 +5122,16 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
             {"type": whole_number(1, 4096), "metavar": "N"},
         ),
     },
+    "checks": {
+        "--verify": (
+            "ask the networks again with markers covered and hot areas erased: up to 19 forward passes each",
+            {"action": "store_true"},
+        ),
+        "--boxes": (
+            "table file,class,x0,y0,x1,y1 of true fractures (default: the test images' own)",
+            {"type": Path, "metavar": "CSV"},
+        ),
+    },
     "outputs": {
         "--output-dir": (
             "where results go (default: explainability_outputs)",
@@ -3563,6 +5140,10 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
         "--colormap": (
             "any matplotlib colormap (default: jet; viridis is perceptually uniform)",
             {"type": colormap_name, "default": "jet", "metavar": "NAME"},
+        ),
+        "--signed": (
+            "draw evidence for and against the class, not the first alone",
+            {"action": "store_true"},
         ),
         "--dpi": (
             "resolution of the figures (default: 150)",
@@ -3713,15 +5294,18 @@ def checked_request(args: argparse.Namespace) -> Request:
         check_image_path(images[0])
     checkpoints, notes = chosen_checkpoints(args)
     check_output_folder(args.output_dir)
-    style = FigureStyle(args.colormap, args.dpi, args.format, args.contours)
+    style = FigureStyle(args.colormap, args.dpi, args.format, args.contours, args.signed)
     labels = [content_label(image) if args.anonymous else str(image) for image in images]
     marks = [(family.key, file_mark(path)) for family, path in checkpoints]
-    asked = marks, args.target_class, args.class_names, style
+    methods = tuple(dict.fromkeys(args.method))
+    boxes, table = known_boxes(args.boxes, images)
+    asked = marks, args.target_class, args.class_names, methods, style, args.verify, table
     keys = [family.key for family, _ in checkpoints]
     wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
     kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
-    jobs = make_jobs(images, labels, keys, args.output_dir, kinds, args.format, asked)
-    return Request(tuple(jobs), is_single, tuple(checkpoints), style, tuple(notes))
+    jobs = make_jobs(images, labels, keys, methods, args.output_dir, kinds, args.format, asked)
+    jobs = [dataclasses.replace(job, box=boxes.get(os.path.realpath(job.image))) for job in jobs]
+    return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, tuple(notes))
 
 
 def hold_streams() -> None:

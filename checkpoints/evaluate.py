@@ -1,6 +1,7 @@
 """Measure a network on data_original/test with the shipped command: accuracy, and where its maps point.
 
     python3 checkpoints/evaluate.py
+    python3 checkpoints/evaluate.py --methods  # the table of the methods, explained in methods.py
 
 For each demo network: accuracy; the share of images whose Grad-CAM maximum lies in the fracture's
 box enlarged by half a grid cell on each side (the pointing game); the share of the heat in that
@@ -9,6 +10,7 @@ box; and the box's mean share of the image, which is what a map that points at r
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import io
@@ -87,6 +89,15 @@ def measure(key: str, checkpoint: Path) -> Measurement:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure the demo networks on data_original/test.")
+    parser.add_argument("--methods", action="store_true", help="judge every method of explainability.py")
+    parser.add_argument("--images", type=int, default=5, help="of each class, with --methods (default: 5)")
+    args = parser.parse_args()
+    if args.methods:
+        import methods
+
+        methods.print_tables(args.images)
+        return 0
     for key, name in DEMOS.items():
         print(f"{name}: {measure(key, HERE / name)}")
     return 0

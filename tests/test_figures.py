@@ -42,7 +42,7 @@ LONG_CLASSES = (
 LONG_NAME = {"checkpoint": Path(f"convnext_{'very_' * 30}long_name.pth")}
 CLEAN = (Finding("border", 0.1, False, "10 % of the heat lies on the border"), Finding("focus", 0.9, False, "90 %"))
 DARK = "71 % of the heat lies where nothing as dense as bone is"
-FLAGGED = (*CLEAN, Finding("dark_cells", 0.71, True, DARK))
+FLAGGED = (*CLEAN, Finding("dark", 0.71, True, DARK))
 ASPECTS = (1 / 3, 1 / 2, 0.62, 0.75, 1, 4 / 3, 1.9, 2.1, 3)
 
 
@@ -251,6 +251,13 @@ def test_panels_are_equal_and_keep_the_shape_of_the_radiograph(aspect):
         assert shape[1] / shape[0] == pytest.approx(aspect, rel=0.02)
         assert {len(bar.pixels) for bar in bars(figure)} == {shape[0]}
         assert {bar.y for bar in bars(figure)} <= {picture.y for picture in pictures(figure)}
+
+
+@pytest.mark.parametrize("aspect, rows, columns", ((1 / 3, 1, 3), (0.5, 1, 3), (0.75, 2, 2), (1, 2, 2), (1.8, 2, 2), (3, 3, 1)))
+def test_panels_are_arranged_as_fills_the_page(aspect, rows, columns):
+    panels = pictures(explanation_figure(view(height=600, width=round(600 * aspect)), an_explanation()))
+    assert len({picture.y for picture in panels}) == rows
+    assert len({picture.x for picture in panels}) == columns
 
 
 def test_very_long_bones_are_as_large_as_the_page_allows():

@@ -1,0 +1,794 @@
+"""The methods beside Grad-CAM: each against arithmetic, enumeration or another library, and its own sum.
+
+Networks here have random weights, livened up: as they come from timm, all norms would do nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+import explainability
+from conftest import an_explanation
+from explainability import (
+    CELL, FAMILIES, HELD_LAYERS, LINEAR_LAYERS, METHODS, PLAYERS, ExplainError, ForwardPass, Job, Result, forward_pass,
+)  # fmt: skip
+
+torch = pytest.importorskip("torch")
+if TYPE_CHECKING:
+    from explainability import Classifier
+
+PROVEN = [key for key, method in METHODS.items() if method.owed]
+COMPARING = [key for key, method in METHODS.items() if method.compares]
+SIZES = (
+    *("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "huge"),
+    *("s", "m", "l", "xl", "b0", "b1", "b2", "b3"),
+)
+ARCHITECTURES = [f"{'convnextv2' if len(size) > 3 else 'tf_efficientnetv2'}_{size}" for size in SIZES]
+
+
+def noise(count: int, size: int = 96, seed: int = 0) -> torch.Tensor:
+    """Inputs with structure at all scales, (count, 3, size, size)."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = [torch.randn((count, 3, cells, cells), generator=generator) for cells in (3, 12, size)]
+    return sum(torch.nn.functional.interpolate(each, (size, size), mode="bilinear") for each in scales)
+
+
+def livened(network: torch.nn.Module) -> torch.nn.Module:
+    """A copy whose norms and biases are random, and whose BatchNorm statistics are those of its inputs."""
+    network, generator = copy.deepcopy(network), torch.Generator().manual_seed(0)
+    for weight in network.parameters():
+        if weight.squeeze().ndim < 2:
+            weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
+    norms = [layer for layer in network.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    for layer in norms:
+        layer.momentum = None  # the plain mean of what it sees
+        layer.reset_running_stats()
+        layer.train()
+    with torch.no_grad():
+        network(noise(8, seed=1))
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def networks(tiny_classifiers: dict[str, Classifier]) -> dict[str, Classifier]:
+    return {
+        key: dataclasses.replace(each, network=livened(each.network))
+        for key, each in tiny_classifiers.items()
+    }
+
+
+@pytest.fixture(autouse=True)
+def few_coalitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SHAP's sum, size and speed do not depend on how many are drawn; what does says so itself."""
+    monkeypatch.setattr(explainability, "COALITIONS", 112)
+
+
+def seen_by(classifier: Classifier, inputs: torch.Tensor, target: int | None = None) -> ForwardPass:
+    return forward_pass(classifier, inputs, target, at_once=4)
+
+
+def seen_by_function(network: torch.nn.Module, inputs: torch.Tensor) -> ForwardPass:
+    """What methods that look at inputs and scores alone need to know of any function of one score."""
+    with torch.no_grad():
+        logits = network(inputs)
+    nothing = torch.zeros(len(inputs), 1, 1, 1)
+    return ForwardPass(
+        network, "", inputs, logits, torch.zeros(len(inputs), dtype=torch.long), nothing, nothing, 4
+    )
+
+
+def relative(difference: torch.Tensor, scale: torch.Tensor) -> float:
+    return float(difference.abs().max() / scale.abs().max())
+
+
+def pixel_sums(maps: torch.Tensor) -> torch.Tensor:
+    """Maps of pixels (B, 3, S, S) summed over colours and cells of CELL x CELL, S a multiple of it."""
+    return torch.nn.functional.avg_pool2d(maps.sum(dim=1, keepdim=True), CELL)[:, 0] * CELL**2
+
+
+# ------------------------------------------------------------------------------------------
+# The table, and the record behind it
+# ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("key", FAMILIES)
+def test_every_method_gives_a_finite_map_for_each_image(networks, key, method):
+    maps = METHODS[method].maps(seen_by(networks[key], noise(2, 64)))
+    assert maps.ndim == 3 and len(maps) == 2
+    assert maps.dtype == torch.float32
+    assert maps.isfinite().all() and (maps != 0).any(dim=2).any(dim=1).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_batch_gives_the_maps_of_single_images(networks, key, method):
+    inputs = noise(2, 64)
+    together = METHODS[method].maps(seen_by(networks[key], inputs, target=1))
+    for index in range(2):
+        (alone,) = METHODS[method].maps(seen_by(networks[key], inputs[index : index + 1], target=1))
+        assert relative(together[index] - alone, alone) < 2e-4
+    assert relative(together[0] - together[1], together[0]) > 0.01
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_image_gives_the_same_bytes(networks, method):
+    first, second = (
+        METHODS[method].maps(seen_by(networks["efficientnet"], noise(1, 64))).numpy() for _ in range(2)
+    )
+    assert first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_method_makes_as_many_passes_as_it_says(networks, key, method):
+    count = 0
+
+    def add(module: object, inputs: tuple[torch.Tensor], output: object) -> None:
+        nonlocal count
+        count += len(inputs[0])
+
+    handle = networks[key].network.register_forward_hook(add)
+    seen = seen_by(networks[key], noise(1, 64))
+    METHODS[method].maps(seen)
+    if METHODS[method].owed:
+        METHODS[method].owed(seen)
+    if METHODS[method].compares:
+        assert seen.reference_logits.shape == (1, 2)  # for what is said of it
+    handle.remove()
+    spared = 512 - 112 if method == "shap" else 0
+    assert count == METHODS[method].passes - spared
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("key", FAMILIES)
+def test_no_method_leaves_anything_on_the_network(networks, key, method):
+    METHODS[method].maps(seen_by(networks[key], noise(1, 64)))
+    for module in networks[key].network.modules():
+        assert not module._forward_hooks and "forward" not in vars(module)
+    assert all(
+        weight.grad is None and not weight.requires_grad for weight in networks[key].network.parameters()
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_input_sizes_that_no_grid_divides_are_accepted(networks, method):
+    seen = seen_by(networks["convnext"], noise(1, 100))
+    (raw,) = METHODS[method].maps(seen)
+    assert raw.isfinite().all() and raw.abs().max() > 0
+    if method in ("shap", "lrp"):
+        assert float(raw.double().sum()) == pytest.approx(
+            float(METHODS[method].owed(seen)), rel=1e-3, abs=1e-5
+        )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_size_of_both_families_has_known_layers_and_a_finer_one(architecture):
+    (family,) = (each for each in FAMILIES.values() if each.names.fullmatch(architecture))
+    network = explainability.build_network(architecture, 2).eval()
+    assert {type(layer).__name__ for layer in network.modules()} <= {*HELD_LAYERS, *LINEAR_LAYERS}
+    shapes = []
+    for path in (family.target_layer, family.finer_layer):
+        network.get_submodule(path).register_forward_hook(
+            lambda layer, inputs, output: shapes.append(output.shape[2:])
+        )
+    network(torch.empty(1, 3, 224, 224, device="meta"))
+    assert sorted(shapes) == [(7, 7), (14, 14)]
+
+
+# ------------------------------------------------------------------------------------------
+# The reference
+# ------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_the_radiograph_under_a_gaussian_blur_of_12_in_224_pixels():
+    ndimage = pytest.importorskip("scipy.ndimage")
+    for size in (224, 448):
+        inputs = noise(1, size)
+        expected = ndimage.gaussian_filter(inputs[0, 0].double().numpy(), size * 12 / 224, truncate=6)
+        middle = slice(size * 3 // 8, size * 5 // 8)  # out of the edges' reach
+        np.testing.assert_allclose(
+            explainability.blurred(inputs)[0, 0, middle, middle], expected[middle, middle], atol=2e-3
+        )
+
+
+def test_a_flat_image_is_its_own_reference():
+    flat = torch.tensor([-2.1, 0.3, 1.7]).view(1, 3, 1, 1).expand(1, 3, 224, 224)
+    assert torch.equal(explainability.blurred(flat), flat)
+
+
+@pytest.mark.parametrize("method", COMPARING)
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_flat_image_has_no_evidence_rather_than_noise(networks, key, method):
+    flat = torch.tensor([-2.1, 0.3, 1.7]).view(1, 3, 1, 1).repeat(1, 1, 64, 64)
+    seen = seen_by(networks[key], flat)
+    assert not METHODS[method].maps(seen).any()
+
+
+# ------------------------------------------------------------------------------------------
+# Grad-CAM++ and Grad-CAM of two stages
+# ------------------------------------------------------------------------------------------
+
+
+def eq_19(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """Grad-CAM++ as the paper writes it, element by element in float64; negative sums count as zero."""
+    maps = torch.zeros(activations.shape[0], *activations.shape[2:], dtype=torch.float64)
+    for image, (layer, slopes) in enumerate(zip(activations.double(), gradients.double())):
+        for channel, slope in zip(layer, slopes):
+            total, weight = max(float(channel.sum()), 0.0), 0.0
+            for value in slope.flatten().tolist():
+                if value > 0:
+                    weight += value**2 / (2 * value**2 + total * value**3) * value
+            maps[image] += weight * channel
+    return maps
+
+
+@pytest.mark.parametrize("scale", (1, 1e-3, 1e-9))  # small gradients must not drown in an epsilon
+def test_grad_cam_plus_plus_is_equation_19(scale):
+    activations, gradients = torch.randn((2, 2, 5, 7, 7), generator=torch.Generator().manual_seed(0))
+    assert (activations.sum(dim=(2, 3)) < 0).any()
+    expected = eq_19(activations, scale * gradients)
+    assert (
+        relative(explainability.grad_cam_plus_plus(activations, scale * gradients) - expected, expected)
+        < 1e-5
+    )
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_grad_cam_plus_plus_of_networks_is_equation_19(networks, key):
+    seen = seen_by(networks[key], noise(1))
+    expected = eq_19(seen.activations, seen.gradients)
+    assert relative(METHODS["gradcam++"].maps(seen) - expected, expected) < 1e-4
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_grad_cam_of_two_stages_is_the_product_of_two_maps_of_captum(networks, key):
+    from captum.attr import LayerGradCam
+
+    inputs, network = noise(1, 224), copy.deepcopy(networks[key].network).requires_grad_(True)
+    layers = [network.get_submodule(getattr(FAMILIES[key], name)) for name in ("target_layer", "finer_layer")]
+    coarse, finer = (LayerGradCam(network, layer).attribute(inputs, 1).detach().relu() for layer in layers)
+    assert coarse.shape[2:] == (7, 7)
+    expected = finer * torch.nn.functional.interpolate(coarse, (14, 14), mode="bilinear")
+    raw = METHODS["gradcam-hires"].maps(seen_by(networks[key], inputs, target=1))
+    assert relative(raw - expected[:, 0], expected) < 1e-4
+
+
+# ------------------------------------------------------------------------------------------
+# Integrated Gradients
+# ------------------------------------------------------------------------------------------
+
+
+class Quadratic(torch.nn.Module):
+    """One score: a + w x + (v x)^2 over all pixels."""
+
+    def __init__(self, curvature: float) -> None:
+        super().__init__()
+        self.slope, self.bend = (noise(1, 64, seed).flatten() / 100 for seed in (2, 3))
+        self.curvature = curvature
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        pixels = inputs.flatten(1)
+        return (1 + pixels @ self.slope + self.curvature * (pixels @ self.bend) ** 2)[:, None]
+
+
+@pytest.mark.parametrize("curvature", (0, 1))
+def test_integrated_gradients_are_exact_on_linear_and_quadratic_functions(curvature):
+    network, inputs = Quadratic(curvature), noise(2, 64)
+    seen = seen_by_function(network, inputs)
+    x, start = inputs.flatten(1), seen.reference.flatten(1)
+    ends = (x @ network.bend + start @ network.bend)[
+        :, None
+    ]  # the mean of a straight line's slope is that of its ends
+    expected = ((x - start) * (network.slope + curvature * ends * network.bend)).view_as(inputs)
+    raw = METHODS["ig"].maps(seen)
+    assert relative(raw - pixel_sums(expected), raw) < 1e-5
+    assert relative(raw.sum(dim=(1, 2)) - seen.gain, raw.abs().sum(dim=(1, 2))) < 1e-5
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_integrated_gradients_are_those_of_captum(networks, key):
+    from captum.attr import IntegratedGradients
+
+    seen = seen_by(networks[key], noise(1), target=0)
+    method = IntegratedGradients(networks[key].network)
+    pixels = method.attribute(
+        seen.inputs, seen.reference, 0, method="gausslegendre", n_steps=explainability.POINTS
+    )
+    raw = METHODS["ig"].maps(seen)
+    assert raw.shape == (1, 96 // CELL, 96 // CELL)
+    assert relative(raw - pixel_sums(pixels.float()), raw) < 1e-4
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_integrated_gradients_sum_to_the_gain(networks, key):
+    seen = seen_by(networks[key], noise(2, 64))
+    np.testing.assert_allclose(METHODS["ig"].maps(seen).sum(dim=(1, 2)), METHODS["ig"].owed(seen), rtol=0.05)
+
+
+@pytest.mark.parametrize("size", (64, 100, 224, 300, 1000))
+def test_cells_are_equal_and_keep_the_sum(size):
+    maps = noise(2, size)
+    cells = explainability.summed_over_cells(maps)
+    assert cells.shape == (2, round(size / CELL), round(size / CELL))
+    np.testing.assert_allclose(
+        cells.double().sum(dim=(1, 2)), maps.double().sum(dim=(1, 2, 3)), rtol=1e-4, atol=1e-2
+    )
+    flat = explainability.summed_over_cells(torch.ones(1, 3, size, size))
+    np.testing.assert_allclose(flat, 3 * (size / round(size / CELL)) ** 2, rtol=1e-5)
+
+
+def test_cells_of_a_size_that_they_divide_are_sums_of_pixels():
+    maps = noise(2, 96)
+    np.testing.assert_allclose(explainability.summed_over_cells(maps), pixel_sums(maps), atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------
+# Layer-wise relevance propagation
+# ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_held_layers_compute_what_the_network_computes(networks, key):
+    network, inputs = networks[key].network, noise(3)
+    with torch.no_grad():
+        expected = network(inputs)
+        with explainability.held_factors(network, 3):
+            assert relative(network(inputs) - expected, expected) < 1e-5
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_scores_are_linear_while_factors_are_held(networks, key):
+    network, (image, start, end) = copy.deepcopy(networks[key].network).double(), noise(3).double()
+    middle = 0.3 * start + 0.7 * end
+    with torch.no_grad(), explainability.held_factors(network, 1):
+        _, *scores = network(torch.stack([image, start, end, middle]))
+    np.testing.assert_allclose(scores[2], 0.3 * scores[0] + 0.7 * scores[1], rtol=1e-9)
+    with torch.no_grad():  # and not otherwise
+        scores = network(torch.stack([start, end, middle]))
+    assert relative(scores[2] - 0.3 * scores[0] - 0.7 * scores[1], scores) > 1e-4
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_relevance_and_biases_make_up_the_score(networks, key):
+    """y = sum(x g) + what the held network says of zeros, in float64."""
+    network, inputs = copy.deepcopy(networks[key].network).double(), noise(2).double()
+    classes = torch.tensor([1, 0])
+    with explainability.held_factors(network, 2):
+        gradients = explainability.input_gradients(network, inputs, classes)
+        with torch.no_grad():
+            scores, biases = network(torch.cat([inputs, torch.zeros_like(inputs)])).split(2)
+    sums = (inputs * gradients).sum(dim=(1, 2, 3))
+    np.testing.assert_allclose(sums, (scores - biases)[[0, 1], classes], rtol=1e-8)
+    np.testing.assert_allclose(scores, network(inputs), rtol=1e-8)
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_relevance_sums_to_what_it_owes(networks, key):
+    seen = seen_by(networks[key], noise(3))
+    raw, owed = METHODS["lrp"].maps(seen), METHODS["lrp"].owed(seen)
+    assert relative(raw.sum(dim=(1, 2)) - owed, raw.abs().sum(dim=(1, 2))) < 1e-5
+
+
+def test_relevance_is_what_the_rule_of_each_layer_gives():
+    """LRP-0 by its own rule, R_j = sum_k a_j w_jk R_k / z_k, activations passing relevance on."""
+    network = torch.nn.Sequential(
+        torch.nn.Flatten(),
+        torch.nn.Linear(48, 5, bias=False),
+        torch.nn.SiLU(),
+        torch.nn.Linear(5, 1, bias=False),
+    )
+    pixels, hidden = noise(1, 4), network[:2]
+    before = hidden(pixels.view(1, 3, 4, 4)).detach().double()[0]
+    after = network[2](before.clone())
+    second, first = network[3].weight.detach().double()[0], network[1].weight.detach().double()
+    relevance = after * second  # of the hidden units: with one output, R_k / z_k is 1
+    expected = (first * pixels.flatten().double() * (relevance / before)[:, None]).sum(dim=0)
+    with explainability.held_factors(network, 1):
+        gradients = explainability.input_gradients(network, pixels, torch.zeros(1, dtype=torch.long))
+    np.testing.assert_allclose((pixels * gradients).flatten(), expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_layers_have_their_own_forward_again_after_an_exception(networks, key):
+    network = networks[key].network
+    with pytest.raises(KeyError), explainability.held_factors(network, 1):
+        swapped = [module for module in network.modules() if "forward" in vars(module)]
+        assert {type(module).__name__ for module in swapped} <= HELD_LAYERS.keys() and len(swapped) > 20
+        raise KeyError
+    assert not any("forward" in vars(module) for module in network.modules())
+
+
+def test_layers_that_multiply_and_are_not_known_are_refused():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Softplus(), torch.nn.Hardswish())
+    with pytest.raises(
+        ExplainError, match="^--method lrp: no rule for Hardswish, Softplus in this network; "
+    ):
+        with explainability.held_factors(network, 1):
+            pass
+    assert not any("forward" in vars(module) for module in network.modules())
+
+
+# ------------------------------------------------------------------------------------------
+# Occlusion and SHAP
+# ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key, size", (("efficientnet", 56), ("convnext", 84)))
+def test_occlusion_is_that_of_captum(networks, key, size):
+    from captum.attr import Occlusion
+
+    exact = dataclasses.replace(networks[key], network=copy.deepcopy(networks[key].network).double())
+    seen = seen_by(exact, noise(1, size).double(), target=1)
+    window, stride = size // 7, size // 14
+    with torch.no_grad():
+        pixels = Occlusion(exact.network).attribute(
+            seen.inputs, (3, window, window), (3, stride, stride), seen.reference, 1, perturbations_per_eval=4
+        )
+    expected = pixels[:, 0, ::stride, ::stride]
+    raw = METHODS["occlusion"].maps(seen)
+    assert raw.shape == (1, 14, 14)
+    assert relative(raw - expected, raw) < 1e-4
+    assert (raw < 0).any()
+
+
+def test_what_is_kept_stays_to_the_bit_and_the_rest_is_the_reference():
+    given = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            given.append(inputs)
+            return inputs.sum(dim=(1, 2, 3))[:, None]
+
+    seen = seen_by_function(Spy(), noise(1, 66))
+    given.clear()
+    explainability.falls(seen, torch.tensor([[[True, False, False]] * 3]))
+    (masked,) = given[0]
+    assert torch.equal(masked[..., :22], seen.inputs[0, ..., :22])
+    assert torch.equal(masked[..., 22:], seen.reference[0, ..., 22:])
+
+
+def test_batches_of_masked_inputs_are_no_larger_than_memory_has_room_for(networks):
+    largest = 0
+
+    def note(module: object, inputs: tuple[torch.Tensor], output: object) -> None:
+        nonlocal largest
+        largest = max(largest, len(inputs[0]))
+
+    handle = networks["convnext"].network.register_forward_hook(note)
+    seen = forward_pass(networks["convnext"], noise(2, 64), None, at_once=3)
+    for method in ("ig", "shap", "occlusion"):
+        METHODS[method].maps(seen)
+    handle.remove()
+    assert largest == 3
+
+
+def game(sets: np.ndarray) -> np.ndarray:
+    """Worths of sets of nine players (M, 9) that help and hinder each other, two games: (2, M)."""
+    weights = np.random.default_rng(5).normal(size=(2, 9))
+    pairs = np.random.default_rng(6).normal(size=(9, 9)) / 9
+    joint = np.einsum("mi,ij,mj->m", sets.astype(float), pairs, sets.astype(float))
+    return (sets @ weights.T).T + np.stack([joint, np.tanh(joint)])
+
+
+def enumerated(worth: dict[frozenset[int], float], players: int) -> list[float]:
+    """Shapley values from the worths of all sets."""
+    values = []
+    for player in range(players):
+        value = 0.0
+        for size in range(players):
+            share = math.factorial(size) * math.factorial(players - size - 1) / math.factorial(players)
+            for others in itertools.combinations([each for each in range(players) if each != player], size):
+                value += share * (worth[frozenset((*others, player))] - worth[frozenset(others)])
+        values.append(value)
+    return values
+
+
+def test_shapley_values_are_those_of_enumeration():
+    every = np.array(list(itertools.product((False, True), repeat=9)))
+    sets = explainability.coalitions(9, 400)
+    for index, worths in enumerate(game(every)):
+        worth = {frozenset(np.flatnonzero(members).tolist()): value for members, value in zip(every, worths)}
+        expected = np.array(enumerated(worth, 9))
+        values = explainability.shapley_values(sets, game(sets)[index][None], worths[-1:] - worths[:1])[0]
+        assert np.abs(values - expected).max() < 0.02 * np.abs(expected).max()
+        assert values.sum() == pytest.approx(worths[-1] - worths[0], rel=1e-9)
+
+
+def test_shapley_values_of_an_additive_game_are_exact():
+    values = np.random.default_rng(0).normal(size=(1, 49))
+    sets = explainability.coalitions(49, 512)
+    np.testing.assert_allclose(
+        explainability.shapley_values(sets, values @ sets.T, values.sum(axis=1)), values, atol=1e-9
+    )
+
+
+def test_coalitions_are_pairs_of_complements_drawn_with_the_kernels_chance():
+    sets = explainability.coalitions(9, 20_000)
+    assert (sets[:10_000] == ~sets[10_000:]).all()
+    sizes = np.bincount(sets.sum(axis=1), minlength=10) / len(sets)
+    kernel = np.array([0, *(1 / (size * (9 - size)) for size in range(1, 9)), 0])
+    np.testing.assert_allclose(sizes, kernel / kernel.sum(), atol=0.01)
+    np.testing.assert_allclose(sets.mean(axis=0), 0.5, atol=1e-9)
+    assert (explainability.coalitions(9, 100) == explainability.coalitions(9, 100)).all()
+
+
+class Bright(torch.nn.Module):
+    """One score: the sum of all pixels, cell by cell, the first cell's counted three times."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return (inputs.sum(dim=(1, 2, 3)) + 2 * inputs[..., :32, :32].sum(dim=(1, 2, 3)))[:, None]
+
+
+def test_shap_of_an_additive_network_is_the_difference_that_each_cell_makes():
+    seen = seen_by_function(Bright(), noise(1, 224))
+    expected = torch.nn.functional.avg_pool2d((seen.inputs - seen.reference).sum(dim=1), 32) * 32**2
+    expected[:, 0, 0] *= 3
+    raw = METHODS["shap"].maps(seen)
+    assert relative(raw - expected, expected) < 1e-3
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_shap_sums_to_the_gain(networks, key):
+    seen = seen_by(networks[key], noise(2, 64))
+    raw = METHODS["shap"].maps(seen)
+    assert raw.shape == (2, PLAYERS, PLAYERS)
+    np.testing.assert_allclose(raw.sum(dim=(1, 2)), METHODS["shap"].owed(seen), rtol=1e-3, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------
+# Full size
+# ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", FAMILIES)
+def test_full_size_networks_pay_what_they_owe(key):
+    import timm
+
+    torch.manual_seed(0)
+    network = livened(
+        timm.create_model(FAMILIES[key].full_size.partition(".")[0], num_classes=2).requires_grad_(False)
+    )
+    inputs = noise(1, 224)
+    family = FAMILIES[key]
+    seen = ForwardPass(
+        network,
+        family.finer_layer,
+        inputs,
+        *explainability.layer_gradients(network, family.target_layer, inputs, None),
+        4,
+    )
+    for method in PROVEN:
+        raw, owed = METHODS[method].maps(seen), METHODS[method].owed(seen)
+        tolerance = 0.05 * owed.abs() if method == "ig" else 2e-5 * raw.abs().sum()
+        assert (raw.sum() - owed).abs() < tolerance, method
+
+
+# ------------------------------------------------------------------------------------------
+# What comes of it: remarks, files, table, console
+# ------------------------------------------------------------------------------------------
+
+
+def test_one_pass_serves_several_methods(networks):
+    count, methods = 0, ("gradcam", "gradcam-hires", "ig", "lrp", "occlusion")
+
+    def add(inputs: int) -> None:
+        nonlocal count
+        count += inputs
+
+    with explainability.counted_inputs([networks["convnext"].network], add):
+        explanations = explainability.explain_batch(networks["convnext"], noise(1, 64).numpy(), None, methods)
+    assert [each.method for each in explanations] == list(methods)
+    assert count == explainability.passes_of(methods) < sum(METHODS[key].passes for key in methods)
+    assert not networks["convnext"].network._forward_hooks
+
+
+def test_explanations_come_image_by_image_each_with_what_it_owes(networks):
+    together = explainability.explain_batch(
+        networks["efficientnet"], noise(2, 64).numpy(), 1, ("gradcam", "lrp")
+    )
+    assert [each.method for each in together] == ["gradcam", "lrp"] * 2
+    for index in range(2):
+        inputs = noise(2, 64)[index : index + 1].numpy()
+        gradcam, lrp = explainability.explain_batch(networks["efficientnet"], inputs, 1, ("gradcam", "lrp"))
+        assert gradcam.owed is None and not gradcam.remarks
+        assert together[2 * index + 1].owed == pytest.approx(lrp.owed, rel=1e-3)
+        np.testing.assert_allclose(together[2 * index].raw_map, gradcam.raw_map, rtol=1e-3, atol=1e-6)
+    assert together[1].sum_error < 1e-3
+
+
+def test_a_sum_that_is_off_by_more_than_5_percent_is_flagged():
+    total = float(np.arange(-24, 26, dtype=np.float32).sum())
+    raw_map = np.arange(-24, 26, dtype=np.float32).reshape(5, 10)
+    good, bad = (an_explanation(method="ig", raw_map=raw_map, owed=total / share) for share in (0.96, 0.93))
+    assert good.sum_error == pytest.approx(0.04) and bad.sum_error == pytest.approx(0.07)
+    remarks = [explainability.method_remarks(each, np.float32([0.1, 0.9]), 3.0) for each in (good, bad)]
+    assert [len(each) for each in remarks] == [1, 2]
+    assert remarks[1][1] == "The sum of the map by Integrated Gradients is off by 7%"
+    job = Job(Path("wrist.jpg"), "wrist.jpg", (), (), "")
+    results = [Result(job, explanations=(each,)) for each in (good, bad)]
+    assert ["is off by 7%" in explainability.result_line(each) for each in results] == [False, True]
+
+
+def test_rounding_of_a_sum_of_nothing_is_not_flagged():
+    raw_map = np.float32([[1000, -1000.001], [0, 0]])
+    assert an_explanation(method="ig", raw_map=raw_map, owed=0.0).sum_error == 0
+    assert an_explanation(method="ig", raw_map=np.zeros((2, 2), np.float32), owed=1e-7).sum_error == 0
+    assert an_explanation(method="ig", raw_map=raw_map + 1, owed=0.0).sum_error > 0.05
+
+
+def test_what_the_network_says_of_the_reference_is_told():
+    explanation = an_explanation(method="ig", owed=0.0)
+    (told,) = explainability.method_remarks(explanation, np.float32([0.04, 0.96]), 3.0)
+    assert told == "Compared with the blurred radiograph, which the network calls Simple Fracture, 96.0%"
+    _, little, *_ = explainability.method_remarks(explanation, np.float32([0.04, 0.96]), 0.3)
+    assert little.startswith("Comminuted Fracture scores +0.3 on the radiograph against it")
+
+
+def test_negative_share_is_of_the_magnitude():
+    assert an_explanation(raw_map=np.float32([[-1, 3], [0, 0]])).negative_share == 0.25
+    assert an_explanation(raw_map=np.zeros((2, 2), np.float32)).negative_share == 0
+
+
+def test_figures_of_grad_cam_keep_their_names_and_others_never_take_them():
+    both = ("convnext", "efficientnet")
+    assert explainability.page_prefixes(both, ("gradcam",)) == {
+        "gradcam_convnext": (0,), "gradcam_efficientnet": (1,), "comparison": (0, 1)
+    }  # fmt: skip
+    assert explainability.page_prefixes(both, ("gradcam", "ig")) == {
+        "gradcam_convnext": (0,), "ig_convnext": (1,), "gradcam_efficientnet": (2,), "ig_efficientnet": (3,),
+        "comparison": (0, 2), "comparison_ig": (1, 3), "methods_convnext": (0, 1), "methods_efficientnet": (2, 3),
+    }  # fmt: skip
+    assert explainability.page_prefixes(("convnext",), ("lrp",)) == {"lrp_convnext": (0,)}
+
+
+def test_two_results_of_one_name_are_refused(tmp_path):
+    images = [tmp_path / "x.png", tmp_path / "ig_x.png"]
+    asked = images, ["x.png", "ig_x.png"], ["convnext", "efficientnet"]
+    explainability.make_jobs(*asked, ["ig"], tmp_path / "out", ["figures"], "png", "")
+    with pytest.raises(
+        ExplainError, match="comparison_ig_x.png: two results of this run would have this name"
+    ):
+        explainability.make_jobs(*asked, ["gradcam", "ig"], tmp_path / "out", ["figures"], "png", "")
+
+
+def test_pages_are_of_one_map_of_two_models_or_of_several_methods(monkeypatch):
+    for name in ("explanation_figure", "comparison_figure", "methods_figure"):
+        monkeypatch.setattr(explainability, name, lambda view, shown, *rest, name=name: (name, *rest))
+    one, other = an_explanation(), an_explanation(method="ig")
+    kinds = [explainability.page_figure(None, each) for each in ([one], [one, one], [one, other])]
+    assert kinds == [
+        ("explanation_figure",),
+        ("comparison_figure",),
+        ("methods_figure", ["1 pass", "34 passes"]),
+    ]
+
+
+def test_maps_keep_their_sign_and_say_what_they_must_sum_to(tiny_arguments, xray, tmp_path, capsys):
+    options = (
+        "--image",
+        str(xray),
+        "--method",
+        "gradcam",
+        "lrp",
+        "--save-maps",
+        "--no-figures",
+        "--model",
+        "convnext",
+    )
+    assert explainability.main([*tiny_arguments, *options]) == 0
+    folder = tmp_path / "figures"
+    assert {path.name for path in folder.iterdir()} == {
+        f"map_{kind}convnext_xray.{ending}" for kind in ("", "lrp_") for ending in ("npy", "json")
+    }
+    raw_map = np.load(folder / "map_lrp_convnext_xray.npy")
+    told, usual = (
+        json.loads((folder / f"map_{kind}convnext_xray.json").read_text()) for kind in ("lrp_", "")
+    )
+    assert raw_map.min() < 0 < raw_map.max() and raw_map.shape == (28, 28)
+    assert told["method"] == "lrp" and usual["method"] == "gradcam"
+    assert told["sum"] == pytest.approx(float(raw_map.sum(dtype=float)))
+    assert told["sum_owed"] == pytest.approx(told["sum"], rel=1e-2)
+    assert usual["sum_owed"] is None and usual["reference"] is None
+    assert any("blurred radiograph" in remark for remark in told["remarks"])
+    said = capsys.readouterr().out
+    assert "  LRP: sum " in said and "blurred radiograph, which the network calls" in said
+
+
+def test_a_run_has_columns_for_each_method_and_knows_what_is_finished(tiny_arguments, xray, tmp_path, capsys):
+    def run(*methods: str) -> int:
+        options = (
+            "--image",
+            str(xray.parent),
+            "--no-figures",
+            "--save-maps",
+            "--model",
+            "convnext",
+            "--skip-existing",
+        )
+        return explainability.main([*tiny_arguments, *options, "--method", *methods])
+
+    assert run("gradcam", "lrp") == 0
+    (row,) = csv.DictReader((tmp_path / "figures" / "summary.csv").read_text().splitlines())
+    raw_map = np.load(tmp_path / "figures" / "map_lrp_convnext_xray.npy")
+    assert float(row["convnext_lrp_sum"]) == pytest.approx(float(raw_map.sum(dtype=float)), rel=1e-4)
+    assert float(row["convnext_lrp_sum_owed"]) == pytest.approx(float(row["convnext_lrp_sum"]), rel=1e-2)
+    assert 0 < float(row["convnext_lrp_negative_share"]) < 1
+    assert row["convnext_method"] == "gradcam" and "convnext_sum" not in row
+    assert run("gradcam", "lrp") == 0 and "left alone: 1" in capsys.readouterr().out
+    assert run("lrp") == 1 and "another --model or --method" in capsys.readouterr().err
+
+
+def test_an_unknown_method_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        explainability.main(["--method", "lime"])
+    assert "gradcam-hires" in capsys.readouterr().err
+
+
+def test_another_method_takes_one_function_and_one_entry(tiny_arguments, xray, tmp_path, monkeypatch):
+    def brightness(seen: ForwardPass) -> torch.Tensor:
+        return seen.inputs.mean(dim=1)[:, ::32, ::32]
+
+    monkeypatch.setitem(
+        METHODS, "bright", explainability.Method("bright", "Brightness", "none", brightness, 1)
+    )
+    options = "--image", str(xray), "--method", "bright", "--save-maps", "--no-figures"
+    assert explainability.main([*tiny_arguments, *options]) == 0
+    assert np.load(tmp_path / "figures" / "map_bright_efficientnet_xray.npy").shape == (7, 7)
+
+
+def test_a_map_that_is_not_finite_is_refused(tiny_arguments, xray, monkeypatch, capsys):
+    def broken(seen: ForwardPass) -> torch.Tensor:
+        return seen.inputs[:, 0] / 0
+
+    monkeypatch.setitem(METHODS, "broken", explainability.Method("broken", "Broken", "none", broken, 1))
+    assert (
+        explainability.main([*tiny_arguments, "--image", str(xray), "--method", "broken", "--no-figures"])
+        == 1
+    )
+    assert "the map by Broken is not finite; choose another --method" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method, unit", (("ig", "pass"), ("gradcam", "image")))
+def test_a_long_method_counts_its_passes_on_a_terminal(networks, monkeypatch, method, unit):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    request = explainability.Request((), False, (), (method,), None)
+    with explainability.progress_bar(request, [networks["convnext"]], 1, False) as (bar, count_image):
+        explainability.explain_batch(networks["convnext"], noise(1, 64).numpy(), None, (method,))
+        count_image()
+        assert bar.n == bar.total == METHODS[method].passes
+        assert bar.unit == unit and not bar.disable
+
+
+def test_one_image_by_grad_cam_has_no_bar(networks, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    request = explainability.Request((), True, (), ("gradcam",), None)
+    with explainability.progress_bar(request, [networks["convnext"]], 1, False) as (bar, _):
+        assert bar.disable
+
+
+@pytest.mark.slow
+def test_signed_figures_and_methods_figures_are_drawn(tiny_arguments, xray, tmp_path):
+    options = "--image", str(xray), "--method", "gradcam", "lrp", "--model", "convnext"
+    assert explainability.main([*tiny_arguments, *options]) == 0
+    plain = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    assert plain.keys() == {f"{kind}_convnext_xray.png" for kind in ("gradcam", "lrp", "methods")}
+    assert explainability.main([*tiny_arguments, *options, "--signed"]) == 0
+    assert all((tmp_path / "figures" / name).read_bytes() != page for name, page in plain.items())
