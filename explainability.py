@@ -1110,7 +1110,7 @@ class Part:
 
     weight: int = 1  # parts and characters in it
     depth: int = 0  # containers in it, one in the other
-    told: str = ""  # a text, the name of what may be called, or the second of a pair
+    told: str = ""  # a text, the name of what may be called, or the second part of a tuple
     is_used: bool = False  # it is in another part
 
 
@@ -1163,7 +1163,9 @@ class StructureWalk:
         self.steps += 3  # beside its own: containers take more time and memory than numbers
         self.weight += weight * (CALL_WEIGHT if step in CALLING_STEPS else 1)
         if step not in FILLING_STEPS:
-            stack.append(Part(LONG_WEIGHT if step == "LONG1" else 1, told=items[1].told if step == "TUPLE2" else ""))
+            naming = {"TUPLE": items[1:2], "TUPLE2": items[1:], "BINPERSID": items}.get(step)
+            told = naming[0].told if naming else ""
+            stack.append(Part(LONG_WEIGHT if step == "LONG1" else 1, told=told))
         whole = stack[-1]
         whole.weight, whole.depth = whole.weight + weight, max(whole.depth, depth)
         # A part that is filled when it is in another already could come to hold itself.
@@ -1175,6 +1177,8 @@ class StructureWalk:
 
 def check_call(function: Part, arguments: Part) -> None:
     """Raise ValueError, in torch's words, for a call that no checkpoint of a network makes."""
+    if "_sparse_" in function.told or "_get_layout" in function.told:  # to check them takes as long as their indices claim
+        raise ExplainError("not the floats of a network: sparse tensors; save the trained weights as dense floats")
     is_known = CHECKPOINT_CALLS.fullmatch(function.told)
     if not is_known or (function.told == "_codecs encode" and arguments.told != "latin1"):
         raise ValueError(f"GLOBAL {function.told.replace(' ', '.')}")
@@ -1251,7 +1255,6 @@ def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Te
         notes = [f"EMA weights taken from {taken}: the only ones in the file"]
     notes += [f"EMA weights beside them ({key}) not used" for key in others if key in EMA_KEYS]
     notes += [f"other weights beside them ({key}) not used" for key in others if key in MODEL_KEYS]
-    check_numbers(places[taken], path)
     return places[taken], notes
 
 
@@ -1519,6 +1522,7 @@ def network_of(
         cause = f"holds another network, without the key {family.landmark}"
         raise refusal(path, cause, f"give one of timm's {fitting}: this tool explains no others")
     check_fit(network, weights, f"{architecture} ({why})", path)
+    check_numbers(weights, path)
     weights, notes = in_float32(weights, path)
     counters = [key for key in network.state_dict() if key not in weights]
     network.load_state_dict(weights | {key: zero_counter() for key in counters}, strict=True, assign=True)
@@ -4836,7 +4840,8 @@ def started_pool(processes: int) -> ProcessPoolExecutor:
     """
     if not can_be_imported():
         raise OSError("they could not import this script")
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
+    with holding_signals():  # for the process that Python adds, too; it lets Ctrl-C through again, so:
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
     try:
         with holding_signals():
             for _ in range(processes):
