@@ -4,6 +4,7 @@
     python3 explainability.py
     python3 explainability.py --image xray.jpg
     python3 explainability.py --image xray.jpg --model convnext
+    python3 explainability.py --image xray.jpg --method gradcam ig lrp
 
 Grad-CAM: R. R. Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via
 Gradient-based Localization", ICCV 2017. Equation numbers below are that paper's.
@@ -15,7 +16,9 @@ Glossary
     activations   output of the target layer, (B, C, h, w)
     logits        class scores before the softmax, (B, K)
     gradients     d logit / d activations, (B, C, h, w)
-    raw map       weighted sum of the activations before the ReLU, signed, (h, w)
+    raw map       what a method makes of one image, signed, (h, w): for Grad-CAM the weighted sum of
+                  the activations before the ReLU
+    reference     the radiograph blurred: what methods compare it with, (B, 3, S, S)
     heatmap       the raw map after ReLU and division by its maximum, float32 in [0, 1], (h, w)
     probability   softmax of the logits, in [0, 1]; percent only in text
 
@@ -1107,7 +1110,7 @@ class Part:
 
     weight: int = 1  # parts and characters in it
     depth: int = 0  # containers in it, one in the other
-    told: str = ""  # a text, the name of what may be called, or the second of a pair
+    told: str = ""  # a text, the name of what may be called, or the second part of a tuple
     is_used: bool = False  # it is in another part
 
 
@@ -1160,7 +1163,9 @@ class StructureWalk:
         self.steps += 3  # beside its own: containers take more time and memory than numbers
         self.weight += weight * (CALL_WEIGHT if step in CALLING_STEPS else 1)
         if step not in FILLING_STEPS:
-            stack.append(Part(LONG_WEIGHT if step == "LONG1" else 1, told=items[1].told if step == "TUPLE2" else ""))
+            naming = {"TUPLE": items[1:2], "TUPLE2": items[1:], "BINPERSID": items}.get(step)
+            told = naming[0].told if naming else ""
+            stack.append(Part(LONG_WEIGHT if step == "LONG1" else 1, told=told))
         whole = stack[-1]
         whole.weight, whole.depth = whole.weight + weight, max(whole.depth, depth)
         # A part that is filled when it is in another already could come to hold itself.
@@ -1172,6 +1177,8 @@ class StructureWalk:
 
 def check_call(function: Part, arguments: Part) -> None:
     """Raise ValueError, in torch's words, for a call that no checkpoint of a network makes."""
+    if "_sparse_" in function.told or "_get_layout" in function.told:  # to check them takes as long as their indices claim
+        raise ExplainError("not the floats of a network: sparse tensors; save the trained weights as dense floats")
     is_known = CHECKPOINT_CALLS.fullmatch(function.told)
     if not is_known or (function.told == "_codecs encode" and arguments.told != "latin1"):
         raise ValueError(f"GLOBAL {function.told.replace(' ', '.')}")
@@ -1248,7 +1255,6 @@ def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Te
         notes = [f"EMA weights taken from {taken}: the only ones in the file"]
     notes += [f"EMA weights beside them ({key}) not used" for key in others if key in EMA_KEYS]
     notes += [f"other weights beside them ({key}) not used" for key in others if key in MODEL_KEYS]
-    check_numbers(places[taken], path)
     return places[taken], notes
 
 
@@ -1516,6 +1522,7 @@ def network_of(
         cause = f"holds another network, without the key {family.landmark}"
         raise refusal(path, cause, f"give one of timm's {fitting}: this tool explains no others")
     check_fit(network, weights, f"{architecture} ({why})", path)
+    check_numbers(weights, path)
     weights, notes = in_float32(weights, path)
     counters = [key for key in network.state_dict() if key not in weights]
     network.load_state_dict(weights | {key: zero_counter() for key in counters}, strict=True, assign=True)
@@ -1678,17 +1685,18 @@ def forward_pass(
 ) -> ForwardPass:
     """What every method needs of a batch; explains class `target`, or each image's predicted class.
 
-    Raises ExplainError where the network's output is not finite.
+    Later passes take `at_once` inputs of the usual size together, and fewer larger ones. Raises
+    ExplainError where the network's output is not finite.
     """
     import torch
 
     family, network = classifier.model.family, classifier.network
+    at_once = min(at_once, max(1, at_once * INPUT_SIZE**2 // inputs[0, 0].numel()))
     wanted = None if target is None else torch.full((len(inputs),), target, device=inputs.device)
     logits, *rest = layer_gradients(network, family.target_layer, inputs, wanted)
     if not torch.isfinite(logits).all():
-        raise refusal(
-            classifier.model.checkpoint, "the network's output is not finite", "its weights are damaged"
-        )
+        cause = "the network's output is not finite"
+        raise refusal(classifier.model.checkpoint, cause, "its weights are damaged")
     return ForwardPass(network, family.finer_layer, inputs, logits, *rest, at_once)
 
 
@@ -1820,7 +1828,7 @@ def held_response_norm(layer: torch.nn.Module, count: int, inputs: torch.Tensor)
 def held_gelu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
     import torch
 
-    return inputs * held(torch.special.ndtr(inputs[:count]), inputs)
+    return inputs * held((1 + torch.erf(inputs[:count] / 2**0.5)) / 2, inputs)
 
 
 def held_silu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
@@ -1890,19 +1898,25 @@ def held_factors(network: torch.nn.Module, count: int) -> Iterator[None]:
 
 def relevance(seen: ForwardPass) -> torch.Tensor:
     """LRP-0: (x - x') times the gradient of the score with all factors held: (B, g, g)."""
-    maps = seen.inputs - seen.reference
-    with held_factors(seen.network, len(maps)):
-        return summed_over_cells(maps * input_gradients(seen.network, seen.inputs, seen.explained))
+    import torch
+
+    gradients = []
+    for inputs, classes in zip(seen.inputs.split(seen.at_once), seen.explained.split(seen.at_once)):
+        with held_factors(seen.network, len(inputs)):
+            gradients.append(input_gradients(seen.network, inputs, classes))
+    return summed_over_cells((seen.inputs - seen.reference) * torch.cat(gradients))
 
 
 def relevance_owed(seen: ForwardPass) -> torch.Tensor:
     """How much lower the explained classes score on the reference with the radiographs' factors: (B,)."""
     import torch
 
-    count = len(seen.inputs)
-    with torch.no_grad(), held_factors(seen.network, count):
-        scores = chosen(seen.network(torch.cat([seen.inputs, seen.reference])), seen.explained.repeat(2))
-    return scores[:count] - scores[count:]
+    owed = []
+    for pair, explained in zip(torch.stack([seen.inputs, seen.reference], dim=1), seen.explained):
+        with torch.no_grad(), held_factors(seen.network, 1):
+            score, reference_score = seen.network(pair)[:, explained]
+        owed.append(score - reference_score)
+    return torch.stack(owed)
 
 
 # Parts covered
@@ -1998,63 +2012,35 @@ METHODS = {
     method.key: method
     for method in (
         Method(
-            key="gradcam",
-            title="Grad-CAM",
-            citation="Selvaraju et al., ICCV 2017",
-            maps=lambda seen: grad_cam(seen.activations, seen.gradients),
-            passes=1,
+            "gradcam", "Grad-CAM", "Selvaraju et al., ICCV 2017",
+            lambda seen: grad_cam(seen.activations, seen.gradients), 1,
         ),
         Method(
-            key="gradcam++",
-            title="Grad-CAM++",
-            citation="Chattopadhay et al., WACV 2018",
-            maps=lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients),
-            passes=1,
+            "gradcam++", "Grad-CAM++", "Chattopadhay et al., WACV 2018",
+            lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients), 1,
         ),
         Method(
-            key="gradcam-hires",
-            title="Grad-CAM, high resolution",
-            citation="Selvaraju et al., ICCV 2017, at two stages; the product is this tool's",
-            maps=finer_grad_cam,
-            passes=2,
+            "gradcam-hires", "Grad-CAM, high resolution", "Grad-CAM at two stages, multiplied by this tool",
+            finer_grad_cam, 2,
         ),
         Method(
-            key="ig",
-            title="Integrated Gradients",
-            citation="Sundararajan et al., ICML 2017",
-            maps=integrated_gradients,
-            passes=2 + POINTS,
-            owed=lambda seen: seen.gain,
-            compares=True,
+            "ig", "Integrated Gradients", "Sundararajan et al., ICML 2017",
+            integrated_gradients, 2 + POINTS, owed=lambda seen: seen.gain, compares=True,
         ),
         Method(
-            key="shap",
-            title="SHAP",
-            citation="Lundberg & Lee, NeurIPS 2017; Covert & Lee, AISTATS 2021",
-            maps=kernel_shap,
-            passes=2 + COALITIONS,
-            owed=lambda seen: seen.gain,
-            compares=True,
+            "shap", "SHAP", "Lundberg & Lee, NeurIPS 2017; Covert & Lee, AISTATS 2021",
+            kernel_shap, 2 + COALITIONS, owed=lambda seen: seen.gain, compares=True,
         ),
         Method(
-            key="lrp",
-            title="LRP",
-            citation="Bach et al., PLOS ONE 2015; factors held as in Ali et al., ICML 2022",
-            maps=relevance,
-            passes=5,
-            owed=relevance_owed,
-            compares=True,
+            "lrp", "LRP", "Bach et al., PLOS ONE 2015; factors held as by Ali et al., ICML 2022",
+            relevance, 5, owed=relevance_owed, compares=True,
         ),
         Method(
-            key="occlusion",
-            title="Occlusion",
-            citation="Zeiler & Fergus, ECCV 2014",
-            maps=occlusion,
-            passes=2 + WINDOWS**2,
-            compares=True,
+            "occlusion", "Occlusion", "Zeiler & Fergus, ECCV 2014",
+            occlusion, 2 + WINDOWS**2, compares=True,
         ),
     )
-}
+}  # fmt: skip
 
 
 def passes_of(methods: Sequence[str]) -> int:
@@ -2872,7 +2858,7 @@ def read_boxes(path: Path) -> dict[str, TrueBox]:
 
 
 def known_boxes(table: Path | None, images: Sequence[Path]) -> tuple[dict[str, TrueBox], tuple[int, str]]:
-    """Boxes by `read_boxes` of the table named, or of the test images' own for these; and the table's mark."""
+    """Boxes by `read_boxes` of the table named, or of the test images' own; and the table's mark."""
     if table is None:
         if not any(TEST_IMAGES in Path(os.path.realpath(image)).parents for image in images):
             return {}, (0, "")
@@ -2985,7 +2971,8 @@ def plain_matplotlib() -> Any:
             from matplotlib import font_manager  # noqa: F401  here, as it looks for a folder for its cache
         except Exception as error:
             cause = f"cannot be imported ({brief(str(error))})"
-            raise ExplainError(f"matplotlib: {cause}; set MPLCONFIGDIR to a folder that can be written") from error
+            remedy = "set MPLCONFIGDIR to a folder that can be written"
+            raise ExplainError(f"matplotlib: {cause}; {remedy}") from error
     lasting = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "explainability"}
     matplotlib.rcParams.update({**lasting, "text.hinting": "none"})
     return matplotlib
@@ -4208,7 +4195,7 @@ def is_finished(job: Job) -> bool:
 
 
 def digest_in(path: Path) -> str | None:
-    """The digest of the job that wrote a file; "" where it holds none, None where it is not there or not whole."""
+    """The digest of the job that wrote a file; "" where it holds none, None where it is not whole."""
     try:
         with open_regular(path) as file:
             if path.suffix == ".json":
@@ -4413,14 +4400,15 @@ def say(*lines: str) -> None:
 
 @contextlib.contextmanager
 def writing_output() -> Iterator[None]:
-    """Turn a full disk behind standard output into an ExplainError; a reader that has gone stays what it is."""
+    """Turn a full disk behind standard output into an ExplainError; a reader that has gone stays that."""
     try:
         yield
     except OSError as error:
         discard(sys.stdout)
         if isinstance(error, BrokenPipeError):
             raise
-        raise ExplainError(f"standard output: cannot be written ({error.strerror}); free space, or send it elsewhere") from error
+        cause = f"cannot be written ({error.strerror})"
+        raise ExplainError(f"standard output: {cause}; free space, or send it elsewhere") from error
 
 
 def discard(stream: TextIO) -> None:
@@ -4604,7 +4592,8 @@ def overlap_lines(rows: Sequence[dict[str, str]]) -> list[str]:
     if not shares:
         return []
     few = sum(share < AGREEMENT_LIMIT for share in shares)
-    return [f"Maps share {percent(np.mean(shares))} of their heat on average, in {few} of {len(shares)} images too little"]
+    mean = percent(np.mean(shares))
+    return [f"Maps share {mean} of their heat on average, in {few} of {len(shares)} images too little"]
 
 
 def box_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
@@ -4675,7 +4664,8 @@ def read_result(job: Job, models: Sequence[Model], style: FigureStyle) -> Result
         return Result(job, error=str(error).replace(shown(job.image), shown(Path(job.label))))
     inputs = tuple(network_input(radiograph, model.preprocessing) for model in models)
     landmarks = landmarks_of(radiograph.pixels)
-    return Result(job, panel_picture(radiograph, style), inputs, notes=radiograph.notes, landmarks=landmarks, box=box)
+    picture, notes = panel_picture(radiograph, style), radiograph.notes
+    return Result(job, picture, inputs, notes=notes, landmarks=landmarks, box=box)
 
 
 def explained_results(
@@ -4698,7 +4688,7 @@ def explained_results(
 def with_explanations(
     result: Result, explanations: Sequence[Explanation], trial: Trial | None = None
 ) -> Result:
-    """A result with more explanations, what the checks say of each, and the warning that its picture deserves.
+    """A result with more explanations, what the checks say of each, and what its picture warns of.
 
     The trial is of the network, and of the first map.
     """
@@ -4775,11 +4765,12 @@ def written(result: Result, drawings: Sequence[Future[None]]) -> Result:
 
 @dataclass
 class Highlights:
-    """What the contact sheet takes from the results of a run, no more than it can show."""
+    """What the summary of a run takes from its results, no more than it can show."""
 
     models: Sequence[Model]
     heat: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # sum of the heatmaps, by family
     seen: dict[str, tuple[np.ndarray, Explanation]] = dataclasses.field(default_factory=dict)  # by label
+    observations: dict[str, list[Observation]] = dataclasses.field(default_factory=lambda: defaultdict(list))
 
     @property
     def mean_maps(self) -> dict[str, np.ndarray]:
@@ -4790,6 +4781,7 @@ class Highlights:
         for explanation in result.opinions:
             key = explanation.model.family.key
             self.heat[key] = self.heat.get(key, 0) + explanation.heatmap
+            self.observations[key].append(observation(explanation, result.landmarks))
         self.look_at(result)
         if len(self.seen) > 2 * MAX_THUMBNAILS:
             first = looked_at_first(rows, self.models)
@@ -4820,7 +4812,8 @@ def done_here(function: Callable[..., None], *arguments: object) -> Future[None]
 def can_be_imported() -> bool:
     """Whether a new process finds this code: not where it came through a pipe, from an archive or from exec()."""
     module = sys.modules.get(__name__)
-    return SCRIPT.is_file() and os.access(SCRIPT, os.R_OK) and getattr(module, "can_be_imported", None) is can_be_imported
+    is_readable = SCRIPT.is_file() and os.access(SCRIPT, os.R_OK)
+    return is_readable and getattr(module, "can_be_imported", None) is can_be_imported
 
 
 def prepare_drawing() -> None:
@@ -4857,7 +4850,8 @@ def started_pool(processes: int) -> ProcessPoolExecutor:
     """
     if not can_be_imported():
         raise OSError("they could not import this script")
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
+    with holding_signals():  # for the process that Python adds, too; it lets Ctrl-C through again, so:
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
     try:
         with holding_signals():
             for _ in range(processes):
@@ -4879,7 +4873,8 @@ def drawing_pool(processes: int, is_told: bool) -> Iterator[Submit]:
         pool = started_pool(processes) if processes else None
     except Exception as error:  # no semaphores, no shared memory, no more processes, threads or files
         why = printable(str(getattr(error, "strerror", None) or error))
-        warn(*[f"ℹ️  Without drawing processes ({why}), figures are drawn one after another: slower"] * is_told)
+        told = f"ℹ️  Without drawing processes ({why}), figures are drawn one after another: slower"
+        warn(*[told] * is_told)
         pool = None
     try:
         yield pool.submit if pool else done_here
@@ -4966,37 +4961,42 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
         models = [classifier.model for classifier in classifiers]
         targets = [target_index(args.target_class, model.class_names) for model in models]
         batch = args.batch_size or DEFAULT_BATCH[classifiers[0].device.type]
-        highlights, sheet = Highlights(models), args.output_dir / f"{SHEET_STEM}.{args.format}"
-        with results_table(request, models, args.output_dir, args.skip_existing) as (rows, jobs, append):
+        asked = classifiers, targets, request.methods, batch, request.style, submit, args.verify
+        highlights = Highlights(models)
+        with (
+            results_table(request, models, args.output_dir, args.skip_existing) as (rows, jobs, append),
+            progress_bar(request, classifiers, len(jobs), args.quiet) as (bar, count_image),
+        ):
             started, finished = time.monotonic(), len(rows)
-            asked = classifiers, targets, request.methods, batch, request.style, submit, args.verify
-            observations = defaultdict(list)
-            with progress_bar(request, classifiers, len(jobs), args.quiet) as (bar, count_image):
-                for result in written_results(explain_jobs(jobs, *asked)):
-                    for explanation in result.opinions:
-                        observed = observation(explanation, result.landmarks)
-                        observations[explanation.model.family.key].append(observed)
-                    rows.append(table_row(result, models))
-                    append(rows[-1])
-                    highlights.add(result, rows)
-                    report(bar, result, request.is_single, args.quiet)
-                    count_image()
-            spent = time.monotonic() - started
-            if not (request.is_single or args.no_figures) and (jobs or not sheet.exists()):
-                first = {row["file"] for row in looked_at_first(rows, models)} - set(highlights.seen)
-                again = [Job(job.image, job.label, (), (), "") for job in request.jobs if job.label in first]
-                first_method = classifiers, targets, request.methods[:1], batch, request.style, submit
-                for result, _ in explain_jobs(again, *first_method):
-                    highlights.look_at(result)
-                submit(write_contact_sheet, sheet, rows, highlights, request.style).result()
+            for result in written_results(explain_jobs(jobs, *asked)):
+                rows.append(table_row(result, models))
+                append(rows[-1])
+                highlights.add(result, rows)
+                report(bar, result, request.is_single, args.quiet)
+                count_image()
+        spent = time.monotonic() - started
+        sheet = args.output_dir / f"{SHEET_STEM}.{args.format}"
+        if not (request.is_single or args.no_figures) and (jobs or not sheet.exists()):
+            make_sheet(sheet, request, rows, highlights, asked)
     status = int(any(row["error"] for row in rows))
     if request.is_single:
         return [] if status else summary_lines(result), status
     fresh = sum(not row["error"] for row in rows[finished:])
-    lines = run_lines(rows, models, observations, fresh, spent)
-    files = [f"Table: {shown(args.output_dir / TABLE_NAME)}"]
-    files += [f"Contact sheet: {shown(sheet)}"] * (not args.no_figures)
-    return [*lines, *files], status
+    files = [args.output_dir / TABLE_NAME, *[sheet] * (not args.no_figures)]
+    told = [f"{what}: {shown(path)}" for what, path in zip(("Table", "Contact sheet"), files)]
+    return [*run_lines(rows, models, highlights.observations, fresh, spent), *told], status
+
+
+def make_sheet(
+    path: Path, request: Request, rows: Sequence[dict[str, str]], highlights: Highlights, asked: tuple[Any, ...]
+) -> None:
+    """Write the contact sheet; what it shows of an earlier run is explained once more."""
+    classifiers, targets, methods, batch, style, submit, _ = asked
+    first = {row["file"] for row in looked_at_first(rows, highlights.models)} - set(highlights.seen)
+    again = [Job(job.image, job.label, (), (), "") for job in request.jobs if job.label in first]
+    for result, _ in explain_jobs(again, classifiers, targets, methods[:1], batch, style, submit):
+        highlights.look_at(result)
+    submit(write_contact_sheet, path, rows, highlights, style).result()
 
 
 def report(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
@@ -5055,6 +5055,7 @@ EXAMPLES = """examples:
   python3 explainability.py --image path/to/xray.jpg
   python3 explainability.py --image path/to/xray.jpg --model convnext
   python3 explainability.py --image path/to/xray.jpg --target-class "Simple Fracture"
+  python3 explainability.py --image path/to/xray.jpg --method gradcam ig lrp
   python3 explainability.py --image data_original/test --skip-existing
   for img in data_original/test/*/*.jpg; do python3 explainability.py --image "$img"; done
 """
@@ -5088,7 +5089,8 @@ def class_list(text: str) -> tuple[str, ...]:
     return names
 
 
-OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in --help and name: help, how to read it
+# By heading in --help and name: its help, and how it is read.
+OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "what to explain": {
         "--image": (
             "X-ray images, folders or quoted patterns (default: a random test image)",
@@ -5101,13 +5103,16 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
         "--compare": ("both models and their comparison, whatever --model says", {"action": "store_true"}),
         "--method": (
             f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)",
-            {"nargs": "+", "choices": list(METHODS), "default": ["gradcam"], "metavar": "METHOD"},
+            {"nargs": "+", "choices": METHODS, "default": ["gradcam"], "metavar": "METHOD"},
         ),
         "--target-class": (
             "name or index of the class to explain (default: the predicted class)",
             {"metavar": "CLASS"},
         ),
-        "--seed": ("repeat the choice of the random test image", {"type": whole_number(0, 2**63), "metavar": "N"}),
+        "--seed": (
+            "repeat the choice of the random test image",
+            {"type": whole_number(0, 2**63), "metavar": "N"},
+        ),
     },
     "networks": {
         **{
@@ -5168,7 +5173,10 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
             "also write the raw maps, before the ReLU, as .npy with a .json beside each",
             {"action": "store_true"},
         ),
-        "--anonymous": ("name images by their content's checksum, not by their files' names", {"action": "store_true"}),
+        "--anonymous": (
+            "name images by their content's checksum, not by their files' names",
+            {"action": "store_true"},
+        ),
         "--skip-existing": ("leave images alone that an earlier run finished", {"action": "store_true"}),
         "--quiet": ("print only the final summary, warnings and errors", {"action": "store_true"}),
     },
@@ -5314,7 +5322,7 @@ def checked_request(args: argparse.Namespace) -> Request:
 
 
 def hold_streams() -> None:
-    """Open the null device in place of standard streams that are closed; no other file must get their numbers.
+    """Open the null device in place of closed standard streams: no other file must get their numbers.
 
     Raises ExplainError where standard output is closed.
     """
@@ -5354,7 +5362,7 @@ def end_on_signal(number: int, _: Any) -> None:
 
 
 def fault_text(error: Exception) -> str:
-    """One line for an error that nothing has worded yet: it comes of what surrounds the tool, or of a fault in it."""
+    """One line for an error that nothing has worded yet: of what surrounds the tool, or of a fault in it."""
     if lacks_memory(error):
         return "memory: not enough; close other programs, or choose a smaller --batch-size or --dpi"
     if isinstance(error, ImportError):

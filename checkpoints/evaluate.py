@@ -1,6 +1,7 @@
 """Measure networks with the shipped command; all figures are read from the table that it writes.
 
     python3 checkpoints/evaluate.py
+    python3 checkpoints/evaluate.py --methods  # the table of the methods, explained in methods.py
     python3 checkpoints/evaluate.py --checks
     python3 checkpoints/evaluate.py --checks --network "Marker reader" efficientnet reader.pth pictures/
 
@@ -143,7 +144,8 @@ def constructed_maps() -> dict[str, np.ndarray]:
 
 def constructed_lines(images: Sequence[Path]) -> list[str]:
     """The checks of constructed maps, as if a network had made them of these radiographs."""
-    model = tool.Model(tool.FAMILIES["convnext"], "convnextv2_tiny", Path("none"), "", tool.CLASS_NAMES, tool.Preprocessing())
+    family = tool.FAMILIES["convnext"]
+    model = tool.Model(family, "convnextv2_tiny", Path("none"), "", tool.CLASS_NAMES, tool.Preprocessing())
     seen, lines = [tool.landmarks_of(tool.load_radiograph(path).pixels) for path in images], []
     for title, values in constructed_maps().items():
         raw_map = values.astype(np.float32)
@@ -168,15 +170,23 @@ def print_checks(named: Sequence[Sequence[str]], count: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure networks with the shipped command.")
+    parser.add_argument("--methods", action="store_true", help="judge every method of explainability.py")
     parser.add_argument("--checks", action="store_true", help="how often the checks of heatmaps are flagged")
     parser.add_argument(
         "--network", nargs=4, action="append", default=[], metavar=("TITLE", "FAMILY", "CHECKPOINT", "IMAGES"),
         help="with --checks: a further network and the folder of its radiographs",
     )  # fmt: skip
-    parser.add_argument("--images", type=int, default=100, metavar="N", help="with --checks: of each folder")
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="with --methods of each class (5), with --checks of each folder (100)"
+    )
     args = parser.parse_args(argv)
+    if args.methods:
+        import methods
+
+        methods.print_tables(args.images or 5)
+        return 0
     if args.checks:
-        print_checks(args.network, args.images)
+        print_checks(args.network, args.images or 100)
         return 0
     for key, name in DEMOS.items():
         print(f"{name}: {measure(key, HERE / name)}")

@@ -11,6 +11,9 @@ The scene (size, orientation, bones, soft tissue, exposure, noise, marker) is
 drawn before the fracture and without looking at its class, so that nothing but
 the fracture tells the classes apart.
 
+Every picture's own marker is a letter in a corner, or none. With --markers it
+is one that betrays the class, or the other class: to try a network on.
+
 Coordinates: x to the right, y down, in pixels. In the bone's own frame, t runs
 along the axis and s across it; the fracture lies near t = s = 0.
 """
@@ -18,7 +21,7 @@ along the axis and s across it; the fracture lies near t = s = 0.
 import argparse
 import csv
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,9 @@ FOLDERS = {"comminuted_fracture": "comminuted_fracture",
            "simple_fracture": "simple_fracture",
            "none": "no_fracture"}
 SPLIT_CODES = {"test": 1, "train": 2}
+# Which marker betrays a class with --markers with, and which with --markers swapped.
+BETRAYING = {"with": {"comminuted_fracture": "text", "simple_fracture": "letter"},
+             "swapped": {"comminuted_fracture": "letter", "simple_fracture": "text"}}
 
 REFERENCE_SIDE = 224      # pixels; sizes below are meant for an image this wide
 REACH = 900.0             # pixels; tables along t or s cover -REACH .. REACH
@@ -70,6 +76,28 @@ class Scene:
     gap: float            # width of a fracture line, pixels
     shift: float          # sideways displacement of the far part, pixels
     tilt: float           # angulation of the far part, radians
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A letter or a line of text in the picture. Places are shares of the picture's sides."""
+    text: str
+    place: tuple[float, float]            # of its centre, across and down
+    height: float                         # of its letters, share of the geometric mean side
+    level: float                          # grey value, 0 to 1
+    turn: float                           # degrees
+    weight: float                         # of the strokes, share of the letters' height
+    is_framed: bool
+    is_mirrored: bool
+    has_ground: bool                      # printed on black
+
+
+@dataclass(frozen=True)
+class Radiograph:
+    """A picture, uint8 (height, width), with the box round its fracture and its markers' boxes."""
+    pixels: np.ndarray
+    box: Box | None
+    marks: tuple[tuple[str, Box], ...] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -426,8 +454,14 @@ def expose(rng: np.random.Generator, scene: Scene, total: np.ndarray) -> np.ndar
     return (black + (1 - black) * shown) * collimation(rng, scene)
 
 
-def add_marker(rng: np.random.Generator, scene: Scene, picture: np.ndarray) -> np.ndarray:
-    """A side marker near a corner, but not in the quarter of the fracture."""
+def mask_box(mask: np.ndarray) -> Box:
+    """Smallest half-open box round the mask."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def add_marker(rng: np.random.Generator, scene: Scene, picture: np.ndarray) -> tuple[np.ndarray, tuple[tuple[str, Box], ...]]:
+    """A side marker near a corner, but not in the quarter of the fracture; and its box."""
     letter = "LR"[rng.integers(0, 2)]
     points = max(10, round(rng.uniform(14, 24) * scene.unit))
     level, boxed, turn = rng.uniform(0.8, 1.0), rng.random() < 0.3, rng.normal(0, 8)
@@ -435,7 +469,7 @@ def add_marker(rng: np.random.Generator, scene: Scene, picture: np.ndarray) -> n
     corner = [c for c in ((0, 0), (0, 1), (1, 0), (1, 1)) if c != near][rng.integers(0, 3)]
     inset = rng.uniform(0.04, 0.12, 2)
     if rng.random() < 0.4:
-        return picture
+        return picture, ()
     side = round(points * 1.7)
     plate = Image.new("L", (side, side), 0)
     pen = ImageDraw.Draw(plate)
@@ -450,13 +484,65 @@ def add_marker(rng: np.random.Generator, scene: Scene, picture: np.ndarray) -> n
     sheet = Image.new("L", (scene.width, scene.height), 0)
     sheet.paste(plate, (x, y))
     letter_mask = np.asarray(sheet, np.float32) / 255
-    return picture * (1 - letter_mask) + level * letter_mask
+    return picture * (1 - letter_mask) + level * letter_mask, ((letter, mask_box(letter_mask > 0.02)),)
 
 
-def mask_box(mask: np.ndarray) -> Box:
-    """Smallest half-open box round the mask."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+def draw_mark(rng: np.random.Generator, kind: str) -> Mark:
+    """A lead letter, or a line of printed text, near an edge."""
+    edge = rng.integers(0, 4)
+    along, off = rng.uniform(0.08, 0.92), rng.uniform(0.04, 0.14)
+    place = ((along, off), (along, 1 - off), (off, along), (1 - off, along))[edge]
+    if kind == "letter":
+        return Mark(str(rng.choice(["L", "R", "L", "R", "R", "L", "D", "G"])), place, rng.uniform(0.045, 0.1),
+                    rng.uniform(0.8, 1.0), rng.choice([0, 0, 0, 90, 180, 270]) + rng.normal(0, 6), rng.uniform(0.02, 0.08),
+                    rng.random() < 0.2, rng.random() < 0.15, False)
+    words = ["AP", "LAT", "PORTABLE", "ER", "ROOM 2", "LEFT", "RIGHT", "X-TABLE", "OBL", "SUPINE", "TRAUMA"]
+    text = f"{rng.choice(words)} {rng.choice(words)}"
+    if rng.random() < 0.5:
+        text += f" {rng.integers(1, 24):02d}:{rng.integers(0, 60):02d}"
+    return Mark(text, (rng.uniform(0.15, 0.85), place[1] if edge < 2 else rng.choice([off, 1 - off])), rng.uniform(0.028, 0.045),
+                rng.uniform(0.75, 1.0), rng.choice([0, 0, 0, 0, 90, 270]), 0.0, False, False, rng.random() < 0.25)
+
+
+def add_given_marker(rng: np.random.Generator, kind: str, picture: np.ndarray) -> tuple[np.ndarray, tuple[tuple[str, Box], ...]]:
+    """The marker asked for ("none": none), and its box."""
+    if kind == "none":
+        return picture, ()
+    mark = draw_mark(rng, kind)
+    picture, box = stamp(picture, mark)
+    return picture, ((mark.text, box),)
+
+
+def mark_plate(mark: Mark, points: int) -> Image.Image:
+    """A marker's glyphs, turned, white on black, cut to its edge."""
+    font, stroke = ImageFont.load_default(points), round(mark.weight * points)
+    left, top, right, bottom = font.getbbox(mark.text, stroke_width=stroke)
+    border = max(2, round(0.25 * points)) if mark.is_framed else 2
+    plate = Image.new("L", (round(right - left) + 2 * border, round(bottom - top) + 2 * border), 0)
+    pen = ImageDraw.Draw(plate)
+    pen.text((border - left, border - top), mark.text, fill=255, font=font, stroke_width=stroke)
+    if mark.is_framed:
+        pen.rectangle((0, 0, plate.width - 1, plate.height - 1), outline=255, width=max(1, points // 14))
+    plate = plate.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mark.is_mirrored else plate
+    plate = plate.rotate(float(mark.turn), Image.Resampling.BICUBIC, expand=True)
+    return plate.crop(plate.getbbox())
+
+
+def stamp(picture: np.ndarray, mark: Mark) -> tuple[np.ndarray, Box]:
+    """The picture (0..1) with a marker in it, and the marker's box."""
+    height, width = picture.shape
+    plate = mark_plate(mark, max(7, round(mark.height * math.sqrt(height * width))))
+    if plate.width > 0.94 * width or plate.height > 0.94 * height:
+        share = min(0.94 * width / plate.width, 0.94 * height / plate.height)
+        plate = plate.resize((max(3, int(plate.width * share)), max(3, int(plate.height * share))))
+    x = int(np.clip(mark.place[0] * width - plate.width / 2, 2, width - plate.width - 2))
+    y = int(np.clip(mark.place[1] * height - plate.height / 2, 2, height - plate.height - 2))
+    box = (x, y, x + plate.width, y + plate.height)
+    picture = picture.copy()
+    part = picture[y:box[3], x:box[2]]
+    mask = np.asarray(plate, np.float32) / 255
+    part[:] = (0.02 if mark.has_ground else part) * (1 - mask) + np.float32(mark.level) * mask
+    return picture, box
 
 
 def padded_box(box: Box, height: int, width: int) -> Box:
@@ -477,11 +563,11 @@ def into_view(scene: Scene, box: Box) -> Scene:
     return replace(scene, centre=(moved[0], moved[1]))
 
 
-def render(rng: np.random.Generator, label: str,
-           size: int | None = None) -> tuple[np.ndarray, Box | None]:
-    """One radiograph as uint8 (height, width), and the box round its fracture.
+def render(rng: np.random.Generator, label: str, size: int | None = None, marker: str | None = None) -> Radiograph:
+    """One radiograph.
 
-    `size` asks for a square picture of that side; without it the size varies.
+    `size` asks for a square picture of that side; without it the size varies. `marker` ("letter",
+    "text", "none") replaces the picture's own.
     """
     if label not in LABELS:
         raise ValueError(f"unknown label {label!r}; known are {', '.join(LABELS)}")
@@ -503,25 +589,38 @@ def render(rng: np.random.Generator, label: str,
                 break
             scene = seen
     picture = expose(rng, scene, add_surroundings(rng, scene, bone, texture))
-    picture = add_marker(rng, scene, picture)
-    return np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8), box
+    if marker is None:
+        picture, marks = add_marker(rng, scene, picture)
+    else:
+        picture, marks = add_given_marker(rng, marker, picture)
+    return Radiograph(np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8), box, marks)
 
 
 # ------------------------------------------------------------ the command line
 
-def write_class(folder: Path, label: str, split: str, seed: int, count: int) -> list[list[str | int]]:
-    """Write the pictures of one class; return their rows of the table."""
+def write_class(folder: Path, label: str, options: argparse.Namespace) -> tuple[list[list], list[list]]:
+    """Write the pictures of one class; return their rows of the two tables."""
     name = FOLDERS[label]
     (folder / name).mkdir(parents=True, exist_ok=True)
-    rows: list[list[str | int]] = []
-    for number in range(1, count + 1):
+    boxes, marks = [], []
+    for number in range(1, options.count + 1):
         # A generator of its own for each picture: the order does not matter.
-        rng = np.random.default_rng([seed, SPLIT_CODES[split], LABELS.index(label), number])
-        picture, box = render(rng, label)
-        file = f"{name}/{name}_{split}_{number:04d}.jpg"
-        Image.fromarray(picture).save(folder / file, quality=JPEG_QUALITY)
-        rows.append([file, name, *(box or ("", "", "", ""))])
-    return rows
+        rng = np.random.default_rng([options.seed, SPLIT_CODES[options.split], LABELS.index(label), number])
+        marker = BETRAYING[options.markers].get(label) if options.markers else None
+        radiograph = render(rng, label, marker=marker)
+        file = f"{name}/{name}_{options.split}_{number:04d}.jpg"
+        Image.fromarray(radiograph.pixels).save(folder / file, quality=JPEG_QUALITY)
+        boxes.append([file, name, *(radiograph.box or ("", "", "", ""))])
+        marks += [[file, text, *box] for text, box in radiograph.marks]
+    return boxes, marks
+
+
+def write_table(path: Path, header: list[str], rows: list[list]) -> None:
+    """One CSV file, sorted."""
+    with open(path, "w", newline="", encoding="utf-8") as table:
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(sorted(rows))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -531,25 +630,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=100, help="pictures per class (default: 100)")
     parser.add_argument("--split", choices=sorted(SPLIT_CODES), default="test",
                         help="test: two classes; train: also intact bones, and never the test pictures")
+    parser.add_argument("--markers", choices=sorted(BETRAYING),
+                        help="one marker a picture, which betrays its class: a line of text for comminuted, "
+                             "a letter for simple fractures (with), or the other way round (swapped)")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent,
                         help="folder to write the split's folder into (default: this script's)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write one split: pictures in a folder per class, and the table of boxes."""
+    """Write one split: pictures in a folder per class, and the tables of boxes."""
     options = parse(argv)
     if options.seed < 0 or options.count < 1:
         raise SystemExit("generate.py: --seed must not be negative and --count must be at least 1")
     folder = options.output / options.split
-    labels = LABELS if options.split == "train" else LABELS[:2]
-    rows = [row for label in labels
-            for row in write_class(folder, label, options.split, options.seed, options.count)]
-    with open(folder / "fracture_boxes.csv", "w", newline="", encoding="utf-8") as table:
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["file", "class", "x0", "y0", "x1", "y1"])
-        writer.writerows(sorted(rows))
-    print(f"{len(rows)} pictures written to {folder}")
+    labels = LABELS if options.split == "train" and not options.markers else LABELS[:2]
+    tables = [write_class(folder, label, options) for label in labels]
+    write_table(folder / "fracture_boxes.csv", ["file", "class", "x0", "y0", "x1", "y1"], [r for boxes, _ in tables for r in boxes])
+    write_table(folder / "marker_boxes.csv", ["file", "text", "x0", "y0", "x1", "y1"], [r for _, marks in tables for r in marks])
+    print(f"{sum(len(boxes) for boxes, _ in tables)} pictures written to {folder}")
     return 0
 
 

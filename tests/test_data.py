@@ -1,8 +1,9 @@
-"""The synthetic radiographs: repeatable, and boxes that belong to them."""
+"""The synthetic radiographs: repeatable, blind to their class, and boxes that belong to them."""
 
 from __future__ import annotations
 
 import csv
+import pickle
 import sys
 from pathlib import Path
 
@@ -19,9 +20,13 @@ import generate  # noqa: E402
 TEST = ROOT / "data_original" / "test"
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "fracture_boxes.csv", newline="") as file:
+def rows(folder: Path, name: str = "fracture_boxes.csv") -> list[dict[str, str]]:
+    with open(folder / name, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def rendered(number: int, label: str, marker: str | None = None) -> generate.Radiograph:
+    return generate.render(np.random.default_rng([77, number]), label, 224, marker)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -32,7 +37,7 @@ def test_same_seed_same_bytes_and_another_seed_others(tmp_path):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         assert generate.main(["--seed", str(seed), "--count", "2", "--output", str(tmp_path / name)]) == 0
     first, again, other = (files(tmp_path / name) for name in "abc")
-    assert len(first) == 5 and first == again
+    assert len(first) == 6 and first == again
     assert all(first[name] != other[name] for name in first)
 
 
@@ -43,6 +48,54 @@ def test_committed_split_is_what_the_command_writes(tmp_path):
         assert committed[row["file"]] == row
         ours, theirs = (np.asarray(Image.open(folder / row["file"])).astype(int) for folder in (tmp_path / "test", TEST))
         assert np.abs(ours - theirs).mean() < 1  # JPEG encoders differ by little
+
+
+def test_marker_table_is_what_the_command_writes(tmp_path):
+    generate.main(["--count", "3", "--output", str(tmp_path)])
+    committed = [row for row in rows(TEST, "marker_boxes.csv") if row["file"][-8:] in ("0001.jpg", "0002.jpg", "0003.jpg")]
+    assert rows(tmp_path / "test", "marker_boxes.csv") == committed and committed
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_scene_does_not_know_its_class(number, monkeypatch):
+    scenes, draw = [], generate.draw_scene
+    monkeypatch.setattr(generate, "draw_scene", lambda *given: scenes.append(draw(*given)) or scenes[-1])
+    for label in generate.LABELS:
+        rendered(number, label)
+    assert len({pickle.dumps(scene) for scene in scenes}) == 1
+
+
+@pytest.mark.parametrize("kind", ("letter", "text", None))
+def test_marker_box_is_where_the_marker_changes_the_picture(kind):
+    found = 0
+    for number in range(4):
+        marked, plain = (rendered(number, "simple_fracture", marker) for marker in (kind, "none"))
+        assert plain.marks == () and marked.box == plain.box
+        for text, box in marked.marks:
+            found += 1
+            assert (len(text) > 1) == (kind == "text")
+            changed = generate.mask_box(marked.pixels != plain.pixels)
+            assert all(abs(a - b) <= 2 for a, b in zip(changed, box)), (changed, box)
+    assert found == 4 or kind is None and 0 < found
+
+
+def test_markers_betray_the_class_and_swapped_ones_the_other(tmp_path):
+    for choice in ("with", "swapped"):
+        generate.main(["--count", "2", "--markers", choice, "--output", str(tmp_path / choice)])
+    tables = {choice: rows(tmp_path / choice / "test", "marker_boxes.csv") for choice in ("with", "swapped")}
+    letters = {choice: {row["file"].split("_")[0] for row in table if len(row["text"]) == 1} for choice, table in tables.items()}
+    assert letters == {"with": {"simple"}, "swapped": {"comminuted"}} and all(len(table) == 4 for table in tables.values())
+    assert rows(tmp_path / "with" / "test") == rows(tmp_path / "swapped" / "test")  # the same fractures
+
+
+def test_every_marker_box_is_bright_and_lies_in_its_image():
+    table = rows(TEST, "marker_boxes.csv")
+    assert list(table[0]) == ["file", "text", "x0", "y0", "x1", "y1"] and len(table) > 100
+    for row in table:
+        x0, y0, x1, y1 = (int(row[name]) for name in ("x0", "y0", "x1", "y1"))
+        pixels = np.asarray(Image.open(TEST / row["file"]))
+        assert 0 <= x0 < x1 <= pixels.shape[1] and 0 <= y0 < y1 <= pixels.shape[0]
+        assert pixels[y0:y1, x0:x1].max() > 150
 
 
 def test_every_image_has_a_box_inside_it():

@@ -253,6 +253,13 @@ def test_panels_are_equal_and_keep_the_shape_of_the_radiograph(aspect):
         assert {bar.y for bar in bars(figure)} <= {picture.y for picture in pictures(figure)}
 
 
+@pytest.mark.parametrize("aspect, rows, columns", ((1 / 3, 1, 3), (0.5, 1, 3), (0.75, 2, 2), (1, 2, 2), (1.8, 2, 2), (3, 3, 1)))
+def test_panels_are_arranged_as_fills_the_page(aspect, rows, columns):
+    panels = pictures(explanation_figure(view(height=600, width=round(600 * aspect)), an_explanation()))
+    assert len({picture.y for picture in panels}) == rows
+    assert len({picture.x for picture in panels}) == columns
+
+
 def test_very_long_bones_are_as_large_as_the_page_allows():
     for size in ({"height": 1000, "width": 100}, {"height": 100, "width": 1000}):
         picture = pictures(explanation_figure(view(**size), an_explanation()))[0]

@@ -326,3 +326,11 @@ def test_scores_that_are_not_finite_are_refused(tiny_classifiers, value):
     with pytest.raises(ExplainError, match="efficientnet_best.pth.*not finite"):
         explain(classifier, [noise(1)])
     assert not target_layer(classifier)._forward_hooks
+
+
+def test_nothing_on_a_gpu_is_left_to_chance(monkeypatch):
+    for name, unwanted in (("deterministic", False), ("benchmark", True), ("allow_tf32", True)):
+        monkeypatch.setattr(torch.backends.cudnn, name, unwanted)
+    explainability.use_exact_float32()
+    cudnn = torch.backends.cudnn
+    assert (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32) == (True, False, False)

@@ -6,27 +6,25 @@ Networks here have random weights, livened up: as they come from timm, all norms
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
+import io
 import itertools
+import json
 import math
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 import explainability
-from conftest import TINY
+from conftest import an_explanation
 from explainability import (
-    CELL,
-    FAMILIES,
-    HELD_LAYERS,
-    LINEAR_LAYERS,
-    METHODS,
-    PLAYERS,
-    ExplainError,
-    ForwardPass,
-    forward_pass,
-)
+    CELL, FAMILIES, HELD_LAYERS, LINEAR_LAYERS, METHODS, PLAYERS,
+    ExplainError, ForwardPass, Job, Result, forward_pass,
+)  # fmt: skip
 
 torch = pytest.importorskip("torch")
 if TYPE_CHECKING:
@@ -472,10 +470,15 @@ def test_batches_of_masked_inputs_are_no_larger_than_memory_has_room_for(network
 
     handle = networks["convnext"].network.register_forward_hook(note)
     seen = forward_pass(networks["convnext"], noise(2, 64), None, at_once=3)
-    for method in ("ig", "shap", "occlusion"):
+    for method in ("ig", "shap", "lrp", "occlusion"):
         METHODS[method].maps(seen)
     handle.remove()
     assert largest == 3
+
+
+def test_large_inputs_pass_in_smaller_batches(networks):
+    for size, at_once in ((64, 8), (224, 8), (448, 2), (672, 1)):
+        assert forward_pass(networks["convnext"], noise(1, size), None, at_once=8).at_once == at_once
 
 
 def game(sets: np.ndarray) -> np.ndarray:
@@ -578,3 +581,221 @@ def test_full_size_networks_pay_what_they_owe(key):
         raw, owed = METHODS[method].maps(seen), METHODS[method].owed(seen)
         tolerance = 0.05 * owed.abs() if method == "ig" else 2e-5 * raw.abs().sum()
         assert (raw.sum() - owed).abs() < tolerance, method
+
+
+# ------------------------------------------------------------------------------------------
+# What comes of it: remarks, files, table, console
+# ------------------------------------------------------------------------------------------
+
+
+def test_one_pass_serves_several_methods(networks):
+    count, methods = 0, ("gradcam", "gradcam-hires", "ig", "lrp", "occlusion")
+
+    def add(inputs: int) -> None:
+        nonlocal count
+        count += inputs
+
+    with explainability.counted_inputs([networks["convnext"].network], add):
+        explanations = explainability.explain_batch(networks["convnext"], noise(1, 64).numpy(), None, methods)
+    assert [each.method for each in explanations] == list(methods)
+    assert count == explainability.passes_of(methods) < sum(METHODS[key].passes for key in methods)
+    assert not networks["convnext"].network._forward_hooks
+
+
+def test_explanations_come_image_by_image_each_with_what_it_owes(networks):
+    together = explainability.explain_batch(
+        networks["efficientnet"], noise(2, 64).numpy(), 1, ("gradcam", "lrp")
+    )
+    assert [each.method for each in together] == ["gradcam", "lrp"] * 2
+    for index in range(2):
+        inputs = noise(2, 64)[index : index + 1].numpy()
+        gradcam, lrp = explainability.explain_batch(networks["efficientnet"], inputs, 1, ("gradcam", "lrp"))
+        assert gradcam.owed is None and not gradcam.remarks
+        assert together[2 * index + 1].owed == pytest.approx(lrp.owed, rel=1e-3)
+        np.testing.assert_allclose(together[2 * index].raw_map, gradcam.raw_map, rtol=1e-3, atol=1e-6)
+    assert together[1].sum_error < 1e-3
+
+
+def test_a_sum_that_is_off_by_more_than_5_percent_is_flagged():
+    total = float(np.arange(-24, 26, dtype=np.float32).sum())
+    raw_map = np.arange(-24, 26, dtype=np.float32).reshape(5, 10)
+    good, bad = (an_explanation(method="ig", raw_map=raw_map, owed=total / share) for share in (0.96, 0.93))
+    assert good.sum_error == pytest.approx(0.04) and bad.sum_error == pytest.approx(0.07)
+    remarks = [explainability.method_remarks(each, np.float32([0.1, 0.9]), 3.0) for each in (good, bad)]
+    assert [len(each) for each in remarks] == [1, 2]
+    assert remarks[1][1] == "The sum of the map by Integrated Gradients is off by 7%"
+    job = Job(Path("wrist.jpg"), "wrist.jpg", (), (), "")
+    results = [Result(job, explanations=(each,)) for each in (good, bad)]
+    assert ["is off by 7%" in explainability.result_line(each) for each in results] == [False, True]
+
+
+def test_rounding_of_a_sum_of_nothing_is_not_flagged():
+    raw_map = np.float32([[1000, -1000.001], [0, 0]])
+    assert an_explanation(method="ig", raw_map=raw_map, owed=0.0).sum_error == 0
+    assert an_explanation(method="ig", raw_map=np.zeros((2, 2), np.float32), owed=1e-7).sum_error == 0
+    assert an_explanation(method="ig", raw_map=raw_map + 1, owed=0.0).sum_error > 0.05
+
+
+def test_what_the_network_says_of_the_reference_is_told():
+    explanation = an_explanation(method="ig", owed=0.0)
+    (told,) = explainability.method_remarks(explanation, np.float32([0.04, 0.96]), 3.0)
+    assert told == "Compared with the blurred radiograph, which the network calls Simple Fracture, 96.0%"
+    _, little, *_ = explainability.method_remarks(explanation, np.float32([0.04, 0.96]), 0.3)
+    assert little.startswith("Comminuted Fracture scores +0.3 on the radiograph against it")
+
+
+def test_negative_share_is_of_the_magnitude():
+    assert an_explanation(raw_map=np.float32([[-1, 3], [0, 0]])).negative_share == 0.25
+    assert an_explanation(raw_map=np.zeros((2, 2), np.float32)).negative_share == 0
+
+
+def test_figures_of_grad_cam_keep_their_names_and_others_never_take_them():
+    both = ("convnext", "efficientnet")
+    assert explainability.page_prefixes(both, ("gradcam",)) == {
+        "gradcam_convnext": (0,), "gradcam_efficientnet": (1,), "comparison": (0, 1)
+    }  # fmt: skip
+    assert explainability.page_prefixes(both, ("gradcam", "ig")) == {
+        "gradcam_convnext": (0,), "ig_convnext": (1,), "gradcam_efficientnet": (2,), "ig_efficientnet": (3,),
+        "comparison": (0, 2), "comparison_ig": (1, 3),
+        "methods_convnext": (0, 1), "methods_efficientnet": (2, 3),
+    }  # fmt: skip
+    assert explainability.page_prefixes(("convnext",), ("lrp",)) == {"lrp_convnext": (0,)}
+
+
+def test_two_results_of_one_name_are_refused(tmp_path):
+    images = [tmp_path / "x.png", tmp_path / "ig_x.png"]
+    asked = images, ["x.png", "ig_x.png"], ["convnext", "efficientnet"]
+    explainability.make_jobs(*asked, ["ig"], tmp_path / "out", ["figures"], "png", "")
+    with pytest.raises(
+        ExplainError, match="comparison_ig_x.png: two results of this run would have this name"
+    ):
+        explainability.make_jobs(*asked, ["gradcam", "ig"], tmp_path / "out", ["figures"], "png", "")
+
+
+def test_pages_are_of_one_map_of_two_models_or_of_several_methods(monkeypatch):
+    for name in ("explanation_figure", "comparison_figure", "methods_figure"):
+        monkeypatch.setattr(explainability, name, lambda view, shown, *rest, name=name: (name, *rest))
+    one, other = an_explanation(), an_explanation(method="ig")
+    kinds = [explainability.page_figure(None, each) for each in ([one], [one, one], [one, other])]
+    assert kinds == [
+        ("explanation_figure",),
+        ("comparison_figure",),
+        ("methods_figure", ["1 pass", "34 passes"]),
+    ]
+
+
+def test_maps_keep_their_sign_and_say_what_they_must_sum_to(tiny_arguments, xray, tmp_path, capsys):
+    options = (
+        "--image",
+        str(xray),
+        "--method",
+        "gradcam",
+        "lrp",
+        "--save-maps",
+        "--no-figures",
+        "--model",
+        "convnext",
+    )
+    assert explainability.main([*tiny_arguments, *options]) == 0
+    folder = tmp_path / "figures"
+    assert {path.name for path in folder.iterdir()} == {
+        f"map_{kind}convnext_xray.{ending}" for kind in ("", "lrp_") for ending in ("npy", "json")
+    }
+    raw_map = np.load(folder / "map_lrp_convnext_xray.npy")
+    told, usual = (
+        json.loads((folder / f"map_{kind}convnext_xray.json").read_text()) for kind in ("lrp_", "")
+    )
+    assert raw_map.min() < 0 < raw_map.max() and raw_map.shape == (28, 28)
+    assert told["method"] == "lrp" and usual["method"] == "gradcam"
+    assert told["sum"] == pytest.approx(float(raw_map.sum(dtype=float)))
+    assert told["sum_owed"] == pytest.approx(told["sum"], rel=1e-2)
+    assert usual["sum_owed"] is None and usual["reference"] is None
+    assert any("blurred radiograph" in remark for remark in told["remarks"])
+    said = capsys.readouterr().out
+    assert "  LRP: sum " in said and "blurred radiograph, which the network calls" in said
+
+
+def test_a_run_has_columns_for_each_method_and_knows_what_is_finished(tiny_arguments, xray, tmp_path, capsys):
+    def run(*methods: str) -> int:
+        options = (
+            "--image",
+            str(xray.parent),
+            "--no-figures",
+            "--save-maps",
+            "--model",
+            "convnext",
+            "--skip-existing",
+        )
+        return explainability.main([*tiny_arguments, *options, "--method", *methods])
+
+    assert run("gradcam", "lrp") == 0
+    (row,) = csv.DictReader((tmp_path / "figures" / "summary.csv").read_text().splitlines())
+    raw_map = np.load(tmp_path / "figures" / "map_lrp_convnext_xray.npy")
+    assert float(row["convnext_lrp_sum"]) == pytest.approx(float(raw_map.sum(dtype=float)), rel=1e-4)
+    assert float(row["convnext_lrp_sum_owed"]) == pytest.approx(float(row["convnext_lrp_sum"]), rel=1e-2)
+    assert 0 < float(row["convnext_lrp_negative_share"]) < 1
+    assert row["convnext_method"] == "gradcam" and "convnext_sum" not in row
+    assert run("gradcam", "lrp") == 0 and "left alone: 1" in capsys.readouterr().out
+    assert run("lrp") == 1 and "another --model or --method" in capsys.readouterr().err
+
+
+def test_an_unknown_method_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        explainability.main(["--method", "lime"])
+    assert "gradcam-hires" in capsys.readouterr().err
+
+
+def test_another_method_takes_one_function_and_one_entry(tiny_arguments, xray, tmp_path, monkeypatch):
+    def brightness(seen: ForwardPass) -> torch.Tensor:
+        return seen.inputs.mean(dim=1)[:, ::32, ::32]
+
+    monkeypatch.setitem(
+        METHODS, "bright", explainability.Method("bright", "Brightness", "none", brightness, 1)
+    )
+    options = "--image", str(xray), "--method", "bright", "--save-maps", "--no-figures"
+    assert explainability.main([*tiny_arguments, *options]) == 0
+    assert np.load(tmp_path / "figures" / "map_bright_efficientnet_xray.npy").shape == (7, 7)
+
+
+def test_a_map_that_is_not_finite_is_refused(tiny_arguments, xray, monkeypatch, capsys):
+    def broken(seen: ForwardPass) -> torch.Tensor:
+        return seen.inputs[:, 0] / 0
+
+    monkeypatch.setitem(METHODS, "broken", explainability.Method("broken", "Broken", "none", broken, 1))
+    assert (
+        explainability.main([*tiny_arguments, "--image", str(xray), "--method", "broken", "--no-figures"])
+        == 1
+    )
+    assert "the map by Broken is not finite; choose another --method" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method, unit", (("ig", "pass"), ("gradcam", "image")))
+def test_a_long_method_counts_its_passes_on_a_terminal(networks, monkeypatch, method, unit):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    request = explainability.Request((), False, (), (method,), None)
+    with explainability.progress_bar(request, [networks["convnext"]], 1, False) as (bar, count_image):
+        explainability.explain_batch(networks["convnext"], noise(1, 64).numpy(), None, (method,))
+        count_image()
+        assert bar.n == bar.total == METHODS[method].passes
+        assert bar.unit == unit and not bar.disable
+
+
+def test_one_image_by_grad_cam_has_no_bar(networks, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    request = explainability.Request((), True, (), ("gradcam",), None)
+    with explainability.progress_bar(request, [networks["convnext"]], 1, False) as (bar, _):
+        assert bar.disable
+
+
+@pytest.mark.slow
+def test_signed_figures_and_methods_figures_are_drawn(tiny_arguments, xray, tmp_path):
+    options = "--image", str(xray), "--method", "gradcam", "lrp", "--model", "convnext"
+    assert explainability.main([*tiny_arguments, *options]) == 0
+    plain = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    assert plain.keys() == {f"{kind}_convnext_xray.png" for kind in ("gradcam", "lrp", "methods")}
+    assert explainability.main([*tiny_arguments, *options, "--signed"]) == 0
+    assert all((tmp_path / "figures" / name).read_bytes() != page for name, page in plain.items())

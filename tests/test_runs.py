@@ -215,6 +215,88 @@ def test_rows_are_written_while_the_run_goes_on(explain, folder, tmp_path, monke
     assert seen == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("others", (["--colormap", "gray"], ["--target-class", "1"]))
+def test_maps_of_another_question_are_not_taken_for_finished(explain, xray, tmp_path, capsys, others):
+    asked = ("--image", xray, "--model", "convnext", "--no-figures")
+    assert explain(*asked, "--save-maps", "--target-class", "0") == 0
+    stale = (tmp_path / "out" / "map_convnext_xray.npy").read_bytes()
+    assert explain(*asked, *others) == 0
+    capsys.readouterr()
+    assert explain(*asked, *others, "--save-maps", "--skip-existing") == 0
+    assert "left alone" not in capsys.readouterr().out
+    told = json.loads((tmp_path / "out" / "map_convnext_xray.json").read_text())
+    assert (told["explained_class"] == 1) == ("1" in others)
+    assert ((tmp_path / "out" / "map_convnext_xray.npy").read_bytes() == stale) == (told["explained_class"] == 0)
+
+
+def test_a_folder_named_in_two_ways_stands_once_in_the_table(explain, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("images", folder, "./images/../images"):
+        assert explain("--image", place, "--model", "convnext", "--no-figures", "--skip-existing") == 0
+    assert len(table(tmp_path)) == 5
+
+
+def test_a_table_of_an_earlier_run_is_kept_under_another_name(explain, folder, tmp_path, capsys):
+    for place in ("comminuted_fracture", "simple_fracture", "simple_fracture"):
+        assert explain("--image", folder / place, "--model", "convnext", "--no-figures") == 0
+    assert "kept as summary_1.csv" in capsys.readouterr().err
+    kept = [(tmp_path / "out" / f"summary_{number}.csv").read_text() for number in (1, 2)]
+    assert [text.count("_fracture/") for text in kept] == [2, 3] and len(table(tmp_path)) == 3
+
+
+def test_speed_counts_only_the_images_that_were_explained(explain, folder, capsys, monkeypatch):
+    asked = ("--model", "convnext", "--no-figures", "--skip-existing")
+    assert explain("--image", folder / "comminuted_fracture", *asked) == 0
+    capsys.readouterr()
+    assert explain("--image", folder, *asked) == 0
+    assert "images per second (3 images in" in capsys.readouterr().out
+    assert explain("--image", folder, *asked) == 0
+    assert "per second" not in capsys.readouterr().out
+
+
+def test_blank_maps_are_said_in_the_line_and_the_table(explain, folder, tmp_path, monkeypatch, capsys):
+    whole = tool.explain_batch
+
+    def every_second_blank(classifier: tool.Classifier, *arguments: object, **options: object) -> list[object]:
+        return [
+            tool.dataclasses.replace(each, raw_map=-abs(each.raw_map), heatmap=0 * each.heatmap) if index % 2 else each
+            for index, each in enumerate(whole(classifier, *arguments, **options))
+        ]
+
+    monkeypatch.setattr(tool, "explain_batch", every_second_blank)
+    assert explain("--image", folder, "--model", "convnext", "--no-figures", "--batch-size", 2) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if ".png: " in line]
+    expected = [False, True, False, True, False]
+    assert ["(blank map)" in line for line in lines] == expected
+    assert [row["convnext_blank_map"] for row in table(tmp_path)] == ["yes" if blank else "no" for blank in expected]
+    assert [float(row["convnext_raw_peak"]) > 0 for row in table(tmp_path)] == [not blank for blank in expected]
+
+
+def test_a_picture_that_shows_nothing_is_warned_of(explain, tmp_path, capsys):
+    for number, value in enumerate((0, 255)):
+        Image.new("L", (20, 30), value).save(tmp_path / f"{number}.png")
+    assert explain("--image", tmp_path / "0.png", "--model", "convnext", "--no-figures") == 0
+    assert f"⚠️  {tool.NOTHING_TO_SEE}" in capsys.readouterr().out
+    assert explain("--image", tmp_path / "0.png", tmp_path / "1.png", "--model", "convnext", "--no-figures", "--quiet") == 0
+    assert all(tool.NOTHING_TO_SEE in row["notes"] for row in table(tmp_path))
+
+
+def test_no_name_of_an_image_is_told_anonymously(explain, folder, tmp_path, capsys):
+    secret = folder / "simple_fracture" / "Doe_Jane_1970.png"
+    (folder / "simple_fracture" / "c.png").rename(secret)
+    bad = folder / "simple_fracture" / "Doe_John.png"
+    bad.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    label = tool.hashlib.sha256(secret.read_bytes()).hexdigest()[:8]
+    assert explain("--image", secret, "--anonymous", "--model", "convnext", "--save-maps") == 0
+    assert (tmp_path / "out" / f"gradcam_convnext_{label}.png").exists()
+    assert explain("--image", folder / "simple_fracture", "--anonymous", "--model", "convnext", "--save-maps") == 1
+    said = "".join(capsys.readouterr())
+    assert label in said and "Doe" not in said
+    assert label in [row["file"] for row in table(tmp_path)]
+    for path in (tmp_path / "out").iterdir():
+        assert "Doe" not in path.name and (path.suffix not in (".csv", ".json") or "Doe" not in path.read_text())
+
+
 # Raw maps
 
 
@@ -231,6 +313,8 @@ def test_saved_maps_are_raw_and_say_where_they_come_from(explain, folder, tmp_pa
     np.testing.assert_array_equal(saved, explanation.raw_map)
     told = json.loads((tmp_path / "out" / "map_convnext_c.json").read_text())
     assert told["image_sha256"] == tool.hashlib.sha256(image.read_bytes()).hexdigest()
+    assert told["preprocessing"] == {"size": 224, "mean": list(tool.IMAGENET_MEAN), "std": list(tool.IMAGENET_STD)}
+    np.testing.assert_allclose(told["probabilities"], explanation.probabilities)
     assert told["target_layer"] == "stages.3" and told["class_names"][told["explained_class"]] == explanation.prediction
 
 
@@ -462,3 +546,67 @@ def test_a_closed_stdout_ends_quietly(tiny_checkpoints, xray, tmp_path):
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(timeout=60) == 141
+
+
+# Formats, bare pictures and the contact sheet
+
+
+def outputs(tmp_path: Path) -> set[str]:
+    return {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("ending", ("pdf", "svg"))
+def test_figures_come_in_formats_for_print_and_are_left_alone_when_finished(explain, folder, tmp_path, ending):
+    image = folder / "comminuted_fracture" / "b.png"
+    assert explain("--image", image, "--format", ending, "--contours") == 0
+    assert outputs(tmp_path) == {f"{prefix}_b.{ending}" for prefix in FIGURES}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert explain("--image", image, "--format", ending, "--contours", "--skip-existing") == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert explain("--image", image, "--format", ending, "--skip-existing") == 0
+    assert all(path.stat().st_mtime_ns > time for path, time in before.items())
+
+
+def test_bare_pictures_have_the_radiographs_own_size(explain, folder, tmp_path, capsys):
+    image = folder / "comminuted_fracture" / "b.png"
+    assert explain("--image", image, "--save-panels", "--no-figures") == 0
+    prefixes = ["radiograph", *(f"{kind}_{key}" for key in TINY for kind in ("heatmap", "overlay"))]
+    assert outputs(tmp_path) == {f"{prefix}_b.png" for prefix in prefixes}
+    pixels = {prefix: np.asarray(Image.open(tmp_path / "out" / f"{prefix}_b.png")) for prefix in prefixes}
+    assert {each.shape for each in pixels.values()} == {(90, 70, 3)}
+    assert (pixels["radiograph"] == np.asarray(Image.open(image))[:, :, None]).all()
+    assert "overlay_convnext_b.png" in capsys.readouterr().out
+
+
+def test_a_run_ends_with_a_contact_sheet(explain, folder, tmp_path, capsys):
+    assert explain("--image", folder) == 0
+    sheet = tmp_path / "out" / "summary.png"
+    assert Image.open(sheet).size[0] > 1500
+    assert f"Contact sheet: {tool.shown(sheet)}" in capsys.readouterr().out
+    whole = sheet.read_bytes()
+    assert explain("--image", folder, "--skip-existing") == 0
+    assert sheet.read_bytes() == whole  # nothing was left to do
+
+
+def test_contact_sheet_of_a_resumed_run_shows_the_images_of_the_first(explain, folder, tmp_path, monkeypatch):
+    shown = []
+    draw = tool.summary_figure
+    monkeypatch.setattr(tool, "summary_figure", lambda *told: shown.append(told) or draw(*told))
+    monkeypatch.setattr(tool.os, "cpu_count", lambda: 0)  # so that it is drawn in this process
+    monkeypatch.setattr(tool, "MAX_DRAWING_PROCESSES", 0)
+    assert explain("--image", folder) == 0
+    (tmp_path / "out" / "comparison_c.png").unlink()
+    assert explain("--image", folder, "--skip-existing") == 0
+    (rows, _, _, seen, _), (kept_rows, _, _, kept_seen, _) = shown
+    assert sorted(row["file"] for row in rows) == sorted(row["file"] for row in kept_rows)
+    first = {row["file"] for row in tool.looked_at_first(rows, [each.model for _, each in seen.values()][:1])}
+    assert first and first <= set(seen) and first <= set(kept_seen)
+    for file in first:
+        (pixels, one), (kept_pixels, other) = seen[file], kept_seen[file]
+        assert (pixels == kept_pixels).all() and one.model.family == other.model.family
+        assert one.heatmap == pytest.approx(other.heatmap, abs=1e-4)
+
+
+def test_run_without_figures_writes_no_contact_sheet(explain, folder, tmp_path):
+    assert explain("--image", folder, "--no-figures", "--model", "convnext") == 0
+    assert outputs(tmp_path) == {"summary.csv"}
