@@ -74,9 +74,9 @@ def table_of(key: str, checkpoint: Path, images: Sequence[Path], *options: str) 
 def measure(key: str, checkpoint: Path) -> Measurement:
     """Accuracy and pointing of one network on the test split."""
     rows = table_of(key, checkpoint, [TEST])
-    right, inside = (np.mean([row[f"{key}_{name}"] == "yes" for row in rows]) for name in ("correct", "in_box"))
-    heat, area = (np.mean([float(row[f"{key}_{name}"]) for row in rows]) for name in ("heat_in_box", "box_area"))
-    return Measurement(len(rows), float(right), float(inside), float(heat), float(area))
+    said = [np.mean([row[f"{key}_{name}"] == "yes" for row in rows]) for name in ("correct", "in_box")]
+    said += [np.mean([float(row[f"{key}_{name}"]) for row in rows]) for name in ("heat_in_box", "box_area")]
+    return Measurement(len(rows), *map(float, said))
 
 
 # Checks
@@ -127,8 +127,9 @@ def random_network(key: str, folder: Path) -> Path:
 
     torch.manual_seed(0)
     weights = timm.create_model(ARCHITECTURES[key], num_classes=2).state_dict()
-    torch.save({"model_state_dict": weights, "config": {"model_name": ARCHITECTURES[key]}}, folder / f"{key}.pth")
-    return folder / f"{key}.pth"
+    path = folder / f"{key}.pth"
+    torch.save({"model_state_dict": weights, "config": {"model_name": ARCHITECTURES[key]}}, path)
+    return path
 
 
 def constructed_maps() -> dict[str, np.ndarray]:
@@ -151,7 +152,8 @@ def constructed_lines(images: Sequence[Path]) -> list[str]:
         raw_map = values.astype(np.float32)
         explanation = tool.Explanation(model, np.float32([1, 0]), 0, raw_map, tool.normalised(raw_map))
         found = [tool.findings_of(tool.Evidence(explanation, landmarks)) for landmarks in seen]
-        lines.append(shares_line(title, [[each.check for each in findings if each.is_flagged] for findings in found]))
+        flags = [[each.check for each in findings if each.is_flagged] for findings in found]
+        lines.append(shares_line(title, flags))
     return lines
 
 
@@ -162,7 +164,8 @@ def print_checks(named: Sequence[Sequence[str]], count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         networks = [(f"{key} demo", key, HERE / name, TEST) for key, name in DEMOS.items()]
         networks += [(title, key, Path(path), Path(images)) for title, key, path, images in named]
-        networks += [(f"{key}, random weights", key, random_network(key, Path(folder)), TEST) for key in DEMOS]
+        weights = {key: random_network(key, Path(folder)) for key in DEMOS}
+        networks += [(f"{key}, random weights", key, path, TEST) for key, path in weights.items()]
         for title, key, checkpoint, images in networks:
             print(*network_lines(title, key, checkpoint, spread(images, count)), sep="\n", flush=True)
     print(*constructed_lines(spread(TEST, count)), sep="\n")
@@ -173,11 +176,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", action="store_true", help="judge every method of explainability.py")
     parser.add_argument("--checks", action="store_true", help="how often the checks of heatmaps are flagged")
     parser.add_argument(
-        "--network", nargs=4, action="append", default=[], metavar=("TITLE", "FAMILY", "CHECKPOINT", "IMAGES"),
+        "--network", nargs=4, action="append", default=[],
+        metavar=("TITLE", "FAMILY", "CHECKPOINT", "IMAGES"),
         help="with --checks: a further network and the folder of its radiographs",
     )  # fmt: skip
     parser.add_argument(
-        "--images", type=int, metavar="N", help="with --methods of each class (5), with --checks of each folder (100)"
+        "--images", type=int, metavar="N", help="of each class (5), with --checks of each folder (100)"
     )
     args = parser.parse_args(argv)
     if args.methods:
