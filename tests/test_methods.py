@@ -739,6 +739,14 @@ def test_a_run_has_columns_for_each_method_and_knows_what_is_finished(tiny_argum
     assert run("lrp") == 1 and "another --model or --method" in capsys.readouterr().err
 
 
+def test_a_figure_of_other_methods_is_not_taken_for_this_one(tiny_arguments, xray):
+    """methods_convnext_xray.png of two methods must not stand for that of three."""
+    asked = [*tiny_arguments, "--image", str(xray), "--method", "gradcam", "lrp"]
+    parsed = map(explainability.parsed, (asked, [*asked, "ig"], asked))
+    two, three, again = (explainability.checked_request(args).jobs[0].digest for args in parsed)
+    assert two == again != three
+
+
 def test_an_unknown_method_is_a_usage_error(capsys):
     with pytest.raises(SystemExit, match="2"):
         explainability.main(["--method", "lime"])
