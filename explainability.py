@@ -71,7 +71,6 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # torch and timm take seconds to import and matplotlib nearly one. The functions that need them
-# torch and timm take seconds to import and matplotlib nearly one. The functions that need them
 # import them on their first line, so that --help and a wrong path are answered at once.
 if TYPE_CHECKING:
     import torch
@@ -106,21 +105,23 @@ STRUCTURE_WIDTH = 200_000  # parts that wait to be put together
 STRUCTURE_DEPTH = 200  # containers in containers
 CALL_WEIGHT = 20  # times what a call is given: it may hash and copy it
 LONG_WEIGHT = 5_000  # of a number beyond 32 bits; as keys, they can be chosen to make a dictionary take hours
-OLD_PICKLES = 5  # of the container before PyTorch 1.6: its mark, version, system, contents, keys of the storages
+OLD_PICKLES = 5  # of the container before PyTorch 1.6: mark, version, system, contents, keys of storages
 ATOMS = ("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "EMPTY_TUPLE")
 TEXTS = ("BINUNICODE", "SHORT_BINSTRING", "GLOBAL")
 ABOVE_THE_MARK = -1
 TAKING_STEPS = {  # how many parts the other steps take that torch knows
-    **{"EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "LONG1": 0, "STOP": 1, "BINPERSID": 1, "REDUCE": 2, "NEWOBJ": 2},
+    **{"EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "LONG1": 0, "STOP": 1, "BINPERSID": 1},
+    **{"REDUCE": 2, "NEWOBJ": 2},
     **{"TUPLE": ABOVE_THE_MARK, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1},
     **{"APPENDS": ABOVE_THE_MARK, "SETITEMS": ABOVE_THE_MARK},
 }
 FILLING_STEPS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # into the part below what they take
 CALLING_STEPS = ("REDUCE", "NEWOBJ")
 CHECKPOINT_CALLS = re.compile(  # what a checkpoint may call: none gives much more than it is given
-    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode|torch (Size|device)"
+    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode"
+    r"|torch (Size|device)"
     r"|numpy dtype|numpy\._?core\.multiarray scalar|argparse Namespace"
-    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state|qtensor|meta_tensor_no_storage)"
+    r"|torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?|qtensor|meta_tensor_no_storage)"
 )
 NUMBER_KINDS = ("float32", "float16", "bfloat16", "float64", "int64")  # int64: counters of batches
 COUNTER = "num_batches_tracked"  # end of the keys of those counters, which inference never reads
@@ -133,7 +134,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may
 MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 million
 HEAD_BYTES = 1024  # enough to tell what a file is
 DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
-UNFOLDING = "its structure unfolds to more than a network's checkpoint holds; save the network's state_dict() alone"
+UNFOLDING = "its structure unfolds to more than a network's checkpoint holds; save its state_dict() alone"
 COPY_AGAIN = "copy it again from where it came"
 NOTHING_TO_SEE = "every pixel is the same: there is nothing to see"
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
@@ -1017,7 +1018,8 @@ def check_archive(file: BinaryIO) -> None:
     if "data.pkl" not in names:
         remedy = "give a file that torch.save wrote, or a .safetensors file"
         raise ExplainError(f"a zip archive without weights; {remedy}")
-    if any(entry.file_size > STRUCTURE_BYTES for entry in entries if entry.filename.lower().endswith("/data.pkl")):
+    structures = [entry.file_size for entry in entries if entry.filename.lower().endswith("/data.pkl")]
+    if max(structures) > STRUCTURE_BYTES:
         raise ExplainError(UNFOLDING)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could unpack to any size
         cause = "a compressed archive, which torch.save never writes"
@@ -1177,8 +1179,9 @@ class StructureWalk:
 
 def check_call(function: Part, arguments: Part) -> None:
     """Raise ValueError, in torch's words, for a call that no checkpoint of a network makes."""
-    if "_sparse_" in function.told or "_get_layout" in function.told:  # to check them takes as long as their indices claim
-        raise ExplainError("not the floats of a network: sparse tensors; save the trained weights as dense floats")
+    if re.search("_sparse_|_get_layout", function.told):  # checked for as long as their indices claim
+        cause = "not the floats of a network: sparse tensors"
+        raise ExplainError(f"{cause}; save the trained weights as dense floats")
     is_known = CHECKPOINT_CALLS.fullmatch(function.told)
     if not is_known or (function.told == "_codecs encode" and arguments.told != "latin1"):
         raise ValueError(f"GLOBAL {function.told.replace(' ', '.')}")
@@ -2153,6 +2156,7 @@ STROKE_REACH, STROKE_CONTRAST = 4, 0.3  # an opening of 9 x 9 takes away strokes
 JOINING_REACH = 2  # letters at most 4 pixels apart are one marker
 MARKER_PIXELS, MARKER_SIDES = 12, range(6, 50)  # fewer pixels are noise; sides are the longer ones
 TEXT_SIDES, TEXT_HEIGHT = range(6, 124), 27  # a line of text may be longer while it is lower than this
+LETTER_HEIGHT, TEXT_STROKES = 9, 4  # a line three times as long as high, of so many strokes, is text
 RING, RING_CONTRAST = (2, 5), 0.25  # pixels outside the box; bone's edges go on there, markers do not
 
 BORDER_LIMIT = 0.5  # just above the 24/49 of the area that the frame has
@@ -2241,9 +2245,8 @@ def marker_boxes(grey: np.ndarray) -> list[PixelBox]:
     found = []
     for rows, columns in regions(strokes, JOINING_REACH):
         box = int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
-        if is_marker_size(len(rows), box) and stands_out(
-            grey, rows, columns, box, RING_CONTRAST * (high - low)
-        ):
+        is_apart = stands_out(grey, rows, columns, box, RING_CONTRAST * (high - low))
+        if is_marker_size(len(rows), box) and (is_apart or is_line_of_text(rows, columns, box)):
             found.append(box)
     return found
 
@@ -2282,6 +2285,16 @@ def connected(mask: np.ndarray) -> np.ndarray:
 def is_marker_size(pixels: int, box: PixelBox) -> bool:
     short, long = sorted((box[2] - box[0], box[3] - box[1]))
     return pixels >= MARKER_PIXELS and (long in MARKER_SIDES or (long in TEXT_SIDES and short < TEXT_HEIGHT))
+
+
+def is_line_of_text(rows: np.ndarray, columns: np.ndarray, box: PixelBox) -> bool:
+    """Whether a region is a low line of several strokes, as text is, also over bone and beside it."""
+    x0, y0, x1, y1 = box
+    short, long = sorted((x1 - x0, y1 - y0))
+    strokes = np.zeros((y1 - y0, x1 - x0), bool)
+    strokes[rows - y0, columns - x0] = True
+    is_low = short <= LETTER_HEIGHT and long >= 3 * short
+    return is_low and np.unique(connected(strokes)).size >= TEXT_STROKES
 
 
 def stands_out(grey: np.ndarray, rows: np.ndarray, columns: np.ndarray, box: PixelBox, by: float) -> bool:
@@ -4800,7 +4813,7 @@ def done_here(function: Callable[..., None], *arguments: object) -> Future[None]
 
 
 def can_be_imported() -> bool:
-    """Whether a new process finds this code: not where it came through a pipe, from an archive or from exec()."""
+    """Whether a new process finds this code: not where it came through a pipe, an archive or exec()."""
     module = sys.modules.get(__name__)
     is_readable = SCRIPT.is_file() and os.access(SCRIPT, os.R_OK)
     return is_readable and getattr(module, "can_be_imported", None) is can_be_imported

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -615,3 +617,85 @@ def test_heat_inside_the_box_is_a_share_and_chance_is_its_area() -> None:
     assert pointing(UNIFORM, left_half).area == pytest.approx(0.5)
     assert pointing(spot(3, 0), left_half).heat == pytest.approx(1)
     assert pointing(spot(3, 6), left_half).heat == 0
+
+
+# Whole runs
+
+
+@pytest.fixture
+def marked_images(tmp_path: Path) -> Path:
+    folder = tmp_path / "simple_fracture"
+    folder.mkdir()
+    for name, marker in (("a", "R"), ("b", "")):
+        Image.fromarray(limb(marker, points=20)).save(folder / f"{name}.png")
+    return folder
+
+
+def rows_of(tmp_path: Path) -> list[dict[str, str]]:
+    with open(tmp_path / "figures" / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_tells_findings_in_table_json_and_console(
+    tiny_arguments: list[str], marked_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (marked_images / "boxes.csv").write_text(f"{HEADER}a.png,simple,56,56,168,168\n")
+    options = ["--no-figures", "--save-maps", "--verify", "--boxes", str(marked_images / "boxes.csv")]
+    assert explainability.main(["--image", str(marked_images), *tiny_arguments, *options]) == 0
+    first, second = rows_of(tmp_path)
+    for key in ("convnext", "efficientnet"):
+        raw_map = np.load(tmp_path / "figures" / f"map_{key}_a.npy")
+        told = json.loads((tmp_path / "figures" / f"map_{key}_a.json").read_text())["checks"]
+        if raw_map.max() > 0:
+            assert float(first[f"{key}_border"]) == pytest.approx(
+                heat_on_cells(raw_map)[explainability.OUTER].sum(), abs=1e-5
+            )
+            assert told["border"]["value"] == pytest.approx(float(first[f"{key}_border"]), abs=1e-5)
+        flags = [
+            check for check in told if told[check]["flagged"] and CHECKS[check].about in ("map", "verify")
+        ]
+        assert first[f"{key}_flags"] == ", ".join(flags)
+        assert first[f"{key}_covering"] and not second[f"{key}_covering"]  # only one has a marker
+        assert first[f"{key}_box_area"] == f"{(0.5 + 1 / 7) ** 2:.6f}" and not second[f"{key}_in_box"]
+    said = capsys.readouterr().out
+    assert said.count("Map checks: ") == 2 and said.count("True fracture: maximum inside ") == 2
+
+
+def test_one_image_tells_its_findings_and_the_cost_of_verifying(
+    tiny_arguments: list[str], marked_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        explainability.main(
+            ["--image", str(marked_images / "a.png"), *tiny_arguments, "--no-figures", "--verify"]
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert said.count("map checks ") == 2 and said.count("more forward passes") == 2
+    assert said.count("overing the side marker ") == 2 and said.count("everything blurred it says ") == 2
+
+
+def test_a_box_outside_fails_its_image_alone_and_a_bad_table_fails_the_run(
+    tiny_arguments: list[str], marked_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = marked_images / "boxes.csv"
+    run = [
+        "--image",
+        str(marked_images),
+        *tiny_arguments,
+        "--no-figures",
+        "--model",
+        "efficientnet",
+        "--boxes",
+        str(table),
+    ]
+    table.write_text(f"{HEADER}a.png,simple,10,10,900,50\n")
+    assert explainability.main(run) == 1
+    assert [bool(row["error"]) for row in rows_of(tmp_path)] == [True, False]
+    assert (
+        "line 2: the box ends at (900, 50), outside the image of 224 x 224 pixels" in capsys.readouterr().err
+    )
+    table.write_text("file,x0\n")
+    assert explainability.main(run) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("❌ ") and said.count("\n") == 1 and "its header is 'file,x0'" in said

@@ -416,9 +416,9 @@ def test_likeliest_classes_are_listed_and_the_others_counted():
 def test_flagged_checks_are_told_in_words_and_the_others_in_one_line():
     figure = explanation_figure(view(), an_explanation(findings=FLAGGED))
     said = words(figure)
-    assert DARK in said and "⚠" in said
+    assert f"Attention on irrelevant areas: {DARK}" in said.replace("\n", " ") and "⚠" in said
     assert "Passed: border, focus" in said.splitlines() and "10 % of the heat" not in said
-    assert line_with(figure, DARK[:20]).look.colour == explainability.WARNING
+    assert line_with(figure, "Attention on irr").look.colour == explainability.WARNING
     assert "☐ Clinical features match" in said
 
 
