@@ -3958,6 +3958,15 @@ def check_output_folder(folder: Path) -> None:
         raise unwritable(folder, error) from error
 
 
+def check_temporary_folder() -> None:
+    """Raise ExplainError where torch and matplotlib would find no folder for what they keep during a run."""
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        cause = "no folder for temporary files can be written"
+        raise ExplainError(f"{cause}; set TMPDIR to one that can") from error
+
+
 def unwritable(path: Path, error: OSError) -> ExplainError:
     cause = f"cannot be written ({error.strerror or error})"
     return refusal(path, cause, "choose another place with --output-dir")
@@ -5310,6 +5319,7 @@ def checked_request(args: argparse.Namespace) -> Request:
         check_image_path(images[0])
     checkpoints, notes = chosen_checkpoints(args)
     check_output_folder(args.output_dir)
+    check_temporary_folder()
     style = FigureStyle(args.colormap, args.dpi, args.format, args.contours, args.signed)
     labels = [content_label(image) if args.anonymous else str(image) for image in images]
     marks = [(family.key, file_mark(path)) for family, path in checkpoints]
