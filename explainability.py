@@ -4,6 +4,7 @@
     python3 explainability.py
     python3 explainability.py --image xray.jpg
     python3 explainability.py --image xray.jpg --model convnext
+    python3 explainability.py --image xray.jpg --method gradcam ig lrp
 
 Grad-CAM: R. R. Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via
 Gradient-based Localization", ICCV 2017. Equation numbers below are that paper's.
@@ -15,7 +16,9 @@ Glossary
     activations   output of the target layer, (B, C, h, w)
     logits        class scores before the softmax, (B, K)
     gradients     d logit / d activations, (B, C, h, w)
-    raw map       weighted sum of the activations before the ReLU, signed, (h, w)
+    raw map       what a method makes of one image, signed, (h, w): for Grad-CAM the weighted sum of
+                  the activations before the ReLU
+    reference     the radiograph blurred: what methods compare it with, (B, 3, S, S)
     heatmap       the raw map after ReLU and division by its maximum, float32 in [0, 1], (h, w)
     probability   softmax of the logits, in [0, 1]; percent only in text
 
@@ -38,6 +41,7 @@ import json
 import logging
 import math
 import multiprocessing
+import operator
 import os
 import pickletools
 import random
@@ -54,7 +58,7 @@ import traceback
 import warnings
 import zipfile
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -66,7 +70,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# torch and timm take seconds to import and matplotlib nearly one. The functions that need them
 # torch and timm take seconds to import and matplotlib nearly one. The functions that need them
 # import them on their first line, so that --help and a wrong path are answered at once.
 if TYPE_CHECKING:
@@ -102,21 +105,23 @@ STRUCTURE_WIDTH = 200_000  # parts that wait to be put together
 STRUCTURE_DEPTH = 200  # containers in containers
 CALL_WEIGHT = 20  # times what a call is given: it may hash and copy it
 LONG_WEIGHT = 5_000  # of a number beyond 32 bits; as keys, they can be chosen to make a dictionary take hours
-OLD_PICKLES = 5  # of the container before PyTorch 1.6: its mark, version, system, contents, keys of the storages
+OLD_PICKLES = 5  # of the container before PyTorch 1.6: mark, version, system, contents, keys of storages
 ATOMS = ("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "EMPTY_TUPLE")
 TEXTS = ("BINUNICODE", "SHORT_BINSTRING", "GLOBAL")
 ABOVE_THE_MARK = -1
 TAKING_STEPS = {  # how many parts the other steps take that torch knows
-    **{"EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "LONG1": 0, "STOP": 1, "BINPERSID": 1, "REDUCE": 2, "NEWOBJ": 2},
+    **{"EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "LONG1": 0, "STOP": 1, "BINPERSID": 1},
+    **{"REDUCE": 2, "NEWOBJ": 2},
     **{"TUPLE": ABOVE_THE_MARK, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1},
     **{"APPENDS": ABOVE_THE_MARK, "SETITEMS": ABOVE_THE_MARK},
 }
 FILLING_STEPS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # into the part below what they take
 CALLING_STEPS = ("REDUCE", "NEWOBJ")
 CHECKPOINT_CALLS = re.compile(  # what a checkpoint may call: none gives much more than it is given
-    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode|torch (Size|device)"
+    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode"
+    r"|torch (Size|device)"
     r"|numpy dtype|numpy\._?core\.multiarray scalar|argparse Namespace"
-    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state|qtensor|meta_tensor_no_storage)"
+    r"|torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?|qtensor|meta_tensor_no_storage)"
 )
 NUMBER_KINDS = ("float32", "float16", "bfloat16", "float64", "int64")  # int64: counters of batches
 COUNTER = "num_batches_tracked"  # end of the keys of those counters, which inference never reads
@@ -129,7 +134,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may
 MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 million
 HEAD_BYTES = 1024  # enough to tell what a file is
 DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
-UNFOLDING = "its structure unfolds to more than a network's checkpoint holds; save the network's state_dict() alone"
+UNFOLDING = "its structure unfolds to more than a network's checkpoint holds; save its state_dict() alone"
 COPY_AGAIN = "copy it again from where it came"
 NOTHING_TO_SEE = "every pixel is the same: there is nothing to see"
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
@@ -338,12 +343,43 @@ class Classifier:
         return next(self.network.parameters()).device
 
 
+PixelBox = tuple[int, int, int, int]  # x0, y0, x1, y1, half-open
+
+
+@dataclass(frozen=True)
+class Landmarks:
+    """What of a radiograph the checks compare its maps with."""
+
+    dense: np.ndarray  # (CELLS, CELLS) share of each cell's pixels that are as dense as bone
+    markers: tuple[PixelBox, ...]  # pixels of CHECKED_SIDE
+
+
+@dataclass(frozen=True)
+class TrueBox:
+    """Where the fracture of one image is, in pixels of the upright image, half-open."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+    source: str  # table and line, for messages
+
+
+@dataclass(frozen=True)
+class Pointing:
+    """How a map compares with the true box, enlarged by half a cell of the map's grid on each side."""
+
+    is_inside: bool  # the map's maximum
+    heat: float  # share of the heatmap inside
+    area: float  # of the image: what heat and maxima in random places reach
+
+
 @dataclass(frozen=True)
 class Finding:
     """What one check found about one map."""
 
-    check: str
-    value: float  # the measured quantity
+    check: str  # key in CHECKS
+    value: float  # the measured quantity; NaN where it cannot be measured
     is_flagged: bool
     text: str  # in words
 
@@ -360,7 +396,9 @@ class Explanation:
     method: str = "gradcam"  # key in METHODS
     owed: float | None = None  # what the raw map's sum must equal; None where nothing is promised
     remarks: tuple[str, ...] = ()  # what its reader must know beside the map
-    findings: tuple[Finding, ...] = ()  # one for each check
+    findings: tuple[Finding, ...] = ()  # one for each check that applies
+    pointing: Pointing | None = None  # where the fracture is known
+    passes: int = 0  # forward passes that --verify took
 
     @property
     def predicted(self) -> int:
@@ -439,6 +477,7 @@ class Job:
     maps: tuple[Path, ...]  # a .npy for each explanation; its .json lies beside it
     digest: str  # of the image's content and of all else that its results depend on
     panels: tuple[Path, ...] = ()  # bare pictures: radiograph, then heatmap and overlay for each explanation
+    box: TrueBox | None = None  # where the fracture is known
 
     @property
     def name(self) -> str:
@@ -461,6 +500,8 @@ class Result:
     explanations: tuple[Explanation, ...] = ()  # of the first model by each method, then of the second
     notes: tuple[str, ...] = ()
     error: str = ""
+    landmarks: Landmarks | None = None
+    box: tuple[float, ...] | None = None  # the true one in shares of the sides: left, top, right, bottom
 
     @property
     def opinions(self) -> list[Explanation]:
@@ -977,7 +1018,8 @@ def check_archive(file: BinaryIO) -> None:
     if "data.pkl" not in names:
         remedy = "give a file that torch.save wrote, or a .safetensors file"
         raise ExplainError(f"a zip archive without weights; {remedy}")
-    if any(entry.file_size > STRUCTURE_BYTES for entry in entries if entry.filename.lower().endswith("/data.pkl")):
+    structures = [entry.file_size for entry in entries if entry.filename.lower().endswith("/data.pkl")]
+    if max(structures) > STRUCTURE_BYTES:
         raise ExplainError(UNFOLDING)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could unpack to any size
         cause = "a compressed archive, which torch.save never writes"
@@ -1070,7 +1112,7 @@ class Part:
 
     weight: int = 1  # parts and characters in it
     depth: int = 0  # containers in it, one in the other
-    told: str = ""  # a text, the name of what may be called, or the second of a pair
+    told: str = ""  # a text, the name of what may be called, or the second part of a tuple
     is_used: bool = False  # it is in another part
 
 
@@ -1123,7 +1165,9 @@ class StructureWalk:
         self.steps += 3  # beside its own: containers take more time and memory than numbers
         self.weight += weight * (CALL_WEIGHT if step in CALLING_STEPS else 1)
         if step not in FILLING_STEPS:
-            stack.append(Part(LONG_WEIGHT if step == "LONG1" else 1, told=items[1].told if step == "TUPLE2" else ""))
+            naming = {"TUPLE": items[1:2], "TUPLE2": items[1:], "BINPERSID": items}.get(step)
+            told = naming[0].told if naming else ""
+            stack.append(Part(LONG_WEIGHT if step == "LONG1" else 1, told=told))
         whole = stack[-1]
         whole.weight, whole.depth = whole.weight + weight, max(whole.depth, depth)
         # A part that is filled when it is in another already could come to hold itself.
@@ -1135,6 +1179,9 @@ class StructureWalk:
 
 def check_call(function: Part, arguments: Part) -> None:
     """Raise ValueError, in torch's words, for a call that no checkpoint of a network makes."""
+    if re.search("_sparse_|_get_layout", function.told):  # checked for as long as their indices claim
+        cause = "not the floats of a network: sparse tensors"
+        raise ExplainError(f"{cause}; save the trained weights as dense floats")
     is_known = CHECKPOINT_CALLS.fullmatch(function.told)
     if not is_known or (function.told == "_codecs encode" and arguments.told != "latin1"):
         raise ValueError(f"GLOBAL {function.told.replace(' ', '.')}")
@@ -1211,7 +1258,6 @@ def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Te
         notes = [f"EMA weights taken from {taken}: the only ones in the file"]
     notes += [f"EMA weights beside them ({key}) not used" for key in others if key in EMA_KEYS]
     notes += [f"other weights beside them ({key}) not used" for key in others if key in MODEL_KEYS]
-    check_numbers(places[taken], path)
     return places[taken], notes
 
 
@@ -1479,6 +1525,7 @@ def network_of(
         cause = f"holds another network, without the key {family.landmark}"
         raise refusal(path, cause, f"give one of timm's {fitting}: this tool explains no others")
     check_fit(network, weights, f"{architecture} ({why})", path)
+    check_numbers(weights, path)
     weights, notes = in_float32(weights, path)
     counters = [key for key in network.state_dict() if key not in weights]
     network.load_state_dict(weights | {key: zero_counter() for key in counters}, strict=True, assign=True)
@@ -1641,17 +1688,18 @@ def forward_pass(
 ) -> ForwardPass:
     """What every method needs of a batch; explains class `target`, or each image's predicted class.
 
-    Raises ExplainError where the network's output is not finite.
+    Later passes take `at_once` inputs of the usual size together, and fewer larger ones. Raises
+    ExplainError where the network's output is not finite.
     """
     import torch
 
     family, network = classifier.model.family, classifier.network
+    at_once = min(at_once, max(1, at_once * INPUT_SIZE**2 // inputs[0, 0].numel()))
     wanted = None if target is None else torch.full((len(inputs),), target, device=inputs.device)
     logits, *rest = layer_gradients(network, family.target_layer, inputs, wanted)
     if not torch.isfinite(logits).all():
-        raise refusal(
-            classifier.model.checkpoint, "the network's output is not finite", "its weights are damaged"
-        )
+        cause = "the network's output is not finite"
+        raise refusal(classifier.model.checkpoint, cause, "its weights are damaged")
     return ForwardPass(network, family.finer_layer, inputs, logits, *rest, at_once)
 
 
@@ -1783,7 +1831,7 @@ def held_response_norm(layer: torch.nn.Module, count: int, inputs: torch.Tensor)
 def held_gelu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
     import torch
 
-    return inputs * held(torch.special.ndtr(inputs[:count]), inputs)
+    return inputs * held((1 + torch.erf(inputs[:count] / 2**0.5)) / 2, inputs)
 
 
 def held_silu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
@@ -1853,19 +1901,25 @@ def held_factors(network: torch.nn.Module, count: int) -> Iterator[None]:
 
 def relevance(seen: ForwardPass) -> torch.Tensor:
     """LRP-0: (x - x') times the gradient of the score with all factors held: (B, g, g)."""
-    maps = seen.inputs - seen.reference
-    with held_factors(seen.network, len(maps)):
-        return summed_over_cells(maps * input_gradients(seen.network, seen.inputs, seen.explained))
+    import torch
+
+    gradients = []
+    for inputs, classes in zip(seen.inputs.split(seen.at_once), seen.explained.split(seen.at_once)):
+        with held_factors(seen.network, len(inputs)):
+            gradients.append(input_gradients(seen.network, inputs, classes))
+    return summed_over_cells((seen.inputs - seen.reference) * torch.cat(gradients))
 
 
 def relevance_owed(seen: ForwardPass) -> torch.Tensor:
     """How much lower the explained classes score on the reference with the radiographs' factors: (B,)."""
     import torch
 
-    count = len(seen.inputs)
-    with torch.no_grad(), held_factors(seen.network, count):
-        scores = chosen(seen.network(torch.cat([seen.inputs, seen.reference])), seen.explained.repeat(2))
-    return scores[:count] - scores[count:]
+    owed = []
+    for pair, explained in zip(torch.stack([seen.inputs, seen.reference], dim=1), seen.explained):
+        with torch.no_grad(), held_factors(seen.network, 1):
+            score, reference_score = seen.network(pair)[:, explained]
+        owed.append(score - reference_score)
+    return torch.stack(owed)
 
 
 # Parts covered
@@ -1961,63 +2015,35 @@ METHODS = {
     method.key: method
     for method in (
         Method(
-            key="gradcam",
-            title="Grad-CAM",
-            citation="Selvaraju et al., ICCV 2017",
-            maps=lambda seen: grad_cam(seen.activations, seen.gradients),
-            passes=1,
+            "gradcam", "Grad-CAM", "Selvaraju et al., ICCV 2017",
+            lambda seen: grad_cam(seen.activations, seen.gradients), 1,
         ),
         Method(
-            key="gradcam++",
-            title="Grad-CAM++",
-            citation="Chattopadhay et al., WACV 2018",
-            maps=lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients),
-            passes=1,
+            "gradcam++", "Grad-CAM++", "Chattopadhay et al., WACV 2018",
+            lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients), 1,
         ),
         Method(
-            key="gradcam-hires",
-            title="Grad-CAM, high resolution",
-            citation="Selvaraju et al., ICCV 2017, at two stages; the product is this tool's",
-            maps=finer_grad_cam,
-            passes=2,
+            "gradcam-hires", "Grad-CAM, high resolution", "Grad-CAM at two stages, multiplied by this tool",
+            finer_grad_cam, 2,
         ),
         Method(
-            key="ig",
-            title="Integrated Gradients",
-            citation="Sundararajan et al., ICML 2017",
-            maps=integrated_gradients,
-            passes=2 + POINTS,
-            owed=lambda seen: seen.gain,
-            compares=True,
+            "ig", "Integrated Gradients", "Sundararajan et al., ICML 2017",
+            integrated_gradients, 2 + POINTS, owed=lambda seen: seen.gain, compares=True,
         ),
         Method(
-            key="shap",
-            title="SHAP",
-            citation="Lundberg & Lee, NeurIPS 2017; Covert & Lee, AISTATS 2021",
-            maps=kernel_shap,
-            passes=2 + COALITIONS,
-            owed=lambda seen: seen.gain,
-            compares=True,
+            "shap", "SHAP", "Lundberg & Lee, NeurIPS 2017; Covert & Lee, AISTATS 2021",
+            kernel_shap, 2 + COALITIONS, owed=lambda seen: seen.gain, compares=True,
         ),
         Method(
-            key="lrp",
-            title="LRP",
-            citation="Bach et al., PLOS ONE 2015; factors held as in Ali et al., ICML 2022",
-            maps=relevance,
-            passes=5,
-            owed=relevance_owed,
-            compares=True,
+            "lrp", "LRP", "Bach et al., PLOS ONE 2015; factors held as by Ali et al., ICML 2022",
+            relevance, 5, owed=relevance_owed, compares=True,
         ),
         Method(
-            key="occlusion",
-            title="Occlusion",
-            citation="Zeiler & Fergus, ECCV 2014",
-            maps=occlusion,
-            passes=2 + WINDOWS**2,
-            compares=True,
+            "occlusion", "Occlusion", "Zeiler & Fergus, ECCV 2014",
+            occlusion, 2 + WINDOWS**2, compares=True,
         ),
     )
-}
+}  # fmt: skip
 
 
 def passes_of(methods: Sequence[str]) -> int:
@@ -2112,6 +2138,818 @@ def sum_remark(explanation: Explanation) -> str:
 
 
 # ------------------------------------------------------------------------------------------
+# Checks
+# ------------------------------------------------------------------------------------------
+
+# Everything is measured on one grid for all networks and methods, so that a threshold means the
+# same share of the area everywhere. Heat is max(raw map, 0) divided by its sum.
+
+CELLS = 7  # a side of that grid, which is both families' own at 224 pixels
+CHECKED_SIDE = 224  # pixels; radiographs are looked at squashed, as networks of that size see them
+OUTER = np.pad(np.zeros((CELLS - 2, CELLS - 2), bool), 1, constant_values=True)  # the frame of 24 cells
+DENSE_SHARE = 0.02  # of a cell's pixels; with fewer the cell holds nothing as dense as bone
+HOT_AREA = 0.25  # of the image
+
+# A marker or annotation is bright, thin, small and set off from all around it. Lengths in pixels
+# of CHECKED_SIDE, brightness in shares of the radiograph's range (1st to 99th percentile).
+STROKE_REACH, STROKE_CONTRAST = 4, 0.3  # an opening of 9 x 9 takes away strokes of up to 8 pixels
+JOINING_REACH = 2  # letters at most 4 pixels apart are one marker
+MARKER_PIXELS, MARKER_SIDES = 12, range(6, 50)  # fewer pixels are noise; sides are the longer ones
+TEXT_SIDES, TEXT_HEIGHT = range(6, 124), 27  # a line of text may be longer while it is lower than this
+LETTER_HEIGHT, TEXT_STROKES = 9, 4  # a line three times as long as high, of so many strokes, is text
+RING, RING_CONTRAST = (2, 5), 0.25  # pixels outside the box; bone's edges go on there, markers do not
+
+BORDER_LIMIT = 0.5  # just above the 24/49 of the area that the frame has
+DARK_LIMIT = 0.35  # fractures lie in bone; some heat spills into the cells beside it
+MARKER_LIMIT = 0.2  # a marker touches 1 to 4 of 49 cells: 0.02 to 0.08 by chance
+FOCUS_LIMIT = 0.5  # a map without focus has 0.25 there
+AGREEMENT = "map_agreement"  # the check of a pair
+AGREEMENT_LIMIT = 0.4  # equal maps share 1, disjoint ones 0
+CONFIDENCE_LIMIT = 0.95  # the guide's, for clear cases
+COVERING_LIMIT = 0.1  # of probability; covering as much elsewhere costs honest networks less
+ERASING_BLUR = 8 / 224  # of the image's side: standard deviation of the Gaussian that erases
+ERASED_AREA = 0.2  # of the image, the hottest
+MOVED_MASKS = 15  # with the hot area, the blurred and two covered copies 19 passes
+MAX_OVERLAP = 0.25  # of a moved mask with the hot area
+MARKER_MARGIN = 4  # pixels of CHECKED_SIDE round a covered marker
+ERASING_LIMIT = 0.5  # where masks put anywhere do as much, the map says nothing
+
+FEW_MAPS = 20  # fewer tell more about chance than about the network
+SAME_PLACE_LIMIT = 0.5  # mean correlation of the maps of different images: fractures lie in different places
+SAME_CELL_LIMIT = 0.5  # of the hottest cells; 1/49 by chance
+MEAN_DARK_LIMIT = 0.25  # of the heat
+MEAN_MARKER_LIMIT = 0.1  # of the heat, where there is a marker
+BLANK_LIMIT = 0.5  # of a class's maps: then the network decides for it by what it does not see
+
+TEST_BOXES = TEST_IMAGES / "fracture_boxes.csv"  # used by itself for the images beside it
+BOX_COLUMNS = ("file", "x0", "y0", "x1", "y1")  # that a table of boxes must have; class may be there
+MAX_BOX_TABLE = 100_000_000  # bytes
+
+
+# What a radiograph shows
+
+
+def landmarks_of(pixels: np.ndarray) -> Landmarks:
+    """Look for bone and markers in a radiograph (H, W, 3) uint8."""
+    small = Image.fromarray(pixels).resize((CHECKED_SIDE, CHECKED_SIDE), Image.Resampling.BILINEAR)
+    grey = np.asarray(small.convert("L"))
+    return Landmarks(dense_shares(grey), tuple(marker_boxes(grey)))
+
+
+def over_windows(values: np.ndarray, reach: int, combine: np.ufunc) -> np.ndarray:
+    """Combine the 2 * reach + 1 values a side around each one: (H, W) -> (H, W).
+
+    np.minimum gives the erosion, np.maximum the dilation; outside, the edge's values count.
+    """
+    for _ in range(2):
+        length = len(values)
+        padded = np.pad(values, ((reach, reach), (0, 0)), mode="edge")
+        shifted = (padded[start : start + length] for start in range(2 * reach + 1))
+        values = functools.reduce(combine, shifted).T
+    return values
+
+
+def otsu_threshold(values: np.ndarray) -> int:
+    """The grey value that best parts uint8 values into dark and bright: N. Otsu, IEEE SMC-9, 1979.
+
+    Of the thresholds with the largest variance between the two parts, the lowest; values equal to
+    it are dark. 255 where there is but one value.
+    """
+    counts = np.bincount(values.ravel(), minlength=256)
+    dark, mass = counts.cumsum(), (counts * np.arange(256)).cumsum()
+    pairs = dark * (values.size - dark)  # 0 where one part is empty
+    distance = (mass[-1] * (dark / values.size) - mass) ** 2
+    between = np.divide(distance, pairs, out=np.zeros(256), where=pairs > 0)
+    return int(between.argmax()) if pairs.any() else 255
+
+
+def dense_shares(grey: np.ndarray) -> np.ndarray:
+    """Share of each cell's pixels above Otsu's threshold: grey (H, W) uint8 -> (CELLS, CELLS).
+
+    Means of 3 x 3 pixels are compared, or noise in the dark would count.
+    """
+    smooth = (over_windows(grey.astype(np.uint16), 1, np.add) // 9).astype(np.uint8)
+    side = CHECKED_SIDE // CELLS
+    return (smooth > otsu_threshold(smooth)).reshape(CELLS, side, CELLS, side).mean(axis=(1, 3))
+
+
+def marker_boxes(grey: np.ndarray) -> list[PixelBox]:
+    """Boxes of what looks like a side marker or text in grey (H, W) uint8; see STROKE_REACH and below.
+
+    Strokes stand out from an opening (white top-hat: J. Serra, Image Analysis, 1982); those close
+    together are one marker.
+    """
+    low, high = np.percentile(grey, (1, 99))
+    eroded = over_windows(grey, STROKE_REACH, np.minimum)
+    strokes = grey - over_windows(eroded, STROKE_REACH, np.maximum) > STROKE_CONTRAST * (high - low)
+    found = []
+    for rows, columns in regions(strokes, JOINING_REACH):
+        box = int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
+        is_apart = stands_out(grey, rows, columns, box, RING_CONTRAST * (high - low))
+        if is_marker_size(len(rows), box) and (is_apart or is_line_of_text(rows, columns, box)):
+            found.append(box)
+    return found
+
+
+def regions(mask: np.ndarray, reach: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Parts of a mask (H, W): rows and columns of the pixels that hang together once dilated by `reach`."""
+    joined = over_windows(mask, reach, np.maximum)
+    labels = connected(joined)[mask[joined]]  # of the mask's own pixels
+    order = labels.argsort(kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order])) + 1
+    rows, columns = (np.split(each[order], starts) for each in mask.nonzero())
+    return [part for part in zip(rows, columns) if part[0].size]
+
+
+def connected(mask: np.ndarray) -> np.ndarray:
+    """A label for each of a mask's n pixels, row by row: the lowest number among those 8-connected with it.
+
+    Numbers spread along the edges; a label's own label is looked up, so that each turn reaches
+    about twice as far.
+    """
+    rows, columns = mask.nonzero()
+    labels = np.arange(rows.size)
+    numbers = np.full(np.add(mask.shape, 2), -1)  # with a rim, so that every pixel has neighbours
+    numbers[rows + 1, columns + 1] = labels
+    onward = ((1, 2), (2, 0), (2, 1), (2, 2))  # right, and the three below; the other four look back
+    second = np.concatenate([numbers[rows + down, columns + right] for down, right in onward])
+    first, second = np.tile(labels, len(onward))[second >= 0], second[second >= 0]
+    while (labels[first] != labels[second]).any():
+        lower = np.minimum(labels[first], labels[second])
+        for end in (labels[first], labels[second]):
+            np.minimum.at(labels, end, lower)
+        labels = labels[labels]
+    return labels
+
+
+def is_marker_size(pixels: int, box: PixelBox) -> bool:
+    short, long = sorted((box[2] - box[0], box[3] - box[1]))
+    return pixels >= MARKER_PIXELS and (long in MARKER_SIDES or (long in TEXT_SIDES and short < TEXT_HEIGHT))
+
+
+def is_line_of_text(rows: np.ndarray, columns: np.ndarray, box: PixelBox) -> bool:
+    """Whether a region is a low line of several strokes, as text is, also over bone and beside it."""
+    x0, y0, x1, y1 = box
+    short, long = sorted((x1 - x0, y1 - y0))
+    strokes = np.zeros((y1 - y0, x1 - x0), bool)
+    strokes[rows - y0, columns - x0] = True
+    is_low = short <= LETTER_HEIGHT and long >= 3 * short
+    return is_low and np.unique(connected(strokes)).size >= TEXT_STROKES
+
+
+def stands_out(grey: np.ndarray, rows: np.ndarray, columns: np.ndarray, box: PixelBox, by: float) -> bool:
+    """Whether a region's median lies `by` above the 90th percentile of the ring round its box."""
+    inner, outer = (grown(box, reach, CHECKED_SIDE) for reach in (RING[0] - 1, RING[1]))
+    x0, y0, x1, y1 = outer
+    ring = np.ones((y1 - y0, x1 - x0), bool)
+    ring[inner[1] - y0 : inner[3] - y0, inner[0] - x0 : inner[2] - x0] = False
+    around = grey[y0:y1, x0:x1][ring]
+    return bool(around.size and np.median(grey[rows, columns]) - np.percentile(around, 90) >= by)
+
+
+def grown(box: PixelBox, reach: int, side: int) -> PixelBox:
+    """A box with `reach` pixels more on each side, cut at the edges of a square image."""
+    x0, y0, x1, y1 = box
+    return max(0, x0 - reach), max(0, y0 - reach), min(side, x1 + reach), min(side, y1 + reach)
+
+
+# What a map shows
+
+
+def overlaps(cells: int, others: int) -> np.ndarray:
+    """(cells, others): the share of each of `others` equal parts of a length in each of `cells`."""
+    ends, other_ends = np.arange(1, cells + 1)[:, None] * others, np.arange(1, others + 1) * cells
+    shared = np.minimum(ends, other_ends) - np.maximum(ends - others, other_ends - cells)
+    return np.maximum(shared, 0) / cells
+
+
+def heat_on_cells(raw_map: np.ndarray) -> np.ndarray:
+    """Share of the heat in each cell, by area: (h, w) -> (CELLS, CELLS); all 0 for a blank map."""
+    heat = np.maximum(raw_map, 0).astype(np.float64)
+    total = heat.sum()
+    if total == 0:
+        return np.zeros((CELLS, CELLS))
+    h, w = heat.shape
+    return overlaps(CELLS, h) @ (heat / total) @ overlaps(CELLS, w).T
+
+
+def touched_cells(boxes: Iterable[PixelBox]) -> np.ndarray:
+    """(CELLS, CELLS) bool: the cells that boxes touch."""
+    touched, side = np.zeros((CELLS, CELLS), bool), CHECKED_SIDE // CELLS
+    for x0, y0, x1, y1 in boxes:
+        touched[y0 // side : (y1 - 1) // side + 1, x0 // side : (x1 - 1) // side + 1] = True
+    return touched
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a network says of changed copies of a radiograph: class scores before the softmax, (K,) each."""
+
+    blurred: np.ndarray  # the whole radiograph
+    covered: np.ndarray | None = None  # its markers; None where none was found
+    covered_elsewhere: np.ndarray | None = None
+    erased: np.ndarray | None = None  # the map's hot area; None for a map without one
+    erased_elsewhere: np.ndarray | None = None  # (n, K), n moved masks
+    passes: int = 0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a check may look at."""
+
+    explanation: Explanation
+    landmarks: Landmarks | None
+    trial: Trial | None = None  # with --verify
+    other_map: np.ndarray | None = None  # the other model's raw map, for the check of a pair
+
+    @functools.cached_property
+    def heat(self) -> np.ndarray:
+        """(CELLS, CELLS) shares."""
+        return heat_on_cells(self.explanation.raw_map)
+
+
+def is_uniform(raw_map: np.ndarray) -> bool:
+    """Whether a map is blank (nothing positive) or constant: neither has a place to judge."""
+    return bool(raw_map.max() <= 0 or raw_map.min() == raw_map.max())
+
+
+def border_heat(evidence: Evidence) -> float:
+    """Share of the heat in the frame of outer cells; 24/49 for a uniform map."""
+    return float(evidence.heat[OUTER].sum())
+
+
+def dark_heat(evidence: Evidence) -> float:
+    """Share of the heat in cells where less than DENSE_SHARE of the pixels is as dense as bone."""
+    return float(evidence.heat[evidence.landmarks.dense < DENSE_SHARE].sum())
+
+
+def marker_heat(evidence: Evidence) -> float:
+    """Share of the heat in cells that a marker's box touches; 0 where there is no marker."""
+    return float(evidence.heat[touched_cells(evidence.landmarks.markers)].sum())
+
+
+def focus(evidence: Evidence) -> float:
+    """Share of the heat in the hottest HOT_AREA of the image; HOT_AREA itself for a uniform map."""
+    hottest = np.sort(evidence.heat, axis=None)[::-1]
+    cells = HOT_AREA * hottest.size
+    whole = int(cells)
+    return float(hottest[:whole].sum() + (cells - whole) * hottest[whole])
+
+
+def shared_heat(evidence: Evidence) -> float:
+    """Heat that the two models' maps share, sum of min(a, b): 1 for equal maps, 0 for disjoint ones.
+
+    Histogram intersection: M. Swain and D. Ballard, IJCV 1991.
+    """
+    return float(np.minimum(evidence.heat, heat_on_cells(evidence.other_map)).sum())
+
+
+# What a network says of changed copies (--verify)
+
+
+def softmax_at(scores: np.ndarray, index: int) -> float:
+    """Softmax of class scores (K,) at one class."""
+    return float(1 / np.exp(scores - scores[index]).sum())
+
+
+def log_odds(scores: np.ndarray, index: int) -> np.ndarray:
+    """log p / (1 - p) of one class from scores (..., K), also where p rounds to 1: (...)."""
+    return scores[..., index] - np.logaddexp.reduce(np.delete(scores, index, axis=-1), axis=-1)
+
+
+def covering_fall(evidence: Evidence) -> float | None:
+    """What covering the markers takes from the predicted class, beyond covering as much elsewhere."""
+    trial, explanation = evidence.trial, evidence.explanation
+    if trial is None or trial.covered is None:
+        return None
+    covered, elsewhere = (
+        softmax_at(each, explanation.predicted) for each in (trial.covered, trial.covered_elsewhere)
+    )
+    return min(explanation.confidence, elsewhere) - covered
+
+
+def default_probability(evidence: Evidence) -> float | None:
+    """Probability of the class that the network gives to the whole radiograph blurred."""
+    return (
+        None
+        if evidence.trial is None
+        else softmax_at(evidence.trial.blurred, int(evidence.trial.blurred.argmax()))
+    )
+
+
+def erasing_rank(evidence: Evidence) -> float | None:
+    """Share of the moved masks that take at least as much from the explained class as the hot area's does.
+
+    In log-odds, which do not saturate; 0 for a map that found what counts, about 0.5 for one that
+    points anywhere. NaN for the class that the network gives to a blurred radiograph as well:
+    nothing that is erased can lower it.
+    """
+    trial, explained = evidence.trial, evidence.explanation.explained
+    if trial is None or trial.erased is None:
+        return None
+    if trial.blurred.argmax() == explained:
+        return float("nan")
+    return float((log_odds(trial.erased_elsewhere, explained) <= log_odds(trial.erased, explained)).mean())
+
+
+# The table of checks
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def covering_text(evidence: Evidence, value: float) -> str:
+    explanation, trial, count = evidence.explanation, evidence.trial, len(evidence.landmarks.markers)
+    what = "the side marker" if count == 1 else f"{count} markers"
+    scores = trial.covered, trial.covered_elsewhere
+    before, covered, elsewhere = (
+        percent(share)
+        for share in (explanation.confidence, *(softmax_at(each, explanation.predicted) for each in scores))
+    )
+    verb = "lowers" if value > 0 else "takes"
+    change = f"{verb} {explanation.prediction} from {before} to {covered}"
+    told = f"leaves {explanation.prediction} at {covered}" if covered == before else change
+    return f"covering {what} {told}; covering as much elsewhere, {elsewhere}"
+
+
+def default_text(evidence: Evidence, value: float) -> str:
+    name = evidence.explanation.model.class_names[evidence.trial.blurred.argmax()]
+    return f"with everything blurred it says {name} at {percent(value)}"
+
+
+def erasing_text(evidence: Evidence, value: float) -> str:
+    trial, explained = evidence.trial, evidence.explanation.explained
+    name = evidence.explanation.explained_class
+    if np.isnan(value):
+        return f"erasing cannot be tested: it says {name} even when everything is blurred"
+    moved = trial.erased_elsewhere
+    usual = moved[log_odds(moved, explained).argsort(kind="stable")[len(moved) // 2]]  # the median one
+    return (
+        f"erasing the hot area leaves {name} at {percent(softmax_at(trial.erased, explained))}; "
+        f"erasing as much in {len(moved)} other places, {percent(softmax_at(usual, explained))} (log-odds "
+        f"{log_odds(trial.erased, explained):+.1f} against {log_odds(usual, explained):+.1f})"
+    )
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question asked of every map; a further check is one entry of CHECKS and one function."""
+
+    key: str  # in the table's columns and in JSON; in words where passed checks are listed
+    title: str  # the guide's words where it has some
+    about: str  # "map", "pair" of maps, "prediction", or "verify": asked only with --verify
+    measure: Callable[[Evidence], float | None]  # None: does not apply
+    limit: float
+    flags: Callable[[float, float], bool]  # value, limit; False for NaN
+    text: Callable[[Evidence, float], str]
+
+
+CHECKS = {
+    check.key: check
+    for check in (
+        Check(
+            "blank",
+            "No positive evidence",
+            "map",
+            lambda evidence: float(is_uniform(evidence.explanation.raw_map)),
+            0,
+            operator.gt,
+            lambda evidence, value: evidence.explanation.blankness or "the map has a place to judge",
+        ),
+        Check(
+            "border",
+            "Attention on image borders",
+            "map",
+            border_heat,
+            BORDER_LIMIT,
+            operator.gt,
+            lambda evidence, value: (
+                f"{percent(value)} of the heat lies in the outer ring of cells, "
+                f"which is {percent(OUTER.mean())} of the area"
+            ),
+        ),
+        Check(
+            "dark",
+            "Attention on irrelevant areas",
+            "map",
+            dark_heat,
+            DARK_LIMIT,
+            operator.gt,
+            lambda evidence, value: f"{percent(value)} of the heat lies where nothing as dense as bone is",
+        ),
+        Check(
+            "markers",
+            "Focus on text/labels/artifacts",
+            "map",
+            marker_heat,
+            MARKER_LIMIT,
+            operator.gt,
+            lambda evidence, value: f"{percent(value)} of the heat lies on cells with a marker or text",
+        ),
+        Check(
+            "focus",
+            "No clear focal point",
+            "map",
+            focus,
+            FOCUS_LIMIT,
+            operator.lt,
+            lambda evidence, value: f"the hottest quarter of the area holds {percent(value)} of the heat",
+        ),
+        Check(
+            AGREEMENT,
+            "Models strongly disagree",
+            "pair",
+            shared_heat,
+            AGREEMENT_LIMIT,
+            operator.lt,
+            lambda evidence, value: f"the two maps share {percent(value)} of their heat",
+        ),
+        Check(
+            "confidence",
+            "Low confidence overall",
+            "prediction",
+            lambda evidence: evidence.explanation.confidence,
+            CONFIDENCE_LIMIT,
+            operator.lt,
+            lambda evidence, value: (
+                f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}"
+            ),
+        ),
+        Check(
+            "covering",
+            "Reads the side marker",
+            "verify",
+            covering_fall,
+            COVERING_LIMIT,
+            operator.gt,
+            covering_text,
+        ),
+        Check("default", "Says so of anything", "verify", default_probability, 1, operator.gt, default_text),
+        Check(
+            "erasing",
+            "The hot area counts no more than others",
+            "verify",
+            erasing_rank,
+            ERASING_LIMIT,
+            operator.gt,
+            erasing_text,
+        ),
+    )
+}
+MAP_CHECKS = sum(check.about == "map" for check in CHECKS.values())
+
+
+def finding_of(check: Check, evidence: Evidence) -> Finding | None:
+    """What one check says; None where it does not apply."""
+    value = check.measure(evidence)
+    if value is None:
+        return None
+    return Finding(check.key, value, bool(check.flags(value, check.limit)), check.text(evidence, value))
+
+
+def findings_of(evidence: Evidence) -> tuple[Finding, ...]:
+    """What the checks say of one map; of a blank or constant one only that, and what needs no map."""
+    uniform = is_uniform(evidence.explanation.raw_map)
+    asked = [check for check in CHECKS.values() if check.about != "pair"]
+    asked = [check for check in asked if check.about != "map" or check.key == "blank" or not uniform]
+    return tuple(found for check in asked if (found := finding_of(check, evidence)))
+
+
+def map_agreement(explanations: Sequence[Explanation]) -> Finding | None:
+    """How far the maps of two models agree; None where there are no two that have a place to judge."""
+    if len(explanations) != 2 or any(is_uniform(each.raw_map) for each in explanations):
+        return None
+    first, second = explanations
+    return finding_of(CHECKS[AGREEMENT], Evidence(first, None, other_map=second.raw_map))
+
+
+def flagged_findings(findings: Sequence[Finding], *about: str) -> list[Finding]:
+    return [each for each in findings if each.is_flagged and CHECKS[each.check].about in about]
+
+
+def checks_text(findings: Sequence[Finding]) -> str:
+    """What the map checks say of one map, as one sentence."""
+    found = flagged_findings(findings, "map")
+    if not found:
+        return f"{MAP_CHECKS} map checks passed"
+    return f"{len(found)} of {MAP_CHECKS} map checks flagged: {'; '.join(finding.text for finding in found)}"
+
+
+def marked_text(finding: Finding) -> str:
+    """A finding as a sentence, with a warning where it is flagged."""
+    return f"{'⚠️  ' * finding.is_flagged}{finding.text[0].upper()}{finding.text[1:]}"
+
+
+# --verify: copies of a radiograph in which something is covered or erased
+
+
+def without_detail(image: np.ndarray) -> np.ndarray:
+    """Gaussian blur of (C, N, N); at the edge over what there is of the image."""
+    places = np.arange(image.shape[1])
+    weights = np.exp(-(((places[:, None] - places) / (ERASING_BLUR * len(places))) ** 2) / 2).astype(np.float32)
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights @ image @ weights.T
+
+
+def with_filled(image: np.ndarray, boxes: Iterable[PixelBox]) -> np.ndarray:
+    """(C, N, N) with boxes filled from their surroundings.
+
+    Each pixel is the mean of the four nearest ones outside, in its row and its column, weighted by
+    their closeness.
+    """
+    image, end = image.copy(), image.shape[1]
+    for x0, y0, x1, y1 in boxes:
+        right, down = np.arange(1, x1 - x0 + 1), np.arange(1, y1 - y0 + 1)[:, None]
+        sides = (
+            (x0 > 0, image[:, y0:y1, x0 - 1 : x0], 1 / right),
+            (x1 < end, image[:, y0:y1, x1 : x1 + 1], 1 / right[::-1]),
+            (y0 > 0, image[:, y0 - 1 : y0, x0:x1], 1 / down),
+            (y1 < end, image[:, y1 : y1 + 1, x0:x1], 1 / down[::-1]),
+        )
+        there = [(values, weights) for is_there, values, weights in sides if is_there]
+        image[:, y0:y1, x0:x1] = sum(values * weights for values, weights in there) / sum(
+            weights for _, weights in there
+        )
+    return image
+
+
+def marker_masks(markers: Sequence[PixelBox], side: int) -> tuple[list[PixelBox], list[PixelBox]]:
+    """Boxes to cover in an image of `side` pixels: the markers with a margin, and as much elsewhere.
+
+    Elsewhere is their mirror image, left-right, up-down or both, that overlaps them least: about
+    as far from the centre.
+    """
+    boxes = [
+        tuple(round(end * side / CHECKED_SIDE) for end in grown(box, MARKER_MARGIN, CHECKED_SIDE))
+        for box in markers
+    ]
+    across = [(side - x1, y0, side - x0, y1) for x0, y0, x1, y1 in boxes]
+    mirrors = [
+        across,
+        *([(x0, side - y1, x1, side - y0) for x0, y0, x1, y1 in each] for each in (boxes, across)),
+    ]
+    return boxes, min(mirrors, key=lambda mirror: (box_mask(mirror, side) & box_mask(boxes, side)).sum())
+
+
+def box_mask(boxes: Iterable[PixelBox], side: int) -> np.ndarray:
+    mask = np.zeros((side, side), bool)
+    for x0, y0, x1, y1 in boxes:
+        mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def enlarged(heatmap: np.ndarray, side: int) -> np.ndarray:
+    """A heatmap (h, w) at (side, side): bilinear, cell centres aligned; no heat where no cell has any."""
+    return np.asarray(Image.fromarray(heatmap).resize((side, side), Image.Resampling.BILINEAR))
+
+
+def hot_mask(heatmap: np.ndarray, side: int) -> np.ndarray:
+    """(side, side) bool: the hottest ERASED_AREA of the image; less where less has any heat."""
+    heat = enlarged(heatmap, side)
+    return (heat > 0) & (heat >= np.quantile(heat, 1 - ERASED_AREA))
+
+
+def moved_masks(mask: np.ndarray) -> list[np.ndarray]:
+    """At most MOVED_MASKS shifted and mirrored copies of a mask that hardly overlap it."""
+    step = len(mask) // CELLS
+    moved = [
+        np.roll(mirrored, (step * down, step * across), axis=(0, 1))
+        for down, across in itertools.product(range(CELLS), repeat=2)
+        for mirrored in (mask, mask[:, ::-1], mask[::-1], mask[::-1, ::-1])
+    ]
+    apart = [each for each in moved if (each & mask).sum() < MAX_OVERLAP * mask.sum()]
+    chosen = np.linspace(0, len(apart) - 1, min(MOVED_MASKS, len(apart))).round().astype(int)
+    return [apart[index] for index in chosen]
+
+
+def class_scores(classifier: Classifier, images: np.ndarray, batch_size: int) -> np.ndarray:
+    """Forward passes alone: (n, 3, N, N) -> (n, K) float64."""
+    import torch
+
+    with torch.inference_mode():
+        batches = (
+            torch.from_numpy(images[start : start + batch_size])
+            for start in range(0, len(images), batch_size)
+        )
+        scores = [classifier.network(batch.to(classifier.device)).cpu().numpy() for batch in batches]
+    return np.concatenate(scores).astype(np.float64)
+
+
+def tried(
+    classifier: Classifier, image: np.ndarray, explanation: Explanation, landmarks: Landmarks, batch_size: int
+) -> Trial:
+    """Ask the network about changed copies of one input (3, N, N): at most 19 forward passes."""
+    erasing = without_detail(image)
+    copies, side = [erasing], image.shape[1]
+    if landmarks.markers:
+        copies += [with_filled(image, boxes) for boxes in marker_masks(landmarks.markers, side)]
+    first_erased = len(copies)
+    if not is_uniform(explanation.raw_map):
+        mask = hot_mask(explanation.heatmap, side)
+        copies += [np.where(each, erasing, image) for each in (mask, *moved_masks(mask))]
+    scores = class_scores(classifier, np.stack(copies), batch_size)
+    covering = scores[1:first_erased] if landmarks.markers else (None, None)
+    hot = scores[first_erased:]
+    erased = (hot[0], hot[1:]) if len(hot) > 1 else (None, None)
+    return Trial(scores[0], *covering, *erased, passes=len(copies))
+
+
+# Over a run
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a run keeps of one map for its audit."""
+
+    explained: str  # class
+    heat: np.ndarray  # (CELLS, CELLS) shares; all 0 for a blank map
+    has_marker: bool
+    findings: tuple[Finding, ...]
+
+    def value(self, check: str) -> float | None:
+        return next((finding.value for finding in self.findings if finding.check == check), None)
+
+
+def observation(explanation: Explanation, landmarks: Landmarks) -> Observation:
+    name, heat = explanation.explained_class, heat_on_cells(explanation.raw_map)
+    return Observation(name, heat, bool(landmarks.markers), explanation.findings)
+
+
+def mean_correlation(heats: np.ndarray) -> float:
+    """Mean correlation (Pearson) between the maps of two different images: (n, CELLS, CELLS), none constant.
+
+    Of standardised maps z, |sum z|^2 / CELLS^2 holds each pair twice and each map with itself once.
+    """
+    flat = heats.reshape(len(heats), -1)
+    standardised = (flat - flat.mean(axis=1, keepdims=True)) / flat.std(axis=1, keepdims=True)
+    summed = (standardised.sum(axis=0) ** 2).mean()
+    return float((summed - len(heats)) / (len(heats) * (len(heats) - 1)))
+
+
+def same_cell_share(heats: np.ndarray) -> float:
+    """The largest share of maps whose hottest cell is the same one: (n, CELLS, CELLS)."""
+    return float(np.bincount(heats.reshape(len(heats), -1).argmax(axis=1)).max() / len(heats))
+
+
+def audit_lines(observations: Sequence[Observation]) -> list[str]:
+    """What the maps of one model have in common over a run, with the guide's flag where that is suspect."""
+    with_flags = [found for each in observations if (found := flagged_findings(each.findings, "map"))]
+    counts = Counter(finding.check for found in with_flags for finding in found)
+    which = ": " + ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key]) if counts else ""
+    lines = [f"Map checks: {len(with_flags)} of {len(observations)} maps flagged{which}"]
+    for text, value, limit, form in audited(observations):
+        sign = "🚩 " if value > limit else ""
+        lines.append(f"{sign}{text}: {form(value)}{f', flagged above {form(limit)}' if sign else ''}")
+    placed = sum(each.value("focus") is not None for each in observations)
+    if placed < FEW_MAPS:
+        lines.append(f"Same place in every image: needs {FEW_MAPS} maps that are not blank, here {placed}")
+    return lines
+
+
+def audited(
+    observations: Sequence[Observation],
+) -> Iterator[tuple[str, float, float, Callable[[float], str]]]:
+    """What is measured over a run: words, value, limit, and how to write a value."""
+    for name in sorted({each.explained for each in observations}):
+        blank = [each.value("blank") for each in observations if each.explained == name]
+        if any(blank) and len(blank) >= FEW_MAPS:
+            yield f"Blank maps for {printable(name)}", float(np.mean(blank)), BLANK_LIMIT, percent
+    placed = [each for each in observations if each.value("focus") is not None]
+    if len(placed) >= FEW_MAPS:
+        heats = np.stack([each.heat for each in placed])
+        yield (
+            "Same place in every image, mean correlation of the maps",
+            mean_correlation(heats),
+            SAME_PLACE_LIMIT,
+            "{:.2f}".format,
+        )
+        yield "Same hottest cell", same_cell_share(heats), SAME_CELL_LIMIT, percent
+        dark = [each.value("dark") for each in placed]
+        yield "Mean heat where nothing as dense as bone is", float(np.mean(dark)), MEAN_DARK_LIMIT, percent
+    marked = [each.value("markers") for each in placed if each.has_marker]
+    if len(marked) >= FEW_MAPS:
+        yield "Mean heat on markers, where there are any", float(np.mean(marked)), MEAN_MARKER_LIMIT, percent
+
+
+# Where the fracture is known (--boxes)
+
+
+def read_boxes(path: Path) -> dict[str, TrueBox]:
+    """The boxes of a table, by the real path of the image; images are named from the table's folder.
+
+    Lines without coordinates are images without a fracture. Raises ExplainError, with the line,
+    for whatever is no box.
+    """
+    boxes: dict[str, TrueBox] = {}
+    for number, row in box_rows(path):
+        source = f"{shown(path)}, line {number}"
+        try:
+            image, box = path.parent / row["file"], box_of(row, source)
+            if not row["file"] or not image.is_file():
+                raise ExplainError(f"no such file as {brief(row['file'])} beside the table; correct its name")
+            if os.path.realpath(image) in boxes:
+                raise ExplainError(
+                    f"a second box for {brief(row['file'])}; keep one that holds the whole fracture"
+                )
+        except (ExplainError, ValueError, OSError) as error:
+            cause = error if isinstance(error, ExplainError) else "not a file name; correct it"
+            raise ExplainError(f"{source}: {cause}") from error
+        if box:
+            boxes[os.path.realpath(image)] = box
+    return boxes
+
+
+def known_boxes(table: Path | None, images: Sequence[Path]) -> tuple[dict[str, TrueBox], tuple[int, str]]:
+    """Boxes by `read_boxes` of the table named, or of the test images' own; and the table's mark."""
+    if table is None:
+        if not any(TEST_IMAGES in Path(os.path.realpath(image)).parents for image in images):
+            return {}, (0, "")
+        if not TEST_BOXES.is_file():
+            return {}, (0, "")
+        table = TEST_BOXES
+    return read_boxes(table), file_mark(table)
+
+
+def box_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line numbers and rows of a table of boxes. Raises ExplainError for what is no such table."""
+    try:
+        with open_regular(path) as file:
+            text = file.read(MAX_BOX_TABLE).decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        header = reader.fieldnames or []
+        if any(header.count(name) != 1 for name in BOX_COLUMNS):
+            raise ExplainError(
+                f"its header is {brief(','.join(header))}, not file,class,x0,y0,x1,y1; correct it"
+            )
+        for row in reader:
+            if None in row or None in row.values():
+                cause = f"{len(header)} values expected, as in the header; correct it"
+                raise ExplainError(f"line {reader.line_num}: {cause}")
+            yield reader.line_num, row
+    except ExplainError as error:
+        raise ExplainError(f"{shown(path)}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ExplainError(f"{shown(path)}: not UTF-8 text; save it as CSV in UTF-8") from error
+    except csv.Error as error:
+        raise ExplainError(f"{shown(path)}: not a CSV table ({error}); save it as CSV again") from error
+
+
+def box_of(row: dict[str, str], source: str) -> TrueBox | None:
+    """The box of one row; None without coordinates. Raises ExplainError, without the line."""
+    if not any(row[name].strip() for name in BOX_COLUMNS[1:]):
+        return None
+    ends = {}
+    for name in BOX_COLUMNS[1:]:
+        try:
+            ends[name] = float(row[name])
+        except ValueError as error:
+            raise ExplainError(f"{name} is {brief(row[name])}, not a number; correct it") from error
+        if not np.isfinite(ends[name]):
+            raise ExplainError(f"{name} is {row[name].strip()}, not a finite number; correct it")
+        if ends[name] < 0:
+            raise ExplainError(f"{name} is {ends[name]:g}, outside the image; correct it")
+    for low, high in (("x0", "x1"), ("y0", "y1")):
+        if ends[low] >= ends[high]:
+            raise ExplainError(
+                f"{high} ({ends[high]:g}) is not larger than {low} ({ends[low]:g}); exchange or correct them"
+            )
+    return TrueBox(**ends, source=source)
+
+
+def box_in_shares(box: TrueBox, width: int, height: int) -> tuple[float, float, float, float]:
+    """A box in shares of the image's sides. Raises ExplainError where it reaches outside the image."""
+    if box.x1 > width or box.y1 > height:
+        cause = f"the box ends at ({box.x1:g}, {box.y1:g}), outside the image of {width} x {height} pixels"
+        raise ExplainError(f"{box.source}: {cause}; correct it")
+    return box.x0 / width, box.y0 / height, box.x1 / width, box.y1 / height
+
+
+def pointing(raw_map: np.ndarray, box: tuple[float, float, float, float]) -> Pointing:
+    """The pointing game (J. Zhang et al., ECCV 2016) and the heat inside, of a map (h, w).
+
+    The box is in shares of the image's sides, and counts with half a cell of the map more on each
+    side: a map's maximum cannot be told more exactly.
+    """
+    h, w = raw_map.shape
+    x0, y0 = max(0, box[0] - 0.5 / w), max(0, box[1] - 0.5 / h)
+    x1, y1 = min(1, box[2] + 0.5 / w), min(1, box[3] + 0.5 / h)
+    row, column = np.unravel_index(raw_map.argmax(), raw_map.shape)
+    x, y = (column + 0.5) / w, (row + 0.5) / h
+    heat = enlarged(normalised(raw_map), CHECKED_SIDE)
+    left, top, right, bottom = (round(end * CHECKED_SIDE) for end in (x0, y0, x1, y1))
+    share = heat[top:bottom, left:right].sum() / heat.sum() if heat.any() else 0
+    is_inside = not is_uniform(raw_map) and x0 <= x <= x1 and y0 <= y <= y1
+    return Pointing(bool(is_inside), float(share), (x1 - x0) * (y1 - y0))
+
+
+def pointing_text(pointed: Pointing) -> str:
+    place = "inside" if pointed.is_inside else "outside"
+    share = f"{percent(pointed.heat)} of the heat inside, {percent(pointed.area)} of the area"
+    return f"{'' if pointed.is_inside else '⚠️  '}Maximum {place} the true fracture's box; {share}"
+
+
+# ------------------------------------------------------------------------------------------
 # Panels and figures
 # ------------------------------------------------------------------------------------------
 
@@ -2136,7 +2974,8 @@ def plain_matplotlib() -> Any:
             from matplotlib import font_manager  # noqa: F401  here, as it looks for a folder for its cache
         except Exception as error:
             cause = f"cannot be imported ({brief(str(error))})"
-            raise ExplainError(f"matplotlib: {cause}; set MPLCONFIGDIR to a folder that can be written") from error
+            remedy = "set MPLCONFIGDIR to a folder that can be written"
+            raise ExplainError(f"matplotlib: {cause}; {remedy}") from error
     lasting = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "explainability"}
     matplotlib.rcParams.update({**lasting, "text.hinting": "none"})
     return matplotlib
@@ -2598,10 +3437,16 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
     for finding in explanation.findings:
         if finding.is_flagged:
             sheet.write(x, y, "⚠", ALERT)
-            y = sheet.paragraph(x + 0.2, y, finding.text, width - 0.2, ALERT, 3) + 0.03
-    passed = [check_title(finding.check) for finding in explanation.findings if not finding.is_flagged]
+            text = f"{CHECKS[finding.check].title}: {finding.text}"
+            y = sheet.paragraph(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
+        elif CHECKS[finding.check].about == "verify":
+            y = sheet.paragraph(x, y, marked_text(finding), width, SMALL, 3) + 0.03
+    plain = [each for each in explanation.findings if CHECKS[each.check].about != "verify"]
+    passed = [check_title(each.check) for each in plain if not each.is_flagged]
     if passed:
         y = sheet.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
+    if explanation.pointing:
+        y = sheet.paragraph(x, y, pointing_text(explanation.pointing), width)
     return sheet.paragraph(x, y, READERS_CHECK, width) + 0.1
 
 
@@ -3250,7 +4095,7 @@ def page_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
     if len(explanations) == 1:
         return explanation_figure(view, explanations[0])
     if explanations[0].method == explanations[1].method:
-        return comparison_figure(view, explanations)
+        return comparison_figure(view, explanations, map_agreement(explanations))
     passes = [METHODS[each.method].passes for each in explanations]
     return methods_figure(
         view, explanations, [f"{count} {'passes' if count > 1 else 'pass'}" for count in passes]
@@ -3260,7 +4105,7 @@ def page_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
 def write_page(result: Result, page: Page, style: FigureStyle) -> None:
     """Draw one figure of a job and write it. Raises ExplainError where it cannot be written."""
     explanations = [result.explanations[index] for index in page.shows]
-    view = View(result.picture, result.job.name, style)
+    view = View(result.picture, result.job.name, style, (result.box,) if result.box else ())
     try:
         content = figure_bytes(page_figure(view, explanations), style, result.job.digest)
     except MemoryError as error:
@@ -3324,9 +4169,17 @@ def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
         "class_names": model.class_names,
         "probabilities": explanation.probabilities.tolist(),
         "preprocessing": dataclasses.asdict(model.preprocessing),
+        "checks": {finding.check: told_finding(finding) for finding in explanation.findings},
+        "true_box": explanation.pointing and dataclasses.asdict(explanation.pointing),
         "versions": {name: version(name) for name in ("torch", "timm", "numpy", "pillow")},
         "digest": job.digest,
     }
+
+
+def told_finding(finding: Finding) -> dict[str, Any]:
+    """A finding for JSON, which has no NaN."""
+    value = None if np.isnan(finding.value) else finding.value
+    return {"value": value, "flagged": finding.is_flagged, "text": finding.text}
 
 
 @functools.lru_cache(maxsize=8)
@@ -3345,7 +4198,7 @@ def is_finished(job: Job) -> bool:
 
 
 def digest_in(path: Path) -> str | None:
-    """The digest of the job that wrote a file; "" where it holds none, None where it is not there or not whole."""
+    """The digest of the job that wrote a file; "" where it holds none, None where it is not whole."""
     try:
         with open_regular(path) as file:
             if path.suffix == ".json":
@@ -3372,22 +4225,56 @@ def yes_or_no(value: bool) -> str:
     return "yes" if value else "no"
 
 
+def flags_text(explanation: Explanation) -> str:
+    """The keys of the flagged checks of a map; low confidence has a column of its own."""
+    return ", ".join(each.check for each in flagged_findings(explanation.findings, "map", "verify"))
+
+
+def value_text(explanation: Explanation, check: str) -> str:
+    """What a check measured, or nothing where it does not apply."""
+    values = [each.value for each in explanation.findings if each.check == check and not np.isnan(each.value)]
+    return f"{values[0]:.6f}" if values else ""
+
+
+def box_text(pointed: Pointing | None, name: str) -> str:
+    """One value of a map's comparison with the true box; nothing where that is not known."""
+    if pointed is None:
+        return ""
+    value = getattr(pointed, name)
+    return yes_or_no(value) if name == "is_inside" else f"{value:.6f}"
+
+
 MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from explanation and true class
     "predicted": lambda explanation, truth: explanation.prediction,
     "confidence": lambda explanation, truth: f"{explanation.confidence:.6f}",
     "correct": lambda explanation, truth: yes_or_no(is_right(explanation, truth)) if truth else "",
     "explained": lambda explanation, truth: explanation.explained_class,
     "method": lambda explanation, truth: explanation.method,
+    **{
+        key: lambda explanation, truth, key=key: value_text(explanation, key)
+        for key, check in CHECKS.items()
+        if check.about == "verify"
+    },
 }
 
 
 MAP_COLUMNS: dict[str, Callable[[Explanation], str]] = {  # by name: from explanation
     "raw_peak": lambda explanation: f"{explanation.raw_map.max():.6g}",
     "blank_map": lambda explanation: yes_or_no(not explanation.heatmap.any()),
+    "flags": flags_text,
+    **{
+        key: lambda explanation, key=key: value_text(explanation, key)
+        for key, check in CHECKS.items()
+        if check.about == "map" and key != "blank"
+    },
+    "in_box": lambda explanation: box_text(explanation.pointing, "is_inside"),
+    "heat_in_box": lambda explanation: box_text(explanation.pointing, "heat"),
+    "box_area": lambda explanation: box_text(explanation.pointing, "area"),
     "sum": lambda explanation: f"{explanation.raw_map.sum(dtype=float):.6g}",
     "sum_owed": lambda explanation: "" if explanation.owed is None else f"{explanation.owed:.6g}",
     "negative_share": lambda explanation: f"{explanation.negative_share:.4f}",
 }
+SUM_COLUMNS = ("sum", "sum_owed", "negative_share")  # of methods that compare with a reference
 
 
 def table_columns(models: Sequence[Model], methods: Sequence[str] = ("gradcam",)) -> list[str]:
@@ -3398,15 +4285,13 @@ def table_columns(models: Sequence[Model], methods: Sequence[str] = ("gradcam",)
             f"{model.family.key}_{name}" for key in methods for name in map_columns(key, key == methods[0])
         ]
         columns += [f"{model.family.key}_p_{name}" for name in model.class_names]
-    return [*columns, "agree", "notes", "digest", "outputs", "error"]
+    return [*columns, "agree", AGREEMENT, "notes", "digest", "outputs", "error"]
 
 
 def map_columns(method: str, is_first: bool) -> dict[str, Callable[[Explanation], str]]:
     """What the table says of each map by a method; the first method's columns go without its name."""
     has_sum = METHODS[method].compares
-    wanted = {
-        name: text_of for name, text_of in MAP_COLUMNS.items() if has_sum or name in ("raw_peak", "blank_map")
-    }
+    wanted = {name: text_of for name, text_of in MAP_COLUMNS.items() if has_sum or name not in SUM_COLUMNS}
     return {name if is_first else f"{method}_{name}": text_of for name, text_of in wanted.items()}
 
 
@@ -3429,6 +4314,8 @@ def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
             row[f"{model.family.key}_p_{name}"] = f"{probability:.6f}"
     if len(models) > 1:
         row["agree"] = yes_or_no(agree(result.opinions))
+        overlap = map_agreement(result.opinions)
+        row[AGREEMENT] = f"{overlap.value:.6f}" if overlap else ""
     files = [path.name for path in job.outputs if path.suffix != ".json"]
     return row | {"digest": job.digest, "outputs": ";".join(files)}
 
@@ -3516,14 +4403,15 @@ def say(*lines: str) -> None:
 
 @contextlib.contextmanager
 def writing_output() -> Iterator[None]:
-    """Turn a full disk behind standard output into an ExplainError; a reader that has gone stays what it is."""
+    """Turn a full disk behind standard output into an ExplainError; a reader that has gone stays that."""
     try:
         yield
     except OSError as error:
         discard(sys.stdout)
         if isinstance(error, BrokenPipeError):
             raise
-        raise ExplainError(f"standard output: cannot be written ({error.strerror}); free space, or send it elsewhere") from error
+        cause = f"cannot be written ({error.strerror})"
+        raise ExplainError(f"standard output: {cause}; free space, or send it elsewhere") from error
 
 
 def discard(stream: TextIO) -> None:
@@ -3589,7 +4477,8 @@ def summary_lines(result: Result) -> list[str]:
     for explanations in by_model:
         lines += [*prediction_lines(explanations), ""]
     verdict = f"{agreement_text(result.opinions)}{verdict_text(result)}"
-    return [*lines, f"{verdict_mark(result)} {verdict}"]
+    overlap = map_agreement(result.opinions)
+    return [*lines, f"{verdict_mark(result)} {verdict}", *([marked_text(overlap)] if overlap else [])]
 
 
 def prediction_lines(explanations: Sequence[Explanation]) -> list[str]:
@@ -3606,8 +4495,9 @@ def prediction_lines(explanations: Sequence[Explanation]) -> list[str]:
     titles = {
         each.method: f"{METHODS[each.method].title}: " * (len(explanations) > 1) for each in explanations
     }
-    warnings_due = [titles[each.method] + each.blankness for each in explanations if each.blankness]
-    warnings_due += [remark for each in explanations for remark in each.remarks]
+    lines += [f"  {line}" for each in explanations for line in map_lines(each, titles[each.method])]
+    lines += [f"  {line}" for line in network_lines(first)]
+    warnings_due = [remark for each in explanations for remark in each.remarks]
     return lines + [f"  ⚠️  {text}" for text in dict.fromkeys(warnings_due)]
 
 
@@ -3617,6 +4507,21 @@ def proof_text(explanation: Explanation) -> str:
     against = f"{explanation.negative_share:.0%} of its magnitude speaks against the class"
     total = f"sum {explanation.raw_map.sum(dtype=float):.4g}{owed}"
     return f"{METHODS[explanation.method].title}: {total}; {against}"
+
+
+def map_lines(explanation: Explanation, title: str) -> list[str]:
+    """What the checks say of one map, and how it compares with the true box."""
+    mark = "⚠️  " * bool(flagged_findings(explanation.findings, "map"))
+    lines = [f"{mark}{title}{checks_text(explanation.findings)}"] if explanation.findings else []
+    return lines + ([title + pointing_text(explanation.pointing)] if explanation.pointing else [])
+
+
+def network_lines(explanation: Explanation) -> list[str]:
+    """What the checks say of the network: low confidence, and all that --verify asked."""
+    about = {each: CHECKS[each.check].about for each in explanation.findings}
+    told = [each for each in about if about[each] == "verify" or (about[each] == "prediction" and each.is_flagged)]
+    passes = [f"Verified with {explanation.passes} more forward passes"] * bool(explanation.passes)
+    return [*map(marked_text, told), *passes]
 
 
 def verdict_mark(result: Result) -> str:
@@ -3647,6 +4552,7 @@ def result_line(result: Result) -> str:
     wrong = sum(not is_right(each, truth) for each in result.opinions) if truth else 0
     words = [f"{wrong} wrong" if len(result.opinions) > 1 else "wrong"] * bool(wrong)
     words += ["disagree"] * (not agree(result.opinions))
+    words += [f"{each.model.title} flagged: {flags_text(each)}" for each in result.opinions if flags_text(each)]
     words += [NOTHING_TO_SEE] * (NOTHING_TO_SEE in result.notes)
     words += [sum_remark(each) for each in result.explanations if each.sum_error > MAX_SUM_ERROR]
     return f"{verdict_mark(result)} {printable(result.job.name)}: {'; '.join([verdicts, *words])}"
@@ -3659,11 +4565,12 @@ def short_class(name: str, names: Sequence[str]) -> str:
 
 
 def run_lines(
-    rows: Sequence[dict[str, str]], models: Sequence[Model], fresh: int, seconds: float
-) -> list[str]:
+    rows: Sequence[dict[str, str]], models: Sequence[Model], observations: dict[str, list[Observation]],
+    fresh: int, seconds: float,
+) -> list[str]:  # fmt: skip
     """What a run over many images found: speed, accuracy, confusion, the images to look at.
 
-    `fresh` is the count of images that were explained in these seconds.
+    `fresh` is the count of images that were explained in these seconds, with these observations.
     """
     failed = [row for row in rows if row["error"]]
     done = [row for row in rows if not row["error"]]
@@ -3672,12 +4579,36 @@ def run_lines(
     if fresh:
         lines.append(f"Speed: {fresh / seconds:.2f} images per second ({fresh} images in {seconds:.1f} s)")
     for model in models:
-        lines += ["", *accuracy_lines(done, model)]
+        lines += ["", *accuracy_lines(done, model), *(f"  {line}" for line in box_lines(done, model))]
+        lines += [f"  {line}" for line in audit_lines(observations.get(model.family.key, ()))]
     if len(models) > 1 and done:
         differ = [row for row in done if row["agree"] == "no"]
         lines += ["", f"Models agree on {len(done) - len(differ)} of {len(done)} images"]
         lines += [f"  Disagree: {shown(Path(row['file']))}" for row in differ]
+        lines += overlap_lines(done)
     return lines
+
+
+def overlap_lines(rows: Sequence[dict[str, str]]) -> list[str]:
+    """How far the two models' maps agree over a run, which is another thing than the same class."""
+    shares = [float(row[AGREEMENT]) for row in rows if row[AGREEMENT]]
+    if not shares:
+        return []
+    few = sum(share < AGREEMENT_LIMIT for share in shares)
+    mean = percent(np.mean(shares))
+    return [f"Maps share {mean} of their heat on average, in {few} of {len(shares)} images too little"]
+
+
+def box_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
+    """How one model's maps compare with the true boxes, over the images that have one."""
+    key = model.family.key
+    known = [row for row in rows if row[f"{key}_in_box"]]
+    if not known:
+        return []
+    inside = sum(row[f"{key}_in_box"] == "yes" for row in known)
+    heat, area = (np.mean([float(row[f"{key}_{name}"]) for row in known]) for name in ("heat_in_box", "box_area"))
+    share = f"{inside / len(known):.1%} ({inside} of {len(known)})"
+    return [f"True fracture: maximum inside {share}, heat inside {heat:.1%}, chance {area:.1%}"]
 
 
 def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
@@ -3730,36 +4661,58 @@ def read_result(job: Job, models: Sequence[Model], style: FigureStyle) -> Result
     """Read and reduce a job's image: its size does not matter for the memory that a batch takes."""
     try:
         radiograph = load_radiograph(job.image)
+        height, width = radiograph.pixels.shape[:2]
+        box = job.box and box_in_shares(job.box, width, height)
     except ExplainError as error:
         return Result(job, error=str(error).replace(shown(job.image), shown(Path(job.label))))
     inputs = tuple(network_input(radiograph, model.preprocessing) for model in models)
-    return Result(job, panel_picture(radiograph, style), inputs, notes=radiograph.notes)
+    landmarks = landmarks_of(radiograph.pixels)
+    picture, notes = panel_picture(radiograph, style), radiograph.notes
+    return Result(job, picture, inputs, notes=notes, landmarks=landmarks, box=box)
 
 
 def explained_results(
     results: Sequence[Result], index: int, classifier: Classifier, target: int | None,
-    methods: Sequence[str], at_once: int,
+    methods: Sequence[str], at_once: int, is_verified: bool,
 ) -> list[Result]:  # fmt: skip
     """A batch of results with the explanations of one more classifier, whose inputs have this index."""
     inputs = [result.inputs[index] for result in results if not result.error]
     fresh = iter(explain_batch(classifier, inputs, target, methods, at_once) if inputs else ())
-    return [
-        result if result.error else with_explanations(result, [next(fresh) for _ in methods])
-        for result in results
-    ]
+    explained = []
+    for result in results:
+        if not result.error:
+            explanations = [next(fresh) for _ in methods]
+            asked = classifier, result.inputs[index], explanations[0], result.landmarks, at_once
+            result = with_explanations(result, explanations, tried(*asked) if is_verified else None)
+        explained.append(result)
+    return explained
 
 
-def with_explanations(result: Result, explanations: Sequence[Explanation]) -> Result:
-    """A result with more explanations, and the warning that its picture deserves."""
-    if NOTHING_TO_SEE in result.notes:
-        warning = (NOTHING_TO_SEE,)
-        explanations = [dataclasses.replace(each, remarks=warning + each.remarks) for each in explanations]
-    return dataclasses.replace(result, explanations=(*result.explanations, *explanations))
+def with_explanations(
+    result: Result, explanations: Sequence[Explanation], trial: Trial | None = None
+) -> Result:
+    """A result with more explanations, what the checks say of each, and what its picture warns of.
+
+    The trial is of the network, and of the first map.
+    """
+    warning = (NOTHING_TO_SEE,) * (NOTHING_TO_SEE in result.notes)
+    trials = [trial, *[None] * (len(explanations) - 1)]
+    checked = tuple(
+        dataclasses.replace(
+            each,
+            remarks=warning + each.remarks,
+            findings=findings_of(Evidence(each, result.landmarks, tested)) if result.landmarks else (),
+            pointing=pointing(each.raw_map, result.box) if result.box else None,
+            passes=tested.passes if tested else 0,
+        )
+        for each, tested in zip(explanations, trials)
+    )
+    return dataclasses.replace(result, explanations=(*result.explanations, *checked))
 
 
 def explain_jobs(
     jobs: Sequence[Job], classifiers: Sequence[Classifier], targets: Sequence[int | None],
-    methods: Sequence[str], batch: int, style: FigureStyle, submit: Submit,
+    methods: Sequence[str], batch: int, style: FigureStyle, submit: Submit, is_verified: bool = False,
 ) -> Iterator[tuple[Result, list[Future[None]]]]:  # fmt: skip
     """Explain images, a batch at a time: each one's result, and its figures as they are being drawn.
 
@@ -3772,7 +4725,7 @@ def explain_jobs(
         drawings: list[list[Future[None]]] = [[] for _ in results]
         for index, (classifier, target) in enumerate(zip(classifiers, targets)):
             before = index * len(methods)
-            results = explained_results(results, index, classifier, target, methods, batch)
+            results = explained_results(results, index, classifier, target, methods, batch, is_verified)
             for result, begun in zip(results, drawings):
                 told = dataclasses.replace(result, inputs=())
                 pages = () if result.error else result.job.pages
@@ -3815,11 +4768,12 @@ def written(result: Result, drawings: Sequence[Future[None]]) -> Result:
 
 @dataclass
 class Highlights:
-    """What the contact sheet takes from the results of a run, no more than it can show."""
+    """What the summary of a run takes from its results, no more than it can show."""
 
     models: Sequence[Model]
     heat: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # sum of the heatmaps, by family
     seen: dict[str, tuple[np.ndarray, Explanation]] = dataclasses.field(default_factory=dict)  # by label
+    observations: dict[str, list[Observation]] = dataclasses.field(default_factory=lambda: defaultdict(list))
 
     @property
     def mean_maps(self) -> dict[str, np.ndarray]:
@@ -3830,6 +4784,7 @@ class Highlights:
         for explanation in result.opinions:
             key = explanation.model.family.key
             self.heat[key] = self.heat.get(key, 0) + explanation.heatmap
+            self.observations[key].append(observation(explanation, result.landmarks))
         self.look_at(result)
         if len(self.seen) > 2 * MAX_THUMBNAILS:
             first = looked_at_first(rows, self.models)
@@ -3858,9 +4813,10 @@ def done_here(function: Callable[..., None], *arguments: object) -> Future[None]
 
 
 def can_be_imported() -> bool:
-    """Whether a new process finds this code: not where it came through a pipe, from an archive or from exec()."""
+    """Whether a new process finds this code: not where it came through a pipe, an archive or exec()."""
     module = sys.modules.get(__name__)
-    return SCRIPT.is_file() and os.access(SCRIPT, os.R_OK) and getattr(module, "can_be_imported", None) is can_be_imported
+    is_readable = SCRIPT.is_file() and os.access(SCRIPT, os.R_OK)
+    return is_readable and getattr(module, "can_be_imported", None) is can_be_imported
 
 
 def prepare_drawing() -> None:
@@ -3897,7 +4853,8 @@ def started_pool(processes: int) -> ProcessPoolExecutor:
     """
     if not can_be_imported():
         raise OSError("they could not import this script")
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
+    with holding_signals():  # for the process that Python adds, too; it lets Ctrl-C through again, so:
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
     try:
         with holding_signals():
             for _ in range(processes):
@@ -3919,7 +4876,8 @@ def drawing_pool(processes: int, is_told: bool) -> Iterator[Submit]:
         pool = started_pool(processes) if processes else None
     except Exception as error:  # no semaphores, no shared memory, no more processes, threads or files
         why = printable(str(getattr(error, "strerror", None) or error))
-        warn(*[f"ℹ️  Without drawing processes ({why}), figures are drawn one after another: slower"] * is_told)
+        told = f"ℹ️  Without drawing processes ({why}), figures are drawn one after another: slower"
+        warn(*[told] * is_told)
         pool = None
     try:
         yield pool.submit if pool else done_here
@@ -4006,33 +4964,42 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
         models = [classifier.model for classifier in classifiers]
         targets = [target_index(args.target_class, model.class_names) for model in models]
         batch = args.batch_size or DEFAULT_BATCH[classifiers[0].device.type]
-        highlights, sheet = Highlights(models), args.output_dir / f"{SHEET_STEM}.{args.format}"
-        with results_table(request, models, args.output_dir, args.skip_existing) as (rows, jobs, append):
+        asked = classifiers, targets, request.methods, batch, request.style, submit, args.verify
+        highlights = Highlights(models)
+        with (
+            results_table(request, models, args.output_dir, args.skip_existing) as (rows, jobs, append),
+            progress_bar(request, classifiers, len(jobs), args.quiet) as (bar, count_image),
+        ):
             started, finished = time.monotonic(), len(rows)
-            asked = classifiers, targets, request.methods, batch, request.style, submit
-            with progress_bar(request, classifiers, len(jobs), args.quiet) as (bar, count_image):
-                for result in written_results(explain_jobs(jobs, *asked)):
-                    rows.append(table_row(result, models))
-                    append(rows[-1])
-                    highlights.add(result, rows)
-                    report(bar, result, request.is_single, args.quiet)
-                    count_image()
-            spent = time.monotonic() - started
-            if not (request.is_single or args.no_figures) and (jobs or not sheet.exists()):
-                first = {row["file"] for row in looked_at_first(rows, models)} - set(highlights.seen)
-                again = [Job(job.image, job.label, (), (), "") for job in request.jobs if job.label in first]
-                first_method = classifiers, targets, request.methods[:1], batch, request.style, submit
-                for result, _ in explain_jobs(again, *first_method):
-                    highlights.look_at(result)
-                submit(write_contact_sheet, sheet, rows, highlights, request.style).result()
+            for result in written_results(explain_jobs(jobs, *asked)):
+                rows.append(table_row(result, models))
+                append(rows[-1])
+                highlights.add(result, rows)
+                report(bar, result, request.is_single, args.quiet)
+                count_image()
+        spent = time.monotonic() - started
+        sheet = args.output_dir / f"{SHEET_STEM}.{args.format}"
+        if not (request.is_single or args.no_figures) and (jobs or not sheet.exists()):
+            make_sheet(sheet, request, rows, highlights, asked)
     status = int(any(row["error"] for row in rows))
     if request.is_single:
         return [] if status else summary_lines(result), status
     fresh = sum(not row["error"] for row in rows[finished:])
-    lines = run_lines(rows, models, fresh, spent)
-    files = [f"Table: {shown(args.output_dir / TABLE_NAME)}"]
-    files += [f"Contact sheet: {shown(sheet)}"] * (not args.no_figures)
-    return [*lines, *files], status
+    files = [args.output_dir / TABLE_NAME, *[sheet] * (not args.no_figures)]
+    told = [f"{what}: {shown(path)}" for what, path in zip(("Table", "Contact sheet"), files)]
+    return [*run_lines(rows, models, highlights.observations, fresh, spent), *told], status
+
+
+def make_sheet(
+    path: Path, request: Request, rows: Sequence[dict[str, str]], highlights: Highlights, asked: tuple[Any, ...]
+) -> None:
+    """Write the contact sheet; what it shows of an earlier run is explained once more."""
+    classifiers, targets, methods, batch, style, submit, _ = asked
+    first = {row["file"] for row in looked_at_first(rows, highlights.models)} - set(highlights.seen)
+    again = [Job(job.image, job.label, (), (), "") for job in request.jobs if job.label in first]
+    for result, _ in explain_jobs(again, classifiers, targets, methods[:1], batch, style, submit):
+        highlights.look_at(result)
+    submit(write_contact_sheet, path, rows, highlights, style).result()
 
 
 def report(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
@@ -4091,6 +5058,7 @@ EXAMPLES = """examples:
   python3 explainability.py --image path/to/xray.jpg
   python3 explainability.py --image path/to/xray.jpg --model convnext
   python3 explainability.py --image path/to/xray.jpg --target-class "Simple Fracture"
+  python3 explainability.py --image path/to/xray.jpg --method gradcam ig lrp
   python3 explainability.py --image data_original/test --skip-existing
   for img in data_original/test/*/*.jpg; do python3 explainability.py --image "$img"; done
 """
@@ -4124,7 +5092,8 @@ def class_list(text: str) -> tuple[str, ...]:
     return names
 
 
-OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in --help and name: help, how to read it
+# By heading in --help and name: its help, and how it is read.
+OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "what to explain": {
         "--image": (
             "X-ray images, folders or quoted patterns (default: a random test image)",
@@ -4143,7 +5112,10 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
             "name or index of the class to explain (default: the predicted class)",
             {"metavar": "CLASS"},
         ),
-        "--seed": ("repeat the choice of the random test image", {"type": whole_number(0, 2**63), "metavar": "N"}),
+        "--seed": (
+            "repeat the choice of the random test image",
+            {"type": whole_number(0, 2**63), "metavar": "N"},
+        ),
     },
     "networks": {
         **{
@@ -4161,6 +5133,16 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
         "--batch-size": (
             "images computed at once (default: 4, on a GPU 32)",
             {"type": whole_number(1, 4096), "metavar": "N"},
+        ),
+    },
+    "checks": {
+        "--verify": (
+            "ask the networks again with markers covered and hot areas erased: up to 19 forward passes each",
+            {"action": "store_true"},
+        ),
+        "--boxes": (
+            "table file,class,x0,y0,x1,y1 of true fractures (default: the test images' own)",
+            {"type": Path, "metavar": "CSV"},
         ),
     },
     "outputs": {
@@ -4194,7 +5176,10 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by heading in -
             "also write the raw maps, before the ReLU, as .npy with a .json beside each",
             {"action": "store_true"},
         ),
-        "--anonymous": ("name images by their content's checksum, not by their files' names", {"action": "store_true"}),
+        "--anonymous": (
+            "name images by their content's checksum, not by their files' names",
+            {"action": "store_true"},
+        ),
         "--skip-existing": ("leave images alone that an earlier run finished", {"action": "store_true"}),
         "--quiet": ("print only the final summary, warnings and errors", {"action": "store_true"}),
     },
@@ -4329,16 +5314,18 @@ def checked_request(args: argparse.Namespace) -> Request:
     labels = [content_label(image) if args.anonymous else str(image) for image in images]
     marks = [(family.key, file_mark(path)) for family, path in checkpoints]
     methods = tuple(dict.fromkeys(args.method))
-    asked = marks, args.target_class, args.class_names, methods, style
+    boxes, table = known_boxes(args.boxes, images)
+    asked = marks, args.target_class, args.class_names, methods, style, args.verify, table
     keys = [family.key for family, _ in checkpoints]
     wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
     kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
     jobs = make_jobs(images, labels, keys, methods, args.output_dir, kinds, args.format, asked)
+    jobs = [dataclasses.replace(job, box=boxes.get(os.path.realpath(job.image))) for job in jobs]
     return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, tuple(notes))
 
 
 def hold_streams() -> None:
-    """Open the null device in place of standard streams that are closed; no other file must get their numbers.
+    """Open the null device in place of closed standard streams: no other file must get their numbers.
 
     Raises ExplainError where standard output is closed.
     """
@@ -4378,7 +5365,7 @@ def end_on_signal(number: int, _: Any) -> None:
 
 
 def fault_text(error: Exception) -> str:
-    """One line for an error that nothing has worded yet: it comes of what surrounds the tool, or of a fault in it."""
+    """One line for an error that nothing has worded yet: of what surrounds the tool, or of a fault in it."""
     if lacks_memory(error):
         return "memory: not enough; close other programs, or choose a smaller --batch-size or --dpi"
     if isinstance(error, ImportError):

@@ -1,11 +1,17 @@
-"""Measure a network on data_original/test with the shipped command: accuracy, and where its maps point.
+"""Measure networks with the shipped command; all figures are read from the table that it writes.
 
     python3 checkpoints/evaluate.py
     python3 checkpoints/evaluate.py --methods  # the table of the methods, explained in methods.py
+    python3 checkpoints/evaluate.py --checks
+    python3 checkpoints/evaluate.py --checks --network "Marker reader" efficientnet reader.pth pictures/
 
-For each demo network: accuracy; the share of images whose Grad-CAM maximum lies in the fracture's
-box enlarged by half a grid cell on each side (the pointing game); the share of the heat in that
-box; and the box's mean share of the image, which is what a map that points at random would reach.
+Without options, for each demo network on data_original/test: accuracy; the share of images whose
+Grad-CAM maximum lies in the fracture's box enlarged by half a grid cell on each side (the pointing
+game); the share of the heat in that box; and the box's mean share of the image, which is what a
+map that points at random would reach.
+
+With --checks, how often each check of a heatmap is flagged, and what --verify says: for the demo
+networks, random weights, the networks named, and maps constructed to be wrong.
 """
 
 from __future__ import annotations
@@ -16,19 +22,23 @@ import csv
 import io
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 TEST = HERE.parent / "data_original" / "test"
 sys.path.insert(0, str(HERE.parent))
 
-import explainability  # noqa: E402
+import explainability as tool  # noqa: E402
 
 DEMOS = {"convnext": "convnext_v2_demo.pth", "efficientnet": "efficientnetv2_s_demo.pth"}
+ARCHITECTURES = {"convnext": "convnextv2_atto", "efficientnet": "tf_efficientnetv2_b0"}  # with random weights
+MAP_CHECKS = [key for key, check in tool.CHECKS.items() if check.about == "map"]
+
+Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -48,55 +58,139 @@ class Measurement:
         )
 
 
-def enlarged_box(row: dict[str, str], width: int, height: int, grid: int) -> tuple[float, float, float, float]:
-    """A fracture's box and half a grid cell more on each side, in pixels, cut at the image's edge."""
-    x0, y0, x1, y1 = (float(row[name]) for name in ("x0", "y0", "x1", "y1"))
-    across, up = width / grid / 2, height / grid / 2
-    return max(0, x0 - across), max(0, y0 - up), min(width, x1 + across), min(height, y1 + up)
-
-
-def judge(raw_map: np.ndarray, row: dict[str, str]) -> tuple[bool, float, float]:
-    """Of one image: whether the maximum lies inside, the share of heat inside, the box's share of the area."""
-    width, height = Image.open(TEST / row["file"]).size
-    grid = raw_map.shape[0]
-    x0, y0, x1, y1 = enlarged_box(row, width, height, grid)
-    cell_y, cell_x = np.unravel_index(raw_map.argmax(), raw_map.shape)
-    x, y = (cell_x + 0.5) * width / grid, (cell_y + 0.5) * height / grid
-    inside = bool(raw_map.max() > 0 and x0 <= x <= x1 and y0 <= y <= y1)
-    heat = explainability.resized(explainability.normalised(raw_map), height, width)
-    share = heat[round(y0) : round(y1), round(x0) : round(x1)].sum() / max(heat.sum(), 1e-12)
-    return inside, float(share), (x1 - x0) * (y1 - y0) / (width * height)
-
-
-def measure(key: str, checkpoint: Path) -> Measurement:
-    """Run explainability.py over the test split with one network and judge what it writes."""
-    with open(TEST / "fracture_boxes.csv", newline="") as file:
-        boxes = {row["file"]: row for row in csv.DictReader(file)}
+def table_of(key: str, checkpoint: Path, images: Sequence[Path], *options: str) -> list[Row]:
+    """Run explainability.py with one network over images or folders: the rows of its table."""
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--model", key, f"--{key}-checkpoint", str(checkpoint), "--output-dir", folder]
+        network = ["--model", key, f"--{key}-checkpoint", str(checkpoint), "--output-dir", folder]
         with contextlib.redirect_stdout(io.StringIO()):
-            status = explainability.main(["--image", str(TEST), "--no-figures", "--save-maps", "--quiet", *options])
+            paths = map(str, images)
+            status = tool.main(["--image", *paths, "--no-figures", "--quiet", *network, *options])
         if status != 0:
             raise SystemExit(status)
         with open(Path(folder) / "summary.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        judged = [
-            judge(np.load(Path(folder) / row["outputs"]), boxes[Path(row["file"]).relative_to(TEST).as_posix()]) for row in rows
-        ]
-    pointing, heat, chance = np.mean(judged, axis=0)
-    right = np.mean([row[f"{key}_correct"] == "yes" for row in rows])
-    return Measurement(len(rows), float(right), float(pointing), float(heat), float(chance))
+            return list(csv.DictReader(file))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure the demo networks on data_original/test.")
+def measure(key: str, checkpoint: Path) -> Measurement:
+    """Accuracy and pointing of one network on the test split."""
+    rows = table_of(key, checkpoint, [TEST])
+    said = [np.mean([row[f"{key}_{name}"] == "yes" for row in rows]) for name in ("correct", "in_box")]
+    said += [np.mean([float(row[f"{key}_{name}"]) for row in rows]) for name in ("heat_in_box", "box_area")]
+    return Measurement(len(rows), *map(float, said))
+
+
+# Checks
+
+
+def spread(folder: Path, count: int) -> list[Path]:
+    """`count` images of a folder, evenly over their sorted names and so over the classes."""
+    paths = tool.images_below(folder)
+    places = np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)
+    return [paths[place] for place in places]
+
+
+def shares_line(title: str, flags: Sequence[Sequence[str]]) -> str:
+    """One line of the table: the share of maps flagged by each check and by any."""
+    shares = [np.mean([check in each for each in flags]) for check in MAP_CHECKS]
+    shares.append(np.mean([bool(set(MAP_CHECKS) & set(each)) for each in flags]))
+    return f"{title:<30}{len(flags):>5}" + "".join(f"{share:>9.1%}" for share in shares)
+
+
+def network_lines(title: str, key: str, checkpoint: Path, images: Sequence[Path]) -> list[str]:
+    """A network's line of the table, and what --verify says of it, by predicted class."""
+    rows = table_of(key, checkpoint, images, "--verify")
+    lines = [shares_line(title, [row[f"{key}_flags"].split(", ") for row in rows])]
+    known = [row for row in rows if row["true_class"]]
+    right = f"accuracy {np.mean([row[f'{key}_correct'] == 'yes' for row in known]):.1%}; " if known else ""
+    unsure = np.mean([float(row[f"{key}_confidence"]) < tool.CONFIDENCE_LIMIT for row in rows])
+    lines.append(f"    {right}confidence below {tool.CONFIDENCE_LIMIT:.0%}: {unsure:.1%}")
+    for name in sorted({row[f"{key}_predicted"] for row in rows}):
+        said = [row for row in rows if row[f"{key}_predicted"] == name]
+        lines.append(f"    {name}: {verify_text(said, key)}")
+    return lines
+
+
+def verify_text(rows: Sequence[Row], key: str) -> str:
+    """How many images --verify flags, of those that each of its tests applies to."""
+    told = []
+    for check in ("covering", "erasing"):
+        tested = [row for row in rows if row[f"{key}_{check}"]]
+        count = sum(check in row[f"{key}_flags"].split(", ") for row in tested)
+        told.append(f"{check} flags {count} of {len(tested)}" if tested else f"{check} cannot be tested")
+    return f"{len(rows)} images, {', '.join(told)}"
+
+
+def random_network(key: str, folder: Path) -> Path:
+    """A checkpoint that nothing was trained for."""
+    import timm
+    import torch
+
+    torch.manual_seed(0)
+    weights = timm.create_model(ARCHITECTURES[key], num_classes=2).state_dict()
+    path = folder / f"{key}.pth"
+    torch.save({"model_state_dict": weights, "config": {"model_name": ARCHITECTURES[key]}}, path)
+    return path
+
+
+def constructed_maps() -> dict[str, np.ndarray]:
+    """Maps that are wrong whatever the radiograph."""
+    rows, columns = np.mgrid[0:7, 0:7]
+    noise = np.random.default_rng(0).random((7, 7))
+    return {
+        "constructed: uniform, noisy": 1 + 0.3 * noise,
+        "constructed: border": np.where(tool.OUTER, 1 + noise, 0.2 * noise),
+        "constructed: corner": np.exp(-(rows**2 + columns**2) / 3.0),
+    }
+
+
+def constructed_lines(images: Sequence[Path]) -> list[str]:
+    """The checks of constructed maps, as if a network had made them of these radiographs."""
+    family = tool.FAMILIES["convnext"]
+    model = tool.Model(family, "convnextv2_tiny", Path("none"), "", tool.CLASS_NAMES, tool.Preprocessing())
+    seen, lines = [tool.landmarks_of(tool.load_radiograph(path).pixels) for path in images], []
+    for title, values in constructed_maps().items():
+        raw_map = values.astype(np.float32)
+        explanation = tool.Explanation(model, np.float32([1, 0]), 0, raw_map, tool.normalised(raw_map))
+        found = [tool.findings_of(tool.Evidence(explanation, landmarks)) for landmarks in seen]
+        flags = [[each.check for each in findings if each.is_flagged] for findings in found]
+        lines.append(shares_line(title, flags))
+    return lines
+
+
+def print_checks(named: Sequence[Sequence[str]], count: int) -> None:
+    """The table of the checks, a network at a time."""
+    heads = [*MAP_CHECKS, "any"]
+    print(f"{'share of maps flagged':<30}{'maps':>5}" + "".join(f"{head:>9}" for head in heads), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        networks = [(f"{key} demo", key, HERE / name, TEST) for key, name in DEMOS.items()]
+        networks += [(title, key, Path(path), Path(images)) for title, key, path, images in named]
+        weights = {key: random_network(key, Path(folder)) for key in DEMOS}
+        networks += [(f"{key}, random weights", key, path, TEST) for key, path in weights.items()]
+        for title, key, checkpoint, images in networks:
+            print(*network_lines(title, key, checkpoint, spread(images, count)), sep="\n", flush=True)
+    print(*constructed_lines(spread(TEST, count)), sep="\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Measure networks with the shipped command.")
     parser.add_argument("--methods", action="store_true", help="judge every method of explainability.py")
-    parser.add_argument("--images", type=int, default=5, help="of each class, with --methods (default: 5)")
-    args = parser.parse_args()
+    parser.add_argument("--checks", action="store_true", help="how often the checks of heatmaps are flagged")
+    parser.add_argument(
+        "--network", nargs=4, action="append", default=[],
+        metavar=("TITLE", "FAMILY", "CHECKPOINT", "IMAGES"),
+        help="with --checks: a further network and the folder of its radiographs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="of each class (5), with --checks of each folder (100)"
+    )
+    args = parser.parse_args(argv)
     if args.methods:
         import methods
 
-        methods.print_tables(args.images)
+        methods.print_tables(args.images or 5)
+        return 0
+    if args.checks:
+        print_checks(args.network, args.images or 100)
         return 0
     for key, name in DEMOS.items():
         print(f"{name}: {measure(key, HERE / name)}")

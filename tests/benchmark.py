@@ -146,6 +146,31 @@ def benchmark_batches(classifiers: list[tool.Classifier], radiographs: list[tool
     return spent["bare"] / BATCH
 
 
+def benchmark_methods(classifier: tool.Classifier, radiograph: tool.Radiograph) -> None:
+    """What methods cost over as many bare passes as they make, in batches of the same size."""
+    inputs = input_batch(classifier, [radiograph])
+    at_once = tool.DEFAULT_BATCH[inputs.device.type]
+    many = inputs.repeat(at_once, 1, 1, 1)
+
+    def forward(count: int) -> None:
+        for start in range(0, count, at_once):
+            bare_forward(classifier, many[: count - start])()
+
+    def backward(count: int) -> None:
+        for start in range(0, count, at_once):
+            pixels = many[: count - start].clone().requires_grad_()
+            classifier.network(pixels)[:, 0].sum().backward()
+
+    for method, floor, goal in (
+        ("gradcam++", partial(explained, classifier, inputs), "1"),
+        ("occlusion", partial(forward, tool.METHODS["occlusion"].passes), "1.1"),
+        ("ig", partial(backward, tool.POINTS), "1.2"),
+    ):
+        spent = medians({"floor": floor, "method": partial(explained, classifier, inputs, method)}, 1)
+        title = f"{classifier.model.title}: {tool.METHODS[method].title}"
+        row(title, f"{spent['method'] / spent['floor']:.2f}", goal)
+
+
 # Figures
 
 
@@ -315,6 +340,9 @@ def main() -> int:
         radiographs = [tool.load_radiograph(path) for path in IMAGES[:BATCH]]
         benchmark_explanations(classifiers, radiographs, args.repeats)
         bare = benchmark_batches(classifiers, radiographs, args.repeats)
+        heading("methods, one image, over as many bare passes", "ratio")
+        for classifier in classifiers:
+            benchmark_methods(classifier, radiographs[0])
         benchmark_figures(classifiers, radiographs, folder, args.repeats)
         benchmark_commands(checkpoints, folder, bare, args.device, args.repeats)
     return 0

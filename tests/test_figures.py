@@ -42,7 +42,7 @@ LONG_CLASSES = (
 LONG_NAME = {"checkpoint": Path(f"convnext_{'very_' * 30}long_name.pth")}
 CLEAN = (Finding("border", 0.1, False, "10 % of the heat lies on the border"), Finding("focus", 0.9, False, "90 %"))
 DARK = "71 % of the heat lies where nothing as dense as bone is"
-FLAGGED = (*CLEAN, Finding("dark_cells", 0.71, True, DARK))
+FLAGGED = (*CLEAN, Finding("dark", 0.71, True, DARK))
 ASPECTS = (1 / 3, 1 / 2, 0.62, 0.75, 1, 4 / 3, 1.9, 2.1, 3)
 
 
@@ -416,9 +416,9 @@ def test_likeliest_classes_are_listed_and_the_others_counted():
 def test_flagged_checks_are_told_in_words_and_the_others_in_one_line():
     figure = explanation_figure(view(), an_explanation(findings=FLAGGED))
     said = words(figure)
-    assert DARK in said and "⚠" in said
+    assert f"Attention on irrelevant areas: {DARK}" in said.replace("\n", " ") and "⚠" in said
     assert "Passed: border, focus" in said.splitlines() and "10 % of the heat" not in said
-    assert line_with(figure, DARK[:20]).look.colour == explainability.WARNING
+    assert line_with(figure, "Attention on irr").look.colour == explainability.WARNING
     assert "☐ Clinical features match" in said
 
 

@@ -22,7 +22,8 @@ import pytest
 import explainability
 from conftest import an_explanation
 from explainability import (
-    CELL, FAMILIES, HELD_LAYERS, LINEAR_LAYERS, METHODS, PLAYERS, ExplainError, ForwardPass, Job, Result, forward_pass,
+    CELL, FAMILIES, HELD_LAYERS, LINEAR_LAYERS, METHODS, PLAYERS,
+    ExplainError, ForwardPass, Job, Result, forward_pass,
 )  # fmt: skip
 
 torch = pytest.importorskip("torch")
@@ -469,10 +470,15 @@ def test_batches_of_masked_inputs_are_no_larger_than_memory_has_room_for(network
 
     handle = networks["convnext"].network.register_forward_hook(note)
     seen = forward_pass(networks["convnext"], noise(2, 64), None, at_once=3)
-    for method in ("ig", "shap", "occlusion"):
+    for method in ("ig", "shap", "lrp", "occlusion"):
         METHODS[method].maps(seen)
     handle.remove()
     assert largest == 3
+
+
+def test_large_inputs_pass_in_smaller_batches(networks):
+    for size, at_once in ((64, 8), (224, 8), (448, 2), (672, 1)):
+        assert forward_pass(networks["convnext"], noise(1, size), None, at_once=8).at_once == at_once
 
 
 def game(sets: np.ndarray) -> np.ndarray:
@@ -650,7 +656,8 @@ def test_figures_of_grad_cam_keep_their_names_and_others_never_take_them():
     }  # fmt: skip
     assert explainability.page_prefixes(both, ("gradcam", "ig")) == {
         "gradcam_convnext": (0,), "ig_convnext": (1,), "gradcam_efficientnet": (2,), "ig_efficientnet": (3,),
-        "comparison": (0, 2), "comparison_ig": (1, 3), "methods_convnext": (0, 1), "methods_efficientnet": (2, 3),
+        "comparison": (0, 2), "comparison_ig": (1, 3),
+        "methods_convnext": (0, 1), "methods_efficientnet": (2, 3),
     }  # fmt: skip
     assert explainability.page_prefixes(("convnext",), ("lrp",)) == {"lrp_convnext": (0,)}
 
@@ -730,6 +737,14 @@ def test_a_run_has_columns_for_each_method_and_knows_what_is_finished(tiny_argum
     assert row["convnext_method"] == "gradcam" and "convnext_sum" not in row
     assert run("gradcam", "lrp") == 0 and "left alone: 1" in capsys.readouterr().out
     assert run("lrp") == 1 and "another --model or --method" in capsys.readouterr().err
+
+
+def test_a_figure_of_other_methods_is_not_taken_for_this_one(tiny_arguments, xray):
+    """methods_convnext_xray.png of two methods must not stand for that of three."""
+    asked = [*tiny_arguments, "--image", str(xray), "--method", "gradcam", "lrp"]
+    parsed = map(explainability.parsed, (asked, [*asked, "ig"], asked))
+    two, three, again = (explainability.checked_request(args).jobs[0].digest for args in parsed)
+    assert two == again != three
 
 
 def test_an_unknown_method_is_a_usage_error(capsys):

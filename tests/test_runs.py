@@ -73,9 +73,10 @@ def test_a_folder_gives_figures_and_a_row_for_each_image(explain, folder, tmp_pa
 
 def test_confusion_counts_and_disagreement_come_from_the_rows():
     row = {"error": "", "true_class": "Simple Fracture", "x_predicted": "Simple Fracture", "x_correct": "yes", "agree": "yes"}
+    row |= {"x_in_box": "", "map_agreement": ""}
     wrong = row | {"file": "w.png", "x_predicted": "Comminuted Fracture", "x_correct": "no", "agree": "no"}
     model = a_model(family=tool.dataclasses.replace(tool.FAMILIES["convnext"], key="x"))
-    lines = tool.run_lines([row, row, wrong, {"error": "bad", "file": "f.png"}], [model, model], 3, 2.0)
+    lines = tool.run_lines([row, row, wrong, {"error": "bad", "file": "f.png"}], [model, model], {}, 3, 2.0)
     assert "Images: 3 done, 1 failed" in lines and "  Failed: f.png" in lines
     assert "Speed: 1.50 images per second (3 images in 2.0 s)" in lines
     assert "  Simple Fracture: 1 as Comminuted Fracture, 2 as Simple Fracture" in lines

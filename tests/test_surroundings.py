@@ -298,7 +298,7 @@ def test_relative_paths_in_a_working_directory_that_is_gone_are_one_line(run, tm
 def test_relative_outputs_in_a_working_directory_that_is_gone_are_one_line(run, images, tmp_path):
     for image in (images / "a.png", images):
         gone = f"mkdir {tmp_path}/gone; cd {tmp_path}/gone; rmdir {tmp_path}/gone"
-        check_one_line(run("--image", image, "--output-dir=out", before=gone), "out")
+        check_one_line(run("--image", image, "--output-dir=out", before=gone), "working directory")
 
 
 def test_a_script_from_standard_input_in_a_working_directory_that_is_gone(run, images, tmp_path, ordinary):
@@ -338,11 +338,6 @@ def test_a_closed_standard_output_is_one_line(run, images, arguments):
 @pytest.mark.parametrize("arguments", [["--image=a.png"], ["--image=."], ["--quiet", "--image=a.png"], ["--image=.", "--quiet"]])
 def test_a_full_standard_output_is_one_line(run, images, arguments):
     check_one_line(run(*arguments, shell='"$@" > /dev/full', cwd=images), "standard output", "space")
-
-
-@needs_dev_full
-def test_help_on_a_full_standard_output_is_one_line(run):
-    check_one_line(run("--help", shell='"$@" > /dev/full'), "standard output")
 
 
 @needs_mounts

@@ -1,0 +1,701 @@
+"""Checks of heatmaps: constructed maps and radiographs whose values are known by arithmetic."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from conftest import an_explanation
+from PIL import Image, ImageDraw, ImageFont
+
+import explainability
+from explainability import (
+    CELLS,
+    CHECKED_SIDE,
+    CHECKS,
+    Evidence,
+    ExplainError,
+    Finding,
+    Landmarks,
+    Observation,
+    Trial,
+    audit_lines,
+    box_in_shares,
+    checks_text,
+    connected,
+    dense_shares,
+    findings_of,
+    flagged_findings,
+    heat_on_cells,
+    hot_mask,
+    landmarks_of,
+    map_agreement,
+    marker_masks,
+    mean_correlation,
+    moved_masks,
+    otsu_threshold,
+    over_windows,
+    pointing,
+    read_boxes,
+    same_cell_share,
+    with_filled,
+    without_detail,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from explainability import Classifier, Explanation
+
+EVERYWHERE = Landmarks(np.ones((CELLS, CELLS)), ())  # dense all over, no marker
+UNIFORM = np.ones((7, 7), np.float32)
+BORDER_ONLY = np.pad(np.zeros((5, 5), np.float32), 1, constant_values=1)
+CENTRE_ONLY = np.pad(np.ones((1, 1), np.float32), 3)
+LOW, HIGH = np.float32([0.06, 0.94]), np.float32([0.04, 0.96])  # below and above the guide's 95 %
+
+
+def almost_uniform() -> np.ndarray:
+    """Uniform but for one cell, so that it is no constant map; the excess is within 1e-6."""
+    raw_map = UNIFORM.copy()
+    raw_map[3, 3] += 1e-6
+    return raw_map
+
+
+def checked(
+    explanations: Sequence[Explanation], landmarks: Landmarks, trials: Sequence[Trial | None] = (None,)
+) -> list[Explanation]:
+    return [
+        dataclasses.replace(each, findings=findings_of(Evidence(each, landmarks, trial)))
+        for each, trial in zip(explanations, itertools.cycle(trials))
+    ]
+
+
+def findings(raw_map: np.ndarray, landmarks: Landmarks = EVERYWHERE, **changed: object) -> dict[str, Finding]:
+    (explanation,) = checked([an_explanation(raw_map=raw_map, **changed)], landmarks)
+    return {finding.check: finding for finding in explanation.findings}
+
+
+def spot(row: int, column: int, side: int = 7) -> np.ndarray:
+    raw_map = np.zeros((side, side), np.float32)
+    raw_map[row, column] = 2
+    return raw_map
+
+
+# Quantities
+
+
+@pytest.mark.parametrize(
+    ("raw_map", "border", "focus"),
+    [
+        (almost_uniform(), 24 / 49, 0.25),
+        (BORDER_ONLY, 1, 12.25 / 24),
+        (CENTRE_ONLY, 0, 1),
+        (CENTRE_ONLY - 5 * BORDER_ONLY, 0, 1),  # negative evidence is no heat
+        (np.repeat(np.repeat(almost_uniform(), 2, 0), 2, 1), 24 / 49, 0.25),  # 14 x 14
+        (np.repeat(np.repeat(BORDER_ONLY, 4, 0), 4, 1), 1, 12.25 / 24),  # 28 x 28
+        (spot(0, 0, side=1) + np.float32([[0, 1e-6]]), 24 / 49, 0.25),  # a grid of 1 x 2 tells nothing
+        (spot(1, 1, side=3), 0, 1),  # the middle third lies off the frame
+    ],
+)
+def test_border_and_focus_mean_the_same_share_of_the_area_on_every_grid(
+    raw_map: np.ndarray, border: float, focus: float
+) -> None:
+    found = findings(raw_map)
+    assert found["border"].value == pytest.approx(border, abs=1e-5)
+    assert found["focus"].value == pytest.approx(focus, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (10, 10), (14, 14), (28, 28), (224, 224), (5, 9), (2, 3)])
+def test_heat_keeps_its_sum_and_its_centre_on_the_checks_grid(shape: tuple[int, int]) -> None:
+    raw_map = np.random.default_rng(3).normal(size=shape)
+    heat = heat_on_cells(raw_map)
+    positive = np.maximum(raw_map, 0) / np.maximum(raw_map, 0).sum()
+    assert heat.shape == (CELLS, CELLS) and heat.sum() == pytest.approx(1)
+    for axis, length in enumerate(shape):
+        centres = (np.arange(length) + 0.5) / length
+        assert heat.sum(axis=1 - axis) @ ((np.arange(CELLS) + 0.5) / CELLS) == pytest.approx(
+            positive.sum(axis=1 - axis) @ centres, abs=0.5 / CELLS
+        )
+
+
+def test_heat_of_a_cell_that_two_cells_share_is_parted_by_area() -> None:
+    raw_map = spot(0, 1, side=2)  # columns 3.5 to 7 of 7, rows 0 to 3.5
+    expected = np.zeros((7, 7))
+    expected[np.ix_(range(4), range(3, 7))] = np.outer([1, 1, 1, 0.5], [0.5, 1, 1, 1]) / 3.5**2
+    assert heat_on_cells(raw_map) == pytest.approx(expected)
+
+
+def test_dark_heat_counts_the_cells_without_bone() -> None:
+    dense = np.zeros((7, 7))
+    dense[:, 3] = 0.02  # just enough
+    dense[:, 4] = 0.019
+    raw_map = np.zeros((7, 7), np.float32)
+    raw_map[2, 3], raw_map[2, 4], raw_map[2, 6] = 6, 3, 1
+    found = findings(raw_map, Landmarks(dense, ()))["dark"]
+    assert found.value == pytest.approx(0.4) and found.is_flagged
+    assert found.text == "40 % of the heat lies where nothing as dense as bone is"
+
+
+def test_marker_heat_counts_every_cell_that_a_box_touches() -> None:
+    raw_map = np.zeros((7, 7), np.float32)
+    raw_map[0, 0], raw_map[0, 1], raw_map[1, 1], raw_map[0, 2], raw_map[6, 6] = 1, 2, 3, 10, 84
+    box = (20, 5, 64, 33)  # columns 0 and 1, rows 0 and 1: 64 is where column 2 begins
+    found = findings(raw_map, Landmarks(np.ones((7, 7)), (box,)))["markers"]
+    assert found.value == pytest.approx(0.06) and not found.is_flagged
+    assert findings(raw_map)["markers"].value == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        (CENTRE_ONLY, CENTRE_ONLY * 9, 1),
+        (CENTRE_ONLY, BORDER_ONLY, 0),
+        (spot(2, 2) + spot(4, 4), spot(4, 4) - spot(0, 0), 0.5),
+    ],
+)
+def test_map_agreement_is_the_heat_that_two_maps_share(
+    first: np.ndarray, second: np.ndarray, shared: float
+) -> None:
+    pair = [an_explanation(raw_map=each) for each in (first, second)]
+    for explanations in (pair, pair[::-1]):
+        found = map_agreement(explanations)
+        assert found.value == pytest.approx(shared) and found.is_flagged == (shared < 0.4)
+        assert found.text == f"the two maps share {100 * shared:.0f} % of their heat"
+
+
+@pytest.mark.parametrize(
+    ("raw_map", "words"),
+    [
+        (-UNIFORM, "Blank map: no positive evidence for Comminuted Fracture"),
+        (UNIFORM, "Constant map"),
+        (0 * UNIFORM, "Blank map"),
+    ],
+)
+def test_of_a_blank_or_constant_map_only_that_is_told(raw_map: np.ndarray, words: str) -> None:
+    pair = checked([an_explanation(raw_map=raw_map), an_explanation(raw_map=CENTRE_ONLY)], EVERYWHERE)
+    assert [finding.check for finding in pair[0].findings] == ["blank", "confidence"]
+    assert pair[0].findings[0].is_flagged and words in checks_text(pair[0].findings)
+    assert map_agreement(pair) is None and map_agreement(pair[1:]) is None
+
+
+def test_confidence_is_counted_apart_from_the_map_checks() -> None:
+    low, high = findings(CENTRE_ONLY, probabilities=LOW), findings(CENTRE_ONLY, probabilities=HIGH)
+    assert low["confidence"].is_flagged and not high["confidence"].is_flagged
+    assert checks_text(list(low.values())) == checks_text(list(high.values())) == "5 map checks passed"
+
+
+@pytest.mark.parametrize(
+    ("raw_map", "landmarks", "expected"),
+    [
+        (BORDER_ONLY, EVERYWHERE, {"border"}),
+        (almost_uniform(), EVERYWHERE, {"focus"}),
+        (CENTRE_ONLY, Landmarks(np.zeros((7, 7)), ()), {"dark"}),
+        (CENTRE_ONLY, Landmarks(np.ones((7, 7)), ((100, 100, 110, 110),)), {"markers"}),
+        (spot(0, 6), Landmarks(np.zeros((7, 7)), ()), {"border", "dark"}),
+        (CENTRE_ONLY, EVERYWHERE, set()),
+    ],
+)
+def test_each_fault_of_a_map_is_flagged_under_its_own_name(
+    raw_map: np.ndarray, landmarks: Landmarks, expected: set[str]
+) -> None:
+    (explanation,) = checked([an_explanation(raw_map=raw_map)], landmarks)
+    assert {finding.check for finding in flagged_findings(explanation.findings, "map")} == expected
+    text = checks_text(explanation.findings)
+    assert (
+        text.startswith(f"{len(expected)} of 5 map checks flagged: ")
+        if expected
+        else text == "5 map checks passed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("check", "limit", "above"),
+    [
+        ("border", 0.5, True),
+        ("dark", 0.35, True),
+        ("markers", 0.2, True),
+        ("focus", 0.5, False),
+        ("map_agreement", 0.4, False),
+        ("confidence", 0.95, False),
+    ],
+)
+def test_thresholds(check: str, limit: float, above: bool) -> None:
+    flags = CHECKS[check].flags
+    assert CHECKS[check].limit == limit
+    assert [bool(flags(value, limit)) for value in (limit - 0.01, limit, limit + 0.01, np.nan)] == [
+        not above,
+        False,
+        above,
+        False,
+    ]
+
+
+# What a radiograph shows
+
+
+def test_otsu_parts_two_kinds_of_pixels_and_leaves_one_kind_whole() -> None:
+    values = np.uint8([[10, 12, 11, 200], [10, 210, 205, 12]])
+    assert 12 <= otsu_threshold(values) < 200
+    assert otsu_threshold(np.full((4, 4), 9, np.uint8)) == 255
+
+
+def test_windows_of_minima_and_maxima_have_the_width_they_say() -> None:
+    values = np.zeros((15, 21), np.uint8)
+    values[7, 10] = 5
+    spread = over_windows(values, 4, np.maximum)
+    assert (spread == 5).sum() == 81 and (spread[3:12, 6:15] == 5).all()
+    assert not over_windows(spread, 5, np.minimum).any() and over_windows(spread, 4, np.minimum).sum() == 5
+
+
+def test_dense_share_of_a_cell() -> None:
+    grey = np.zeros((CHECKED_SIDE, CHECKED_SIDE), np.uint8)
+    grey[64:96, 32:48] = 200  # the left half of cell (2, 1)
+    shares = dense_shares(grey)
+    assert shares[2, 1] == pytest.approx(0.5, abs=0.05) and shares[2, 3] == 0
+    assert not dense_shares(np.full_like(grey, 77)).any()
+
+
+def test_connected_parts_are_those_that_a_flood_finds() -> None:
+    mask = np.random.default_rng(5).random((40, 55)) < 0.35
+    labels, numbers = (
+        connected(mask),
+        {place: index for index, place in enumerate(zip(*(each.tolist() for each in mask.nonzero())))},
+    )
+    expected = {}
+    for start in numbers:
+        waiting = [start]
+        while waiting:
+            row, column = place = waiting.pop()
+            if place in numbers and place not in expected:
+                expected[place] = numbers[start]
+                waiting += [(row + down, column + right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    assert labels.tolist() == [expected[place] for place in numbers]
+
+
+def limb(marker: str = "", at: tuple[int, int] = (24, 150), points: int = 18) -> np.ndarray:
+    """A dark field with a bright bone with brighter edges up the middle and, on demand, letters."""
+    columns = np.arange(CHECKED_SIDE)
+    row = 20 + 110 * (abs(columns - 110) < 24) + 60 * (abs(abs(columns - 110) - 21) < 3)
+    page = Image.fromarray(np.tile(row.astype(np.uint8), (CHECKED_SIDE, 1)))
+    ImageDraw.Draw(page).text(at, marker, fill=240, font=ImageFont.load_default(points))
+    return np.repeat(np.asarray(page)[:, :, None], 3, axis=2)
+
+
+@pytest.mark.parametrize(
+    ("marker", "points"), [("R", 14), ("L", 18), ("R", 26), ("ERECT", 16), ("R 12:41", 14)]
+)
+def test_markers_are_found_where_they_are(marker: str, points: int) -> None:
+    boxes = landmarks_of(limb(marker, (24, 150), points)).markers
+    assert boxes
+    for x0, y0, x1, y1 in boxes:
+        assert 20 <= x0 < x1 <= 84 and 148 <= y0 < y1 <= 182
+    assert landmarks_of(limb()).markers == ()
+
+
+@pytest.mark.parametrize("scale", [(1, 1), (3, 2), (0.9, 1.4)])
+def test_landmarks_do_not_depend_on_the_size_of_the_file(scale: tuple[float, float]) -> None:
+    size = [round(CHECKED_SIDE * each) for each in scale]
+    resized = np.asarray(Image.fromarray(limb("R", points=24)).resize(size, Image.Resampling.BICUBIC))
+    (box,) = landmarks_of(resized).markers
+    (expected,) = landmarks_of(limb("R", points=24)).markers
+    assert box == pytest.approx(expected, abs=2)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((1, 1, 3), np.uint8),
+        np.full((9, 700, 3), 255, np.uint8),
+        np.random.default_rng(1).integers(0, 256, (300, 200, 3), dtype=np.uint8),
+    ],
+)
+def test_images_that_show_nothing_have_no_markers(pixels: np.ndarray) -> None:
+    assert landmarks_of(pixels).markers == ()
+
+
+# --verify
+
+
+def a_trial(**changed: object) -> Trial:
+    """Scores of two classes: 2 for class 0 means 88 %."""
+    usual = {
+        "blurred": [0, 1],
+        "covered": [2, 0],
+        "covered_elsewhere": [2, 0],
+        "erased": [-2, 0],
+        "erased_elsewhere": [[2, 0], [1, 0], [3, 0]],
+    }
+    return Trial(
+        **{name: None if value is None else np.float64(value) for name, value in {**usual, **changed}.items()}
+    )
+
+
+def verified(**changed: object) -> dict[str, Finding]:
+    landmarks = Landmarks(np.ones((7, 7)), ((10, 10, 30, 30),))
+    (explanation,) = checked(
+        [an_explanation(raw_map=CENTRE_ONLY, probabilities=np.float32([0.95, 0.05]))],
+        landmarks,
+        [a_trial(**changed)],
+    )
+    return {
+        finding.check: finding for finding in explanation.findings if CHECKS[finding.check].about == "verify"
+    }
+
+
+@pytest.mark.parametrize(
+    ("scores", "elsewhere", "fall", "is_flagged"),
+    [
+        ([np.log(0.25 / 0.75), 0], [np.log(0.94 / 0.06), 0], 0.69, True),
+        ([np.log(0.25 / 0.75), 0], [np.log(0.30 / 0.70), 0], 0.05, False),  # as much elsewhere does the same
+        ([np.log(0.86 / 0.14), 0], [np.log(0.95 / 0.05), 0], 0.09, False),
+        ([np.log(0.99 / 0.01), 0], [np.log(0.95 / 0.05), 0], -0.04, False),
+    ],
+)
+def test_covering_the_markers_counts_beyond_covering_elsewhere(
+    scores: list[float], elsewhere: list[float], fall: float, is_flagged: bool
+) -> None:
+    found = verified(covered=scores, covered_elsewhere=elsewhere)["covering"]
+    assert found.value == pytest.approx(fall) and found.is_flagged == is_flagged
+
+
+def test_covering_is_told_in_one_sentence() -> None:
+    found = verified(covered=[np.log(0.25 / 0.75), 0], covered_elsewhere=[np.log(0.94 / 0.06), 0])["covering"]
+    assert (
+        found.text
+        == "covering the side marker lowers Comminuted Fracture from 95 % to 25 %; covering as much elsewhere, 94 %"
+    )
+
+
+@pytest.mark.parametrize(("hot", "rank"), [(0.5, 0), (1, 1 / 3), (2.5, 2 / 3), (9, 1)])
+def test_erasing_compares_the_hot_area_with_moved_masks(hot: float, rank: float) -> None:
+    found = verified(erased=[hot, 0])["erasing"]
+    assert found.value == pytest.approx(rank) and found.is_flagged == (rank > 0.5)
+    assert "in 3 other places, 88 % (log-odds" in found.text  # the median one
+
+
+def test_the_default_class_cannot_be_tested_by_erasing() -> None:
+    found = verified(blurred=[3, 0])
+    assert found["default"].text == "with everything blurred it says Comminuted Fracture at 95 %"
+    assert np.isnan(found["erasing"].value) and not found["erasing"].is_flagged
+    assert found["erasing"].text.endswith(
+        "cannot be tested: it says Comminuted Fracture even when everything is blurred"
+    )
+
+
+def test_without_markers_or_heat_there_is_nothing_to_cover_or_erase() -> None:
+    assert set(verified(covered=None, covered_elsewhere=None, erased=None)) == {"default"}
+
+
+def test_blur_keeps_constants_and_spreads_by_eight_pixels_of_224() -> None:
+    image = np.zeros((3, 224, 224), np.float32)
+    image[1, 112, 112] = 1
+    spread = without_detail(image)[1]
+    places = np.arange(224) - 112
+    assert spread.sum() == pytest.approx(1, rel=1e-4)
+    assert np.sqrt(spread.sum(axis=0) @ places**2) == pytest.approx(8, rel=1e-3)
+    assert without_detail(np.full((3, 224, 224), 2, np.float32)) == pytest.approx(2, rel=1e-5)
+
+
+@pytest.mark.parametrize("box", [(10, 20, 30, 50), (0, 0, 12, 9), (200, 215, 224, 224), (0, 40, 224, 60)])
+def test_covering_continues_the_surroundings(box: tuple[int, int, int, int]) -> None:
+    ramp = np.tile(np.linspace(0, 1, 224, dtype=np.float32), (3, 224, 1))
+    x0, y0, x1, y1 = box
+    marked = ramp.copy()
+    marked[:, y0:y1, x0:x1] = 9
+    filled = with_filled(marked, [box])
+    outside = np.ones((224, 224), bool)
+    outside[y0:y1, x0:x1] = False
+    assert (filled[:, outside] == ramp[:, outside]).all() and (marked[:, y0:y1, x0:x1] == 9).all()
+    assert filled == pytest.approx(ramp, abs=0.15)
+
+
+@pytest.mark.parametrize("side", [224, 300])
+def test_as_much_is_covered_elsewhere_and_away_from_the_markers(side: int) -> None:
+    boxes, elsewhere = marker_masks([(100, 8, 124, 30)], side)  # its left-right mirror image would be itself
+    ((x0, y0, x1, y1),), ((u0, v0, u1, v1),) = boxes, elsewhere
+    assert (x0, y0, x1, y1) == tuple(round(end * side / 224) for end in (96, 4, 128, 34))
+    assert (u1 - u0, v1 - v0) == (x1 - x0, y1 - y0) and v0 >= side // 2
+
+
+def test_the_hot_area_is_a_fifth_of_the_image_or_all_that_has_heat() -> None:
+    ramp = np.arange(49, dtype=np.float32).reshape(7, 7) / 48
+    assert hot_mask(ramp, 224).mean() == pytest.approx(0.2, abs=0.01)
+    spot_mask = hot_mask(CENTRE_ONLY, 224)
+    assert spot_mask[112, 112] and not spot_mask[:, :64].any() and spot_mask.mean() < 0.1
+
+
+def test_moved_masks_are_as_large_and_hardly_overlap() -> None:
+    mask = hot_mask(spot(1, 2) + spot(5, 4), 224)
+    moved = moved_masks(mask)
+    assert len(moved) == 15 and len({each.tobytes() for each in moved}) == 15
+    assert all(each.sum() == mask.sum() and (each & mask).sum() < 0.25 * mask.sum() for each in moved)
+    assert [each.tobytes() for each in moved_masks(mask)] == [each.tobytes() for each in moved]
+    assert moved_masks(np.ones((224, 224), bool)) == []
+
+
+def test_verifying_takes_at_most_19_passes_in_batches(
+    tiny_classifiers: dict[str, Classifier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier, sizes = tiny_classifiers["efficientnet"], []
+    handle = classifier.network.register_forward_pre_hook(
+        lambda network, inputs: sizes.append(len(inputs[0]))
+    )
+    image = np.random.default_rng(2).normal(size=(3, 224, 224)).astype(np.float32)
+    (explanation,) = explainability.explain_batch(classifier, [image])
+    sizes.clear()
+    trial = explainability.tried(
+        classifier, image, explanation, Landmarks(np.ones((7, 7)), ((5, 5, 25, 25),)), 8
+    )
+    handle.remove()
+    assert sizes == [8, 8, 3]
+    assert trial.blurred.shape == trial.covered.shape == trial.erased.shape == (
+        2,
+    ) and trial.erased_elsewhere.shape == (15, 2)
+
+
+# Over a run
+
+
+def observations(heats: list[np.ndarray], **changed: object) -> list[Observation]:
+    landmarks = changed.pop("landmarks", EVERYWHERE)
+    explanations = [checked([an_explanation(raw_map=heat, **changed)], landmarks)[0] for heat in heats]
+    return [explainability.observation(each, landmarks) for each in explanations]
+
+
+def scattered(count: int = 40) -> list[np.ndarray]:
+    rng = np.random.default_rng(8)
+    return [spot(*rng.integers(1, 6, 2)) + 0.1 * spot(*rng.integers(1, 6, 2)) for _ in range(count)]
+
+
+def test_mean_correlation_is_that_of_all_pairs() -> None:
+    heats = np.random.default_rng(4).random((6, 7, 7))
+    pairs = np.corrcoef(heats.reshape(6, 49))[np.triu_indices(6, 1)]
+    assert mean_correlation(heats) == pytest.approx(pairs.mean())
+    assert mean_correlation(np.stack([CENTRE_ONLY] * 5)) == pytest.approx(1)
+
+
+def test_share_of_maxima_in_one_cell() -> None:
+    assert same_cell_share(np.stack([spot(1, 1), spot(1, 1), spot(2, 5), spot(4, 4)])) == 0.5
+
+
+def test_the_audit_flags_the_same_corner_in_every_image() -> None:
+    corner = [spot(0, 6) + 0.3 * each for each in scattered()]
+    text = "\n".join(audit_lines(observations(corner)))
+    assert (
+        "🚩 Same place in every image" in text
+        and "🚩 Same hottest cell: 100 %" in text
+        and "40 of 40 maps flagged: border 40" in text
+    )
+    assert "🚩" not in "\n".join(audit_lines(observations(scattered())))
+
+
+def test_the_audit_flags_dark_heat_and_marker_heat() -> None:
+    landmarks = Landmarks(np.zeros((7, 7)), ((32, 32, 192, 192),))
+    text = "\n".join(audit_lines(observations(scattered(), landmarks=landmarks)))
+    assert (
+        "🚩 Mean heat where nothing as dense as bone is: 100 %" in text
+        and "🚩 Mean heat on markers, where there are any: 100 %" in text
+    )
+
+
+def test_the_audit_tells_blank_maps_by_class() -> None:
+    mixed = observations([-UNIFORM] * 18 + scattered(4), explained=1) + observations(scattered(20))
+    lines = audit_lines(mixed)
+    assert "🚩 Blank maps for Simple Fracture: 82 %, flagged above 50 %" in lines
+    assert not any("Comminuted" in line for line in lines)
+
+
+def test_the_audit_of_few_maps_says_that_they_are_few() -> None:
+    assert (
+        audit_lines(observations(scattered(5) + [-UNIFORM]))[-1]
+        == "Same place in every image: needs 20 maps that are not blank, here 5"
+    )
+
+
+# Where the fracture is known
+
+
+def boxes_csv(folder: Path, content: str | bytes) -> Path:
+    (folder / "a.png").touch()
+    path = folder / "boxes.csv"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "file,class,x0,y0,x1,y1\na.png,simple,1,2,3.5,4\n",
+        "\ufefffile,x0,y0,x1,y1\r\na.png, 1 ,2,3.5,4\r\n",
+        "y1,x1,y0,x0,file,note\n4,3.5,2,1,a.png,\n",
+    ],
+)
+def test_boxes_are_read_by_their_columns(tmp_path: Path, content: str) -> None:
+    ((image, box),) = read_boxes(boxes_csv(tmp_path, content)).items()
+    assert Path(image).name == "a.png" and (box.x0, box.y0, box.x1, box.y1) == (1, 2, 3.5, 4)
+
+
+def test_a_line_without_coordinates_is_an_image_without_a_fracture(tmp_path: Path) -> None:
+    assert read_boxes(boxes_csv(tmp_path, "file,class,x0,y0,x1,y1\na.png,no_fracture,,,,\n")) == {}
+
+
+HEADER = "file,class,x0,y0,x1,y1\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (HEADER + "a.png,simple,1,2,x,4\n", "line 2: x1 is 'x', not a number"),
+        (HEADER + "a.png,simple,1,,3,4\n", "line 2: y0 is '', not a number"),
+        (HEADER + "a.png,simple,1,2,nan,4\n", "line 2: x1 is nan, not a finite number"),
+        (HEADER + "a.png,simple,1,2,1e999,4\n", "line 2: x1 is 1e999, not a finite number"),
+        (HEADER + "a.png,simple,-1,2,3,4\n", "line 2: x0 is -1, outside the image"),
+        (HEADER + "a.png,simple,3,2,1,4\n", "line 2: x1 (1) is not larger than x0 (3)"),
+        (HEADER + "a.png,simple,1,4,3,4\n", "line 2: y1 (4) is not larger than y0 (4)"),
+        (HEADER + "b.png,simple,1,2,3,4\n", "line 2: no such file as 'b.png' beside the table"),
+        (HEADER + ",simple,1,2,3,4\n", "line 2: no such file as '' beside the table"),
+        (HEADER + "a\0.png,simple,1,2,3,4\n", "line 2: "),
+        (HEADER + "a.png,simple,1,2,3,4\na.png,simple,1,2,3,5\n", "line 3: a second box for 'a.png'"),
+        (HEADER + "a.png,simple,1,2,3\n", "line 2: 6 values expected"),
+        (HEADER + "a.png,simple,1,2,3,4,5\n", "line 2: 6 values expected"),
+        ("file;class;x0;y0;x1;y1\n", "its header is 'file;class;x0;y0;x1;y1', not file,class,x0,y0,x1,y1"),
+        ("file,class,x0,x0,x1,y1\n", "its header is 'file,class,x0,x0,x1,y1', not file,class,x0,y0,x1,y1"),
+        ("file,class,x0,y0,x0,y0,x1,y1\na.png,s,1,2,1,2,3,4\n", "its header is "),
+        ("", "its header is '', not file,class,x0,y0,x1,y1"),
+        (HEADER.encode("utf-16"), "not UTF-8 text; save it as CSV in UTF-8"),
+        (HEADER + 'a.png,"simple,1,2,3,4\n', "not a CSV table"),
+    ],
+)
+def test_each_kind_of_bad_box_has_its_own_line(tmp_path: Path, content: str | bytes, cause: str) -> None:
+    with pytest.raises(ExplainError) as caught:
+        read_boxes(boxes_csv(tmp_path, content))
+    assert "boxes.csv" in str(caught.value) and cause in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_table_of_boxes_that_is_no_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none.csv"):
+        with pytest.raises(ExplainError, match=path.name):
+            read_boxes(path)
+
+
+def test_a_box_outside_its_image_is_named(tmp_path: Path) -> None:
+    (box,) = read_boxes(boxes_csv(tmp_path, HEADER + "a.png,simple,10,20,200,100\n")).values()
+    assert box_in_shares(box, 200, 100) == (0.05, 0.2, 1, 1)
+    with pytest.raises(
+        ExplainError, match=r"line 2: the box ends at \(200, 100\), outside the image of 199 x 100 pixels"
+    ):
+        box_in_shares(box, 199, 100)
+
+
+@pytest.mark.parametrize(
+    ("raw_map", "is_inside"),
+    [
+        (spot(3, 3), True),
+        (spot(3, 2), True),
+        (spot(3, 1), False),
+        (spot(2, 3), True),
+        (spot(6, 6), False),
+        (-UNIFORM, False),
+        (UNIFORM, False),
+    ],
+)
+def test_pointing_counts_half_a_cell_round_the_box(raw_map: np.ndarray, is_inside: bool) -> None:
+    box = (3 / 7, 3 / 7, 4 / 7, 4 / 7)  # cell (3, 3)
+    found = pointing(raw_map, box)
+    assert found.is_inside == is_inside and found.area == pytest.approx(4 / 49)
+
+
+def test_heat_inside_the_box_is_a_share_and_chance_is_its_area() -> None:
+    left_half = (0, 0, 0.5 - 0.5 / 7, 1)  # half the image once enlarged
+    assert pointing(UNIFORM, left_half).heat == pytest.approx(0.5)
+    assert pointing(UNIFORM, left_half).area == pytest.approx(0.5)
+    assert pointing(spot(3, 0), left_half).heat == pytest.approx(1)
+    assert pointing(spot(3, 6), left_half).heat == 0
+
+
+# Whole runs
+
+
+@pytest.fixture
+def marked_images(tmp_path: Path) -> Path:
+    folder = tmp_path / "simple_fracture"
+    folder.mkdir()
+    for name, marker in (("a", "R"), ("b", "")):
+        Image.fromarray(limb(marker, points=20)).save(folder / f"{name}.png")
+    return folder
+
+
+def rows_of(tmp_path: Path) -> list[dict[str, str]]:
+    with open(tmp_path / "figures" / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_tells_findings_in_table_json_and_console(
+    tiny_arguments: list[str], marked_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (marked_images / "boxes.csv").write_text(f"{HEADER}a.png,simple,56,56,168,168\n")
+    options = ["--no-figures", "--save-maps", "--verify", "--boxes", str(marked_images / "boxes.csv")]
+    assert explainability.main(["--image", str(marked_images), *tiny_arguments, *options]) == 0
+    first, second = rows_of(tmp_path)
+    for key in ("convnext", "efficientnet"):
+        raw_map = np.load(tmp_path / "figures" / f"map_{key}_a.npy")
+        told = json.loads((tmp_path / "figures" / f"map_{key}_a.json").read_text())["checks"]
+        if raw_map.max() > 0:
+            assert float(first[f"{key}_border"]) == pytest.approx(
+                heat_on_cells(raw_map)[explainability.OUTER].sum(), abs=1e-5
+            )
+            assert told["border"]["value"] == pytest.approx(float(first[f"{key}_border"]), abs=1e-5)
+        flags = [
+            check for check in told if told[check]["flagged"] and CHECKS[check].about in ("map", "verify")
+        ]
+        assert first[f"{key}_flags"] == ", ".join(flags)
+        assert first[f"{key}_covering"] and not second[f"{key}_covering"]  # only one has a marker
+        assert first[f"{key}_box_area"] == f"{(0.5 + 1 / 7) ** 2:.6f}" and not second[f"{key}_in_box"]
+    said = capsys.readouterr().out
+    assert said.count("Map checks: ") == 2 and said.count("True fracture: maximum inside ") == 2
+
+
+def test_one_image_tells_its_findings_and_the_cost_of_verifying(
+    tiny_arguments: list[str], marked_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        explainability.main(
+            ["--image", str(marked_images / "a.png"), *tiny_arguments, "--no-figures", "--verify"]
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert said.count("map checks ") == 2 and said.count("more forward passes") == 2
+    assert said.count("overing the side marker ") == 2 and said.count("everything blurred it says ") == 2
+
+
+def test_a_box_outside_fails_its_image_alone_and_a_bad_table_fails_the_run(
+    tiny_arguments: list[str], marked_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = marked_images / "boxes.csv"
+    run = [
+        "--image",
+        str(marked_images),
+        *tiny_arguments,
+        "--no-figures",
+        "--model",
+        "efficientnet",
+        "--boxes",
+        str(table),
+    ]
+    table.write_text(f"{HEADER}a.png,simple,10,10,900,50\n")
+    assert explainability.main(run) == 1
+    assert [bool(row["error"]) for row in rows_of(tmp_path)] == [True, False]
+    assert (
+        "line 2: the box ends at (900, 50), outside the image of 224 x 224 pixels" in capsys.readouterr().err
+    )
+    table.write_text("file,x0\n")
+    assert explainability.main(run) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("❌ ") and said.count("\n") == 1 and "its header is 'file,x0'" in said
