@@ -305,10 +305,10 @@ def benchmark_commands(checkpoints: dict[str, Path], folder: Path, bare: float, 
         repeats,
     )
     heading("whole command, both models, all figures", "measured")
-    row("1 image over its floor (imports, load, one forward pass each)", f"{spent['one'] / spent['floor']:.2f}", "1.35")
+    row("1 image over its floor (imports, load, one forward pass each)", f"{spent['one'] / spent['floor']:.2f}", "1.12")
     row("1 image", f"{spent['one']:.1f} s")
     run = statistics.median(command_seconds(many) for _ in range(max(1, repeats // 2)))
-    row(f"{MANY} images over their bare batched forward passes", f"{run / (MANY * bare):.2f}", "2.0")
+    row(f"{MANY} images over their bare batched forward passes", f"{run / (MANY * bare):.2f}", "2.2")
     row(f"{MANY} images", f"{run:.1f} s")
     row(f"{MANY} images, peak memory", f"{peak_memory(many):.2f} GB", "1.6 GB")
     large = folder / "large.png"
