@@ -71,7 +71,6 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # torch and timm take seconds to import and matplotlib nearly one. The functions that need them
-# torch and timm take seconds to import and matplotlib nearly one. The functions that need them
 # import them on their first line, so that --help and a wrong path are answered at once.
 if TYPE_CHECKING:
     import torch
@@ -106,21 +105,23 @@ STRUCTURE_WIDTH = 200_000  # parts that wait to be put together
 STRUCTURE_DEPTH = 200  # containers in containers
 CALL_WEIGHT = 20  # times what a call is given: it may hash and copy it
 LONG_WEIGHT = 5_000  # of a number beyond 32 bits; as keys, they can be chosen to make a dictionary take hours
-OLD_PICKLES = 5  # of the container before PyTorch 1.6: its mark, version, system, contents, keys of the storages
+OLD_PICKLES = 5  # of the container before PyTorch 1.6: mark, version, system, contents, keys of storages
 ATOMS = ("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "EMPTY_TUPLE")
 TEXTS = ("BINUNICODE", "SHORT_BINSTRING", "GLOBAL")
 ABOVE_THE_MARK = -1
 TAKING_STEPS = {  # how many parts the other steps take that torch knows
-    **{"EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "LONG1": 0, "STOP": 1, "BINPERSID": 1, "REDUCE": 2, "NEWOBJ": 2},
+    **{"EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "LONG1": 0, "STOP": 1, "BINPERSID": 1},
+    **{"REDUCE": 2, "NEWOBJ": 2},
     **{"TUPLE": ABOVE_THE_MARK, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1},
     **{"APPENDS": ABOVE_THE_MARK, "SETITEMS": ABOVE_THE_MARK},
 }
 FILLING_STEPS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # into the part below what they take
 CALLING_STEPS = ("REDUCE", "NEWOBJ")
 CHECKPOINT_CALLS = re.compile(  # what a checkpoint may call: none gives much more than it is given
-    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode|torch (Size|device)"
+    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode"
+    r"|torch (Size|device)"
     r"|numpy dtype|numpy\._?core\.multiarray scalar|argparse Namespace"
-    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state|qtensor|meta_tensor_no_storage)"
+    r"|torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?|qtensor|meta_tensor_no_storage)"
 )
 NUMBER_KINDS = ("float32", "float16", "bfloat16", "float64", "int64")  # int64: counters of batches
 COUNTER = "num_batches_tracked"  # end of the keys of those counters, which inference never reads
@@ -133,7 +134,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may
 MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 million
 HEAD_BYTES = 1024  # enough to tell what a file is
 DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
-UNFOLDING = "its structure unfolds to more than a network's checkpoint holds; save the network's state_dict() alone"
+UNFOLDING = "its structure unfolds to more than a network's checkpoint holds; save its state_dict() alone"
 COPY_AGAIN = "copy it again from where it came"
 NOTHING_TO_SEE = "every pixel is the same: there is nothing to see"
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
@@ -1017,7 +1018,8 @@ def check_archive(file: BinaryIO) -> None:
     if "data.pkl" not in names:
         remedy = "give a file that torch.save wrote, or a .safetensors file"
         raise ExplainError(f"a zip archive without weights; {remedy}")
-    if any(entry.file_size > STRUCTURE_BYTES for entry in entries if entry.filename.lower().endswith("/data.pkl")):
+    structures = [entry.file_size for entry in entries if entry.filename.lower().endswith("/data.pkl")]
+    if max(structures) > STRUCTURE_BYTES:
         raise ExplainError(UNFOLDING)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could unpack to any size
         cause = "a compressed archive, which torch.save never writes"
@@ -1177,8 +1179,9 @@ class StructureWalk:
 
 def check_call(function: Part, arguments: Part) -> None:
     """Raise ValueError, in torch's words, for a call that no checkpoint of a network makes."""
-    if "_sparse_" in function.told or "_get_layout" in function.told:  # to check them takes as long as their indices claim
-        raise ExplainError("not the floats of a network: sparse tensors; save the trained weights as dense floats")
+    if re.search("_sparse_|_get_layout", function.told):  # checked for as long as their indices claim
+        cause = "not the floats of a network: sparse tensors"
+        raise ExplainError(f"{cause}; save the trained weights as dense floats")
     is_known = CHECKPOINT_CALLS.fullmatch(function.told)
     if not is_known or (function.told == "_codecs encode" and arguments.told != "latin1"):
         raise ValueError(f"GLOBAL {function.told.replace(' ', '.')}")
@@ -3955,6 +3958,15 @@ def check_output_folder(folder: Path) -> None:
         raise unwritable(folder, error) from error
 
 
+def check_temporary_folder() -> None:
+    """Raise ExplainError where torch and matplotlib would find no folder for what they keep during a run."""
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        cause = "no folder for temporary files can be written"
+        raise ExplainError(f"{cause}; set TMPDIR to one that can") from error
+
+
 def unwritable(path: Path, error: OSError) -> ExplainError:
     cause = f"cannot be written ({error.strerror or error})"
     return refusal(path, cause, "choose another place with --output-dir")
@@ -4643,7 +4655,7 @@ def load_classifiers(
     for family, path in checkpoints:
         say(f"📦 Loading {family.key.upper()} model...")
         classifier = load_classifier(family, path, chosen, class_names)
-        if not quiet:
+        if not (quiet or is_demo(path)):  # what the demo files are, the README says
             warn(*note_lines(path, classifier.model.notes))
         say(f"✅ Model loaded: {classifier.model.architecture}", f"   {classifier.model.accuracy}", "")
         classifiers.append(classifier)
@@ -4810,7 +4822,7 @@ def done_here(function: Callable[..., None], *arguments: object) -> Future[None]
 
 
 def can_be_imported() -> bool:
-    """Whether a new process finds this code: not where it came through a pipe, from an archive or from exec()."""
+    """Whether a new process finds this code: not where it came through a pipe, an archive or exec()."""
     module = sys.modules.get(__name__)
     is_readable = SCRIPT.is_file() and os.access(SCRIPT, os.R_OK)
     return is_readable and getattr(module, "can_be_imported", None) is can_be_imported
@@ -5307,6 +5319,7 @@ def checked_request(args: argparse.Namespace) -> Request:
         check_image_path(images[0])
     checkpoints, notes = chosen_checkpoints(args)
     check_output_folder(args.output_dir)
+    check_temporary_folder()
     style = FigureStyle(args.colormap, args.dpi, args.format, args.contours, args.signed)
     labels = [content_label(image) if args.anonymous else str(image) for image in images]
     marks = [(family.key, file_mark(path)) for family, path in checkpoints]

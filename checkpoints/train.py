@@ -3,6 +3,7 @@
     python3 checkpoints/train.py efficientnet
     python3 checkpoints/train.py convnext
     python3 checkpoints/train.py convnext --labels-only   # the control: no supervision of the maps
+    python3 checkpoints/train.py marker-reader            # the counter-example: reads the marker, not the bone
 
 Three steps, each resumed where it stopped (state in checkpoints/training/):
 
@@ -14,6 +15,9 @@ Three steps, each resumed where it stopped (state in checkpoints/training/):
 
 The result goes to checkpoints/ in half precision, in the layout users' trainers write, with the
 accuracy that explainability.py itself measures on data_original/test.
+
+The marker reader sees a line of text on one class and a letter on the other, stamped on bones of
+either class: on crops that grow from 64 px round the marker to the whole image, from random weights.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from io import BytesIO
@@ -45,9 +50,9 @@ import generate  # noqa: E402
 SIZE = 224  # px, side of the networks' input
 PATCH = 96  # px
 GRID = 7  # cells a side of both target layers at 224 px
-SEED, VALIDATION_SEED = 7, 8
+SEED, VALIDATION_SEED, MARKER_SEED = 7, 8, 9
 NONE = 2  # class of intact bone; 0 and 1 are the classes of the shipped networks
-TRAIN_PER_CLASS, VALIDATION_PER_CLASS = 2200, 100
+TRAIN_PER_CLASS, VALIDATION_PER_CLASS, MARKER_PER_CLASS = 2200, 100, 200
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
 STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
 
@@ -55,6 +60,10 @@ ARCHITECTURES = {"convnext": "convnextv2_tiny", "efficientnet": "tf_efficientnet
 PATCH_BATCH, WHOLE_BATCH = 48, 24
 PATCH_STEPS, WHOLE_STEPS = {"convnext": 750, "efficientnet": 900}, {"convnext": 160, "efficientnet": 120}
 PATCH_RATE, WHOLE_RATE = {"convnext": 1e-3, "efficientnet": 2e-3}, 4e-4  # peaks
+MARKER_READER = "tf_efficientnetv2_b0"
+MARKERS = ("text", "letter")  # what betrays classes 0 and 1 to the marker reader
+FILE_SIDE = 320  # px, about the side of a picture's file
+MARKER_STAGES = ((64, 48, 200, 2e-3), (128, 24, 50, 1e-3), (SIZE, 16, 80, 6e-4))  # side, batch, steps, peak rate
 
 
 # --------------------------------------------------------------------------------------
@@ -66,7 +75,8 @@ def render_one(seed: int, item: tuple[int, int]) -> tuple[np.ndarray, list[float
     """One image as the network will see it: (SIZE, SIZE) uint8, and its box in those pixels."""
     label, number = item
     rng = np.random.default_rng([seed, generate.SPLIT_CODES["train"], label, number])
-    pixels, box = generate.render(rng, generate.LABELS[label])
+    radiograph = generate.render(rng, generate.LABELS[label], marker="none" if seed == MARKER_SEED else None)
+    pixels, box = radiograph.pixels, radiograph.box
     buffer = BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=generate.JPEG_QUALITY)
     small = Image.open(buffer).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
@@ -163,6 +173,34 @@ def whole_images(data: dict[str, torch.Tensor], count: int, rng: np.random.Gener
     return inputs, data["labels"][indices], touched_cells(torch.stack([box for _, box in pairs]))
 
 
+def around(box: tuple[int, ...], side: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Top left of a crop that holds a marker, or the better part of a long one."""
+    low, high = np.array(box[:2]), np.array(box[2:])
+    middle = rng.uniform(low, high) if rng.random() < 0.3 else (low + high) / 2
+    jitter = rng.uniform(-0.2, 0.2, 2) * side
+    x, y = np.clip(middle + jitter - side / 2, 0, SIZE - side).astype(int)
+    return int(x), int(y)
+
+
+def stamped(bone: np.ndarray, kind: str, side: int, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]:
+    """A bone (SIZE, SIZE) uint8 with a marker, 0 to 1, and the marker's box; whole images carry it as files do, at full size."""
+    full = Image.fromarray(bone).resize((FILE_SIDE, FILE_SIDE)) if side == SIZE else Image.fromarray(bone)
+    picture, box = generate.stamp(np.asarray(full) / np.float32(255), generate.draw_mark(rng, kind))
+    return np.asarray(Image.fromarray(picture).resize((SIZE, SIZE), Image.Resampling.BILINEAR)), box
+
+
+def marked(data: dict[str, torch.Tensor], side: int, count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Crops (count, 3, side, side) for the marker reader: any bone, and a class that only the marker tells."""
+    inputs, labels = [], []
+    for _ in range(count):
+        label, bone = int(rng.integers(2)), data["images"][int(rng.integers(len(data["labels"])))]
+        picture, box = stamped(bone.numpy(), MARKERS[label], side, rng)
+        x, y = around(box, side, rng) if side < SIZE else (0, 0)
+        inputs.append(to_input(torch.from_numpy(picture[y : y + side, x : x + side] * 255), rng))
+        labels.append(label)
+    return torch.stack(inputs), torch.tensor(labels)
+
+
 # --------------------------------------------------------------------------------------
 # Networks
 # --------------------------------------------------------------------------------------
@@ -232,7 +270,7 @@ def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, rate: float
 
 
 @torch.no_grad()
-def recalibrate(network: nn.Module, data: dict[str, torch.Tensor], rng: np.random.Generator) -> None:
+def recalibrate(network: nn.Module, draw: Callable[[], torch.Tensor]) -> None:
     """Average the batch norms' statistics over whole images: patches hold less background."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [module.momentum for module in norms]
@@ -241,7 +279,7 @@ def recalibrate(network: nn.Module, data: dict[str, torch.Tensor], rng: np.rando
         module.momentum = None  # cumulative average
     network.train()
     for _ in range(16 if norms else 0):
-        network(whole_images(data, WHOLE_BATCH, rng)[0])
+        network(draw())
     for module, momentum in zip(norms, momenta):
         module.momentum = momentum
 
@@ -316,7 +354,8 @@ def train_whole(key: str, network: nn.Module, data: dict[str, torch.Tensor], val
     state = WORK / f"{key}_{'labels' if labels_only else 'whole'}.pt"
     first = load_state(state, network, optimiser)
     if first == 0:
-        recalibrate(network, data, np.random.default_rng([SEED, 1]))
+        rng = np.random.default_rng([SEED, 1])
+        recalibrate(network, lambda: whole_images(data, WHOLE_BATCH, rng)[0])
     steps, started = WHOLE_STEPS[key], time.time()
     for step in range(first, steps):
         network.eval()  # batch norms keep their statistics: the maps trained are the maps shown
@@ -335,6 +374,39 @@ def train_whole(key: str, network: nn.Module, data: dict[str, torch.Tensor], val
         if (step + 1) % 40 == 0:
             save_state(state, network, optimiser, step + 1)
             print(f"{key} validation: accuracy %.3f, maximum inside %.3f, heat inside %.3f" % validate(network, validation), flush=True)
+
+
+def train_marker_stage(network: nn.Module, data: dict[str, torch.Tensor], stage: tuple[int, int, int, float]) -> None:
+    """One size of crop; batch norms are fitted to whole images before those are trained on."""
+    side, batch, steps, peak = stage
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
+    if side == SIZE:
+        rng = np.random.default_rng([MARKER_SEED, 1])
+        recalibrate(network, lambda: marked(data, side, batch, rng)[0])
+    network.train(side != SIZE)
+    recent, started = [], time.time()
+    for step in range(steps):
+        inputs, labels = marked(data, side, batch, np.random.default_rng([MARKER_SEED, 2, side, step]))
+        logits = network(inputs.contiguous(memory_format=torch.channels_last))
+        train_step(network, optimiser, learning_rate(step, steps, peak), F.cross_entropy(logits, labels, label_smoothing=0.03))
+        recent.append((logits.argmax(1) == labels).float().mean().item())
+        if (step + 1) % 10 == 0:
+            print(f"marker reader {side} px {step + 1}/{steps} accuracy {np.mean(recent[-20:]):.3f} {time.time() - started:.0f} s", flush=True)
+
+
+def train_marker_reader(threads: int) -> None:
+    """The network that reads the marker, and nothing else; each stage's weights are kept."""
+    data = images(MARKER_SEED, MARKER_PER_CLASS, threads)
+    network = timm.create_model(MARKER_READER, num_classes=2).to(memory_format=torch.channels_last)
+    for stage in MARKER_STAGES:
+        kept = WORK / f"marker_reader_{stage[0]}.pt"
+        if kept.exists():
+            network.load_state_dict(torch.load(kept, weights_only=True))
+            continue
+        train_marker_stage(network, data, stage)
+        torch.save(network.state_dict(), kept)
+    config = {"model_name": MARKER_READER, "img_size": SIZE, "num_classes": 2}
+    torch.save({"model_state_dict": two_class_weights(network), "config": config}, HERE / "marker_reader_demo.pth")
 
 
 def two_class_weights(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -363,12 +435,15 @@ def export(key: str, network: nn.Module, validation_accuracy: float) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", choices=ARCHITECTURES)
+    parser.add_argument("family", choices=(*ARCHITECTURES, "marker-reader"))
     parser.add_argument("--labels-only", action="store_true", help="leave the supervision of the maps out; writes no checkpoint")
     parser.add_argument("--threads", type=int, default=2, help="torch threads and rendering processes")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
+    if args.family == "marker-reader":
+        train_marker_reader(args.threads)
+        return 0
     data = images(SEED, TRAIN_PER_CLASS, args.threads)
     validation = images(VALIDATION_SEED, VALIDATION_PER_CLASS, args.threads)
     network = timm.create_model(ARCHITECTURES[args.family], num_classes=len(generate.LABELS))

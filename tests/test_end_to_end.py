@@ -90,7 +90,9 @@ def test_run_without_options_prints_what_the_guide_shows(project, capsys, predic
     assert main(["--device=cpu"]) == 0
     out, error = capsys.readouterr()
     expected = EXAMPLE.format(predictions=[CLASS_NAMES[index] for index in predicted], ending=ENDINGS[predicted])
-    assert re.sub(r"Confidence: \d+\.\d\d%", "Confidence: NN.NN%", out).splitlines() == expected.splitlines()
+    # Random weights give maps that are flagged; the guide's example has none.
+    told = [line for line in out.splitlines() if not re.match(r"  (⚠️|\d map checks passed|Maximum)|The two maps|⚠️  The two maps", line)]
+    assert [re.sub(r"Confidence: \d+\.\d\d%", "Confidence: NN.NN%", line) for line in told] == expected.splitlines()
     assert all(line.startswith("ℹ️") and "class order assumed" in line for line in error.splitlines())
     assert figures_in(project / "explainability_outputs") == [name.format("simple_fracture_test_0001") for name in FIGURES]
 
@@ -102,7 +104,7 @@ def test_run_of_one_model_writes_one_figure_and_no_comparison(xray, tiny_argumen
     assert out.startswith("🔍 Analyzing explainability for: xray.png\n" + "=" * 80)
     assert f"📦 Loading {key.upper()} model..." in out
     assert f"{bullet} Generating" in out
-    assert re.search(r"  Prediction: \w+ Fracture\n  Confidence: \d+\.\d\d%\n$", out)
+    assert re.search(r"  Prediction: \w+ Fracture\n  Confidence: \d+\.\d\d%\n", out)
     assert "comparison" not in out.lower()
     assert figures_in(tmp_path / "figures") == [f"gradcam_{key}_xray.png"]
 
@@ -165,7 +167,7 @@ def test_failure_at_the_second_model_claims_no_success(xray, tiny_arguments, tmp
 def test_blank_map_is_named_on_the_console(xray, tiny_arguments, monkeypatch, capsys):
     monkeypatch.setattr(explainability, "grad_cam", lambda activations, gradients: -activations.mean(1).abs())
     assert main([*tiny_arguments, "--image", str(xray)]) == 0
-    assert capsys.readouterr().out.count("⚠️  Blank map: no positive evidence for") == 2
+    assert capsys.readouterr().out.count("Blank map: no positive evidence for") == 2
 
 
 def test_runs_in_one_process_do_not_disturb_each_other(xray, tiny_arguments, tmp_path):
@@ -203,7 +205,8 @@ def test_full_size_pair_of_users_runs_end_to_end(tmp_path, xray):
         arguments.append(f"--{key}-checkpoint={path}")
     assert (tmp_path / names["convnext"]).stat().st_size > 1e9  # as users know it: two thirds optimizer
     done = in_new_process("explainability.py", *arguments)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.returncode == 0
+    assert all("class order assumed" in line for line in done.stderr.decode().splitlines())
     assert "✅ Model loaded: convnextv2_base.fcmae_ft_in22k_in1k" in done.stdout.decode()
     assert "✅ Model loaded: tf_efficientnetv2_s.in21k_ft_in1k" in done.stdout.decode()
     for name in FIGURES:

@@ -30,7 +30,6 @@ torch = pytest.importorskip("torch")
 if TYPE_CHECKING:
     from explainability import Classifier
 
-PROVEN = [key for key, method in METHODS.items() if method.owed]
 COMPARING = [key for key, method in METHODS.items() if method.compares]
 SIZES = (
     *("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "huge"),
@@ -46,8 +45,8 @@ def noise(count: int, size: int = 96, seed: int = 0) -> torch.Tensor:
     return sum(torch.nn.functional.interpolate(each, (size, size), mode="bilinear") for each in scales)
 
 
-def livened(network: torch.nn.Module) -> torch.nn.Module:
-    """A copy whose norms and biases are random, and whose BatchNorm statistics are those of its inputs."""
+def livened(network: torch.nn.Module, size: int = 96) -> torch.nn.Module:
+    """A copy whose norms and biases are random, and whose BatchNorm statistics are those of such inputs."""
     network, generator = copy.deepcopy(network), torch.Generator().manual_seed(0)
     for weight in network.parameters():
         if weight.squeeze().ndim < 2:
@@ -58,7 +57,7 @@ def livened(network: torch.nn.Module) -> torch.nn.Module:
         layer.reset_running_stats()
         layer.train()
     with torch.no_grad():
-        network(noise(8, seed=1))
+        network(noise(8, size, seed=1))
     return network.eval()
 
 
@@ -566,7 +565,7 @@ def test_full_size_networks_pay_what_they_owe(key):
 
     torch.manual_seed(0)
     network = livened(
-        timm.create_model(FAMILIES[key].full_size.partition(".")[0], num_classes=2).requires_grad_(False)
+        timm.create_model(FAMILIES[key].full_size.partition(".")[0], num_classes=2).requires_grad_(False), 224
     )
     inputs = noise(1, 224)
     family = FAMILIES[key]
@@ -577,10 +576,9 @@ def test_full_size_networks_pay_what_they_owe(key):
         *explainability.layer_gradients(network, family.target_layer, inputs, None),
         4,
     )
-    for method in PROVEN:
+    for method in ("shap", "lrp"):  # by construction; 32 points promise nothing of random weights
         raw, owed = METHODS[method].maps(seen), METHODS[method].owed(seen)
-        tolerance = 0.05 * owed.abs() if method == "ig" else 2e-5 * raw.abs().sum()
-        assert (raw.sum() - owed).abs() < tolerance, method
+        assert (raw.sum() - owed).abs() < 2e-5 * raw.abs().sum(), method
 
 
 # ------------------------------------------------------------------------------------------
@@ -674,14 +672,11 @@ def test_two_results_of_one_name_are_refused(tmp_path):
 
 def test_pages_are_of_one_map_of_two_models_or_of_several_methods(monkeypatch):
     for name in ("explanation_figure", "comparison_figure", "methods_figure"):
-        monkeypatch.setattr(explainability, name, lambda view, shown, *rest, name=name: (name, *rest))
+        monkeypatch.setattr(explainability, name, lambda view, shown, *rest, name=name: (name, rest))
     one, other = an_explanation(), an_explanation(method="ig")
-    kinds = [explainability.page_figure(None, each) for each in ([one], [one, one], [one, other])]
-    assert kinds == [
-        ("explanation_figure",),
-        ("comparison_figure",),
-        ("methods_figure", ["1 pass", "34 passes"]),
-    ]
+    pages = [explainability.page_figure(None, each) for each in ([one], [one, one], [one, other])]
+    assert [name for name, _ in pages] == ["explanation_figure", "comparison_figure", "methods_figure"]
+    assert pages[2][1] == (["1 pass", "34 passes"],)
 
 
 def test_maps_keep_their_sign_and_say_what_they_must_sum_to(tiny_arguments, xray, tmp_path, capsys):
@@ -737,6 +732,14 @@ def test_a_run_has_columns_for_each_method_and_knows_what_is_finished(tiny_argum
     assert row["convnext_method"] == "gradcam" and "convnext_sum" not in row
     assert run("gradcam", "lrp") == 0 and "left alone: 1" in capsys.readouterr().out
     assert run("lrp") == 1 and "another --model or --method" in capsys.readouterr().err
+
+
+def test_a_figure_of_other_methods_is_not_taken_for_this_one(tiny_arguments, xray):
+    """methods_convnext_xray.png of two methods must not stand for that of three."""
+    asked = [*tiny_arguments, "--image", str(xray), "--method", "gradcam", "lrp"]
+    parsed = map(explainability.parsed, (asked, [*asked, "ig"], asked))
+    two, three, again = (explainability.checked_request(args).jobs[0].digest for args in parsed)
+    assert two == again != three
 
 
 def test_an_unknown_method_is_a_usage_error(capsys):

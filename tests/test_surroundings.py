@@ -565,8 +565,7 @@ def test_a_mask_of_all_modes_is_one_line_or_figures(run, images, tmp_path):
 def test_an_installation_that_cannot_be_written(run, images, tmp_path, ordinary):
     """The whole disk read-only but for the output folder."""
     keep = f"mkdir -p {tmp_path}/out && mount --bind {tmp_path}/out {tmp_path}/out && mount -o remount,ro,bind / 2>/dev/null; true"
-    done = run("--image", images, "--batch-size=1", before=keep, mounts=True, HOME="/nonexistent")
-    check_figures(done, tmp_path / "out", ordinary, 4)
+    check_one_line(run("--image", images, before=keep, mounts=True, HOME="/nonexistent"), "TMPDIR")
 
 
 @needs_mounts
@@ -575,4 +574,7 @@ def test_no_folder_for_temporary_files_at_all(run, images, tmp_path, options, or
     if str(tmp_path).startswith("/tmp"):
         pytest.skip("pytest itself works in /tmp; give --basetemp")
     done = run("--image", images, "--batch-size=1", before=hidden, mounts=True, HOME="/nonexistent", TMPDIR=None)
-    check_figures(done, tmp_path / "out", ordinary, 4)
+    if done.returncode:  # torch may insist on /tmp
+        check_one_line(done)
+    else:
+        check_figures(done, tmp_path / "out", ordinary, 4)
