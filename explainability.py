@@ -1264,7 +1264,11 @@ def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Te
 def check_numbers(weights: dict[str, torch.Tensor], path: Path) -> None:
     """Raise ExplainError where weights share their numbers: a few could stand for gigabytes."""
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-    if claimed > path.stat().st_size:
+    try:
+        held = path.stat().st_size
+    except OSError as error:
+        raise refusal(path, "changed or removed during the run", "run again") from error
+    if claimed > held:
         cause = f"its weights are {claimed:,} bytes of numbers, and the file holds fewer numbers"
         raise refusal(path, cause, "save each weight with its own numbers (tensor.clone())")
 

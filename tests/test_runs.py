@@ -205,7 +205,8 @@ def test_skip_existing_computes_again_what_was_asked_otherwise(explain, folder, 
         assert "left alone" not in capsys.readouterr().out
     (folder / "simple_fracture/d.png").replace(folder / "simple_fracture/c.png")  # the same name, another image
     assert explain(*asked, "--colormap", "gray") == 0
-    assert "left alone" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert ("left alone" in out) != single and ("left alone: 1 images" in out) != single  # a.png, but not c.png
 
 
 def test_rows_are_written_while_the_run_goes_on(explain, folder, tmp_path, monkeypatch):
@@ -477,7 +478,7 @@ def test_interrupt_ends_with_130_and_no_half_file(tiny_checkpoints, folder, tmp_
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal's Ctrl-C does: to the drawing processes too
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors == ""
+    assert process.returncode == 130 and "Traceback" not in errors and "--skip-existing goes on" in errors
     assert not list((tmp_path / "out").glob(".*"))
 
 
@@ -511,7 +512,7 @@ def test_a_bar_on_a_terminal_leaves_the_lines_whole(tiny_checkpoints, folder, tm
     assert process.wait(timeout=60) == 0
     lines = [line.rpartition("\r")[2] for line in shown.decode().replace("\r\n", "\n").split("\n")]
     assert b"/5 [" in shown
-    assert sum(line.startswith(("✅", "⚠️ ")) and ".png: ConvNeXt V2" in line for line in lines) == 5
+    assert sum(line.startswith(("✅", "⚠️ ")) and ".png: " in line for line in lines) == 5
 
 
 @pytest.mark.slow
@@ -522,7 +523,7 @@ def test_a_locale_without_unicode_is_no_obstacle(tiny_checkpoints, xray, tmp_pat
     done = subprocess.run(
         command(tiny_checkpoints, tmp_path, "--image", xray, "--model", "convnext", *extra), env=environment, capture_output=True
     )
-    assert (done.returncode, done.stderr) == (0, b"") and b"Confidence" in done.stdout
+    assert done.returncode == 0 and b"Traceback" not in done.stderr and b"Confidence" in done.stdout
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["absent", "module://nowhere", "TkAgg", "module://matplotlib_inline.backend_inline", "pdf"])
+@pytest.mark.parametrize("backend", ["absent", "module://nowhere", "module://matplotlib_inline.backend_inline"])
 def test_a_backend_from_elsewhere_changes_nothing(run, images, tmp_path, ordinary, backend):
     check_figures(run(f"--image={images / 'a.png'}", MPLBACKEND=backend), tmp_path / "out", ordinary)
 
@@ -138,8 +138,7 @@ def test_a_backend_from_elsewhere_does_not_disturb_the_choice_of_a_colormap(run,
     assert "no colormap" in run("--colormap=nowhere", MPLBACKEND="absent").stderr
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("place", ["folder", "user", "named"])
+@pytest.mark.parametrize(("settings", "place"), [*((each, "folder") for each in SETTINGS), ("look", "user"), ("look", "named")])
 def test_settings_of_matplotlib_change_nothing(run, images, tmp_path, ordinary, settings, place):
     home = tmp_path / "home"
     path = {"folder": tmp_path, "user": home / ".config/matplotlib", "named": home}[place] / "matplotlibrc"
@@ -473,7 +472,7 @@ def test_threads_that_wait_leave_the_processor_to_others(images, options, tmp_pa
 
 
 @pytest.mark.parametrize("many", [False, True])
-@pytest.mark.parametrize("megabytes", [400, 700, 1000, 1500, 2000, 2500, 3000, 4000])
+@pytest.mark.parametrize("megabytes", [400, 1000, 2500])
 def test_any_lack_of_memory_is_one_line(run, images, tmp_path, ordinary, megabytes, many):
     image = images if many else images / "a.png"
     done = run("--image", image, "--batch-size=1", before=f"ulimit -v {megabytes * 1000}")
@@ -530,11 +529,10 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("name", ELSEWHERE)
-def test_an_environment_changes_nothing(run, images, tmp_path, ordinary, name, many):
-    done = run("--image", images if many else images / "a.png", "--batch-size=1", **ELSEWHERE[name])
-    check_figures(done, tmp_path / "out", ordinary, 4 if many else 1)
+def test_an_environment_changes_nothing(run, images, tmp_path, ordinary, name):
+    done = run("--image", images / "a.png", **ELSEWHERE[name])
+    check_figures(done, tmp_path / "out", ordinary, 1)
     assert not beside_notes(done) or name in ("no threads", "threads in words", "development"), done.stderr
 
 
@@ -543,12 +541,12 @@ def test_a_setting_that_a_library_refuses_is_one_line(run, images, wrong):
     check_one_line(run("--image", images, **wrong), "settings")
 
 
-@pytest.mark.parametrize("flags", [["-I"], ["-E", "-s"], ["-OO"], ["-B"], ["-W", "error"], ["-X", "dev"], ["-X", "utf8=0"], ["-b"], ["-u"]])
+@pytest.mark.parametrize("flags", [["-I"], ["-OO"], ["-W", "error"], ["-X", "utf8=0"]])
 def test_flags_of_python_change_nothing(run, images, tmp_path, ordinary, flags):
     check_figures(run("--image", images, "--batch-size=1", python=(*flags, TOOL)), tmp_path / "out", ordinary, 4)
 
 
-@pytest.mark.parametrize("name", ["numpy.py", "token.py", "torch.py", "matplotlib/__init__.py", "PIL/__init__.py", "random.py"])
+@pytest.mark.parametrize("name", ["numpy.py", "token.py", "matplotlib/__init__.py"])
 def test_files_in_the_working_directory_are_not_imported(run, images, tmp_path, ordinary, name):
     trap = tmp_path / "work" / name
     trap.parent.mkdir(parents=True)
