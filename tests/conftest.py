@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# The tests run two at a time; the commands they start inherit this. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -44,6 +47,14 @@ def save(contents: object, path: Path) -> Path:
 
     torch.save(contents, path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def drawn_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting processes that draw takes longer than most tests; commands in processes of their own start them."""
+    import explainability
+
+    monkeypatch.setattr(explainability, "MAX_DRAWING_PROCESSES", 0)
 
 
 @pytest.fixture(scope="session")

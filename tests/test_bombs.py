@@ -204,7 +204,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, float
     return verdicts(paths)
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+pytestmark = [pytest.mark.xdist_group("bombs"), pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 
 @pytest.mark.parametrize("container", ["zip", "old"])

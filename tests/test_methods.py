@@ -435,7 +435,7 @@ def test_occlusion_is_that_of_captum(networks, key, size):
     window, stride = size // 7, size // 14
     with torch.no_grad():
         pixels = Occlusion(exact.network).attribute(
-            seen.inputs, (3, window, window), (3, stride, stride), seen.reference, 1, perturbations_per_eval=4
+            seen.inputs, (3, window, window), (3, stride, stride), seen.reference, 1, perturbations_per_eval=32
         )
     expected = pixels[:, 0, ::stride, ::stride]
     raw = METHODS["occlusion"].maps(seen)
@@ -576,9 +576,8 @@ def test_full_size_networks_pay_what_they_owe(key):
         *explainability.layer_gradients(network, family.target_layer, inputs, None),
         4,
     )
-    for method in ("shap", "lrp"):  # by construction; 32 points promise nothing of random weights
-        raw, owed = METHODS[method].maps(seen), METHODS[method].owed(seen)
-        assert (raw.sum() - owed).abs() < 2e-5 * raw.abs().sum(), method
+    raw, owed = METHODS["lrp"].maps(seen), METHODS["lrp"].owed(seen)  # SHAP's sum does not depend on the network
+    assert (raw.sum() - owed).abs() < 2e-5 * raw.abs().sum()
 
 
 # ------------------------------------------------------------------------------------------

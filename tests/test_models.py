@@ -889,7 +889,7 @@ METADATA = st.dictionaries(st.sampled_from(FIELDS), PLAIN, max_size=3)
 EMPTY_NETWORK = functools.cache(tool.build_network)  # loading replaces every weight of it
 
 
-@settings(FUZZ, max_examples=120)
+@settings(FUZZ, max_examples=60)
 @given(top=METADATA, config=METADATA)
 @pytest.mark.slow
 def test_any_metadata_loads_or_is_refused(

@@ -30,9 +30,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="P
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of four different images."""
+    """A folder of two different images."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for name in "abcd":
+    for name in "ab":
         Image.fromarray(rng.integers(0, 256, (90, 70), dtype=np.uint8)).save(folder / f"{name}.png")
     return folder
 
@@ -70,7 +70,7 @@ def figures(folder: Path) -> Files:
 
 @pytest.fixture(scope="module")
 def ordinary(images: Path, options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """The figures of the four images from an ordinary run with a batch of one."""
+    """The figures of the two images from an ordinary run with a batch of one."""
     folder = tmp_path_factory.mktemp("ordinary")
     command = [sys.executable, str(TOOL), *options, f"--output-dir={folder}", "--batch-size=1", f"--image={images}"]
     subprocess.run(command, check=True, capture_output=True)
@@ -122,12 +122,11 @@ SETTINGS = {
     b"path.sketch: 5, 100, 2\ntext.antialiased: False\nfigure.dpi: 300\naxes.unicode_minus: False\nimage.origin: lower\n"
     b"text.color: red\npatch.linewidth: 9\npatch.antialiased: False\nagg.path.chunksize: 1\nfont.sans-serif: Nonsense\n",
     "garbage": b"no: such: setting\n:::\nfont.size: enormous\nbackend: nowhere\n",
-    "bytes": b"\xff\xfe\x00font.size: 9\n",
     "binary": bytes(range(256)) * 40,
 }
 
 
-@pytest.mark.parametrize("backend", ["absent", "module://nowhere", "module://matplotlib_inline.backend_inline"])
+@pytest.mark.parametrize("backend", ["absent", "module://matplotlib_inline.backend_inline"])
 def test_a_backend_from_elsewhere_changes_nothing(run, images, tmp_path, ordinary, backend):
     check_figures(run(f"--image={images / 'a.png'}", MPLBACKEND=backend), tmp_path / "out", ordinary)
 
@@ -135,18 +134,17 @@ def test_a_backend_from_elsewhere_changes_nothing(run, images, tmp_path, ordinar
 def test_a_backend_from_elsewhere_does_not_disturb_the_choice_of_a_colormap(run, images, tmp_path):
     done = run(f"--image={images / 'a.png'}", "--colormap=viridis", MPLBACKEND="absent")
     assert (done.returncode, beside_notes(done)) == (0, "")
-    assert "no colormap" in run("--colormap=nowhere", MPLBACKEND="absent").stderr
 
 
-@pytest.mark.parametrize(("settings", "place"), [*((each, "folder") for each in SETTINGS), ("look", "user"), ("look", "named")])
+@pytest.mark.parametrize(("settings", "place"), [("tex", "folder"), ("binary", "folder"), ("garbage", "user"), ("look", "named")])
 def test_settings_of_matplotlib_change_nothing(run, images, tmp_path, ordinary, settings, place):
     home = tmp_path / "home"
     path = {"folder": tmp_path, "user": home / ".config/matplotlib", "named": home}[place] / "matplotlibrc"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(SETTINGS[settings])
     elsewhere = {"HOME": str(home), "XDG_CONFIG_HOME": None, "MATPLOTLIBRC": str(path) if place == "named" else None}
-    done = run("--image", images, "--batch-size=1", **elsewhere)
-    check_figures(done, tmp_path / "out", ordinary, 4)
+    done = run(f"--image={images / 'a.png'}", **elsewhere)
+    check_figures(done, tmp_path / "out", ordinary)
     assert beside_notes(done) == ""
 
 
@@ -186,7 +184,7 @@ SHM = {
 @pytest.mark.parametrize("state", ["full", "read-only"])
 def test_shared_memory_that_cannot_be_used_is_said_and_figures_drawn(run, images, tmp_path, ordinary, state):
     done = run("--image", images, "--batch-size=1", before=SHM[state], mounts=True)
-    check_figures(done, tmp_path / "out", ordinary, 4)
+    check_figures(done, tmp_path / "out", ordinary, 2)
     check_drawn_here(done)
 
 
@@ -194,18 +192,12 @@ def test_shared_memory_that_cannot_be_used_is_said_and_figures_drawn(run, images
 def test_no_shared_memory_at_all_is_said_and_figures_drawn(run, images, tmp_path, ordinary):
     devices = "mount -t tmpfs none /mnt && cp -a /dev/null /dev/zero /dev/urandom /dev/random /mnt && mount --bind /mnt /dev"
     done = run("--image", images, "--batch-size=1", before=devices, mounts=True)
-    check_figures(done, tmp_path / "out", ordinary, 4)
+    check_figures(done, tmp_path / "out", ordinary, 2)
     check_drawn_here(done)
 
 
 LACKING = {
     "SemLock": "import _multiprocessing; del _multiprocessing.SemLock",
-    "sem_open": """
-import _multiprocessing as m
-class SemLock(m.SemLock):
-    def __new__(cls, *_): raise OSError(38, 'Function not implemented')
-m.SemLock = SemLock
-""",
     "fork": """
 import _posixsubprocess as m
 def refuse(*_): raise BlockingIOError(11, 'Resource temporarily unavailable')
@@ -218,7 +210,7 @@ m.fork_exec = refuse
 def test_a_system_that_starts_no_process_is_said_and_figures_drawn(run, images, tmp_path, ordinary, missing):
     (tmp_path / "sitecustomize.py").write_text(LACKING[missing])
     done = run("--image", images, "--batch-size=1", PYTHONPATH=str(tmp_path))
-    check_figures(done, tmp_path / "out", ordinary, 4)
+    check_figures(done, tmp_path / "out", ordinary, 2)
     check_drawn_here(done)
 
 
@@ -227,7 +219,7 @@ def test_a_limit_of_open_files_is_said_and_figures_drawn(run, images, tmp_path, 
     if done.returncode:
         check_one_line(done)
     else:
-        check_figures(done, tmp_path / "out", ordinary, 4)
+        check_figures(done, tmp_path / "out", ordinary, 2)
 
 
 # A script that a new process cannot import
@@ -235,7 +227,7 @@ def test_a_limit_of_open_files_is_said_and_figures_drawn(run, images, tmp_path, 
 
 def test_a_script_from_standard_input_explains_many(run, images, tmp_path, ordinary):
     done = run("--image", images, "--batch-size=1", shell=f'"$@" < {shlex.quote(str(TOOL))}', python=("-",))
-    check_figures(done, tmp_path / "out", ordinary, 4)
+    check_figures(done, tmp_path / "out", ordinary, 2)
     check_drawn_here(done)
 
 
@@ -245,9 +237,9 @@ def test_a_script_from_standard_input_finds_the_project_in_the_working_directory
     check_one_line(run(shell=f'"$@" < {shlex.quote(str(TOOL))}', python=("-",)), "no test images there")
 
 
-@pytest.mark.parametrize("way", ["zip", "exec", "exec with a file", "deleted", "module", "link", "unreadable"])
+@pytest.mark.parametrize("way", ["zip", "exec", "deleted", "link"])
 def test_a_script_from_anywhere_explains_many(run, images, tmp_path, ordinary, way):
-    copy, elsewhere = tmp_path / "here" / "explainability.py", {}
+    copy = tmp_path / "here" / "explainability.py"
     copy.parent.mkdir()
     shutil.copy(TOOL, copy)
     python: tuple[object, ...] = (copy,)
@@ -257,23 +249,16 @@ def test_a_script_from_anywhere_explains_many(run, images, tmp_path, ordinary, w
         python = (tmp_path / "tool.zip",)
     elif way == "exec":
         python = ("-c", f"exec(open({str(TOOL)!r}, encoding='utf-8').read())")
-    elif way == "exec with a file":
-        text = f"exec(compile(open({str(TOOL)!r}).read(), 'x', 'exec'), {{'__name__': '__main__', '__file__': {str(TOOL)!r}}})"
-        python = ("-c", text)
     elif way == "deleted":
         copy.write_text(copy.read_text() + "\n")
         copy.write_text(copy.read_text().replace("def main(", "os.remove(__file__)\n\n\ndef main(", 1))
-    elif way == "module":
-        python, elsewhere = ("-m", "explainability"), {"PYTHONPATH": str(copy.parent)}
     elif way == "link":
         (tmp_path / "linked").symlink_to(TOOL)
         python = (tmp_path / "linked",)
-    elif way == "unreadable":
-        copy.write_text(copy.read_text().replace("def main(", "os.chmod(__file__, 0)\n\n\ndef main(", 1))
-    done = run("--image", images, "--batch-size=1", python=python, **elsewhere)
-    check_figures(done, tmp_path / "out", ordinary, 4)
+    done = run("--image", images, "--batch-size=1", python=python)
+    check_figures(done, tmp_path / "out", ordinary, 2)
     assert all(line.startswith("ℹ️") for line in done.stderr.splitlines())
-    assert ("one after another" in done.stderr) == (way in ("zip", "exec", "exec with a file", "deleted"))
+    assert ("one after another" in done.stderr) == (way != "link")
 
 
 # The working directory and the standard streams
@@ -281,7 +266,7 @@ def test_a_script_from_anywhere_explains_many(run, images, tmp_path, ordinary, w
 
 def test_a_working_directory_that_is_gone_does_no_harm(run, images, tmp_path, ordinary):
     (tmp_path / "gone").mkdir()
-    for image, count in ((images / "a.png", 1), (images, 4)):
+    for image, count in ((images / "a.png", 1), (images, 2)):
         gone = f"mkdir -p {tmp_path}/gone; cd {tmp_path}/gone; rmdir {tmp_path}/gone"
         done = run("--image", image, "--batch-size=1", before=gone)
         check_figures(done, tmp_path / "out", ordinary, count)
@@ -327,14 +312,14 @@ def test_a_working_directory_deleted_during_the_run(options, images, tmp_path, o
     assert figures(tmp_path / "out") == {name: ordinary[name] for name in figures(tmp_path / "out")}
 
 
-@pytest.mark.parametrize("arguments", [["a.png"], ["."], ["--quiet", "a.png"]])
+@pytest.mark.parametrize("arguments", [["."], ["--quiet", "a.png"]])
 def test_a_closed_standard_output_is_one_line(run, images, arguments):
     *extra, image = arguments
     check_one_line(run(*extra, "--image", images / image, shell='"$@" >&-'), "standard output")
 
 
 @needs_dev_full
-@pytest.mark.parametrize("arguments", [["--image=a.png"], ["--image=."], ["--quiet", "--image=a.png"], ["--image=.", "--quiet"]])
+@pytest.mark.parametrize("arguments", [["--image=."], ["--quiet", "--image=a.png"]])
 def test_a_full_standard_output_is_one_line(run, images, arguments):
     check_one_line(run(*arguments, shell='"$@" > /dev/full', cwd=images), "standard output", "space")
 
@@ -346,29 +331,23 @@ def test_a_full_disk_behind_tee_is_no_traceback(run, images, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("image", ["a.png", "."])
 @pytest.mark.parametrize("streams", ["2>&-", "<&-", "<&- 2>&-"])
-def test_other_streams_that_are_closed_do_no_harm(run, images, tmp_path, ordinary, streams, image):
-    done = run("--image", images / image, "--batch-size=1", shell=f'"$@" {streams}')
-    check_figures(done, tmp_path / "out", ordinary, 4 if image == "." else 1)
-    assert "Confidence" in done.stdout or "RUN SUMMARY" in done.stdout
+def test_other_streams_that_are_closed_do_no_harm(run, images, tmp_path, ordinary, streams):
+    done = run("--image", images, "--batch-size=1", shell=f'"$@" {streams}')
+    check_figures(done, tmp_path / "out", ordinary, 2)
+    assert "RUN SUMMARY" in done.stdout
 
 
-@pytest.mark.parametrize("image", ["a.png", "."])
-@pytest.mark.parametrize("streams", [">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("image", "streams"), [("a.png", ">&- 2>&-"), (".", "<&- >&- 2>&-")])
 def test_no_stream_at_all_ends_with_status_1(run, images, tmp_path, streams, image):
     done = run("--image", images / image, shell=f'"$@" {streams}')
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
 @needs_dev_full
-@pytest.mark.parametrize("image", ["a.png", ".", "missing.png"])
-def test_a_full_standard_error_does_no_harm(run, images, tmp_path, ordinary, image):
-    done = run("--image", images / image, "--batch-size=1", shell='"$@" 2> /dev/full')
-    if image == "missing.png":
-        assert done.returncode == 1
-    else:
-        check_figures(done, tmp_path / "out", ordinary, 4 if image == "." else 1)
+def test_a_full_standard_error_does_no_harm(run, images, tmp_path, ordinary):
+    check_figures(run("--image", images, "--batch-size=1", shell='"$@" 2> /dev/full'), tmp_path / "out", ordinary, 2)
+    assert run("--image", images / "missing.png", shell='"$@" 2> /dev/full').returncode == 1
 
 
 # Signals
@@ -376,8 +355,15 @@ def test_a_full_standard_error_does_no_harm(run, images, tmp_path, ordinary, ima
 
 def drawing_children(parent: int) -> list[int]:
     """The processes that a run started, but for the one of Python's that tracks resources."""
-    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(parent)], capture_output=True, text=True, check=False).stdout
-    return [int(line.split()[0]) for line in found.splitlines() if "spawn_main" in line]
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            stat, command = (folder / "stat").read_text(), (folder / "cmdline").read_bytes()
+        except OSError:  # it has ended
+            continue
+        if int(stat.rpartition(")")[2].split()[1]) == parent and b"spawn_main" in command:
+            found.append(int(folder.name))
+    return found
 
 
 @pytest.fixture
@@ -385,7 +371,7 @@ def started(options, images, tmp_path):
     """A run over many images that has begun to write figures, and its drawing processes."""
     many = tmp_path / "many"
     many.mkdir()
-    for number in range(60):
+    for number in range(30):
         shutil.copy(images / "a.png", many / f"{number:02}.png")
     processes, all_children = [], []
 
@@ -423,14 +409,16 @@ def end_of(children: list[int], seconds: float = 10) -> list[int]:
     return alive
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("whole_group", [False, True])
+@pytest.mark.parametrize(
+    ("number", "whole_group"), [(signal.SIGHUP, True), (signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)]
+)
 def test_a_signal_ends_a_run_with_nothing_half_done(started, tmp_path, number, whole_group):
     process, children = started()
     os.killpg(process.pid, number) if whole_group else process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in errors and "❌" not in errors
+    assert ("--skip-existing goes on" in errors) == (number == signal.SIGINT)
     assert not end_of(children) and not list((tmp_path / "out").glob(".*"))
 
 
@@ -439,7 +427,7 @@ def test_a_hangup_that_is_ignored_stays_ignored(started, tmp_path):
     process, _ = started("env", "--ignore-signal=HUP")
     os.killpg(process.pid, signal.SIGHUP)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "Images: 60 done" in output
+    assert process.returncode == 0 and "Images: 30 done" in output
 
 
 def test_drawing_processes_end_when_their_parent_is_gone(started):
@@ -457,12 +445,10 @@ def test_a_drawing_process_that_is_killed_is_one_line(started):
     assert process.returncode == 1 and len(told) == 1 and told[0].startswith("❌") and "--skip-existing" in told[0]
 
 
-@pytest.mark.parametrize("many", [False, True])
-def test_threads_that_wait_leave_the_processor_to_others(images, options, tmp_path, many):
+def test_threads_that_wait_leave_the_processor_to_others(images, options, tmp_path):
     """The policy is read when torch is imported."""
     script = "import os, sys, explainability as e; e.main(sys.argv[1:]); print('policy', os.environ.get('OMP_WAIT_POLICY'))"
-    image = images if many else images / "a.png"
-    command = [sys.executable, "-c", script, *options, f"--output-dir={tmp_path}", f"--image={image}", "--no-figures"]
+    command = [sys.executable, "-c", script, *options, f"--output-dir={tmp_path}", f"--image={images}", "--no-figures"]
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "policy PASSIVE"
@@ -471,40 +457,31 @@ def test_threads_that_wait_leave_the_processor_to_others(images, options, tmp_pa
 # Memory, limits, folders
 
 
-@pytest.mark.parametrize("many", [False, True])
-@pytest.mark.parametrize("megabytes", [400, 1000, 2500])
+@pytest.mark.parametrize(("megabytes", "many"), [(400, True), (1000, False), (2500, True)])
 def test_any_lack_of_memory_is_one_line(run, images, tmp_path, ordinary, megabytes, many):
     image = images if many else images / "a.png"
     done = run("--image", image, "--batch-size=1", before=f"ulimit -v {megabytes * 1000}")
     if done.returncode == 0:
-        check_figures(done, tmp_path / "out", ordinary, 4 if many else 1)
+        check_figures(done, tmp_path / "out", ordinary, 2 if many else 1)
     else:
         check_one_line(done, "memory")
 
 
-@pytest.mark.parametrize("kilobytes", [1, 60])
-def test_a_limit_of_file_size_is_one_line(run, images, kilobytes):
-    check_one_line(run(f"--image={images / 'a.png'}", before=f"ulimit -f {kilobytes}"), "File too large")
+def test_a_limit_of_file_size_is_one_line(run, images):
+    check_one_line(run(f"--image={images / 'a.png'}", before="ulimit -f 60"), "File too large")
 
 
 @needs_mounts
-@pytest.mark.parametrize("kilobytes", [8, 4100])
-def test_a_full_output_disk_is_one_line(run, images, tmp_path, kilobytes):
+def test_a_full_output_disk_is_one_line(run, images, tmp_path):
     (tmp_path / "out").mkdir()
-    mount = f"mount -t tmpfs -o size={kilobytes}k none {tmp_path}/out"
-    done = run(f"--image={images / 'a.png'}", "--dpi=1200", "--colormap=gray", before=mount, mounts=True)
-    if kilobytes == 8:
-        check_one_line(done, "No space left")
-    else:
-        assert "Traceback" not in done.stderr
+    done = run(f"--image={images / 'a.png'}", before=f"mount -t tmpfs -o size=8k none {tmp_path}/out", mounts=True)
+    check_one_line(done, "No space left")
 
 
 ELSEWHERE = {
-    "no home": {"HOME": None},
     "neither": {"HOME": "/nonexistent", "MPLCONFIGDIR": "/dev/null/x", "TMPDIR": "/nonexistent"},
     "ascii": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
     "warnings are errors": {"PYTHONWARNINGS": "error"},
-    "columns in words": {"COLUMNS": "wide",},
     "another place and time": {"LANG": "de_DE.UTF-8", "LC_ALL": "tr_TR.UTF-8", "TZ": "garbage"},
 }
 
@@ -512,8 +489,8 @@ ELSEWHERE = {
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_an_environment_changes_nothing(run, images, tmp_path, ordinary, name):
     done = run("--image", images / "a.png", **ELSEWHERE[name])
-    check_figures(done, tmp_path / "out", ordinary, 1)
-    assert not beside_notes(done) or name in ("no threads", "threads in words", "development"), done.stderr
+    check_figures(done, tmp_path / "out", ordinary)
+    assert not beside_notes(done), done.stderr
 
 
 @pytest.mark.parametrize("wrong", [{"TORCH_LOGS": "nonsense"}, {"TQDM_NCOLS": "x"}])
@@ -521,17 +498,17 @@ def test_a_setting_that_a_library_refuses_is_one_line(run, images, wrong):
     check_one_line(run("--image", images, **wrong), "settings")
 
 
-@pytest.mark.parametrize("flags", [["-I"], ["-OO"], ["-W", "error"], ["-X", "utf8=0"]])
-def test_flags_of_python_change_nothing(run, images, tmp_path, ordinary, flags):
-    check_figures(run("--image", images, "--batch-size=1", python=(*flags, TOOL)), tmp_path / "out", ordinary, 4)
+@pytest.mark.parametrize("flag", ["-I", "-OO"])
+def test_flags_of_python_change_nothing(run, images, tmp_path, ordinary, flag):
+    check_figures(run("--image", images, "--batch-size=1", python=(flag, TOOL)), tmp_path / "out", ordinary, 2)
 
 
-@pytest.mark.parametrize("name", ["numpy.py", "token.py", "matplotlib/__init__.py"])
+@pytest.mark.parametrize("name", ["numpy.py", "token.py"])
 def test_files_in_the_working_directory_are_not_imported(run, images, tmp_path, ordinary, name):
     trap = tmp_path / "work" / name
     trap.parent.mkdir(parents=True)
     trap.write_text("raise SystemExit('imported from the working directory')\n")
-    check_figures(run("--image", images, "--batch-size=1", cwd=tmp_path / "work"), tmp_path / "out", ordinary, 4)
+    check_figures(run("--image", images, "--batch-size=1", cwd=tmp_path / "work"), tmp_path / "out", ordinary, 2)
 
 
 def test_a_mask_of_all_modes_is_one_line_or_figures(run, images, tmp_path):
@@ -555,4 +532,4 @@ def test_no_folder_for_temporary_files_at_all(run, images, tmp_path, options, or
     if done.returncode:  # torch may insist on /tmp
         check_one_line(done)
     else:
-        check_figures(done, tmp_path / "out", ordinary, 4)
+        check_figures(done, tmp_path / "out", ordinary, 2)
