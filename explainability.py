@@ -303,6 +303,14 @@ class Radiograph:
 
     pixels: np.ndarray  # (H, W, 3) uint8, upright RGB
     notes: tuple[str, ...] = ()  # what was done to the file's values that its reader should know
+    small: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, compare=False)  # by `squashed`
+
+    def squashed(self, side: int) -> np.ndarray:
+        """(side, side, 3) uint8, bilinear and antialiased: what networks and checks see, made once."""
+        if side not in self.small:
+            image = Image.fromarray(self.pixels).resize((side, side), Image.Resampling.BILINEAR)
+            self.small[side] = np.asarray(image)
+        return self.small[side]
 
 
 @dataclass(frozen=True)
@@ -919,13 +927,11 @@ def first_number(dataset: Dataset, name: str) -> float | None:
 
 
 def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.ndarray:
-    """Squash-resize (bilinear, antialiased) and normalise: (3, size, size) float32.
+    """Squash-resize and normalise: (3, size, size) float32.
 
     Equals torchvision's Resize((size, size)) + ToTensor + Normalize(mean, std).
     """
-    side = (preprocessing.size, preprocessing.size)
-    small = Image.fromarray(radiograph.pixels).resize(side, Image.Resampling.BILINEAR)
-    values = np.asarray(small, dtype=np.float32) / np.float32(255)
+    values = radiograph.squashed(preprocessing.size).astype(np.float32) / np.float32(255)
     mean, std = np.float32(preprocessing.mean), np.float32(preprocessing.std)
     return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1))
 
@@ -1636,13 +1642,18 @@ def chosen(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
     return logits.gather(1, classes[:, None])[:, 0]
 
 
+def blur_kernel(side: int, sigma: float) -> np.ndarray:
+    """(side, side): a Gaussian's weights for each pixel of a line, of those that are there; sigma in sides."""
+    places = np.arange(side)
+    kernel = np.exp(-(((places[:, None] - places) / (sigma * side)) ** 2) / 2)
+    return kernel / kernel.sum(axis=1, keepdims=True)
+
+
 def blurred(inputs: torch.Tensor) -> torch.Tensor:
-    """Inputs (B, 3, S, S) under a Gaussian blur, which near an edge weighs only pixels that are there."""
+    """Inputs (B, 3, S, S) under a Gaussian blur of sigma BLUR."""
     import torch
 
-    places = torch.arange(inputs.shape[-1], dtype=inputs.dtype, device=inputs.device)
-    kernel = (-(((places[:, None] - places) / (BLUR * len(places))) ** 2) / 2).exp()  # (S, S)
-    kernel /= kernel.sum(dim=1, keepdim=True)
+    kernel = torch.from_numpy(blur_kernel(inputs.shape[-1], BLUR)).to(inputs)
     smooth = kernel @ inputs @ kernel.T
     rounding = 16 * ROUNDING * inputs.abs().amax(dim=(1, 2, 3), keepdim=True)  # of sums over S pixels, twice
     return smooth.where((smooth - inputs).abs() > rounding, inputs)  # a flat image must be its own reference
@@ -2193,10 +2204,9 @@ MAX_BOX_TABLE = 100_000_000  # bytes
 # What a radiograph shows
 
 
-def landmarks_of(pixels: np.ndarray) -> Landmarks:
-    """Look for bone and markers in a radiograph (H, W, 3) uint8."""
-    small = Image.fromarray(pixels).resize((CHECKED_SIDE, CHECKED_SIDE), Image.Resampling.BILINEAR)
-    grey = np.asarray(small.convert("L"))
+def landmarks_of(radiograph: Radiograph) -> Landmarks:
+    """Look for bone and markers in a radiograph."""
+    grey = np.asarray(Image.fromarray(radiograph.squashed(CHECKED_SIDE)).convert("L"))
     return Landmarks(dense_shares(grey), tuple(marker_boxes(grey)))
 
 
@@ -2400,12 +2410,12 @@ def focus(evidence: Evidence) -> float:
     return float(hottest[:whole].sum() + (cells - whole) * hottest[whole])
 
 
-def shared_heat(evidence: Evidence) -> float:
-    """Heat that the two models' maps share, sum of min(a, b): 1 for equal maps, 0 for disjoint ones.
+def shared_heat(one: np.ndarray, other: np.ndarray) -> float:
+    """Heat that two maps share, sum of min(a, b) over the cells: 1 for equal maps, 0 for disjoint ones.
 
     Histogram intersection: M. Swain and D. Ballard, IJCV 1991.
     """
-    return float(np.minimum(evidence.heat, heat_on_cells(evidence.other_map)).sum())
+    return float(np.minimum(heat_on_cells(one), heat_on_cells(other)).sum())
 
 
 # What a network says of changed copies (--verify)
@@ -2564,7 +2574,7 @@ CHECKS = {
             AGREEMENT,
             "Models strongly disagree",
             "pair",
-            shared_heat,
+            lambda evidence: shared_heat(evidence.explanation.raw_map, evidence.other_map),
             AGREEMENT_LIMIT,
             operator.lt,
             lambda evidence, value: f"the two maps share {percent(value)} of their heat",
@@ -2649,11 +2659,9 @@ def marked_text(finding: Finding) -> str:
 
 
 def without_detail(image: np.ndarray) -> np.ndarray:
-    """Gaussian blur of (C, N, N); at the edge over what there is of the image."""
-    places = np.arange(image.shape[1])
-    weights = np.exp(-(((places[:, None] - places) / (ERASING_BLUR * len(places))) ** 2) / 2).astype(np.float32)
-    weights /= weights.sum(axis=1, keepdims=True)
-    return weights @ image @ weights.T
+    """Gaussian blur of (C, N, N)."""
+    kernel = blur_kernel(image.shape[1], ERASING_BLUR).astype(np.float32)
+    return kernel @ image @ kernel.T
 
 
 def with_filled(image: np.ndarray, boxes: Iterable[PixelBox]) -> np.ndarray:
@@ -3648,17 +3656,6 @@ def comparison_figure(
 # Several methods
 
 
-def map_overlap(one: np.ndarray, other: np.ndarray) -> float:
-    """Agreement of two heatmaps (h, w): the sum of the smaller shares of heat, 1 the same, 0 disjoint.
-
-    Maps of different grids are compared on the coarser one.
-    """
-    size = min(one.shape[::-1], other.shape[::-1])
-    grids = [np.asarray(Image.fromarray(each).resize(size, Image.Resampling.BOX)) for each in (one, other)]
-    sums = [float(grid.sum()) for grid in grids]
-    return float(np.minimum(grids[0] / sums[0], grids[1] / sums[1]).sum()) if all(sums) else 0.0
-
-
 def fill_share(
     sheet: Sheet, x: float, y: float, width: float, height: float, share: float, text: str
 ) -> None:
@@ -3680,7 +3677,7 @@ def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Expla
         top = y + 0.22 + 0.28 * number
         sheet.write(x, top + 0.04, f"{number + 1}  {METHODS[explanation.method].title}")
         for place, other in enumerate(explanations):
-            share = map_overlap(explanation.heatmap, other.heatmap)
+            share = shared_heat(explanation.heatmap, other.heatmap)
             fill_share(sheet, x + first + place * cell, top, cell, 0.28, share, f"{share:.2f}")
     return y + 0.22 + 0.28 * len(explanations)
 
@@ -4679,7 +4676,7 @@ def read_result(job: Job, models: Sequence[Model], style: FigureStyle) -> Result
     except ExplainError as error:
         return Result(job, error=str(error).replace(shown(job.image), shown(Path(job.label))))
     inputs = tuple(network_input(radiograph, model.preprocessing) for model in models)
-    landmarks = landmarks_of(radiograph.pixels)
+    landmarks = landmarks_of(radiograph)
     picture, notes = panel_picture(radiograph, style), radiograph.notes
     return Result(job, picture, inputs, notes=notes, landmarks=landmarks, box=box)
 

@@ -147,7 +147,7 @@ def constructed_lines(images: Sequence[Path]) -> list[str]:
     """The checks of constructed maps, as if a network had made them of these radiographs."""
     family = tool.FAMILIES["convnext"]
     model = tool.Model(family, "convnextv2_tiny", Path("none"), "", tool.CLASS_NAMES, tool.Preprocessing())
-    seen, lines = [tool.landmarks_of(tool.load_radiograph(path).pixels) for path in images], []
+    seen, lines = [tool.landmarks_of(tool.load_radiograph(path)) for path in images], []
     for title, values in constructed_maps().items():
         raw_map = values.astype(np.float32)
         explanation = tool.Explanation(model, np.float32([1, 0]), 0, raw_map, tool.normalised(raw_map))

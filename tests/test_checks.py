@@ -24,6 +24,7 @@ from explainability import (
     Finding,
     Landmarks,
     Observation,
+    Radiograph,
     Trial,
     audit_lines,
     box_in_shares,
@@ -287,15 +288,19 @@ def limb(marker: str = "", at: tuple[int, int] = (24, 150), points: int = 18) ->
     return np.repeat(np.asarray(page)[:, :, None], 3, axis=2)
 
 
+def seen_in(pixels: np.ndarray) -> Landmarks:
+    return landmarks_of(Radiograph(pixels))
+
+
 @pytest.mark.parametrize(
     ("marker", "points"), [("R", 14), ("L", 18), ("R", 26), ("ERECT", 16), ("R 12:41", 14)]
 )
 def test_markers_are_found_where_they_are(marker: str, points: int) -> None:
-    boxes = landmarks_of(limb(marker, (24, 150), points)).markers
+    boxes = seen_in(limb(marker, (24, 150), points)).markers
     assert boxes
     for x0, y0, x1, y1 in boxes:
         assert 20 <= x0 < x1 <= 84 and 148 <= y0 < y1 <= 182
-    assert landmarks_of(limb()).markers == ()
+    assert seen_in(limb()).markers == ()
 
 
 @pytest.mark.parametrize(("strokes", "is_found"), [(5, True), (3, False)])
@@ -305,29 +310,29 @@ def test_text_is_found_beside_bone_as_well(strokes: int, is_found: bool) -> None
     for top in range(100, 100 + 6 * strokes, 6):
         pixels[top : top + 3, 72:77] = 230  # hardly brighter than the bone next to it
     expected = ((72, 100, 77, 97 + 6 * strokes),) if is_found else ()
-    assert landmarks_of(pixels).markers == expected
+    assert seen_in(pixels).markers == expected
 
 
 @pytest.mark.parametrize(("gap", "count"), [(4, 1), (9, 2)])
 def test_strokes_close_together_are_one_marker(gap: int, count: int) -> None:
     pixels = limb()
     pixels[150:170, 24:27] = pixels[150:170, 27 + gap : 30 + gap] = 240
-    assert len(landmarks_of(pixels).markers) == count
+    assert len(seen_in(pixels).markers) == count
 
 
 @pytest.mark.parametrize(("grey", "is_found"), [(120, True), (45, False)])
 def test_a_marker_must_stand_out(grey: int, is_found: bool) -> None:
     pixels = limb()
     pixels[150:170, 24:28] = grey  # on 20, in a range of 170
-    assert bool(landmarks_of(pixels).markers) == is_found
+    assert bool(seen_in(pixels).markers) == is_found
 
 
 @pytest.mark.parametrize("scale", [(1, 1), (3, 2), (0.9, 1.4)])
 def test_landmarks_do_not_depend_on_the_size_of_the_file(scale: tuple[float, float]) -> None:
     size = [round(CHECKED_SIDE * each) for each in scale]
     resized = np.asarray(Image.fromarray(limb("R", points=24)).resize(size, Image.Resampling.BICUBIC))
-    (box,) = landmarks_of(resized).markers
-    (expected,) = landmarks_of(limb("R", points=24)).markers
+    (box,) = seen_in(resized).markers
+    (expected,) = seen_in(limb("R", points=24)).markers
     assert box == pytest.approx(expected, abs=2)
 
 
@@ -340,7 +345,7 @@ def test_landmarks_do_not_depend_on_the_size_of_the_file(scale: tuple[float, flo
     ],
 )
 def test_images_that_show_nothing_have_no_markers(pixels: np.ndarray) -> None:
-    assert landmarks_of(pixels).markers == ()
+    assert seen_in(pixels).markers == ()
 
 
 # --verify

@@ -460,8 +460,8 @@ def test_methods_figure_has_a_panel_with_cost_and_sum_for_each_method():
     assert " ".join(shares) == "1.00 1.00 0.00 0.50 1.00 1.00 0.00 0.50 0.00 0.00 1.00 0.50 0.50 0.50 0.50 1.00"
 
 
-def test_overlap_of_maps_by_arithmetic():
-    share = explainability.map_overlap
+def test_shared_heat_by_arithmetic():
+    share = explainability.shared_heat
     assert share(CORNER, 5 * CORNER) == 1 and share(CORNER, OTHER_CORNER) == 0 == share(CORNER, 0 * CORNER)
     assert share(CORNER, CORNER + OTHER_CORNER) == pytest.approx(0.5)
     assert share(np.kron(CORNER, np.ones((4, 4), np.float32)), CORNER) == pytest.approx(1)
