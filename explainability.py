@@ -3560,10 +3560,12 @@ def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool, beside:
 
 def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float, beside: float = 0) -> None:
     """What stands below every figure; ends the page."""
+    methods = dict.fromkeys(METHODS[each.method].title for each in explanations)
     if is_demo(explanations[0].model.checkpoint):
-        text = f"Demo {'networks' if len(explanations) > 1 else 'network'}: {DEMO_NOTICE}."
+        is_pair = len({each.model.family.key for each in explanations}) > 1
+        text = f"Demo {'networks' if is_pair else 'network'}: {DEMO_NOTICE}."
     else:
-        text = f"{METHODS[explanations[0].method].title} shows correlation, not cause. Not for diagnosis."
+        text = f"{', '.join(methods)} show{'s' * (len(methods) == 1)} correlation, not cause. Not for diagnosis."
     inches = sheet.width - 2 * MARGIN - beside
     sheet.height = sheet.paragraph(MARGIN, bottom + 0.1, text, inches, FAINT) + 0.12
 
@@ -3713,7 +3715,7 @@ def methods_figure(view: View, explanations: Sequence[Explanation], costs: Seque
         draw_method(sheet, *place, view, explanation, cost)
     draw_colour_bar(sheet, places[columns - 1][0] + view.width + 0.12, y, view)
     end = draw_overlaps(sheet, MARGIN, places[-1][1] + down - room + 0.1, explanations)
-    draw_footer(sheet, explanations[:1], end)
+    draw_footer(sheet, explanations, end)
     return sheet
 
 
@@ -5211,12 +5213,13 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; ends with 2 where they are wrong."""
-    parser = argument_parser()
+    parser, told = argument_parser(), io.StringIO()
     try:
-        args, unknown = parser.parse_known_args(argv)
+        with contextlib.redirect_stdout(told):  # argparse would not say that --help could not be written
+            args, unknown = parser.parse_known_args(argv)
     finally:
-        with writing_output():
-            sys.stdout.flush()  # of --help
+        if told.getvalue():
+            say(told.getvalue().rstrip())
     if unknown:
         hint = "" if unknown[0].startswith("-") else f"; did you mean --image {printable(unknown[0])}?"
         parser.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}{hint}")

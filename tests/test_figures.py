@@ -456,6 +456,7 @@ def test_methods_figure_has_a_panel_with_cost_and_sum_for_each_method():
         assert [picture.title for picture in pictures(figure)] == ["Original X-ray", "Grad-CAM", "Integrated Gradients", "LRP", "SHAP"]
         said = words(figure).replace("\n", " ")
         assert "32 passes; sum 1, must be 1.5" in said and "1,024 passes; sum 2, must be 1.5" in said
+        assert "Grad-CAM, Integrated Gradients, LRP, SHAP show correlation, not cause" in said
     shares = [line.text for line in lines(figure) if re.fullmatch(r"[01]\.\d\d", line.text)]
     assert " ".join(shares) == "1.00 1.00 0.00 0.50 1.00 1.00 0.00 0.50 0.00 0.00 1.00 0.50 0.50 0.50 0.50 1.00"
 

@@ -319,7 +319,7 @@ def test_a_closed_standard_output_is_one_line(run, images, arguments):
 
 
 @needs_dev_full
-@pytest.mark.parametrize("arguments", [["--image=."], ["--quiet", "--image=a.png"]])
+@pytest.mark.parametrize("arguments", [["--image=."], ["--quiet", "--image=a.png"], ["--help"]])
 def test_a_full_standard_output_is_one_line(run, images, arguments):
     check_one_line(run(*arguments, shell='"$@" > /dev/full', cwd=images), "standard output", "space")
 
