@@ -165,6 +165,7 @@ INK, MUTED, TRACK, BAR, FRAME = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#3b6ea5", "#8c
 WARNING, BADGE = "#a33b00", "#8a4b00"
 LEADING, CAPITALS = 1.38 / 72, 0.73 / 72  # inches of a line and of a capital letter for each point of size
 MARGIN, GAP = 0.28, 0.14  # inches
+HAIRLINE = 0.75  # points
 BAR_ROOM = 0.76  # inches for a colour bar, its ticks and its label
 DETAILS_WIDTH = 4.1  # inches, beside panels in a row
 PANEL_AREA = 19  # square inches that a picture takes
@@ -2524,7 +2525,7 @@ CHECKS = {
     for check in (
         Check(
             "blank",
-            "No positive evidence",
+            "",  # its text says it
             "map",
             lambda evidence: float(is_uniform(evidence.explanation.raw_map)),
             0,
@@ -3145,9 +3146,9 @@ class Box:
 
         gc, corner = renderer.new_gc(), (self.x * dpi, (height - self.y - self.height) * dpi)
         gc.set_foreground(self.colour)
-        gc.set_linewidth(self.line * dpi / 72)
+        gc.set_linewidth(self.line)
         gc.set_joinstyle("miter")
-        gc.set_dashes(0, [dash * dpi / 72 for dash in self.dashes] or None)
+        gc.set_dashes(0, self.dashes or None)
         place = Affine2D().scale(self.width * dpi, self.height * dpi).translate(*corner)
         renderer.draw_path(gc, Outline.unit_rectangle(), place, None if self.line else gc.get_rgb())
 
@@ -3168,10 +3169,10 @@ class Picture:
         opaque = np.full((rows, columns, 4), 255, np.uint8)
         opaque[:, :, :3] = self.pixels[::-1]
         renderer.draw_image(renderer.new_gc(), left * dpi / finer, bottom * dpi / finer, opaque)
-        hair = 0.25 / 72
+        hair = HAIRLINE / 2 / 72
         top = height - (bottom + rows) / finer
         size = (columns / finer + 2 * hair, rows / finer + 2 * hair)
-        Box(left / finer - hair, top - hair, *size, FRAME, 0.5).draw(renderer, dpi, height)
+        Box(left / finer - hair, top - hair, *size, FRAME, HAIRLINE).draw(renderer, dpi, height)
 
 
 @dataclass(frozen=True)
@@ -3192,8 +3193,8 @@ class Curves:
         cells = Affine2D().translate(0.5, 0.5).scale(self.width * dpi / columns, -self.height * dpi / rows)
         place, gc = cells.translate(self.x * dpi, (height - self.y) * dpi), renderer.new_gc()
         for outline, colour in zip(contour_lines(self.heat), self.colours):
-            for points, shade in ((2, "black"), (1, colour)):
-                gc.set_linewidth(points * dpi / 72)
+            for points, shade in ((3, "black"), (1.5, colour)):
+                gc.set_linewidth(points)
                 gc.set_foreground(shade)
                 renderer.draw_path(gc, outline, place, None)
 
@@ -3227,10 +3228,12 @@ class Sheet:
             y += look.leading
         return y
 
-    def fill(self, x: float, y: float, width: float, height: float, colour: Any, line: float = 0) -> None:
-        """A rectangle of one colour, with a thin frame where the line has a width."""
+    def fill(
+        self, x: float, y: float, width: float, height: float, colour: Any, is_framed: bool = False
+    ) -> None:
+        """A rectangle of one colour."""
         self.items.append(Box(x, y, width, height, colour))
-        self.items += [Box(x, y, width, height, FRAME, line)] * bool(line)
+        self.items += [Box(x, y, width, height, FRAME, HAIRLINE)] * is_framed
 
     def show(self, x: float, y: float, pixels: np.ndarray, title: str = "") -> None:
         self.items.append(Picture(x, y, pixels, title))
@@ -3347,6 +3350,11 @@ class View:
         """Inches that a panel takes with its title."""
         return max(self.width, MIN_COLUMN)
 
+    @property
+    def box_note(self) -> str:
+        """What the title of a picture with boxes ends with."""
+        return ", dashed: the true fracture" if self.boxes else ""
+
 
 def fitted(pixels: np.ndarray, dpi: float) -> np.ndarray:
     """A radiograph (H, W, 3) at the size of a panel: about the same area whatever its shape."""
@@ -3375,7 +3383,7 @@ def draw_boxes(sheet: Sheet, x: float, y: float, view: View) -> None:
     for left, top, right, bottom in view.boxes:
         size = (right - left) * view.width, (bottom - top) * view.height
         place = (x + left * view.width, y + top * view.height, *size)
-        sheet.items += [Box(*place, "black", 1.8), Box(*place, "white", 0.9, (3, 2))]
+        sheet.items += [Box(*place, "black", 2.5), Box(*place, "white", 1.2, (4, 3))]
 
 
 def draw_heatmap(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
@@ -3386,13 +3394,12 @@ def draw_heatmap(sheet: Sheet, x: float, y: float, view: View, explanation: Expl
         lines = wrapped(explanation.blankness, SMALL, view.column - 0.3, 4)
         width, height = max(text_width(line, SMALL) for line in lines), SMALL.leading * len(lines)
         left, top = x + max(0.1, (view.width - width) / 2), y + max(0, (view.height - height) / 2)
-        sheet.fill(left - 0.1, top - 0.08, width + 0.2, height + 0.16, "white", 0.5)
+        sheet.fill(left - 0.1, top - 0.08, width + 0.2, height + 0.16, "white", is_framed=True)
         sheet.paragraph(left, top, explanation.blankness, view.column - 0.3, SMALL, 4)
 
 
 def draw_overlay(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
     """The map over the radiograph."""
-    title += ", dashed: the true fracture" * bool(view.boxes)
     draw_picture(sheet, x, y, view, overlay_pixels(view.picture, explanation, view.style), title)
     add_contours(sheet, x, y, view.width, view.height, explanation, view.style)
     draw_boxes(sheet, x, y, view)
@@ -3449,7 +3456,8 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
     for finding in explanation.findings:
         if finding.is_flagged:
             sheet.write(x, y, "⚠", ALERT)
-            text = f"{CHECKS[finding.check].title}: {finding.text}"
+            title = CHECKS[finding.check].title
+            text = f"{title}: {finding.text}" if title else finding.text
             y = sheet.paragraph(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
         elif CHECKS[finding.check].about == "verify":
             y = sheet.paragraph(x, y, marked_text(finding), width, SMALL, 3) + 0.03
@@ -3514,7 +3522,7 @@ def guide_block(sheet: Sheet, x: float, y: float, width: float, style: FigureSty
     sheet.write(x, y, "How to read the heatmap", FAINT)
     y += 0.19
     for place, text in SIGNED_GUIDE if style.signed else READING_GUIDE:
-        sheet.fill(x, y + 0.02, 0.22, 0.13, colour_at(place, style), 0.5)
+        sheet.fill(x, y + 0.02, 0.22, 0.13, colour_at(place, style), is_framed=True)
         y = max(sheet.paragraph(x + 0.32, y, text, width - 0.32), y + 0.19)
     for text in ("Lines: 25, 50 and 75 % of the maximum.",) * style.contours + READING_ADVICE:
         y = sheet.paragraph(x, y + 0.01, text, width)
@@ -3579,7 +3587,8 @@ def explanation_figure(view: View, explanation: Explanation) -> Sheet:
     """The 4-panel figure: radiograph, heatmap, overlay, prediction details."""
     aspect, column, method = view.width / view.height, view.column, METHODS[explanation.method].title
     cells = ROW if aspect < 0.6 else GRID if aspect < 2 else STACK  # what fills the page best
-    titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", "Overlay (Model Focus)")
+    overlay = "Overlay (Model Focus)" + view.box_note
+    titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", overlay)
     room, model = title_room(titles, column), explanation.model
     across = [MARGIN + number * (column + GAP) + BAR_ROOM * (number > 1) for number in range(4)]
     details_width = DETAILS_WIDTH if cells is ROW else column + BAR_ROOM - 0.1
@@ -3643,7 +3652,7 @@ def comparison_figure(
         y = sheet.paragraph(MARGIN, y, row_heading(explanation), inches, BOLD)
         flagged = "; ".join(finding.text for finding in explanation.findings if finding.is_flagged)
         y = sheet.paragraph(MARGIN, y, f"⚠ {flagged}", inches, ALERT) if flagged else y
-        titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay")
+        titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay" + view.box_note)
         y += title_room(titles, view.column)
         draw_picture(sheet, across[0], y, view, view.picture, titles[0])
         draw_heatmap(sheet, across[1], y, view, explanation, titles[1])
@@ -3663,7 +3672,7 @@ def fill_share(
 ) -> None:
     """A cell of a table, white for a share of 0 to blue for 1, with its text in the middle."""
     shade = tuple(1 - share * (1 - part) for part in (0.23, 0.43, 0.65))  # towards the colour of the bars
-    sheet.fill(x, y, width - 0.03, height - 0.03, shade, 0.5)
+    sheet.fill(x, y, width - 0.03, height - 0.03, shade, is_framed=True)
     look = Look(SMALL.points, "white" if share > 0.6 else INK)
     left = x + (width - 0.03 - text_width(text, look)) / 2
     if height > SMALL.leading:
@@ -3702,7 +3711,8 @@ def methods_figure(view: View, explanations: Sequence[Explanation], costs: Seque
     small = np.asarray(Image.fromarray(view.picture).resize(size, Image.Resampling.BILINEAR))
     view, model = dataclasses.replace(view, picture=small), explanations[0].model
     count = len(explanations) + 1
-    columns = min(count, max(2, round(11 / view.column)))
+    rows = math.ceil(count / max(2, round(11 / view.column)))
+    columns = math.ceil(count / rows)
     pitch = view.column + GAP
     sheet = Sheet(max(2 * MARGIN + columns * pitch + BAR_ROOM, 7))
     title = f"{model.title}: evidence for {explanations[0].explained_class}"
@@ -3711,6 +3721,7 @@ def methods_figure(view: View, explanations: Sequence[Explanation], costs: Seque
     down = room + view.height + 3 * SMALL.leading
     places = [(MARGIN + n % columns * pitch, y + n // columns * down) for n in range(count)]
     draw_picture(sheet, *places[0], view, view.picture, "Original X-ray")
+    sheet.paragraph(MARGIN, y + view.height + 0.05, view.box_note[2:].capitalize(), view.column)
     for place, explanation, cost in zip(places[1:], explanations, costs):
         draw_method(sheet, *place, view, explanation, cost)
     draw_colour_bar(sheet, places[columns - 1][0] + view.width + 0.12, y, view)

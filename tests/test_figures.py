@@ -617,6 +617,15 @@ def test_white_pictures_end_in_a_frame():
         assert edge.min() < 220
 
 
+@pytest.mark.parametrize("line", [Box(0.1, 0.1, 0.8, 0.8, "black", 3), Box(0.1, 0.1, 0.8, 0.8, "black", 3, (90, 1))])
+def test_lines_are_as_wide_on_paper_at_any_resolution(line):
+    sheet = Sheet(1, 1)
+    sheet.items.append(line)
+    for dpi in (150, 300, 600):
+        row = 255 - sheet_pixels(sheet, dpi)[dpi // 2, : dpi // 2, 0].astype(float)
+        assert row.sum() / 255 == pytest.approx(3 * dpi / 72, rel=0.1)
+
+
 def test_signed_maps_are_centred_on_zero():
     half = CORNER - 0.5 * OTHER_CORNER
     figure = explanation_figure(view(style=SIGNED), an_explanation(raw_map=half, method="ig"))
@@ -642,6 +651,15 @@ def test_contours_follow_the_levels_and_leave_the_radiograph_alone():
         assert changed[np.abs(heat - level) < 0.005].mean() > 0.9
     assert changed[np.abs(heat[..., None] - (0.25, 0.5, 0.75)).min(axis=2) > 0.06].mean() < 0.02
     assert "Lines: 25, 50 and 75 %" in words(figure)
+
+
+@pytest.mark.parametrize("width", (90, 150, 260, 900))
+def test_the_note_on_known_fractures_has_room(width):
+    seen = view(width=width, boxes=((0.25, 0.5, 0.75, 0.6),))
+    methods = [an_explanation(raw_map=CORNER, method=method) for method in ("gradcam", "gradcam-hires", "ig", "lrp")]
+    for figure in (*both_figures(seen, pair()), methods_figure(seen, methods, ["1 pass"] * 4)):
+        check_layout(figure)
+        assert "ashed: the true fracture" in words(figure).replace("\n", " ")
 
 
 def test_known_fractures_are_outlined_on_heatmap_and_overlay_alone():
