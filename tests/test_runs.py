@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import explainability as tool
-from conftest import ROOT, TINY, a_model, save, users_checkpoint
+from conftest import ROOT, TINY, a_model, an_explanation, save, users_checkpoint
 from conftest import explain as explain_radiographs
 
 FIGURES = ("gradcam_convnext", "gradcam_efficientnet", "comparison")
@@ -67,6 +67,46 @@ def test_a_folder_gives_figures_and_a_row_for_each_image(explain, folder, tmp_pa
     said = capsys.readouterr().out
     right = sum(row["efficientnet_correct"] == "yes" for row in rows)
     assert f"Accuracy: {right / 5:.2%} ({right} of 5" in said and "images per second" in said
+
+
+def a_result(folder: str, *confidences: float) -> tool.Result:
+    """What ConvNeXt V2 and EfficientNetV2 say of an image: each confidence is that of Comminuted; Simple is explained."""
+    job = tool.Job(Path(f"{folder}/a.png"), f"{folder}/a.png", (), (), "digest")
+    names = {"convnext": "convnextv2_base.fcmae_ft_in22k_in1k", "efficientnet": "tf_efficientnetv2_s.in21k_ft_in1k"}
+    explanations = (
+        an_explanation(family=tool.FAMILIES[key], architecture=name, probabilities=np.float32([share, 1 - share]), explained=1)
+        for (key, name), share in zip(names.items(), confidences)
+    )
+    return tool.Result(job, explanations=tuple(explanations))
+
+
+def test_a_row_says_what_each_model_said():
+    result = a_result("simple_fracture", 0.9, 0.25)
+    row = tool.table_row(result, [each.model for each in result.explanations])
+    told = {name: (row[f"convnext_{name}"], row[f"efficientnet_{name}"]) for name in (
+        "predicted", "confidence", "correct", "explained", "p_Comminuted Fracture", "p_Simple Fracture", "raw_peak")}  # fmt: skip
+    assert told == {
+        "predicted": ("Comminuted Fracture", "Simple Fracture"), "confidence": ("0.900000", "0.750000"),
+        "correct": ("no", "yes"), "explained": ("Simple Fracture", "Simple Fracture"),
+        "p_Comminuted Fracture": ("0.900000", "0.250000"), "p_Simple Fracture": ("0.100000", "0.750000"),
+        "raw_peak": ("24", "24"),
+    }  # fmt: skip
+    assert (row["file"], row["true_class"], row["agree"], row["digest"]) == ("simple_fracture/a.png", "Simple Fracture", "no", "digest")
+
+
+@pytest.mark.parametrize(
+    "folder, confidences, line",
+    (
+        ("simple_fracture", (0.9, 0.25), "⚠️  a.png: Comminuted 90.0%, Simple 75.0%; 1 wrong; disagree"),
+        ("simple_fracture", (0.9, 0.8), "⚠️  a.png: Comminuted 90.0%, Comminuted 80.0%; 2 wrong"),
+        ("comminuted_fracture", (0.9, 0.8), "✅ a.png: Comminuted 90.0%, Comminuted 80.0%"),
+        ("ward", (0.9, 0.25), "⚠️  a.png: Comminuted 90.0%, Simple 75.0%; disagree"),
+        ("ward", (0.9, 0.8), "✅ a.png: Comminuted 90.0%, Comminuted 80.0%"),
+        ("simple_fracture", (0.9,), "⚠️  a.png: Comminuted 90.0%; wrong"),
+    ),
+)
+def test_the_line_of_an_image_tells_who_is_wrong(folder, confidences, line):
+    assert tool.result_line(a_result(folder, *confidences)) == line
 
 
 def test_confusion_counts_and_disagreement_come_from_the_rows():
