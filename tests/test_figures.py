@@ -597,6 +597,7 @@ def test_reading_guide_shows_the_colours_that_it_speaks_of(colormap):
 
 def test_rows_of_the_comparison_show_the_model_that_they_name():
     figure = comparison_figure(view(), [an_explanation(raw_map=CORNER), an_explanation(**EFFICIENTNET, raw_map=OTHER_CORNER)])
+    assert line_with(figure, "ConvNeXt V2:").baseline < line_with(figure, "EfficientNetV2-S:").baseline
     for title, hot, cold in (("ConvNeXt V2:", 10, -10), ("EfficientNetV2-S:", -10, 10)):
         heading = line_with(figure, title)
         heatmap = min((picture for picture in pictures(figure) if picture.title.startswith("Heatmap") and picture.y > heading.baseline), key=lambda picture: picture.y)
