@@ -858,6 +858,15 @@ def test_network_input_equals_torchvision(shape: tuple[int, int]) -> None:
     assert ours.dtype == np.float32 and np.abs(ours - reference).max() <= 1e-6
 
 
+def test_one_radiograph_serves_networks_of_different_sizes() -> None:
+    pixels = np.random.default_rng(8).integers(0, 256, (300, 200, 3), dtype=np.uint8)
+    radiograph = tool.Radiograph(pixels)
+    for size in (224, 96, 224):
+        alone = tool.network_input(tool.Radiograph(pixels), tool.Preprocessing(size))
+        assert alone.shape == (3, size, size)
+        assert np.array_equal(tool.network_input(radiograph, tool.Preprocessing(size)), alone)
+
+
 # ------------------------------------------------------------------------------------------
 # Anything at all
 # ------------------------------------------------------------------------------------------
