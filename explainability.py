@@ -33,6 +33,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import gc
 import glob
 import hashlib
 import io
@@ -1172,8 +1173,8 @@ class StructureWalk:
         self.steps += 3  # beside its own: containers take more time and memory than numbers
         self.weight += weight * (CALL_WEIGHT if step in CALLING_STEPS else 1)
         if step not in FILLING_STEPS:
-            naming = {"TUPLE": items[1:2], "TUPLE2": items[1:], "BINPERSID": items}.get(step)
-            told = naming[0].told if naming else ""
+            named = {"TUPLE": items[1:2], "TUPLE2": items[1:], "BINPERSID": items}.get(step)
+            told = named[0].told if named else ""
             stack.append(Part(LONG_WEIGHT if step == "LONG1" else 1, told=told))
         whole = stack[-1]
         whole.weight, whole.depth = whole.weight + weight, max(whole.depth, depth)
@@ -1272,10 +1273,10 @@ def check_numbers(weights: dict[str, torch.Tensor], path: Path) -> None:
     """Raise ExplainError where weights share their numbers: a few could stand for gigabytes."""
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
     try:
-        held = path.stat().st_size
+        length = path.stat().st_size
     except OSError as error:
         raise refusal(path, "changed or removed during the run", "run again") from error
-    if claimed > held:
+    if claimed > length:
         cause = f"its weights are {claimed:,} bytes of numbers, and the file holds fewer numbers"
         raise refusal(path, cause, "save each weight with its own numbers (tensor.clone())")
 
@@ -1466,7 +1467,8 @@ def number_kind(tensor: torch.Tensor) -> str:
 def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The weights as they are computed with. Raises ExplainError where some are NaN or infinite."""
     ready = {
-        key: tensor.detach().float() if tensor.is_floating_point() else tensor for key, tensor in weights.items()
+        key: tensor.detach().float() if tensor.is_floating_point() else tensor
+        for key, tensor in weights.items()
     }
     bad = [key for key, tensor in ready.items() if not is_finite(tensor)]
     if bad:
@@ -1644,7 +1646,7 @@ def chosen(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
 
 
 def blur_kernel(side: int, sigma: float) -> np.ndarray:
-    """(side, side): a Gaussian's weights for each pixel of a line, of those that are there; sigma in sides."""
+    """(side, side): a Gaussian's weights for each pixel of a line, of those there are; sigma in sides."""
     places = np.arange(side)
     kernel = np.exp(-(((places[:, None] - places) / (sigma * side)) ** 2) / 2)
     return kernel / kernel.sum(axis=1, keepdims=True)
@@ -2498,11 +2500,11 @@ def erasing_text(evidence: Evidence, value: float) -> str:
     name = evidence.explanation.explained_class
     if np.isnan(value):
         return f"erasing cannot be tested: it says {name} even when everything is blurred"
-    moved = trial.erased_elsewhere
-    usual = moved[log_odds(moved, explained).argsort(kind="stable")[len(moved) // 2]]  # the median one
+    others = trial.erased_elsewhere
+    usual = others[log_odds(others, explained).argsort(kind="stable")[len(others) // 2]]  # the median one
     return (
         f"erasing the hot area leaves {name} at {percent(softmax_at(trial.erased, explained))}; "
-        f"erasing as much in {len(moved)} other places, {percent(softmax_at(usual, explained))} (log-odds "
+        f"erasing as much in {len(others)} other places, {percent(softmax_at(usual, explained))} (log-odds "
         f"{log_odds(trial.erased, explained):+.1f} against {log_odds(usual, explained):+.1f})"
     )
 
@@ -2726,14 +2728,14 @@ def hot_mask(heatmap: np.ndarray, side: int) -> np.ndarray:
 def moved_masks(mask: np.ndarray) -> list[np.ndarray]:
     """At most MOVED_MASKS shifted and mirrored copies of a mask that hardly overlap it."""
     step = len(mask) // CELLS
-    moved = [
+    copies = [
         np.roll(mirrored, (step * down, step * across), axis=(0, 1))
         for down, across in itertools.product(range(CELLS), repeat=2)
         for mirrored in (mask, mask[:, ::-1], mask[::-1], mask[::-1, ::-1])
     ]
-    apart = [each for each in moved if (each & mask).sum() < MAX_OVERLAP * mask.sum()]
-    chosen = np.linspace(0, len(apart) - 1, min(MOVED_MASKS, len(apart))).round().astype(int)
-    return [apart[index] for index in chosen]
+    apart = [each for each in copies if (each & mask).sum() < MAX_OVERLAP * mask.sum()]
+    places = np.linspace(0, len(apart) - 1, min(MOVED_MASKS, len(apart))).round().astype(int)
+    return [apart[index] for index in places]
 
 
 def class_scores(classifier: Classifier, images: np.ndarray, batch_size: int) -> np.ndarray:
@@ -3244,9 +3246,9 @@ class Sheet:
 
 @functools.cache
 def colour_table(colormap: str) -> np.ndarray:
-    """A matplotlib colormap as (256, 3) uint8, however many colours it is made of."""
-    colours = plain_matplotlib().colormaps[colormap](np.linspace(0, 1, 256))
-    return (colours[:, :3] * 255).round().astype(np.uint8)
+    """A matplotlib colormap as (256, 3) uint8, however many shades it is made of."""
+    shades = plain_matplotlib().colormaps[colormap](np.linspace(0, 1, 256))
+    return (shades[:, :3] * 255).round().astype(np.uint8)
 
 
 def colours_of(style: FigureStyle) -> np.ndarray:
@@ -3300,8 +3302,8 @@ def overlay_pixels(picture: np.ndarray, explanation: Explanation, style: FigureS
     if style.contours or not has_colours(explanation, style):
         return picture
     levels = colour_levels(explanation, *picture.shape[:2], style)
-    colours, mask = Image.fromarray(colours_of(style)[levels]), Image.fromarray(opacities(style)[levels])
-    return np.asarray(Image.composite(colours, Image.fromarray(picture), mask))
+    coloured, mask = Image.fromarray(colours_of(style)[levels]), Image.fromarray(opacities(style)[levels])
+    return np.asarray(Image.composite(coloured, Image.fromarray(picture), mask))
 
 
 def add_contours(
@@ -3312,8 +3314,8 @@ def add_contours(
     if style.contours and explanation.heatmap.any():
         scale = 128 / min(width, height)
         cells = (round(min(scale * side, 1024)) for side in (height, width))
-        colours = tuple(colour_at(level, style) for level in CONTOURS)
-        sheet.items.append(Curves(x, y, width, height, resized(explanation.heatmap, *cells), colours))
+        shades = tuple(colour_at(level, style) for level in CONTOURS)
+        sheet.items.append(Curves(x, y, width, height, resized(explanation.heatmap, *cells), shades))
 
 
 def bare_overlay(pixels: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
@@ -3430,11 +3432,11 @@ def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation
     look = LARGE if text_width(drawable(explanation.prediction), LARGE) < 1.8 * width else MEDIUM
     y = sheet.paragraph(x, y - 0.05, explanation.prediction, width, look)
     sheet.write(x, y, f"Confidence: {explanation.confidence:.2%}", BODY)
-    y, listed = y + 0.3, 0
+    y, count = y + 0.3, 0
     for index in explanation.ranking:
         look = BOLD if index == explanation.predicted else BODY
         below = y + look.leading * len(wrapped(names[index], look, width - 0.8))
-        if listed and below > last:
+        if count and below > last:
             break
         probability = float(explanation.probabilities[index])
         text = f"{probability:.2%}"
@@ -3442,8 +3444,8 @@ def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation
         sheet.write(x + width - text_width(text, look), y, text, look)
         sheet.fill(x, below, width, 0.075, TRACK)
         sheet.fill(x, below, width * probability, 0.075, BAR)
-        y, listed = below + 0.15, listed + 1
-    if rest := explanation.ranking[listed:]:
+        y, count = below + 0.15, count + 1
+    if rest := explanation.ranking[count:]:
         together = float(explanation.probabilities[rest].sum())
         y = sheet.paragraph(x, y - 0.02, f"and {len(rest)} more, together {together:.2%}", width, FAINT)
     return y + 0.06
@@ -3573,7 +3575,8 @@ def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float
         is_pair = len({each.model.family.key for each in explanations}) > 1
         text = f"Demo {'networks' if is_pair else 'network'}: {DEMO_NOTICE}."
     else:
-        text = f"{', '.join(methods)} show{'s' * (len(methods) == 1)} correlation, not cause. Not for diagnosis."
+        verb = "shows" if len(methods) == 1 else "show"
+        text = f"{', '.join(methods)} {verb} correlation, not cause. Not for diagnosis."
     inches = sheet.width - 2 * MARGIN - beside
     sheet.height = sheet.paragraph(MARGIN, bottom + 0.1, text, inches, FAINT) + 0.12
 
@@ -4073,12 +4076,12 @@ def make_jobs(
         for image, label, stem in zip(images, labels, output_stems(labels))
     ]
     inputs = {os.path.realpath(image) for image in images}
-    written = Counter(path for job in jobs for path in job.outputs)
-    for path in (folder / TABLE_NAME, folder / f"{SHEET_STEM}.{ending}", *written):
+    times = Counter(path for job in jobs for path in job.outputs)
+    for path in (folder / TABLE_NAME, folder / f"{SHEET_STEM}.{ending}", *times):
         if os.path.realpath(path) in inputs:
             cause = "is an input of this run and would be replaced"
             raise refusal(path, cause, "choose another --output-dir")
-        if written[path] > 1:  # comparison_ig_x: of x by Integrated Gradients, or of ig_x by Grad-CAM
+        if times[path] > 1:  # comparison_ig_x: of x by Integrated Gradients, or of ig_x by Grad-CAM
             raise refusal(path, "two results of this run would have this name", "run one --method at a time")
     return jobs
 
@@ -4542,7 +4545,10 @@ def map_lines(explanation: Explanation, title: str) -> list[str]:
 def network_lines(explanation: Explanation) -> list[str]:
     """What the checks say of the network: low confidence, and all that --verify asked."""
     about = {each: CHECKS[each.check].about for each in explanation.findings}
-    told = [each for each in about if about[each] == "verify" or (about[each] == "prediction" and each.is_flagged)]
+    told = [
+        each for each in about
+        if about[each] == "verify" or (about[each] == "prediction" and each.is_flagged)
+    ]  # fmt: skip
     passes = [f"Verified with {explanation.passes} more forward passes"] * bool(explanation.passes)
     return [*map(marked_text, told), *passes]
 
@@ -4575,7 +4581,8 @@ def result_line(result: Result) -> str:
     wrong = sum(not is_right(each, truth) for each in result.opinions) if truth else 0
     words = [f"{wrong} wrong" if len(result.opinions) > 1 else "wrong"] * bool(wrong)
     words += ["disagree"] * (not agree(result.opinions))
-    words += [f"{each.model.title} flagged: {flags_text(each)}" for each in result.opinions if flags_text(each)]
+    flags = ((each.model.title, flags_text(each)) for each in result.opinions)
+    words += [f"{title} flagged: {text}" for title, text in flags if text]
     words += [NOTHING_TO_SEE] * (NOTHING_TO_SEE in result.notes)
     words += [sum_remark(each) for each in result.explanations if each.sum_error > MAX_SUM_ERROR]
     return f"{verdict_mark(result)} {printable(result.job.name)}: {'; '.join([verdicts, *words])}"
@@ -4665,10 +4672,10 @@ def load_classifiers(
 ) -> list[Classifier]:
     """Load every model, and say so. Raises ExplainError where one cannot be used."""
     use_exact_float32()
-    chosen, classifiers = choose_device(device), []
+    present, classifiers = choose_device(device), []
     for family, path in checkpoints:
         say(f"📦 Loading {family.key.upper()} model...")
-        classifier = load_classifier(family, path, chosen, class_names)
+        classifier = load_classifier(family, path, present, class_names)
         if not (quiet or is_demo(path)):  # what the demo files are, the README says
             warn(*note_lines(path, classifier.model.notes))
         say(f"✅ Model loaded: {classifier.model.architecture}", f"   {classifier.model.accuracy}", "")
@@ -4984,6 +4991,9 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
         classifiers = load_classifiers(request.checkpoints, args.device, args.class_names, args.quiet)
+        if not gc.isenabled():  # put off at the start of the script
+            gc.freeze()
+            gc.enable()
         models = [classifier.model for classifier in classifiers]
         targets = [target_index(args.target_class, model.class_names) for model in models]
         batch = args.batch_size or DEFAULT_BATCH[classifiers[0].device.type]
@@ -5428,6 +5438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.disable()  # what torch and timm bring stays: looking through it while it comes takes a second
     for ending in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; under nohup it is ignored, and stays so
         if hasattr(signal, ending) and signal.getsignal(getattr(signal, ending)) == signal.SIG_DFL:
             signal.signal(getattr(signal, ending), end_on_signal)
