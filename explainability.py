@@ -3486,13 +3486,14 @@ def explained_text(explanation: Explanation) -> str:
 def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str, str]]:
     """What the details panel lists: (label, value)."""
     model, raw = explanation.model, explanation.raw_map
+    is_measured_on_demos = is_demo(model.checkpoint) and model.accuracy.endswith("%")
     h, w = raw.shape
     relative = "" if style.signed else " (the colours are relative to it)"
     lines = [
         ("Explained class", explained_text(explanation)),
         ("Model", model.architecture),
         ("Checkpoint", printable(model.checkpoint.name)),
-        ("", model.accuracy + " (synthetic test images)" * is_demo(model.checkpoint)),
+        ("", model.accuracy + " (synthetic test images)" * is_measured_on_demos),
         ("Method", METHODS[explanation.method].title),
     ]
     if explanation.method.startswith("gradcam"):
