@@ -171,6 +171,38 @@ def benchmark_methods(classifier: tool.Classifier, radiograph: tool.Radiograph) 
         row(title, f"{spent['method'] / spent['floor']:.2f}", goal)
 
 
+# Checks
+
+
+def benchmark_checks(classifiers: list[tool.Classifier], radiographs: list[tool.Radiograph], repeats: int) -> None:
+    """What the checks cost: of each map, and of changed copies of its image."""
+    heading("checks of one radiograph", "measured")
+    for classifier in classifiers:
+        radiograph = radiographs[0]
+        inputs, landmarks = input_batch(classifier, [radiograph]), tool.landmarks_of(radiograph)
+        (explanation,) = tool.explain_batch(classifier, list(inputs.cpu().numpy()))
+        at_once = tool.DEFAULT_BATCH[inputs.device.type]
+        asked = classifier, inputs[0].cpu().numpy(), explanation, landmarks, at_once
+        passes = tool.tried(*asked).passes
+
+        def forward() -> None:
+            for start in range(0, passes, at_once):
+                bare_forward(classifier, inputs.repeat(min(at_once, passes - start), 1, 1, 1))()
+
+        spent = medians(
+            {
+                "forward": forward,
+                "tried": partial(tool.tried, *asked),
+                "looked": lambda: tool.landmarks_of(radiograph),
+                "judged": lambda: tool.findings_of(tool.Evidence(explanation, landmarks)),
+            },
+            repeats,
+        )
+        title = classifier.model.title
+        row(f"{title}: --verify over its {passes} bare passes", f"{spent['tried'] / spent['forward']:.2f}", "1.1")
+        row(f"{title}: bone and markers found, and a map judged", f"{1000 * (spent['looked'] + spent['judged']):.1f} ms", "5 ms")
+
+
 # Figures
 
 
@@ -343,6 +375,7 @@ def main() -> int:
         heading("methods, one image, over as many bare passes", "ratio")
         for classifier in classifiers:
             benchmark_methods(classifier, radiographs[0])
+        benchmark_checks(classifiers, radiographs, args.repeats)
         benchmark_figures(classifiers, radiographs, folder, args.repeats)
         benchmark_commands(checkpoints, folder, bare, args.device, args.repeats)
     return 0

@@ -369,20 +369,20 @@ def drawing_children(parent: int) -> list[int]:
 @pytest.fixture
 def started(options, images, tmp_path):
     """A run over many images that has begun to write figures, and its drawing processes."""
-    many = tmp_path / "many"
-    many.mkdir()
-    for number in range(30):
-        shutil.copy(images / "a.png", many / f"{number:02}.png")
     processes, all_children = [], []
 
-    def start(*before: str) -> tuple[subprocess.Popen[str], list[int]]:
+    def start(*before: str, count: int = 300) -> tuple[subprocess.Popen[str], list[int]]:
+        many = tmp_path / "many"
+        many.mkdir()
+        for number in range(count):  # so many that the run cannot end before its signal comes
+            shutil.copy(images / "a.png", many / f"{number:03}.png")
         command = [*before, sys.executable, str(TOOL), *options, f"--output-dir={tmp_path / 'out'}", "--batch-size=1", f"--image={many}"]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
         processes.append(process)
         for line in process.stdout:
-            if "00" in line and line.startswith(("✅", "⚠️")):
+            if "000" in line and line.startswith(("✅", "⚠️")):
                 break
         children = drawing_children(process.pid)
         assert children
@@ -424,10 +424,10 @@ def test_a_signal_ends_a_run_with_nothing_half_done(started, tmp_path, number, w
 
 def test_a_hangup_that_is_ignored_stays_ignored(started, tmp_path):
     """As under nohup."""
-    process, _ = started("env", "--ignore-signal=HUP")
+    process, _ = started("env", "--ignore-signal=HUP", count=20)
     os.killpg(process.pid, signal.SIGHUP)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "Images: 30 done" in output
+    assert process.returncode == 0 and "Images: 20 done" in output
 
 
 def test_drawing_processes_end_when_their_parent_is_gone(started):
