@@ -4681,6 +4681,9 @@ def load_classifiers(
             warn(*note_lines(path, classifier.model.notes))
         say(f"✅ Model loaded: {classifier.model.architecture}", f"   {classifier.model.accuracy}", "")
         classifiers.append(classifier)
+    if not gc.isenabled():  # put off at the start of the script
+        gc.freeze()
+        gc.enable()
     return classifiers
 
 
@@ -4992,9 +4995,6 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
         classifiers = load_classifiers(request.checkpoints, args.device, args.class_names, args.quiet)
-        if not gc.isenabled():  # put off at the start of the script
-            gc.freeze()
-            gc.enable()
         models = [classifier.model for classifier in classifiers]
         targets = [target_index(args.target_class, model.class_names) for model in models]
         batch = args.batch_size or DEFAULT_BATCH[classifiers[0].device.type]

@@ -146,15 +146,17 @@ def benchmark_batches(classifiers: list[tool.Classifier], radiographs: list[tool
     return spent["bare"] / BATCH
 
 
+def bare_passes(classifier: tool.Classifier, batch: torch.Tensor, count: int) -> None:
+    """So many forward passes and nothing else, a batch at a time."""
+    for start in range(0, count, len(batch)):
+        bare_forward(classifier, batch[: count - start])()
+
+
 def benchmark_methods(classifier: tool.Classifier, radiograph: tool.Radiograph) -> None:
     """What methods cost over as many bare passes as they make, in batches of the same size."""
     inputs = input_batch(classifier, [radiograph])
     at_once = tool.DEFAULT_BATCH[inputs.device.type]
     many = inputs.repeat(at_once, 1, 1, 1)
-
-    def forward(count: int) -> None:
-        for start in range(0, count, at_once):
-            bare_forward(classifier, many[: count - start])()
 
     def backward(count: int) -> None:
         for start in range(0, count, at_once):
@@ -163,7 +165,7 @@ def benchmark_methods(classifier: tool.Classifier, radiograph: tool.Radiograph) 
 
     for method, floor, goal in (
         ("gradcam++", partial(explained, classifier, inputs), "1"),
-        ("occlusion", partial(forward, tool.METHODS["occlusion"].passes), "1.1"),
+        ("occlusion", partial(bare_passes, classifier, many, tool.METHODS["occlusion"].passes), "1.1"),
         ("ig", partial(backward, tool.POINTS), "1.2"),
     ):
         spent = medians({"floor": floor, "method": partial(explained, classifier, inputs, method)}, 1)
@@ -184,14 +186,9 @@ def benchmark_checks(classifiers: list[tool.Classifier], radiographs: list[tool.
         at_once = tool.DEFAULT_BATCH[inputs.device.type]
         asked = classifier, inputs[0].cpu().numpy(), explanation, landmarks, at_once
         passes = tool.tried(*asked).passes
-
-        def forward() -> None:
-            for start in range(0, passes, at_once):
-                bare_forward(classifier, inputs.repeat(min(at_once, passes - start), 1, 1, 1))()
-
         spent = medians(
             {
-                "forward": forward,
+                "forward": partial(bare_passes, classifier, inputs.repeat(at_once, 1, 1, 1), passes),
                 "tried": partial(tool.tried, *asked),
                 "looked": lambda: tool.landmarks_of(radiograph),
                 "judged": lambda: tool.findings_of(tool.Evidence(explanation, landmarks)),
