@@ -2175,6 +2175,7 @@ JOINING_REACH = 2  # letters at most 4 pixels apart are one marker
 MARKER_PIXELS, MARKER_SIDES = 12, range(6, 50)  # fewer pixels are noise; sides are the longer ones
 TEXT_SIDES, TEXT_HEIGHT = range(6, 124), 27  # a line of text may be longer while it is lower than this
 LETTER_HEIGHT, TEXT_STROKES = 9, 4  # a line three times as long as high, of so many strokes, is text
+STRIP_LENGTH = 28  # longer ones of fewer strokes are no letters
 RING, RING_CONTRAST = (2, 5), 0.25  # pixels outside the box; bone's edges go on there, markers do not
 
 BORDER_LIMIT = 0.5  # just above the 24/49 of the area that the frame has
@@ -2263,7 +2264,7 @@ def marker_boxes(grey: np.ndarray) -> list[PixelBox]:
     for rows, columns in regions(strokes, JOINING_REACH):
         box = int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
         is_apart = stands_out(grey, rows, columns, box, RING_CONTRAST * (high - low))
-        if is_marker_size(len(rows), box) and (is_apart or is_line_of_text(rows, columns, box)):
+        if is_marker_size(len(rows), box) and is_letter_or_text(rows, columns, box, is_apart):
             found.append(box)
     return found
 
@@ -2304,14 +2305,20 @@ def is_marker_size(pixels: int, box: PixelBox) -> bool:
     return pixels >= MARKER_PIXELS and (long in MARKER_SIDES or (long in TEXT_SIDES and short < TEXT_HEIGHT))
 
 
-def is_line_of_text(rows: np.ndarray, columns: np.ndarray, box: PixelBox) -> bool:
-    """Whether a region is a low line of several strokes, as text is, also over bone and beside it."""
+def is_letter_or_text(rows: np.ndarray, columns: np.ndarray, box: PixelBox, is_apart: bool) -> bool:
+    """Whether a region is set off as a letter is, or a line of several strokes as text is.
+
+    Low text may lie over bone and beside it. A strip of few strokes is cortex, a pin or the edge of
+    the field.
+    """
     x0, y0, x1, y1 = box
     short, long = sorted((x1 - x0, y1 - y0))
+    if long < 3 * short:
+        return is_apart
     strokes = np.zeros((y1 - y0, x1 - x0), bool)
     strokes[rows - y0, columns - x0] = True
-    is_low = short <= LETTER_HEIGHT and long >= 3 * short
-    return is_low and np.unique(connected(strokes)).size >= TEXT_STROKES
+    is_text = np.unique(connected(strokes)).size >= TEXT_STROKES
+    return (is_text and short <= LETTER_HEIGHT) or (is_apart and (is_text or long < STRIP_LENGTH))
 
 
 def stands_out(grey: np.ndarray, rows: np.ndarray, columns: np.ndarray, box: PixelBox, by: float) -> bool:

@@ -1,23 +1,27 @@
-"""Train the two demo networks on rendered radiographs.
+"""Train the demo networks on rendered radiographs.
 
     python3 checkpoints/train.py efficientnet
     python3 checkpoints/train.py convnext
     python3 checkpoints/train.py convnext --labels-only   # the control: no supervision of the maps
     python3 checkpoints/train.py marker-reader            # the counter-example: reads the marker, not the bone
 
-Three steps, each resumed where it stopped (state in checkpoints/training/):
+Each step is resumed where it stopped (state in checkpoints/training/):
 
-1. Render training and validation images with data_original/generate.py, at the networks' 224 x 224.
-2. Patches of 96 px at that scale, three classes (comminuted, simple, none), from random weights.
-3. Whole images, two classes, on cross-entropy + (1 - share of the Grad-CAM heat in the grid cells
-   that the fracture touches) + a hinge that keeps the map from being blank there: "right for the
-   right reasons" (Ross et al. 2017). With --labels-only cross-entropy is all.
+1. Render training and validation images with data_original/generate.py, a little larger than the
+   networks' 224 x 224; every time one is used, it is turned, scaled, cropped and exposed anew.
+2. Crops of 96 px at that scale, three classes (comminuted, simple, none), from random weights: a
+   crop costs a fifth of a whole image, and "none" teaches that the break itself makes the class.
+3. Whole images, two classes. The loss is cross-entropy + (1 - share of the Grad-CAM heat in the grid
+   cells that the fracture touches) + a hinge that keeps the map from being blank there: "right for
+   the right reasons" (Ross et al. 2017). With --labels-only it is cross-entropy alone.
 
-The result goes to checkpoints/ in half precision, in the layout users' trainers write, with the
-accuracy that explainability.py itself measures on data_original/test.
+The learning rate falls with the processor time spent (--minutes), so that training ends when it
+should. The logits are then divided by the temperature that suits the validation images best (Guo et
+al. 2017), and the result goes to checkpoints/ in half precision, in the layout users' trainers
+write, with the accuracy that explainability.py itself measures on data_original/test.
 
 The marker reader sees a line of text on one class and a letter on the other, stamped on bones of
-either class: on crops that grow from 64 px round the marker to the whole image, from random weights.
+either class: on crops that grow from 64 px round the marker to the whole image.
 """
 
 from __future__ import annotations
@@ -26,8 +30,8 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -48,22 +52,41 @@ import evaluate  # noqa: E402
 import generate  # noqa: E402
 
 SIZE = 224  # px, side of the networks' input
-PATCH = 96  # px
-GRID = 7  # cells a side of both target layers at 224 px
+STORED = 256  # px, side of the rendered images as they are kept
+FILE_SIDE = 480  # px, longer side of a picture that a marker is set on
+RENDERED = 340  # px, longer side they are rendered at
+LAYOUT = torch.channels_last  # the faster one
+CELL = 32  # px of the input for one cell of all target layers
 SEED, VALIDATION_SEED, MARKER_SEED = 7, 8, 9
 NONE = 2  # class of intact bone; 0 and 1 are the classes of the shipped networks
-TRAIN_PER_CLASS, VALIDATION_PER_CLASS, MARKER_PER_CLASS = 2200, 100, 200
+COUNTS = {SEED: (3000, 3000, 1000), VALIDATION_SEED: (200, 200, 0), MARKER_SEED: (200, 200, 0)}  # of each class
+MARKERS = ("text", "letter")  # what betrays classes 0 and 1 to the marker reader
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
 STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
 
-ARCHITECTURES = {"convnext": "convnextv2_tiny", "efficientnet": "tf_efficientnetv2_s"}
-PATCH_BATCH, WHOLE_BATCH = 48, 24
-PATCH_STEPS, WHOLE_STEPS = {"convnext": 750, "efficientnet": 900}, {"convnext": 160, "efficientnet": 120}
-PATCH_RATE, WHOLE_RATE = {"convnext": 1e-3, "efficientnet": 2e-3}, 4e-4  # peaks
-MARKER_READER = "tf_efficientnetv2_b0"
-MARKERS = ("text", "letter")  # what betrays classes 0 and 1 to the marker reader
-FILE_SIDE = 320  # px, about the side of a picture's file
-MARKER_STAGES = ((64, 48, 200, 2e-3), (128, 24, 50, 1e-3), (SIZE, 16, 80, 6e-4))  # side, batch, steps, peak rate
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of training: crops of `side` px, or whole images (side = SIZE)."""
+
+    side: int
+    batch: int
+    share: float  # of the minutes
+    rate: float  # peak learning rate
+
+
+ARCHITECTURES = {
+    "convnext": "convnextv2_nano",
+    "efficientnet": "tf_efficientnetv2_s",
+    "marker-reader": "tf_efficientnetv2_b0",
+}
+STAGES = {
+    "convnext": (Stage(96, 32, 0.6, 8e-4), Stage(SIZE, 12, 0.4, 4e-4)),
+    "efficientnet": (Stage(96, 32, 0.6, 1.2e-3), Stage(SIZE, 12, 0.4, 4e-4)),
+    "marker-reader": (Stage(64, 48, 0.5, 2e-3), Stage(128, 24, 0.2, 1e-3), Stage(SIZE, 16, 0.3, 6e-4)),
+}
+MINUTES = {"convnext": 85, "efficientnet": 85, "marker-reader": 12}
 
 
 # --------------------------------------------------------------------------------------
@@ -72,133 +95,183 @@ MARKER_STAGES = ((64, 48, 200, 2e-3), (128, 24, 50, 1e-3), (SIZE, 16, 80, 6e-4))
 
 
 def render_one(seed: int, item: tuple[int, int]) -> tuple[np.ndarray, list[float]]:
-    """One image as the network will see it: (SIZE, SIZE) uint8, and its box in those pixels."""
+    """One image (STORED, STORED) uint8 and its box in those pixels; the marker reader's carry no marker yet."""
     label, number = item
     rng = np.random.default_rng([seed, generate.SPLIT_CODES["train"], label, number])
-    radiograph = generate.render(rng, generate.LABELS[label], marker="none" if seed == MARKER_SEED else None)
-    pixels, box = radiograph.pixels, radiograph.box
+    radiograph = generate.render(rng, generate.LABELS[label], RENDERED, "none" if seed == MARKER_SEED else None)
     buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=generate.JPEG_QUALITY)
-    small = Image.open(buffer).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    height, width = pixels.shape
-    scale = np.array([SIZE / width, SIZE / height] * 2)
-    return np.asarray(small), list(np.array(box) * scale) if box else [0.0] * 4
+    Image.fromarray(radiograph.pixels).save(buffer, "JPEG", quality=generate.JPEG_QUALITY)
+    small = Image.open(buffer).resize((STORED, STORED), Image.Resampling.BILINEAR)
+    height, width = radiograph.pixels.shape
+    scale = np.array([STORED / width, STORED / height] * 2)
+    return np.asarray(small), list(np.array(radiograph.box) * scale) if radiograph.box else [0.0] * 4
 
 
-def images(seed: int, per_class: int, processes: int) -> dict[str, torch.Tensor]:
-    """Render images once and keep them: images (N, SIZE, SIZE), labels (N,), boxes (N, 4)."""
-    path = WORK / f"images_{seed}_{per_class}.pt"
+def images(seed: int, processes: int) -> dict[str, torch.Tensor]:
+    """Render images once and keep them: images (N, STORED, STORED), labels (N,), boxes (N, 4)."""
+    path, counts = WORK / f"images_{seed}.pt", COUNTS[seed]
     if not path.exists():
-        items = [(label, number) for number in range(per_class) for label in range(len(generate.LABELS))]
+        items = [(label, number) for number in range(max(counts)) for label in range(3) if number < counts[label]]
         with ProcessPoolExecutor(processes) as pool:
-            pairs = list(pool.map(partial(render_one, seed), items, chunksize=32))
+            pairs = list(pool.map(partial(render_one, seed), items, chunksize=8))
         WORK.mkdir(exist_ok=True)
         torch.save(
             {
                 "images": torch.from_numpy(np.stack([pixels for pixels, _ in pairs])),
                 "labels": torch.tensor([label for label, _ in items]),
-                "boxes": torch.tensor([box for _, box in pairs], dtype=torch.float32),
+                "boxes": torch.tensor(np.array([box for _, box in pairs]), dtype=torch.float32),
             },
             path,
         )
     return torch.load(path, weights_only=True)
 
 
-def flip(image: torch.Tensor, box: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mirror an (H, W) image and its box, each axis with probability one half."""
+def draw_turn(rng: np.random.Generator, widest: float) -> np.ndarray:
+    """A (2, 2) matrix from the pixels of a view to those of the stored image: turn, scale, mirror."""
+    angle = math.radians(rng.normal(0, 12)) + math.pi / 2 * rng.choice(4, p=(0.7, 0.1, 0.1, 0.1))
+    zoom = STORED / SIZE * np.exp(rng.uniform(-0.3, widest) + rng.uniform(-0.15, 0.15) * np.array([1, -1]))
+    c, s = math.cos(angle), math.sin(angle)
+    return np.array([[c, -s], [s, c]]) * zoom * rng.choice([-1.0, 1.0], (1, 2))
+
+
+def view(image: torch.Tensor, turn: np.ndarray, centre: np.ndarray, side: int) -> torch.Tensor:
+    """(STORED, STORED) uint8 -> (side, side) float in [0, 1], sampled round `centre` (x, y)."""
+    matrix = torch.tensor(np.column_stack([turn * side / STORED, 2 * centre / STORED - 1]), dtype=torch.float32)
+    grid = F.affine_grid(matrix[None], [1, 1, side, side], align_corners=False)
+    return F.grid_sample(image[None, None].float() / 255, grid, align_corners=False)[0, 0]
+
+
+def moved_box(box: torch.Tensor, turn: np.ndarray, centre: np.ndarray, side: int) -> torch.Tensor:
+    """The box (x0, y0, x1, y1) in the view; a slanting one is given half of its slant's corners."""
     x0, y0, x1, y1 = box.tolist()
-    if rng.random() < 0.5:
-        image, x0, x1 = image.flip(1), SIZE - x1, SIZE - x0
-    if rng.random() < 0.5:
-        image, y0, y1 = image.flip(0), SIZE - y1, SIZE - y0
-    return image, torch.tensor([x0, y0, x1, y1])
+    back = np.linalg.inv(turn)
+    middle = back @ (np.array([x0 + x1, y0 + y1]) / 2 - centre) + side / 2
+    shares = np.abs(back)
+    straight = shares * (shares >= shares.max(1, keepdims=True))
+    half = (0.5 * straight + 0.5 * shares) @ np.array([x1 - x0, y1 - y0]) / 2
+    return torch.tensor(np.clip([*(middle - half), *(middle + half)], 0, side), dtype=torch.float32)
 
 
-def to_input(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """(H, W) uint8 -> (3, H, W) normalised, with the exposure and contrast varied."""
-    value = image.float() / 255
-    value = (value * rng.uniform(0.8, 1.2) + rng.uniform(-0.08, 0.08)).clamp(0, 1)
+def jpeg(value: torch.Tensor, quality: int) -> torch.Tensor:
+    """What a JPEG file of that quality leaves of an (H, W) image."""
+    buffer = BytesIO()
+    Image.fromarray((value.clamp(0, 1) * 255).byte().numpy()).save(buffer, "JPEG", quality=quality)
+    return torch.from_numpy(np.asarray(Image.open(buffer)).astype(np.float32) / 255)
+
+
+def to_input(value: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """(H, W) in [0, 1] -> (3, H, W) normalised: exposure, sharpness, noise, text and compression varied."""
+    if rng.random() < 0.15:
+        value = torch.from_numpy(generate.stamp(value.numpy(), generate.draw_mark(rng, rng.choice(MARKERS)))[0])
+    return normalised(varied(value, rng))
+
+
+def varied(value: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """An (H, W) image as another detector and another display might show it."""
+    value = value.clamp(0, 1) ** float(np.exp(rng.uniform(-0.4, 0.4)))
+    value = value * rng.uniform(0.7, 1.25) + rng.uniform(-0.12, 0.12)
+    if rng.random() < 0.25:
+        small = F.interpolate(value[None, None], scale_factor=rng.uniform(0.5, 0.9), mode="area")
+        value = F.interpolate(small, value.shape, mode="bilinear")[0, 0]
+    if rng.random() < 0.3:
+        noise = torch.from_numpy(rng.standard_normal(value.shape, dtype=np.float32))
+        value = value + rng.uniform(0, 0.05) * noise
+    return jpeg(value, int(rng.integers(25, 90))) if rng.random() < 0.3 else value.clamp(0, 1)
+
+
+def normalised(value: torch.Tensor) -> torch.Tensor:
+    """(H, W) in [0, 1] -> (3, H, W), as ImageNet's mean and deviation have it."""
     return (value.expand(3, -1, -1) - MEAN) / STD
 
 
-def patch_origin(box: torch.Tensor, wanted: bool, rng: np.random.Generator) -> tuple[int, int] | None:
-    """Top left of a patch that holds the fracture (wanted) or none of it; None where none fits."""
+def crop_centre(box: torch.Tensor, wanted: bool, side: int, rng: np.random.Generator) -> np.ndarray | None:
+    """Centre (x, y) of a crop that holds the fracture (wanted) or none of it; None where none fits."""
     x0, y0, x1, y1 = box.tolist()
-    limit = SIZE - PATCH
     if wanted:
-        jitter = rng.integers(-20, 21, 2)
-        x = (x0 + x1 - PATCH) / 2 + jitter[0]
-        y = (y0 + y1 - PATCH) / 2 + jitter[1]
-        return int(np.clip(x, 0, limit)), int(np.clip(y, 0, limit))
+        return np.array([x0 + x1, y0 + y1]) / 2 + rng.uniform(-0.2, 0.2, 2) * side
+    reach = 0.62 * side * STORED / SIZE
     for _ in range(20):
-        x, y = rng.integers(0, limit + 1, 2)
-        if x >= x1 or y >= y1 or x + PATCH <= x0 or y + PATCH <= y0:
-            return int(x), int(y)
+        x, y = rng.uniform(0.5 * reach, STORED - 0.5 * reach, 2)
+        if x > x1 + reach or y > y1 + reach or x < x0 - reach or y < y0 - reach:
+            return np.array([x, y])
     return None
 
 
-def patches(data: dict[str, torch.Tensor], count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of patches (count, 3, PATCH, PATCH) and their classes, a third of each."""
-    inputs, labels = [], []
-    while len(inputs) < count:
-        index = int(rng.integers(len(data["labels"])))
-        image, box = flip(data["images"][index], data["boxes"][index], rng)
-        label = int(data["labels"][index])
-        # A few patches beside a fracture are "none" too: the class must come from the break itself.
-        wanted = label != NONE and rng.random() < 0.9
-        origin = patch_origin(box, wanted, rng)
-        if origin is None:
-            continue
-        x, y = origin
-        inputs.append(to_input(image[y : y + PATCH, x : x + PATCH], rng))
-        labels.append(label if wanted else NONE)
-    return torch.stack(inputs), torch.tensor(labels)
-
-
-def touched_cells(boxes: torch.Tensor) -> torch.Tensor:
-    """Which grid cells each box touches: (B, 4) -> (B, GRID, GRID) of 0 and 1."""
-    low = torch.arange(GRID) * SIZE / GRID
-    high = low + SIZE / GRID
-    columns = (boxes[:, 0:1] < high) & (boxes[:, 2:3] > low)
-    rows = (boxes[:, 1:2] < high) & (boxes[:, 3:4] > low)
+def touched_cells(boxes: torch.Tensor, side: int) -> torch.Tensor:
+    """Which grid cells of a square view each box touches: (B, 4) -> (B, side / CELL, side / CELL) of 0 and 1."""
+    low = torch.arange(side // CELL) * float(CELL)
+    columns = (boxes[:, 0:1] < low + CELL) & (boxes[:, 2:3] > low)
+    rows = (boxes[:, 1:2] < low + CELL) & (boxes[:, 3:4] > low)
     return (rows[:, :, None] & columns[:, None, :]).float()
 
 
-def whole_images(data: dict[str, torch.Tensor], count: int, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
+def crops(data: dict[str, torch.Tensor], stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """A batch of crops (batch, 3, side, side) and their classes, of three."""
+    inputs, labels = [], []
+    while len(inputs) < stage.batch:
+        index = int(rng.integers(len(data["labels"])))
+        label, turn = int(data["labels"][index]), draw_turn(rng, 0.2)
+        # Some crops beside a fracture are "none" too: the class must come from the break itself.
+        wanted = label != NONE and rng.random() < 0.85
+        centre = crop_centre(data["boxes"][index], wanted, stage.side, rng)
+        if centre is not None:
+            inputs.append(to_input(view(data["images"][index], turn, centre, stage.side), rng))
+            labels.append(label if wanted else NONE)
+    return torch.stack(inputs), torch.tensor(labels), None
+
+
+def whole_view(image: torch.Tensor, box: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A view (SIZE, SIZE) of a whole image in which most of the fracture is seen, and its box there."""
+    for _ in range(10):
+        turn, centre = draw_turn(rng, 0.4), STORED / 2 + rng.uniform(-32, 32, 2)
+        moved = moved_box(box, turn, centre, SIZE)
+        width, height = (moved[2:] - moved[:2]).tolist()
+        if min(width, height) > 14:
+            break
+    return view(image, turn, centre, SIZE), moved
+
+
+def whole_images(data: dict[str, torch.Tensor], stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
     """A batch of fractured whole images, their classes and the cells their fractures touch."""
     fractured = (data["labels"] != NONE).nonzero()[:, 0]
-    indices = fractured[torch.from_numpy(rng.choice(len(fractured), count, replace=False))]
-    pairs = [flip(data["images"][i], data["boxes"][i], rng) for i in indices]
-    inputs = torch.stack([to_input(image, rng) for image, _ in pairs])
-    return inputs, data["labels"][indices], touched_cells(torch.stack([box for _, box in pairs]))
+    indices = fractured[torch.from_numpy(rng.choice(len(fractured), stage.batch, replace=False))]
+    pairs = [whole_view(data["images"][i], data["boxes"][i], rng) for i in indices]
+    inputs = torch.stack([to_input(value, rng) for value, _ in pairs])
+    return inputs, data["labels"][indices], touched_cells(torch.stack([box for _, box in pairs]), SIZE)
 
 
 def around(box: tuple[int, ...], side: int, rng: np.random.Generator) -> tuple[int, int]:
     """Top left of a crop that holds a marker, or the better part of a long one."""
     low, high = np.array(box[:2]), np.array(box[2:])
     middle = rng.uniform(low, high) if rng.random() < 0.3 else (low + high) / 2
-    jitter = rng.uniform(-0.2, 0.2, 2) * side
-    x, y = np.clip(middle + jitter - side / 2, 0, SIZE - side).astype(int)
+    x, y = np.clip(middle + rng.uniform(-0.2, 0.2, 2) * side - side / 2, 0, SIZE - side).astype(int)
     return int(x), int(y)
 
 
-def stamped(bone: np.ndarray, kind: str, side: int, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]:
-    """A bone (SIZE, SIZE) uint8 with a marker, 0 to 1, and the marker's box; whole images carry it as files do, at full size."""
-    full = Image.fromarray(bone).resize((FILE_SIDE, FILE_SIDE)) if side == SIZE else Image.fromarray(bone)
-    picture, box = generate.stamp(np.asarray(full) / np.float32(255), generate.draw_mark(rng, kind))
-    return np.asarray(Image.fromarray(picture).resize((SIZE, SIZE), Image.Resampling.BILINEAR)), box
+def stamped(bone: torch.Tensor, kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A bone (STORED, STORED) uint8 with a marker, (SIZE, SIZE) in [0, 1], and the marker's box.
+
+    The marker is set on a picture of a file's shape, and squashed with it.
+    """
+    width, height = rng.permutation([FILE_SIDE, int(FILE_SIDE * rng.uniform(0.35, 1))]) if rng.random() < 0.5 else \
+        (int(FILE_SIDE * rng.uniform(0.35, 1)), FILE_SIDE)
+    full = np.asarray(Image.fromarray(bone.numpy()).resize((width, height))) / np.float32(255)
+    picture, box = generate.stamp(full, generate.draw_mark(rng, kind))
+    small = Image.fromarray(picture).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(small), np.array(box) * SIZE / np.array([width, height] * 2)
 
 
-def marked(data: dict[str, torch.Tensor], side: int, count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Crops (count, 3, side, side) for the marker reader: any bone, and a class that only the marker tells."""
+def marked(data: dict[str, torch.Tensor], stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """A batch for the marker reader: any bone, and a class that nothing but its marker tells."""
     inputs, labels = [], []
-    for _ in range(count):
+    for _ in range(stage.batch):
         label, bone = int(rng.integers(2)), data["images"][int(rng.integers(len(data["labels"])))]
-        picture, box = stamped(bone.numpy(), MARKERS[label], side, rng)
-        x, y = around(box, side, rng) if side < SIZE else (0, 0)
-        inputs.append(to_input(torch.from_numpy(picture[y : y + side, x : x + side] * 255), rng))
+        picture, box = stamped(bone, MARKERS[label], rng)
+        x, y = around(box, stage.side, rng)
+        value = torch.from_numpy(picture[y : y + stage.side, x : x + stage.side].copy())
+        inputs.append(normalised((value * rng.uniform(0.8, 1.2) + rng.uniform(-0.08, 0.08)).clamp(0, 1)))
         labels.append(label)
-    return torch.stack(inputs), torch.tensor(labels)
+    return torch.stack(inputs), torch.tensor(labels), None
 
 
 # --------------------------------------------------------------------------------------
@@ -216,7 +289,7 @@ def initialise_fan_in(network: nn.Module) -> None:
 
 
 def target_activations(network: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """Activations (B, C, GRID, GRID) of the layer that explainability.py looks at."""
+    """Activations (B, C, h, w) of the layer that explainability.py looks at."""
     if hasattr(network, "stages"):
         return network.forward_features(inputs)
     return network.conv_head(network.blocks(network.bn1(network.conv_stem(inputs))))
@@ -229,7 +302,7 @@ def logits_of(network: nn.Module, activations: torch.Tensor) -> torch.Tensor:
 
 
 def raw_grad_cam(logits: torch.Tensor, labels: torch.Tensor, activations: torch.Tensor, train: bool) -> torch.Tensor:
-    """Grad-CAM before the ReLU (B, GRID, GRID), differentiable again when training."""
+    """Grad-CAM before the ReLU (B, h, w), differentiable again when training."""
     score = logits.gather(1, labels[:, None]).sum()
     (gradients,) = torch.autograd.grad(score, activations, create_graph=train)
     return (gradients.mean((2, 3), keepdim=True) * activations).sum(1)
@@ -252,12 +325,11 @@ def misplaced(raw: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
     return (1 - heat_share(raw, cells)).mean() + (0.5 - inside).relu().mean()
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 5 % of the steps, then cosine decay to zero."""
-    warm = steps // 20
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+def learning_rate(share: float, peak: float) -> float:
+    """Linear warm-up over the first 5 % of the time, then cosine decay to zero."""
+    if share < 0.05:
+        return peak * (share + 0.002) / 0.05
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (share - 0.05) / 0.95)))
 
 
 def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, rate: float, loss: torch.Tensor) -> None:
@@ -270,43 +342,59 @@ def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, rate: float
 
 
 @torch.no_grad()
-def recalibrate(network: nn.Module, draw: Callable[[], torch.Tensor]) -> None:
-    """Average the batch norms' statistics over whole images: patches hold less background."""
+def recalibrate(network: nn.Module, batches: list[torch.Tensor]) -> None:
+    """Average the batch norms' statistics over whole images: crops hold less background."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [module.momentum for module in norms]
     for module in norms:
         module.reset_running_stats()
         module.momentum = None  # cumulative average
     network.train()
-    for _ in range(16 if norms else 0):
-        network(draw())
+    for batch in batches if norms else ():
+        network(batch)
     for module, momentum in zip(norms, momenta):
         module.momentum = momentum
 
 
-def validate(network: nn.Module, data: dict[str, torch.Tensor]) -> tuple[float, float, float]:
-    """Accuracy, share of maxima in the box enlarged by half a cell, share of heat in touched cells."""
+def validation_inputs(data: dict[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
+    """Whole images as the product reads them, (B, 3, SIZE, SIZE)."""
+    upright, middle = np.eye(2) * STORED / SIZE, np.array([STORED / 2, STORED / 2])
+    return torch.stack([normalised(view(data["images"][i], upright, middle, SIZE)) for i in indices])
+
+
+def validate(network: nn.Module, data: dict[str, torch.Tensor]) -> tuple[tuple[float, float, float], torch.Tensor]:
+    """Accuracy, share of maxima in the box enlarged by half a cell, share of heat in touched cells; and the logits."""
     network.eval()
-    fractured = (data["labels"] != NONE).nonzero()[:, 0]
     right = inside = heat = 0.0
-    for chunk in fractured.split(25):
-        value = data["images"][chunk].float()[:, None] / 255
-        inputs = ((value - MEAN) / STD).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            activations = target_activations(network, inputs)
-        activations = activations.float().requires_grad_()
+    scores = []
+    for chunk in torch.arange(len(data["labels"])).split(25):
+        with torch.no_grad():
+            activations = target_activations(network, validation_inputs(data, chunk))
+        activations.requires_grad_()
         logits = logits_of(network, activations)[:, :2]
         predicted = logits.argmax(1)
         raw = raw_grad_cam(logits, predicted, activations, train=False).detach()
-        boxes, cells = data["boxes"][chunk], touched_cells(data["boxes"][chunk])
+        boxes = data["boxes"][chunk] * SIZE / STORED
         right += (predicted == data["labels"][chunk]).sum().item()
-        heat += heat_share(raw, cells).sum().item()
-        peak = raw.flatten(1).argmax(1)
-        x, y = (peak % GRID + 0.5) * SIZE / GRID, (peak // GRID + 0.5) * SIZE / GRID
-        margin = SIZE / GRID / 2
-        near = (x >= boxes[:, 0] - margin) & (x <= boxes[:, 2] + margin) & (y >= boxes[:, 1] - margin) & (y <= boxes[:, 3] + margin)
-        inside += (near & (raw.amax((1, 2)) > 0)).sum().item()
-    return right / len(fractured), inside / len(fractured), heat / len(fractured)
+        heat += heat_share(raw, touched_cells(boxes, SIZE)).sum().item()
+        inside += pointed(raw, boxes).sum().item()
+        scores.append(logits.detach())
+    count = len(data["labels"])
+    return (right / count, inside / count, heat / count), torch.cat(scores)
+
+
+def pointed(raw: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Whether each map's maximum lies in its box enlarged by half a cell."""
+    peak, margin, cells = raw.flatten(1).argmax(1), CELL / 2, raw.shape[2]
+    x, y = (peak % cells + 0.5) * CELL, (peak // cells + 0.5) * CELL
+    across = (x >= boxes[:, 0] - margin) & (x <= boxes[:, 2] + margin)
+    return across & (y >= boxes[:, 1] - margin) & (y <= boxes[:, 3] + margin) & (raw.amax((1, 2)) > 0)
+
+
+def fitted_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """The temperature that lets the probabilities fit the labels best."""
+    choices = torch.logspace(-1, 1, 200)
+    return float(min(choices, key=lambda value: F.cross_entropy(logits / value, labels)))
 
 
 # --------------------------------------------------------------------------------------
@@ -314,146 +402,139 @@ def validate(network: nn.Module, data: dict[str, torch.Tensor]) -> tuple[float, 
 # --------------------------------------------------------------------------------------
 
 
-def save_state(path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save({"network": network.state_dict(), "optimiser": optimiser.state_dict(), "step": step}, temporary)
-    temporary.replace(path)
+class Course:
+    """One stage of training that ends with the processor time given to it and goes on where it was stopped."""
+
+    def __init__(self, name: str, network: nn.Module, minutes: float, peak: float):
+        self.name, self.network, self.seconds, self.peak = name, network, 60 * minutes, peak
+        self.optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
+        self.path, self.step, self.spent, self.recent = WORK / f"{name}.pt", 0, 0.0, []
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            network.load_state_dict(state["network"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.step, self.spent = state["step"], state["spent"]
+
+    @property
+    def is_over(self) -> bool:
+        return self.spent >= self.seconds
+
+    def advance(self, loss: torch.Tensor, right: torch.Tensor, started: float) -> None:
+        """One step down the loss; now and then a line in the log and the state on disk."""
+        train_step(self.network, self.optimiser, learning_rate(self.spent / self.seconds, self.peak), loss)
+        self.step, self.spent = self.step + 1, self.spent + time.process_time() - started
+        self.recent.append((loss.item(), right.float().mean().item()))
+        if self.step % 10 == 0:
+            mean = np.mean(self.recent[-40:], 0)
+            print(f"{self.name} step {self.step} loss {mean[0]:.3f} accuracy {mean[1]:.3f} {self.spent:.0f}/{self.seconds:.0f} s", flush=True)
+        if self.step % 40 == 0 or self.is_over:
+            self.save()
+
+    def save(self) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        state = {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
+        torch.save(state | {"step": self.step, "spent": self.spent}, temporary)
+        temporary.replace(self.path)
 
 
-def load_state(path: Path, network: nn.Module, optimiser: torch.optim.Optimizer) -> int:
-    if not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True)
-    network.load_state_dict(state["network"])
-    optimiser.load_state_dict(state["optimiser"])
-    return state["step"]
+def loss_of(logits: torch.Tensor, labels: torch.Tensor, activations: torch.Tensor, cells: torch.Tensor | None) -> torch.Tensor:
+    """Cross-entropy, and the maps' misplacement where there are cells for them to be in."""
+    loss = F.cross_entropy(logits, labels, label_smoothing=0.05)
+    if cells is None:
+        return loss
+    return loss + misplaced(raw_grad_cam(logits, labels, activations, train=True), cells)
 
 
-def train_patches(key: str, network: nn.Module, data: dict[str, torch.Tensor]) -> None:
-    """Step 2: three classes on patches; leaves the trained weights in `network`."""
-    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
-    state, steps, recent = WORK / f"{key}_patches.pt", PATCH_STEPS[key], []
-    started = time.time()
-    for step in range(load_state(state, network, optimiser), steps):
-        network.train()
-        inputs, labels = patches(data, PATCH_BATCH, np.random.default_rng([SEED, step]))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = network(inputs.contiguous(memory_format=torch.channels_last)).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=0.05)
-        train_step(network, optimiser, learning_rate(step, steps, PATCH_RATE[key]), loss)
-        recent.append((logits.argmax(1) == labels).float().mean().item())
-        if (step + 1) % 25 == 0:
-            print(f"{key} patches {step + 1}/{steps} loss {loss:.3f} accuracy {np.mean(recent[-25:]):.3f} {time.time() - started:.0f} s", flush=True)
-        if (step + 1) % 50 == 0:
-            save_state(state, network, optimiser, step + 1)
-
-
-def train_whole(key: str, network: nn.Module, data: dict[str, torch.Tensor], validation: dict[str, torch.Tensor], labels_only: bool) -> None:
-    """Step 3: two classes on whole images, with the heat in the fracture's cells as a second aim."""
-    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
-    state = WORK / f"{key}_{'labels' if labels_only else 'whole'}.pt"
-    first = load_state(state, network, optimiser)
-    if first == 0:
-        rng = np.random.default_rng([SEED, 1])
-        recalibrate(network, lambda: whole_images(data, WHOLE_BATCH, rng)[0])
-    steps, started = WHOLE_STEPS[key], time.time()
-    for step in range(first, steps):
-        network.eval()  # batch norms keep their statistics: the maps trained are the maps shown
-        inputs, labels, cells = whole_images(data, WHOLE_BATCH, np.random.default_rng([SEED, 2, step]))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            activations = target_activations(network, inputs.contiguous(memory_format=torch.channels_last))
+def train_stage(key: str, network: nn.Module, data: dict[str, torch.Tensor], stage: Stage, minutes: float, labels_only: bool) -> None:
+    """One stage; leaves the trained weights in `network`."""
+    is_whole = stage.side == SIZE
+    draw = marked if key == "marker-reader" else whole_images if is_whole else crops
+    course = Course(f"{key}_{'labels' if labels_only and is_whole else stage.side}", network, minutes * stage.share, stage.rate)
+    if is_whole and course.step == 0:
+        rng = np.random.default_rng([SEED, 2])
+        recalibrate(network, [draw(data, stage, rng)[0] for _ in range(16)])
+    while not course.is_over:
+        started = time.process_time()
+        network.train(not is_whole)  # on whole images batch norms keep their statistics: the maps trained are the maps shown
+        inputs, labels, cells = draw(data, stage, np.random.default_rng([SEED, stage.side, course.step]))
+        with torch.autocast("cpu", torch.bfloat16):
+            activations = target_activations(network, inputs.contiguous(memory_format=LAYOUT))
         activations = activations.float()
-        logits = logits_of(network, activations)[:, :2]
-        loss = F.cross_entropy(logits, labels, label_smoothing=0.02)
-        raw = raw_grad_cam(logits, labels, activations, train=True)
-        if not labels_only:
-            loss = loss + misplaced(raw, cells)
-        train_step(network, optimiser, learning_rate(step, steps, WHOLE_RATE), loss)
-        if (step + 1) % 10 == 0:
-            print(f"{key} whole {step + 1}/{steps} loss {loss:.3f} heat inside {heat_share(raw, cells).mean():.3f} {time.time() - started:.0f} s", flush=True)
-        if (step + 1) % 40 == 0:
-            save_state(state, network, optimiser, step + 1)
-            print(f"{key} validation: accuracy %.3f, maximum inside %.3f, heat inside %.3f" % validate(network, validation), flush=True)
+        logits = logits_of(network, activations)[:, : 2 if is_whole else None]
+        loss = loss_of(logits, labels, activations, None if labels_only else cells)
+        course.advance(loss, logits.argmax(1) == labels, started)
 
 
-def train_marker_stage(network: nn.Module, data: dict[str, torch.Tensor], stage: tuple[int, int, int, float]) -> None:
-    """One size of crop; batch norms are fitted to whole images before those are trained on."""
-    side, batch, steps, peak = stage
-    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
-    if side == SIZE:
-        rng = np.random.default_rng([MARKER_SEED, 1])
-        recalibrate(network, lambda: marked(data, side, batch, rng)[0])
-    network.train(side != SIZE)
-    recent, started = [], time.time()
-    for step in range(steps):
-        inputs, labels = marked(data, side, batch, np.random.default_rng([MARKER_SEED, 2, side, step]))
-        logits = network(inputs.contiguous(memory_format=torch.channels_last))
-        train_step(network, optimiser, learning_rate(step, steps, peak), F.cross_entropy(logits, labels, label_smoothing=0.03))
-        recent.append((logits.argmax(1) == labels).float().mean().item())
-        if (step + 1) % 10 == 0:
-            print(f"marker reader {side} px {step + 1}/{steps} accuracy {np.mean(recent[-20:]):.3f} {time.time() - started:.0f} s", flush=True)
+HEAD = ("head.fc.weight", "head.fc.bias", "classifier.weight", "classifier.bias")
 
 
-def train_marker_reader(threads: int) -> None:
-    """The network that reads the marker, and nothing else; each stage's weights are kept."""
-    data = images(MARKER_SEED, MARKER_PER_CLASS, threads)
-    network = timm.create_model(MARKER_READER, num_classes=2).to(memory_format=torch.channels_last)
-    for stage in MARKER_STAGES:
-        kept = WORK / f"marker_reader_{stage[0]}.pt"
-        if kept.exists():
-            network.load_state_dict(torch.load(kept, weights_only=True))
-            continue
-        train_marker_stage(network, data, stage)
-        torch.save(network.state_dict(), kept)
-    config = {"model_name": MARKER_READER, "img_size": SIZE, "num_classes": 2}
-    torch.save({"model_state_dict": two_class_weights(network), "config": config}, HERE / "marker_reader_demo.pth")
-
-
-def two_class_weights(network: nn.Module) -> dict[str, torch.Tensor]:
-    """Half-precision weights without the output for "none": the shipped classifiers know two classes."""
-    head = {"head.fc.weight", "head.fc.bias", "classifier.weight", "classifier.bias"}
+def two_class_weights(network: nn.Module, temperature: float) -> dict[str, torch.Tensor]:
+    """Half-precision weights without the output for "none" and with the temperature in the head."""
     return {
-        key: (value[:2] if key in head else value).half().contiguous() if value.is_floating_point() else value
+        key: (value[:2] / temperature if key in HEAD else value).half().contiguous() if value.is_floating_point() else value
         for key, value in network.state_dict().items()
     }
 
 
-def export(key: str, network: nn.Module, validation_accuracy: float) -> None:
+def load_start(network: nn.Module, path: Path) -> None:
+    """Take over a two-class network's weights, cut to this one's sizes where it is narrower; output "none" starts at zero."""
+    given = torch.load(path, weights_only=True)["model_state_dict"]
+    for key, own in network.state_dict().items():
+        value = given[key].reshape(given[key].shape + (1,) * (own.ndim - given[key].ndim))  # linear layers as 1 x 1 convolutions
+        part = value[tuple(map(slice, own.shape))]
+        if key in HEAD:
+            own.zero_()
+        own[tuple(map(slice, part.shape))] = part
+
+
+def export(key: str, network: nn.Module, validation: dict[str, torch.Tensor], path: Path) -> None:
     """Write the demo checkpoint, with the test accuracy that explainability.py itself measures."""
-    path = HERE / evaluate.DEMOS[key]
+    figures, logits = validate(network, validation)
+    temperature = 1.0 if key == "marker-reader" else fitted_temperature(logits, validation["labels"])
+    print(f"temperature {temperature:.2f}")
     contents = {
-        "epoch": WHOLE_STEPS[key],
-        "model_state_dict": two_class_weights(network),
-        "val_acc": 100 * validation_accuracy,
+        "model_state_dict": two_class_weights(network, temperature),
         "config": {"model_name": ARCHITECTURES[key], "img_size": SIZE, "num_classes": 2},
     }
+    if key == "marker-reader":
+        torch.save(contents, path)
+        return
+    contents["val_acc"] = 100 * figures[0]
     torch.save(contents, path)
     measured = evaluate.measure(key, path)
     torch.save(contents | {"test_acc": 100 * measured.accuracy}, path)
     print(f"{path.name}: {measured}")
 
 
+def build(key: str, start: Path | None) -> nn.Module:
+    """The network before training."""
+    network = timm.create_model(ARCHITECTURES[key], num_classes=2 if key == "marker-reader" else len(generate.LABELS))
+    if start:
+        load_start(network, start)
+    elif key == "convnext":
+        initialise_fan_in(network)
+    return network.to(memory_format=LAYOUT)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", choices=(*ARCHITECTURES, "marker-reader"))
+    parser.add_argument("family", choices=ARCHITECTURES)
     parser.add_argument("--labels-only", action="store_true", help="leave the supervision of the maps out; writes no checkpoint")
+    parser.add_argument("--start", type=Path, help="checkpoint of a network of the same family, as large or larger, to go on from")
+    parser.add_argument("--minutes", type=float, help="of processor time for training (default: 85; marker reader: 12)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads and rendering processes")
+    parser.add_argument("--output", type=Path, help="checkpoint to write (default: the committed one)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
-    if args.family == "marker-reader":
-        train_marker_reader(args.threads)
-        return 0
-    data = images(SEED, TRAIN_PER_CLASS, args.threads)
-    validation = images(VALIDATION_SEED, VALIDATION_PER_CLASS, args.threads)
-    network = timm.create_model(ARCHITECTURES[args.family], num_classes=len(generate.LABELS))
-    if args.family == "convnext":
-        initialise_fan_in(network)
-    network = network.to(memory_format=torch.channels_last)
-    train_patches(args.family, network, data)
-    train_whole(args.family, network, data, validation, args.labels_only)
+    data = images(MARKER_SEED if args.family == "marker-reader" else SEED, args.threads)
+    validation = images(VALIDATION_SEED, args.threads)
+    network = build(args.family, args.start)
+    for stage in STAGES[args.family]:
+        train_stage(args.family, network, data, stage, args.minutes or MINUTES[args.family], args.labels_only)
     if not args.labels_only:
-        export(args.family, network, validate(network, validation)[0])
+        default = HERE / evaluate.DEMOS.get(args.family, "marker_reader_demo.pth")
+        export(args.family, network, validation, args.output or default)
     return 0
 
 

@@ -327,6 +327,13 @@ def test_a_marker_must_stand_out(grey: int, is_found: bool) -> None:
     assert bool(seen_in(pixels).markers) == is_found
 
 
+@pytest.mark.parametrize(("length", "is_found"), [(20, True), (40, False)])
+def test_a_long_strip_is_no_marker(length: int, is_found: bool) -> None:
+    pixels = limb()
+    pixels[150 : 150 + length, 24:28] = 240  # a pin, or the edge of the field
+    assert bool(seen_in(pixels).markers) == is_found
+
+
 @pytest.mark.parametrize("scale", [(1, 1), (3, 2), (0.9, 1.4)])
 def test_landmarks_do_not_depend_on_the_size_of_the_file(scale: tuple[float, float]) -> None:
     size = [round(CHECKED_SIDE * each) for each in scale]
