@@ -7,8 +7,8 @@
 
 Without options, for each demo network on data_original/test: accuracy; the share of images whose
 Grad-CAM maximum lies in the fracture's box enlarged by half a grid cell on each side (the pointing
-game); the share of the heat in that box; and the box's mean share of the image, which is what a
-map that points at random would reach.
+game); the share of the heat in that box; the box's mean share of the image, which is what a map that
+points at random would reach; and the expected calibration error of the confidence.
 
 With --checks, how often each check of a heatmap is flagged, and what --verify says: for the demo
 networks, random weights, the networks named, and maps constructed to be wrong.
@@ -50,11 +50,12 @@ class Measurement:
     pointing: float  # maximum inside the enlarged box
     heat: float  # heat inside the enlarged box
     chance: float  # area of the enlarged box
+    calibration_error: float
 
     def __str__(self) -> str:
         return (
             f"accuracy {self.accuracy:.2%}, maximum inside {self.pointing:.2%}, heat inside {self.heat:.2%} "
-            f"(chance {self.chance:.2%}) on {self.images} images"
+            f"(chance {self.chance:.2%}), calibration error {self.calibration_error:.2%} on {self.images} images"
         )
 
 
@@ -76,7 +77,16 @@ def measure(key: str, checkpoint: Path) -> Measurement:
     rows = table_of(key, checkpoint, [TEST])
     said = [np.mean([row[f"{key}_{name}"] == "yes" for row in rows]) for name in ("correct", "in_box")]
     said += [np.mean([float(row[f"{key}_{name}"]) for row in rows]) for name in ("heat_in_box", "box_area")]
+    confidence = np.array([float(row[f"{key}_confidence"]) for row in rows])
+    said.append(calibration_error(confidence, np.array([row[f"{key}_correct"] == "yes" for row in rows])))
     return Measurement(len(rows), *map(float, said))
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
+    """How far confidence and accuracy are apart, in ten equal steps of confidence: C. Guo et al., ICML 2017, eq. 3."""
+    steps = np.minimum((confidence * 10).astype(int), 9)
+    gaps = np.bincount(steps, weights=right - confidence, minlength=10)
+    return float(np.abs(gaps).sum() / len(right))
 
 
 # Checks

@@ -86,7 +86,7 @@ STAGES = {
     "efficientnet": (Stage(96, 32, 0.6, 1.2e-3), Stage(SIZE, 12, 0.4, 4e-4)),
     "marker-reader": (Stage(64, 48, 0.5, 2e-3), Stage(128, 24, 0.2, 1e-3), Stage(SIZE, 16, 0.3, 6e-4)),
 }
-MINUTES = {"convnext": 85, "efficientnet": 85, "marker-reader": 12}
+MINUTES = {"convnext": 78, "efficientnet": 78, "marker-reader": 12}
 
 
 # --------------------------------------------------------------------------------------
@@ -521,7 +521,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("family", choices=ARCHITECTURES)
     parser.add_argument("--labels-only", action="store_true", help="leave the supervision of the maps out; writes no checkpoint")
     parser.add_argument("--start", type=Path, help="checkpoint of a network of the same family, as large or larger, to go on from")
-    parser.add_argument("--minutes", type=float, help="of processor time for training (default: 85; marker reader: 12)")
+    parser.add_argument("--minutes", type=float, help="of processor time for training (default: 78; marker reader: 12)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads and rendering processes")
     parser.add_argument("--output", type=Path, help="checkpoint to write (default: the committed one)")
     args = parser.parse_args(argv)

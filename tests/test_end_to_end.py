@@ -254,6 +254,15 @@ def test_pointing_game_allows_half_a_cell(cell, inside):
     assert points_into_box(an_explanation(raw_map=raw_map), box, 224, 224) == inside
 
 
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "checkpoints")
+    import evaluate
+
+    confidence, right = np.array([0.95, 0.95, 0.65, 0.65]), np.array([True, False, True, True])
+    # Half are sure and right in half: 0.45 too sure; half are right where 0.65 was said: 0.35 too unsure.
+    assert evaluate.calibration_error(confidence, right) == pytest.approx((0.45 + 0.35) / 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("key", FAMILIES)
 def test_demo_networks_classify_and_point_at_the_fracture(key):
