@@ -9,8 +9,9 @@ Each step is resumed where it stopped (state in checkpoints/training/):
 
 1. Render training and validation images with data_original/generate.py, a little larger than the
    networks' 224 x 224; every time one is used, it is turned, scaled, cropped and exposed anew.
-2. Crops of 96 px at that scale, three classes (comminuted, simple, none), from random weights: a
-   crop costs a fifth of a whole image, and "none" teaches that the break itself makes the class.
+2. Crops of 96 px at that scale, three classes (comminuted, simple, none): a crop costs a fifth of a
+   whole image, and "none" teaches that the break itself makes the class. From random weights this
+   step stands still for long; --start goes on from another network, as the committed ones did.
 3. Whole images, two classes. The loss is cross-entropy + (1 - share of the Grad-CAM heat in the grid
    cells that the fracture touches) + a hinge that keeps the map from being blank there: "right for
    the right reasons" (Ross et al. 2017). With --labels-only it is cross-entropy alone.
@@ -63,7 +64,6 @@ COUNTS = {SEED: (3000, 3000, 1000), VALIDATION_SEED: (200, 200, 0), MARKER_SEED:
 MARKERS = ("text", "letter")  # what betrays classes 0 and 1 to the marker reader
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
 STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
-
 
 
 @dataclass(frozen=True)
@@ -487,14 +487,18 @@ def load_start(network: nn.Module, path: Path) -> None:
         own[tuple(map(slice, part.shape))] = part
 
 
-def export(key: str, network: nn.Module, validation: dict[str, torch.Tensor], path: Path) -> None:
-    """Write the demo checkpoint, with the test accuracy that explainability.py itself measures."""
+def export(key: str, network: nn.Module, validation: dict[str, torch.Tensor], path: Path | None) -> None:
+    """Validate; write the demo checkpoint (None: no file), with the test accuracy that explainability.py itself measures."""
     figures, logits = validate(network, validation)
+    print("validation: accuracy %.3f, maximum inside %.3f, heat inside %.3f" % figures)
+    if path is None:
+        return
     temperature = 1.0 if key == "marker-reader" else fitted_temperature(logits, validation["labels"])
     print(f"temperature {temperature:.2f}")
     contents = {
         "model_state_dict": two_class_weights(network, temperature),
         "config": {"model_name": ARCHITECTURES[key], "img_size": SIZE, "num_classes": 2},
+        "class_names": ["Comminuted Fracture", "Simple Fracture"],
     }
     if key == "marker-reader":
         torch.save(contents, path)
@@ -532,9 +536,8 @@ def main(argv: list[str] | None = None) -> int:
     network = build(args.family, args.start)
     for stage in STAGES[args.family]:
         train_stage(args.family, network, data, stage, args.minutes or MINUTES[args.family], args.labels_only)
-    if not args.labels_only:
-        default = HERE / evaluate.DEMOS.get(args.family, "marker_reader_demo.pth")
-        export(args.family, network, validation, args.output or default)
+    default = HERE / evaluate.DEMOS.get(args.family, "marker_reader_demo.pth")
+    export(args.family, network, validation, None if args.labels_only else args.output or default)
     return 0
 
 
