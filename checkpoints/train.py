@@ -11,7 +11,8 @@ Each step is resumed where it stopped (state in checkpoints/training/):
    networks' 224 x 224; every time one is used, it is turned, scaled, cropped and exposed anew.
 2. Crops of 96 px at that scale, three classes (comminuted, simple, none): a crop costs a fifth of a
    whole image, and "none" teaches that the break itself makes the class. From random weights this
-   step stands still for long; --start goes on from another network, as the committed ones did.
+   step stands still for long; --start goes on from another network. The committed ones went on from
+   those trained on drawn pictures: git show 12b19d5:checkpoints/convnext_v2_demo.pth > start.pth
 3. Whole images, two classes. The loss is cross-entropy + (1 - share of the Grad-CAM heat in the grid
    cells that the fracture touches) + a hinge that keeps the map from being blank there: "right for
    the right reasons" (Ross et al. 2017). With --labels-only it is cross-entropy alone.
