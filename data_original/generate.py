@@ -584,13 +584,13 @@ def draw_butterfly(rng: np.random.Generator, site: Site) -> tuple[Piece, ...]:
     amount, tall = rng.uniform(0.04, 0.09) * girth, rng.uniform(1.4, 2.3)
     start, slope = rng.uniform(-0.5, 0.1) * girth, rng.uniform(-0.4, 0.4)
     a, b = np.float32(math.cos(side)), np.float32(math.sin(side))
-    base, upper, lower = (plane_cut(rng, slope, 0, amount) for _ in range(3))
+    upper, lower = (plane_cut(rng, slope, 0, amount) for _ in range(2))
 
     def wedge(u: np.ndarray, v: np.ndarray) -> np.ndarray:
         return np.maximum(u * a + v * b - np.float32(start), 0) * np.float32(tall)
 
     def first(t: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-        return (upper if slope else base)(t, u, v) + wedge(u, v)
+        return upper(t, u, v) + wedge(u, v)
 
     def last(t: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         return lower(t, u, v) - wedge(u, v)
@@ -987,15 +987,11 @@ def sponge_map(rng: np.random.Generator, scene: Scene, t: np.ndarray, x: np.ndar
 
 def cassette_map(rng: np.random.Generator, scene: Scene, t: np.ndarray, x: np.ndarray, pixel: float) -> np.ndarray:
     """The cassette's edge or a lead strip: a bright band along one border of the picture."""
-    rows, columns = t.shape
-    along = np.linspace(0, 1, rows if rng.random() < 0.5 else columns, dtype=np.float32)
-    near = np.float32(rng.uniform(0.005, 0.05)) + np.float32(rng.normal(0, 0.02)) * along[:, None]
-    band = np.broadcast_to(along, (along.size, along.size))
-    inside = (band[:, :columns] if along.size == columns else band.T)[:rows]
-    if inside.shape != t.shape:
-        inside = np.resize(along, columns)[None].repeat(rows, 0) if along.size == columns else along[:, None].repeat(columns, 1)
-    inside = inside if rng.random() < 0.5 else 1 - inside
-    return np.float32(rng.uniform(0.8, 3)) * covered((near[:1] - inside) * 100, np.float32(rng.uniform(0.4, 1.5)))
+    down, across = (np.linspace(0, 1, side, dtype=np.float32) for side in t.shape)
+    inwards, along = (down[:, None], across[None]) if rng.random() < 0.5 else (across[None], down[:, None])
+    near = np.float32(rng.uniform(0.005, 0.05)) + np.float32(rng.normal(0, 0.02)) * along
+    inwards = inwards if rng.random() < 0.5 else 1 - inwards
+    return np.float32(rng.uniform(0.8, 3)) * covered((near - inwards) * 100, np.float32(rng.uniform(0.4, 1.5)))
 
 
 EXTRAS = {"cast": cast_map, "splint": splint_map, "plate": plate_map, "nail": nail_map, "fixator": fixator_map,
