@@ -23,7 +23,7 @@ Glossary
     probability   softmax of the logits, in [0, 1]; percent only in text
 
 Exit status: 0 done; 1 something named could not be used, with one line on stderr; 2 the command
-line is wrong; 130 interrupted; 141 standard output closed; 143 terminated.
+line is wrong; 129 terminal closed; 130 interrupted; 141 standard output closed; 143 terminated.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ SPECIAL_FILES = {
 ROUNDING = 8 * float(np.finfo(np.float32).eps)  # relative error of a few float32 operations
 
 MAX_STEM_BYTES = 210  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
-MARKED_BYTES = 1_000_000  # at each end of a file
+ZIP_DIRECTORY_BYTES = 1_000_000  # holds that of 10,000 tensors
 PROBE_BYTES = 4_000_000  # room that an output folder must have: the figures of one image
 
 DEFAULT_BATCH = {"cpu": 4, "cuda": 32, "mps": 32}  # images; larger ones gain no speed and take memory
@@ -518,6 +518,16 @@ class Result:
         """One explanation of each model, by the first method."""
         return [each for each in self.explanations if each.method == self.explanations[0].method]
 
+    @property
+    def truth(self) -> str:
+        """The true class, of what was explained; empty where the folder names none."""
+        return true_class(self.job.image, self.explanations[0].model.class_names)
+
+    @property
+    def wrong(self) -> list[Explanation]:
+        """The opinions that contradict the true class."""
+        return [each for each in self.opinions if self.truth and not is_right(each, self.truth)]
+
 
 # ------------------------------------------------------------------------------------------
 # Inputs: radiographs
@@ -811,7 +821,7 @@ def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
     dataset = pydicom.dcmread(file)
     if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise ExplainError("a DICOM file without an image in it; give one that holds the radiograph")
-    check_size(dataset.Columns * dataset.SamplesPerPixel, dataset.Rows)
+    check_size(dataset.Columns, dataset.Rows)
     stored = decoded(dataset)
     frames = int(dataset.get("NumberOfFrames") or 1)
     notes = [f"first of {frames} frames"] if frames > 1 else []
@@ -2188,8 +2198,9 @@ CONFIDENCE_LIMIT = 0.95  # the guide's, for clear cases
 COVERING_LIMIT = 0.1  # of probability; covering as much elsewhere costs honest networks less
 ERASING_BLUR = 8 / 224  # of the image's side: standard deviation of the Gaussian that erases
 ERASED_AREA = 0.2  # of the image, the hottest
-MOVED_MASKS = 15  # with the hot area, the blurred and two covered copies 19 passes
-MAX_OVERLAP = 0.25  # of a moved mask with the hot area
+MOVED_MASKS = 15
+MOST_TRIALS = MOVED_MASKS + 4  # and the hot area, two covered copies and the blurred one
+MAX_OVERLAP = 0.25  # of a moved mask with what it was moved from
 MARKER_MARGIN = 4  # pixels of CHECKED_SIDE round a covered marker
 ERASING_LIMIT = 0.5  # where masks put anywhere do as much, the map says nothing
 
@@ -2370,7 +2381,7 @@ class Trial:
     """What a network says of changed copies of a radiograph: class scores before the softmax, (K,) each."""
 
     blurred: np.ndarray  # the whole radiograph
-    covered: np.ndarray | None = None  # its markers; None where none was found
+    covered: np.ndarray | None = None  # its markers; None where none was found, or nothing to compare with
     covered_elsewhere: np.ndarray | None = None
     erased: np.ndarray | None = None  # the map's hot area; None for a map without one
     erased_elsewhere: np.ndarray | None = None  # (n, K), n moved masks
@@ -2442,10 +2453,15 @@ def log_odds(scores: np.ndarray, index: int) -> np.ndarray:
 
 
 def covering_fall(evidence: Evidence) -> float | None:
-    """What covering the markers takes from the predicted class, beyond covering as much elsewhere."""
+    """What covering the markers takes from the predicted class, beyond covering as much elsewhere.
+
+    NaN where markers lie everywhere, so that there is no elsewhere.
+    """
     trial, explanation = evidence.trial, evidence.explanation
-    if trial is None or trial.covered is None:
+    if trial is None or not evidence.landmarks.markers:
         return None
+    if trial.covered is None:
+        return float("nan")
     covered, elsewhere = (
         softmax_at(each, explanation.predicted) for each in (trial.covered, trial.covered_elsewhere)
     )
@@ -2485,6 +2501,8 @@ def percent(share: float) -> str:
 
 def covering_text(evidence: Evidence, value: float) -> str:
     explanation, trial, count = evidence.explanation, evidence.trial, len(evidence.landmarks.markers)
+    if np.isnan(value):
+        return "covering the markers cannot be tested: there are too many to cover as much elsewhere"
     what = "the side marker" if count == 1 else f"{count} markers"
     scores = trial.covered, trial.covered_elsewhere
     before, covered, elsewhere = (
@@ -2529,98 +2547,31 @@ class Check:
     text: Callable[[Evidence, float], str]
 
 
-CHECKS = {
-    check.key: check
-    for check in (
-        Check(
-            "blank",
-            "",  # its text says it
-            "map",
-            lambda evidence: float(is_uniform(evidence.explanation.raw_map)),
-            0,
-            operator.gt,
-            lambda evidence, value: evidence.explanation.blankness or "the map has a place to judge",
-        ),
-        Check(
-            "border",
-            "Attention on image borders",
-            "map",
-            border_heat,
-            BORDER_LIMIT,
-            operator.gt,
-            lambda evidence, value: (
-                f"{percent(value)} of the heat lies in the outer ring of cells, "
-                f"which is {percent(OUTER.mean())} of the area"
-            ),
-        ),
-        Check(
-            "dark",
-            "Attention on irrelevant areas",
-            "map",
-            dark_heat,
-            DARK_LIMIT,
-            operator.gt,
-            lambda evidence, value: f"{percent(value)} of the heat lies where nothing as dense as bone is",
-        ),
-        Check(
-            "markers",
-            "Focus on text/labels/artifacts",
-            "map",
-            marker_heat,
-            MARKER_LIMIT,
-            operator.gt,
-            lambda evidence, value: f"{percent(value)} of the heat lies on cells with a marker or text",
-        ),
-        Check(
-            "focus",
-            "No clear focal point",
-            "map",
-            focus,
-            FOCUS_LIMIT,
-            operator.lt,
-            lambda evidence, value: f"the hottest quarter of the area holds {percent(value)} of the heat",
-        ),
-        Check(
-            AGREEMENT,
-            "Models strongly disagree",
-            "pair",
-            lambda evidence: shared_heat(evidence.explanation.raw_map, evidence.other_map),
-            AGREEMENT_LIMIT,
-            operator.lt,
-            lambda evidence, value: f"the two maps share {percent(value)} of their heat",
-        ),
-        Check(
-            "confidence",
-            "Low confidence overall",
-            "prediction",
-            lambda evidence: evidence.explanation.confidence,
-            CONFIDENCE_LIMIT,
-            operator.lt,
-            lambda evidence, value: (
-                f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}"
-            ),
-        ),
-        Check(
-            "covering",
-            "Reads the side marker",
-            "verify",
-            covering_fall,
-            COVERING_LIMIT,
-            operator.gt,
-            covering_text,
-        ),
-        Check("default", "Says so of anything", "verify", default_probability, 1, operator.gt, default_text),
-        Check(
-            "erasing",
-            "The hot area counts no more than others",
-            "verify",
-            erasing_rank,
-            ERASING_LIMIT,
-            operator.gt,
-            erasing_text,
-        ),
-    )
-}
+CHECKS = {check.key: check for check in (
+    Check("blank", "", "map",  # its text says it
+          lambda evidence: float(is_uniform(evidence.explanation.raw_map)), 0, operator.gt,
+          lambda evidence, value: evidence.explanation.blankness or "the map has a place to judge"),
+    Check("border", "Attention on image borders", "map", border_heat, BORDER_LIMIT, operator.gt,
+          lambda evidence, value: f"{percent(value)} of the heat lies in the outer ring of cells, "
+                                  f"which is {percent(OUTER.mean())} of the area"),
+    Check("dark", "Attention on irrelevant areas", "map", dark_heat, DARK_LIMIT, operator.gt,
+          lambda evidence, value: f"{percent(value)} of the heat lies where nothing as dense as bone is"),
+    Check("markers", "Focus on text/labels/artifacts", "map", marker_heat, MARKER_LIMIT, operator.gt,
+          lambda evidence, value: f"{percent(value)} of the heat lies on cells with a marker or text"),
+    Check("focus", "No clear focal point", "map", focus, FOCUS_LIMIT, operator.lt,
+          lambda evidence, value: f"the hottest quarter of the area holds {percent(value)} of the heat"),
+    Check(AGREEMENT, "Models strongly disagree", "pair",
+          lambda evidence: shared_heat(evidence.explanation.raw_map, evidence.other_map),
+          AGREEMENT_LIMIT, operator.lt,
+          lambda evidence, value: f"the two maps share {percent(value)} of their heat"),
+    Check("confidence", "Low confidence overall", "prediction",
+          lambda evidence: evidence.explanation.confidence, CONFIDENCE_LIMIT, operator.lt,
+          lambda evidence, value: f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}"),
+    Check("covering", "Reads the side marker", "verify", covering_fall, COVERING_LIMIT, operator.gt, covering_text),
+    Check("default", "Says so of anything", "verify", default_probability, 1, operator.gt, default_text),
+    Check("erasing", "The hot area counts no more than others", "verify",
+          erasing_rank, ERASING_LIMIT, operator.gt, erasing_text),
+)}  # fmt: skip
 MAP_CHECKS = sum(check.about == "map" for check in CHECKS.values())
 
 
@@ -2696,22 +2647,39 @@ def with_filled(image: np.ndarray, boxes: Iterable[PixelBox]) -> np.ndarray:
     return image
 
 
-def marker_masks(markers: Sequence[PixelBox], side: int) -> tuple[list[PixelBox], list[PixelBox]]:
+def marker_masks(markers: Sequence[PixelBox], side: int) -> tuple[list[PixelBox], list[PixelBox] | None]:
     """Boxes to cover in an image of `side` pixels: the markers with a margin, and as much elsewhere.
 
     Elsewhere is their mirror image, left-right, up-down or both, that overlaps them least: about
-    as far from the centre.
+    as far from the centre. Where markers lie in opposite places too, it is the first shift by
+    whole cells that hardly overlaps them; None where there is none.
     """
     boxes = [
         tuple(round(end * side / CHECKED_SIDE) for end in grown(box, MARKER_MARGIN, CHECKED_SIDE))
         for box in markers
     ]
+    covered = box_mask(boxes, side)
+
+    def misfit(others: list[PixelBox]) -> float:
+        mask = box_mask(others, side)
+        return ((mask & covered).sum() + max(0, covered.sum() - mask.sum())) / covered.sum()
+
     across = [(side - x1, y0, side - x0, y1) for x0, y0, x1, y1 in boxes]
     mirrors = [
         across,
         *([(x0, side - y1, x1, side - y0) for x0, y0, x1, y1 in each] for each in (boxes, across)),
     ]
-    return boxes, min(mirrors, key=lambda mirror: (box_mask(mirror, side) & box_mask(boxes, side)).sum())
+    steps = [(side * down // CELLS, side * right // CELLS) for down, right in np.ndindex(CELLS, CELLS)]
+    shifts = ([shifted(box, *step, side) for box in boxes] for step in steps)
+    tried_in_turn = itertools.chain(sorted(mirrors, key=misfit), shifts)
+    return boxes, next((each for each in tried_in_turn if misfit(each) < MAX_OVERLAP), None)
+
+
+def shifted(box: PixelBox, down: int, right: int, side: int) -> PixelBox:
+    """A box moved on an image of `side` pixels whose opposite edges meet; none is cut in two."""
+    x0, y0, x1, y1 = box
+    x, y = min((x0 + right) % side, side - x1 + x0), min((y0 + down) % side, side - y1 + y0)
+    return x, y, x + x1 - x0, y + y1 - y0
 
 
 def box_mask(boxes: Iterable[PixelBox], side: int) -> np.ndarray:
@@ -2764,14 +2732,15 @@ def tried(
     """Ask the network about changed copies of one input (3, N, N): at most 19 forward passes."""
     erasing = without_detail(image)
     copies, side = [erasing], image.shape[1]
-    if landmarks.markers:
-        copies += [with_filled(image, boxes) for boxes in marker_masks(landmarks.markers, side)]
+    markers, elsewhere = marker_masks(landmarks.markers, side) if landmarks.markers else ([], None)
+    if elsewhere:
+        copies += [with_filled(image, boxes) for boxes in (markers, elsewhere)]
     first_erased = len(copies)
     if not is_uniform(explanation.raw_map):
         mask = hot_mask(explanation.heatmap, side)
         copies += [np.where(each, erasing, image) for each in (mask, *moved_masks(mask))]
     scores = class_scores(classifier, np.stack(copies), batch_size)
-    covering = scores[1:first_erased] if landmarks.markers else (None, None)
+    covering = scores[1:first_erased] if elsewhere else (None, None)
     hot = scores[first_erased:]
     erased = (hot[0], hot[1:]) if len(hot) > 1 else (None, None)
     return Trial(scores[0], *covering, *erased, passes=len(copies))
@@ -2816,15 +2785,12 @@ def same_cell_share(heats: np.ndarray) -> float:
 
 def audit_lines(observations: Sequence[Observation]) -> list[str]:
     """What the maps of one model have in common over a run, with the guide's flag where that is suspect."""
-    with_flags = [found for each in observations if (found := flagged_findings(each.findings, "map"))]
-    counts = Counter(finding.check for found in with_flags for finding in found)
-    which = ": " + ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key]) if counts else ""
-    lines = [f"Map checks: {len(with_flags)} of {len(observations)} maps flagged{which}"]
+    lines = []
     for text, value, limit, form in audited(observations):
         sign = "🚩 " if value > limit else ""
         lines.append(f"{sign}{text}: {form(value)}{f', flagged above {form(limit)}' if sign else ''}")
     placed = sum(each.value("focus") is not None for each in observations)
-    if placed < FEW_MAPS:
+    if observations and placed < FEW_MAPS:
         lines.append(f"Same place in every image: needs {FEW_MAPS} maps that are not blank, here {placed}")
     return lines
 
@@ -2857,19 +2823,23 @@ def audited(
 # Where the fracture is known (--boxes)
 
 
-def read_boxes(path: Path) -> dict[str, TrueBox]:
-    """The boxes of a table, by the real path of the image; images are named from the table's folder.
+def read_boxes(path: Path) -> tuple[dict[str, TrueBox], list[str]]:
+    """The boxes of a table, by the real path of the image, and the names of images that are not there.
 
-    Lines without coordinates are images without a fracture. Raises ExplainError, with the line,
-    for whatever is no box.
+    Images are named from the table's folder. Lines without coordinates are images without a
+    fracture. Raises ExplainError, with the line, for whatever is no box.
     """
     boxes: dict[str, TrueBox] = {}
+    missing: list[str] = []
     for number, row in box_rows(path):
         source = f"{shown(path)}, line {number}"
         try:
             image, box = path.parent / row["file"], box_of(row, source)
-            if not row["file"] or not image.is_file():
-                raise ExplainError(f"no such file as {brief(row['file'])} beside the table; correct its name")
+            if not row["file"]:
+                raise ExplainError("no file is named; name the image")
+            if not image.is_file():
+                missing.append(row["file"])
+                continue
             if os.path.realpath(image) in boxes:
                 raise ExplainError(
                     f"a second box for {brief(row['file'])}; keep one that holds the whole fracture"
@@ -2879,18 +2849,18 @@ def read_boxes(path: Path) -> dict[str, TrueBox]:
             raise ExplainError(f"{source}: {cause}") from error
         if box:
             boxes[os.path.realpath(image)] = box
-    return boxes
+    return boxes, missing
 
 
-def known_boxes(table: Path | None, images: Sequence[Path]) -> tuple[dict[str, TrueBox], tuple[int, str]]:
-    """Boxes by `read_boxes` of the table named, or of the test images' own; and the table's mark."""
-    if table is None:
-        if not any(TEST_IMAGES in Path(os.path.realpath(image)).parents for image in images):
-            return {}, (0, "")
-        if not TEST_BOXES.is_file():
-            return {}, (0, "")
-        table = TEST_BOXES
-    return read_boxes(table), file_mark(table)
+def known_boxes(table: Path | None, images: Sequence[Path]) -> tuple[dict[str, TrueBox], str, list[str]]:
+    """Boxes of the table named, or of the test images' own; the table's mark; and what to say of it."""
+    if table:
+        boxes, missing = read_boxes(table)
+        notes = [f"ℹ️  {shown(table)}: images that are not beside it: {listed(missing)}"] * bool(missing)
+        return boxes, file_mark(table), notes
+    if not any(TEST_IMAGES in Path(os.path.realpath(image)).parents for image in images):
+        return {}, "", []
+    return (read_boxes(TEST_BOXES)[0], file_mark(TEST_BOXES), []) if TEST_BOXES.is_file() else ({}, "", [])
 
 
 def box_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -3317,12 +3287,16 @@ def add_contours(
     sheet: Sheet, x: float, y: float, width: float, height: float,
     explanation: Explanation, style: FigureStyle,
 ) -> None:  # fmt: skip
-    """Lines of equal heat, where they are asked for and there is any."""
-    if style.contours and explanation.heatmap.any():
+    """Lines of equal heat, where they are asked for and there is any; signed, also of what speaks against."""
+    if style.contours and has_colours(explanation, style):
         scale = 128 / min(width, height)
-        cells = (round(min(scale * side, 1024)) for side in (height, width))
-        shades = tuple(colour_at(level, style) for level in CONTOURS)
-        sheet.items.append(Curves(x, y, width, height, resized(explanation.heatmap, *cells), shades))
+        cells = [round(min(scale * side, 1024)) for side in (height, width)]
+        for sign in (1, -1)[: 1 + style.signed]:
+            places = [(1 + sign * level) / 2 if style.signed else level for level in CONTOURS]
+            shades = tuple(colour_at(place, style) for place in places)
+            heat = resized(sign * drawn_map(explanation, style), *cells)
+            if heat.max() > CONTOURS[0]:
+                sheet.items.append(Curves(x, y, width, height, heat, shades))
 
 
 def bare_overlay(pixels: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
@@ -4044,18 +4018,19 @@ def output_stems(labels: Sequence[str]) -> list[str]:
     return stems
 
 
-def file_mark(path: Path) -> tuple[int, str]:
-    """Size and checksum of the first and last megabyte: tells files apart without reading a gigabyte.
+def file_mark(path: Path) -> str:
+    """What tells whether a file's content is another one.
 
-    A file that cannot be read has the mark of an empty one; what is wrong is said when it is used.
+    Of a zip archive, which checkpoints are as a rule, its directory at the end is enough: it holds
+    a checksum of every part. A file that cannot be read has no mark; what is wrong is said when it
+    is used.
     """
     with contextlib.suppress(ExplainError, OSError), open_regular(path) as file:
-        length, ends = file.seek(0, os.SEEK_END), hashlib.sha256()
-        for start in (0, max(0, length - MARKED_BYTES)):
-            file.seek(start)
-            ends.update(file.read(MARKED_BYTES))
-        return length, ends.hexdigest()
-    return 0, ""
+        is_zip = file.read(2) == b"PK"
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - ZIP_DIRECTORY_BYTES) if is_zip else 0)
+        return f"{length} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return ""
 
 
 def make_jobs(
@@ -4119,6 +4094,16 @@ def content_label(image: Path) -> str:
     return hashlib.sha256(os.fsencode(image)).hexdigest()[:8]  # what is wrong is said when it is read
 
 
+def numbered(labels: Iterable[str]) -> list[str]:
+    """The labels, with a number behind each that came before."""
+    times: Counter[str] = Counter()
+    told = []
+    for label in labels:
+        times[label] += 1
+        told.append(f"{label}_{times[label]}" if times[label] > 1 else label)
+    return told
+
+
 def digest_of(*parts: object) -> str:
     """A short checksum of values that have a repr of their own."""
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
@@ -4167,9 +4152,14 @@ def write_contact_sheet(
 ) -> None:
     """The contact sheet of a run. Raises ExplainError where it cannot be written."""
     sheet = summary_figure(rows, highlights.models, highlights.mean_maps, highlights.seen, style)
-    content = figure_bytes(sheet, style)
+    content = figure_bytes(sheet, style, rows_digest(rows))
     with replacing(path) as file:
         file.write(content)
+
+
+def rows_digest(rows: Sequence[dict[str, str]]) -> str:
+    """What tells the contact sheet of these rows from that of others."""
+    return digest_of(sorted((row["file"], row.get("digest", ""), row["error"]) for row in rows))
 
 
 def write_maps(result: Result) -> None:
@@ -4377,7 +4367,7 @@ def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, st
                     "its columns are not those of this run (another --model or --method, or other classes)"
                 )
                 raise refusal(path, cause, "move it away, or choose another --output-dir")
-            return {row_key(row["file"]): row for row in reader if None not in row.values()}
+            return {row_key(row["file"]): row for row in reader if None not in (*row, *row.values())}
     except FileNotFoundError:
         return {}
     except (OSError, csv.Error) as error:
@@ -4530,7 +4520,7 @@ def prediction_lines(explanations: Sequence[Explanation]) -> list[str]:
         each.method: f"{METHODS[each.method].title}: " * (len(explanations) > 1) for each in explanations
     }
     lines += [f"  {line}" for each in explanations for line in map_lines(each, titles[each.method])]
-    lines += [f"  {line}" for line in network_lines(first)]
+    lines += [f"  {line}" for line in network_lines(first, titles[first.method])]
     warnings_due = [remark for each in explanations for remark in each.remarks]
     return lines + [f"  ⚠️  {text}" for text in dict.fromkeys(warnings_due)]
 
@@ -4550,29 +4540,26 @@ def map_lines(explanation: Explanation, title: str) -> list[str]:
     return lines + ([title + pointing_text(explanation.pointing)] if explanation.pointing else [])
 
 
-def network_lines(explanation: Explanation) -> list[str]:
-    """What the checks say of the network: low confidence, and all that --verify asked."""
+def network_lines(explanation: Explanation, title: str) -> list[str]:
+    """What the checks say of the network: low confidence, and all that --verify asked about this map."""
     about = {each: CHECKS[each.check].about for each in explanation.findings}
     told = [
         each for each in about
         if about[each] == "verify" or (about[each] == "prediction" and each.is_flagged)
     ]  # fmt: skip
-    passes = [f"Verified with {explanation.passes} more forward passes"] * bool(explanation.passes)
+    passes = [f"{title}Verified with {explanation.passes} more forward passes"] * bool(explanation.passes)
     return [*map(marked_text, told), *passes]
 
 
 def verdict_mark(result: Result) -> str:
     """A tick for being right where the folder names the true class, else for agreeing."""
-    truth = true_class(result.job.image, result.opinions[0].model.class_names)
-    are_right = all(is_right(each, truth) for each in result.opinions)
-    return "✅" if (are_right if truth else agree(result.opinions)) else "⚠️ "
+    return "✅" if (not result.wrong if result.truth else agree(result.opinions)) else "⚠️ "
 
 
 def verdict_text(result: Result) -> str:
     """Which models contradict the folder's name, in words; empty where none does."""
-    truth = true_class(result.job.image, result.opinions[0].model.class_names)
-    wrong = [each.model.title for each in result.opinions if truth and not is_right(each, truth)]
-    return f"; wrong, the folder says {truth}: {', '.join(wrong)}" if wrong else ""
+    wrong = [each.model.title for each in result.wrong]
+    return f"; wrong, the folder says {result.truth}: {', '.join(wrong)}" if wrong else ""
 
 
 # Many images
@@ -4585,8 +4572,7 @@ def result_line(result: Result) -> str:
         f"{' (blank map)' if not each.heatmap.any() else ''}"
         for each in result.opinions
     )
-    truth = true_class(result.job.image, result.opinions[0].model.class_names)
-    wrong = sum(not is_right(each, truth) for each in result.opinions) if truth else 0
+    wrong = len(result.wrong)
     words = [f"{wrong} wrong" if len(result.opinions) > 1 else "wrong"] * bool(wrong)
     words += ["disagree"] * (not agree(result.opinions))
     flags = ((each.model.title, flags_text(each)) for each in result.opinions)
@@ -4617,8 +4603,10 @@ def run_lines(
     if fresh:
         lines.append(f"Speed: {fresh / seconds:.2f} images per second ({fresh} images in {seconds:.1f} s)")
     for model in models:
-        lines += ["", *accuracy_lines(done, model), *(f"  {line}" for line in box_lines(done, model))]
-        lines += [f"  {line}" for line in audit_lines(observations.get(model.family.key, ()))]
+        seen = observations.get(model.family.key, ())
+        told = [*box_lines(done, model), flags_line(done, model)]
+        told += [f"Of the {len(seen)} images explained now:"] * (0 < len(seen) < len(done))
+        lines += ["", *accuracy_lines(done, model), *(f"  {line}" for line in told + audit_lines(seen))]
     if len(models) > 1 and done:
         differ = [row for row in done if row["agree"] == "no"]
         lines += ["", f"Models agree on {len(done) - len(differ)} of {len(done)} images"]
@@ -4647,6 +4635,15 @@ def box_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
     heat, area = (np.mean([float(row[f"{key}_{name}"]) for row in known]) for name in ("heat_in_box", "box_area"))
     share = f"{inside / len(known):.1%} ({inside} of {len(known)})"
     return [f"True fracture: maximum inside {share}, heat inside {heat:.1%}, chance {area:.1%}"]
+
+
+def flags_line(rows: Sequence[dict[str, str]], model: Model) -> str:
+    """How many maps the map checks flag, and which how often."""
+    flags = [row[f"{model.family.key}_flags"].split(", ") for row in rows]
+    found = [[key for key in each if key in CHECKS and CHECKS[key].about == "map"] for each in flags]
+    counts = Counter(itertools.chain(*found))
+    which = ": " + ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key]) if counts else ""
+    return f"Map checks: {sum(map(bool, found))} of {len(rows)} maps flagged{which}"
 
 
 def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
@@ -4822,6 +4819,8 @@ class Highlights:
 
     def add(self, result: Result, rows: Sequence[dict[str, str]]) -> None:
         """Count a result in, and forget the pictures of those that others push from the sheet."""
+        if result.error:
+            return
         for explanation in result.opinions:
             key = explanation.model.family.key
             self.heat[key] = self.heat.get(key, 0) + explanation.heatmap
@@ -4833,13 +4832,9 @@ class Highlights:
 
     def look_at(self, result: Result) -> None:
         """Keep the picture of a result, with the surest wrong explanation or else the first."""
-        if result.error:
-            return
-        truth = true_class(result.job.image, self.models[0].class_names)
-        wrong = [each for each in result.opinions if truth and not is_right(each, truth)]
         picture = Image.fromarray(result.picture)
         picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-        shown_one = max(wrong or result.explanations[:1], key=lambda each: each.confidence)
+        shown_one = max(result.wrong or result.explanations[:1], key=lambda each: each.confidence)
         self.seen[result.job.label] = np.asarray(picture), shown_one
 
 
@@ -4932,7 +4927,7 @@ def drawing_pool(processes: int, is_told: bool) -> Iterator[Submit]:
 
 @contextlib.contextmanager
 def progress_bar(
-    request: Request, classifiers: Sequence[Classifier], images: int, is_quiet: bool
+    request: Request, classifiers: Sequence[Classifier], images: int, is_quiet: bool, asks_again: bool
 ) -> Iterator[tuple[tqdm, Callable[[], None]]]:
     """A bar on a terminal, and what counts an image; elsewhere only the lines written through it.
 
@@ -4940,16 +4935,16 @@ def progress_bar(
     """
     from tqdm import tqdm
 
-    passes = passes_of(request.methods)
+    passes = passes_of(request.methods) + asks_again * MOST_TRIALS
     is_long = passes >= LONG_PASSES
     is_shown = not is_quiet and sys.stderr.isatty() and (is_long or not request.is_single)
-    total, unit = (images * passes * len(classifiers), "pass") if is_long else (images, "image")
-    with tqdm(total=total, unit=unit, disable=not is_shown) as bar:
-        if not is_long:
-            yield bar, bar.update
-            return
-        with counted_inputs([classifier.network for classifier in classifiers], bar.update):
-            yield bar, lambda: None
+    each = passes * len(classifiers) if is_long else 1
+    counted = [classifier.network for classifier in classifiers if is_long]
+    done = itertools.count(1)
+    with tqdm(total=images * each, unit="pass" if is_long else "image", disable=not is_shown) as bar:
+        with counted_inputs(counted, bar.update):
+            # Some images take fewer passes: no markers to cover, no hot area to erase.
+            yield bar, lambda: bar.update(max(0, next(done) * each - bar.n))
 
 
 @contextlib.contextmanager
@@ -5009,7 +5004,7 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
         highlights = Highlights(models)
         with (
             results_table(request, models, args.output_dir, args.skip_existing) as (rows, jobs, append),
-            progress_bar(request, classifiers, len(jobs), args.quiet) as (bar, count_image),
+            progress_bar(request, classifiers, len(jobs), args.quiet, args.verify) as (bar, count_image),
         ):
             started, finished = time.monotonic(), len(rows)
             for result in written_results(explain_jobs(jobs, *asked)):
@@ -5020,7 +5015,7 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
                 count_image()
         spent = time.monotonic() - started
         sheet = args.output_dir / f"{SHEET_STEM}.{args.format}"
-        if not (request.is_single or args.no_figures) and (jobs or not sheet.exists()):
+        if not (request.is_single or args.no_figures or digest_in(sheet) == rows_digest(rows)):
             make_sheet(sheet, request, rows, highlights, asked)
     status = int(any(row["error"] for row in rows))
     if request.is_single:
@@ -5039,7 +5034,8 @@ def make_sheet(
     first = {row["file"] for row in looked_at_first(rows, highlights.models)} - set(highlights.seen)
     again = [Job(job.image, job.label, (), (), "") for job in request.jobs if job.label in first]
     for result, _ in explain_jobs(again, classifiers, targets, methods[:1], batch, style, submit):
-        highlights.look_at(result)
+        if not result.error:
+            highlights.look_at(result)
     submit(write_contact_sheet, path, rows, highlights, style).result()
 
 
@@ -5109,8 +5105,9 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     """An argparse type: a whole number from `low` to `high`."""
 
     def parse(text: str) -> int:
-        if not (text.isascii() and text.isdecimal() and low <= int(text) <= high):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(high))
+        if not (is_number and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{brief(text)} is not a whole number from {low} to {high}")
         return int(text)
 
     return parse
@@ -5136,91 +5133,54 @@ def class_list(text: str) -> tuple[str, ...]:
 # By heading in --help and name: its help, and how it is read.
 OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "what to explain": {
-        "--image": (
-            "X-ray images, folders or quoted patterns (default: a random test image)",
-            {"nargs": "+", "action": "extend", "metavar": "PATH"},
-        ),
-        "--model": (
-            "which model to analyze (default: both)",
-            {"choices": [*FAMILIES, "both"], "default": "both"},
-        ),
+        "--image": ("X-ray images, folders or quoted patterns (default: a random test image)",
+            {"nargs": "+", "action": "extend", "metavar": "PATH"}),
+        "--model": ("which model to analyze (default: both)",
+            {"choices": [*FAMILIES, "both"], "default": "both"}),
         "--compare": ("both models and their comparison, whatever --model says", {"action": "store_true"}),
-        "--method": (
-            f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)",
-            {"nargs": "+", "choices": METHODS, "default": ["gradcam"], "metavar": "METHOD"},
-        ),
-        "--target-class": (
-            "name or index of the class to explain (default: the predicted class)",
-            {"metavar": "CLASS"},
-        ),
-        "--seed": (
-            "repeat the choice of the random test image",
-            {"type": whole_number(0, 2**63), "metavar": "N"},
-        ),
+        "--method": (f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)",
+            {"nargs": "+", "action": "extend", "choices": METHODS, "metavar": "METHOD"}),
+        "--target-class": ("name or index of the class to explain (default: the predicted class)",
+            {"metavar": "CLASS"}),
+        "--seed": ("repeat the choice of the random test image",
+            {"type": whole_number(0, 2**63), "metavar": "N"}),
     },
     "networks": {
         **{
             f"--{key}-checkpoint": (f"default: checkpoints/{key}*", {"type": Path, "metavar": "FILE"})
             for key in FAMILIES
         },
-        "--class-names": (
-            "classes in the order of the outputs, for checkpoints that record none",
-            {"type": class_list, "metavar": "A,B"},
-        ),
-        "--device": (
-            "where to compute (default: auto)",
-            {"choices": ("auto", "cpu", "cuda", "mps"), "default": "auto"},
-        ),
-        "--batch-size": (
-            "images computed at once (default: 4, on a GPU 32)",
-            {"type": whole_number(1, 4096), "metavar": "N"},
-        ),
+        "--class-names": ("classes in the order of the outputs, for checkpoints that record none",
+            {"type": class_list, "metavar": "A,B"}),
+        "--device": ("where to compute (default: auto)",
+            {"choices": ("auto", "cpu", "cuda", "mps"), "default": "auto"}),
+        "--batch-size": ("images computed at once (default: 4, on a GPU 32)",
+            {"type": whole_number(1, 4096), "metavar": "N"}),
     },
     "checks": {
-        "--verify": (
-            "ask the networks again with markers covered and hot areas erased: up to 19 forward passes each",
-            {"action": "store_true"},
-        ),
-        "--boxes": (
-            "table file,class,x0,y0,x1,y1 of true fractures (default: the test images' own)",
-            {"type": Path, "metavar": "CSV"},
-        ),
+        "--verify": ("ask the networks again with markers covered and hot areas erased: up to 19 forward passes each",
+            {"action": "store_true"}),
+        "--boxes": ("table file,class,x0,y0,x1,y1 of true fractures (default: the test images' own)",
+            {"type": Path, "metavar": "CSV"}),
     },
     "outputs": {
-        "--output-dir": (
-            "where results go (default: explainability_outputs)",
-            {"type": Path, "metavar": "DIR"},
-        ),
-        "--colormap": (
-            "any matplotlib colormap (default: jet; viridis is perceptually uniform)",
-            {"type": colormap_name, "default": "jet", "metavar": "NAME"},
-        ),
-        "--signed": (
-            "draw evidence for and against the class, not the first alone",
-            {"action": "store_true"},
-        ),
-        "--dpi": (
-            "resolution of the figures (default: 150)",
-            {"type": whole_number(30, 1200), "default": 150, "metavar": "N"},
-        ),
-        "--format": (
-            "kind of the figures' files; pdf and svg for print (default: png)",
-            {"choices": ("png", "pdf", "svg"), "default": "png"},
-        ),
+        "--output-dir": ("where results go (default: explainability_outputs)",
+            {"type": Path, "metavar": "DIR"}),
+        "--colormap": ("any matplotlib colormap (default: jet; viridis is perceptually uniform)",
+            {"type": colormap_name, "default": "jet", "metavar": "NAME"}),
+        "--signed": ("draw evidence for and against the class, not the first alone", {"action": "store_true"}),
+        "--dpi": ("resolution of the figures (default: 150)",
+            {"type": whole_number(30, 1200), "default": 150, "metavar": "N"}),
+        "--format": ("kind of the figures' files; pdf and svg for print (default: png)",
+            {"choices": ("png", "pdf", "svg"), "default": "png"}),
         "--contours": ("lines of equal heat over the radiograph, not colours", {"action": "store_true"}),
-        "--save-panels": (
-            "also write radiograph, heatmap and overlay as bare pictures of the radiograph's size",
-            {"action": "store_true"},
-        ),
+        "--save-panels": ("also write radiograph, heatmap and overlay as bare pictures of the radiograph's size",
+            {"action": "store_true"}),
         "--no-figures": ("numbers alone", {"action": "store_true"}),
-        "--save-maps": (
-            "also write the raw maps, before the ReLU, as .npy with a .json beside each",
-            {"action": "store_true"},
-        ),
-        "--anonymous": (
-            "name images by their content's checksum, not by their files' names",
-            {"action": "store_true"},
-        ),
+        "--save-maps": ("also write the raw maps, before the ReLU, as .npy with a .json beside each",
+            {"action": "store_true"}),
+        "--anonymous": ("name images by their content's checksum, not by their files' names",
+            {"action": "store_true"}),
         "--skip-existing": ("leave images alone that an earlier run finished", {"action": "store_true"}),
         "--quiet": ("print only the final summary, warnings and errors", {"action": "store_true"}),
     },
@@ -5265,7 +5225,13 @@ def images_below(folder: Path) -> list[Path]:
         cause = f"cannot be searched ({error.strerror})"
         raise refusal(Path(error.filename), cause, "change its mode, or name the other folders")
 
-    paths = (Path(parent, name) for parent, _, names in os.walk(folder, onerror=refuse) for name in names)
+    visited, paths = set(), []
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(parent)) in visited:  # a link to a folder above would never end
+            folders.clear()
+            continue
+        visited.add(real)
+        paths += [Path(parent, name) for name in names]
     return sorted(path for path in paths if is_dicom(path) or path.suffix.lower() in IMAGE_SUFFIXES)
 
 
@@ -5280,10 +5246,17 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
+def is_output(path: Path, searched: Path, outputs: Path) -> bool:
+    """Whether a file found below a searched folder lies among the results: right there, or below it."""
+    folder, above = Path(os.path.realpath(path)).parent, Path(os.path.realpath(searched))
+    return folder == outputs or (above in outputs.parents and outputs in folder.parents)
+
+
 def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
     """The images that --image names, each once: files as they are, folders and patterns sorted.
 
-    The output folder's own files are not looked at. Raises ExplainError where nothing is found.
+    In a folder that holds the output folder, or is it, the results there are not looked at.
+    Raises ExplainError where nothing is found.
     """
     outputs = Path(os.path.realpath(output_folder))
     images: list[Path] = []
@@ -5293,8 +5266,10 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
         if re.match(r"[a-z]+://", text, re.IGNORECASE):
             raise ExplainError(f"{printable(text)}: URLs are not read; download the image and name its file")
         if os.path.isdir(text):
-            below = images_below(Path(text))
-            found = [each for each in below if outputs not in Path(os.path.realpath(each)).parents]
+            found = [each for each in images_below(Path(text)) if not is_output(each, Path(text), outputs)]
+            if not found and outputs == Path(os.path.realpath(text)):
+                cause = "is the folder for results, whose own files are not read"
+                raise refusal(Path(text), cause, "choose another --output-dir")
         elif glob.has_magic(text) and not os.path.lexists(text):
             found = sorted(Path(each) for each in glob.glob(text, recursive=True) if os.path.isfile(each))
         else:
@@ -5303,7 +5278,10 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
             suffixes = ", ".join(IMAGE_SUFFIXES)
             raise refusal(Path(text), "no image found there", f"files end in {suffixes}")
         images += found
-    return list(dict.fromkeys(images))
+    once: dict[str, Path] = {}
+    for image in images:
+        once.setdefault(row_key(str(image)), image)
+    return list(once.values())
 
 
 def random_test_image(seed: int | None) -> Path:
@@ -5320,14 +5298,14 @@ def random_test_image(seed: int | None) -> Path:
 def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Path]], list[str]]:
     """The checkpoint of each model that is asked for, and what to say of the choice.
 
-    One network of the user's, alone in the folder, is explained alone where nothing else was named.
+    One network of the user's, named or in the folder, is explained alone where there is no other.
     Raises ExplainError where one is missing or cannot be a checkpoint.
     """
     keys = list(FAMILIES) if args.compare or args.model == "both" else [args.model]
     named = {key: path for key in keys if (path := vars(args)[f"{key}_checkpoint"])}
     for path in named.values():
         check_checkpoint_path(path)
-    lone = lone_family(keys) if not (named or args.compare) else None
+    lone = lone_family(keys, named) if not args.compare else None
     paths = {key: named.get(key) or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER) for key in lone or keys}
     check_not_mixed(list(paths.values()))
     for path in paths.values():
@@ -5337,9 +5315,9 @@ def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Pat
     return [(FAMILIES[key], path) for key, path in paths.items()], notes
 
 
-def lone_family(keys: Sequence[str]) -> list[str] | None:
-    """The one family of two of which the folder holds a network of the user's; None where there is none."""
-    found = {key: candidates(FAMILIES[key], CHECKPOINT_FOLDER) for key in keys}
+def lone_family(keys: Sequence[str], named: dict[str, Path]) -> list[str] | None:
+    """The one family of two of which there is a network of the user's; None where there is none."""
+    found = {key: [named[key]] if key in named else candidates(FAMILIES[key], CHECKPOINT_FOLDER) for key in keys}
     own = [key for key in keys if any(not is_demo(path) for path in found[key])]
     return own if len(own) == 1 < len(keys) else None
 
@@ -5354,17 +5332,19 @@ def checked_request(args: argparse.Namespace) -> Request:
     check_output_folder(args.output_dir)
     check_temporary_folder()
     style = FigureStyle(args.colormap, args.dpi, args.format, args.contours, args.signed)
-    labels = [content_label(image) if args.anonymous else str(image) for image in images]
+    labels = numbered(map(content_label, images)) if args.anonymous else list(map(str, images))
     marks = [(family.key, file_mark(path)) for family, path in checkpoints]
-    methods = tuple(dict.fromkeys(args.method))
-    boxes, table = known_boxes(args.boxes, images)
+    methods = tuple(dict.fromkeys(args.method or ["gradcam"]))
+    boxes, table, told = known_boxes(args.boxes, images)
+    if args.signed and args.colormap != "jet":
+        told.append(f"ℹ️  --colormap {args.colormap}: not used, as --signed has colours of its own")
     asked = marks, args.target_class, args.class_names, methods, style, args.verify, table
     keys = [family.key for family, _ in checkpoints]
     wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
     kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
     jobs = make_jobs(images, labels, keys, methods, args.output_dir, kinds, args.format, asked)
     jobs = [dataclasses.replace(job, box=boxes.get(os.path.realpath(job.image))) for job in jobs]
-    return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, tuple(notes))
+    return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, (*notes, *told))
 
 
 def hold_streams() -> None:

@@ -249,6 +249,26 @@ def test_own_network_alone_runs_beside_a_demo_or_none(checkpoints, xray, request
     assert requests[0].notes == () and "explained alone" in requests[1].notes[0]
 
 
+def test_own_network_that_is_named_is_explained_alone(checkpoints, xray, tmp_path, requests):
+    for name in ("convnext_v2", "efficientnetv2_s"):
+        (checkpoints / f"{name}_best.pth").rename(checkpoints / f"{name}_demo.pth")
+    own = tmp_path / "mine.pth"
+    shutil.copy(checkpoints / "convnext_v2_demo.pth", own)
+    assert main(["--image", str(xray), f"--convnext-checkpoint={own}"]) == 0
+    assert [path for _, path in requests[0].checkpoints] == [own]
+
+
+def test_methods_may_be_given_twice(checkpoints, xray, requests):
+    assert main(["--image", str(xray), "--method", "ig", "--method", "lrp", "ig"]) == 0
+    assert main(["--image", str(xray)]) == 0
+    assert [request.methods for request in requests] == [("ig", "lrp"), ("gradcam",)]
+
+
+def test_a_colormap_that_signed_maps_do_not_use_is_told(checkpoints, xray, requests):
+    assert main(["--image", str(xray), "--signed", "--colormap=PuOr"]) == 0
+    assert any("--colormap PuOr: not used" in note for note in requests[0].notes)
+
+
 def test_a_missing_file_is_named_before_anything_is_compared(checkpoints, xray, capsys):
     (checkpoints / "convnext_v2_best.pth").rename(checkpoints / "convnext_v2_demo.pth")
     assert main(["--image", str(xray), "--convnext-checkpoint=nope.pth"]) == 1

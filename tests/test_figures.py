@@ -654,6 +654,17 @@ def test_contours_follow_the_levels_and_leave_the_radiograph_alone():
     assert "Lines: 25, 50 and 75 %" in words(figure)
 
 
+def test_signed_contours_have_the_colours_of_their_sign():
+    style = FigureStyle(contours=True, signed=True)
+    slope = np.tile(np.linspace(-1, 1, 7, dtype=np.float32), (7, 1))
+    rising, falling = (
+        explanation_figure(view(style=style), an_explanation(raw_map=each)).items for each in (slope, -slope - 1e-3)
+    )
+    for items in (rising, falling):
+        supporting, opposing = (each.colours for each in items if isinstance(each, explainability.Curves))
+        assert all(red > blue for red, _, blue in supporting[1:]) and all(red < blue for red, _, blue in opposing[1:])
+
+
 @pytest.mark.parametrize("width", (90, 150, 260, 900))
 def test_the_note_on_known_fractures_has_room(width):
     seen = view(width=width, boxes=((0.25, 0.5, 0.75, 0.6),))

@@ -831,6 +831,13 @@ def test_a_dicom_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     assert "100,000,000" in refusal(written(tmp_path / "x", dicom(RAMP.astype(np.uint8), Rows=60_000, Columns=60_000)))
 
 
+def test_colours_of_a_dicom_file_do_not_count_as_pixels(monkeypatch, tmp_path):
+    monkeypatch.setattr(tool, "MAX_PIXELS", 40 * 40)
+    path = tmp_path / "colour.dcm"
+    path.write_bytes(dicom(np.full((40, 40, 3), 90, np.uint8)))
+    assert load_radiograph(path).pixels.shape[:2] == (40, 40)
+
+
 @pytest.mark.parametrize("damage", [{"BitsAllocated": 12}, {"Rows": 500}, {"PhotometricInterpretation": "SECRET"}, {"SamplesPerPixel": 2}])
 def test_damaged_dicom_is_refused_without_a_patient_tag(tmp_path: Path, capfd: pytest.CaptureFixture[str], damage: dict[str, object]) -> None:
     assert "SECRET" not in refusal(written(tmp_path / "x", dicom(RAMP.astype(np.uint8), **damage)))

@@ -111,7 +111,7 @@ def test_the_line_of_an_image_tells_who_is_wrong(folder, confidences, line):
 
 def test_confusion_counts_and_disagreement_come_from_the_rows():
     row = {"error": "", "true_class": "Simple Fracture", "x_predicted": "Simple Fracture", "x_correct": "yes", "agree": "yes"}
-    row |= {"x_in_box": "", "map_agreement": ""}
+    row |= {"x_in_box": "", "map_agreement": "", "x_flags": "border, erasing"}
     wrong = row | {"file": "w.png", "x_predicted": "Comminuted Fracture", "x_correct": "no", "agree": "no"}
     model = a_model(family=tool.dataclasses.replace(tool.FAMILIES["convnext"], key="x"))
     lines = tool.run_lines([row, row, wrong, {"error": "bad", "file": "f.png"}], [model, model], {}, 3, 2.0)
@@ -119,7 +119,7 @@ def test_confusion_counts_and_disagreement_come_from_the_rows():
     assert "Speed: 1.50 images per second (3 images in 2.0 s)" in lines
     assert "  Simple Fracture: 1 as Comminuted Fracture, 2 as Simple Fracture" in lines
     assert "  Misclassified: w.png as Comminuted Fracture" in lines and "  Disagree: w.png" in lines
-    assert "Models agree on 2 of 3 images" in lines
+    assert "Models agree on 2 of 3 images" in lines and "  Map checks: 3 of 3 maps flagged: border 3" in lines
 
 
 def test_a_bad_file_is_reported_and_the_rest_go_on(explain, folder, tmp_path, capsys):
@@ -152,6 +152,26 @@ def test_the_output_folder_is_not_searched(folder):
     assert tool.found_images([str(folder)], folder / "simple_fracture") == [
         folder / "comminuted_fracture/a.png", folder / "comminuted_fracture/b.png",
     ]  # fmt: skip
+
+
+def test_images_beside_the_results_are_found_or_the_reason_is_told(folder, tmp_path):
+    everything = tool.found_images([str(folder)], tmp_path / "out")
+    assert len(everything) == 5 and tool.found_images([str(folder)], tmp_path) == everything
+    with pytest.raises(tool.ExplainError, match="is the folder for results.*choose another --output-dir"):
+        tool.found_images([str(folder / "simple_fracture")], folder / "simple_fracture")
+
+
+def test_linked_folders_are_searched_once(folder, tmp_path):
+    place = tmp_path / "links"
+    place.mkdir()
+    (place / "simple_fracture").symlink_to(folder / "simple_fracture")
+    (place / "again").symlink_to(place)
+    assert [path.name for path in tool.found_images([str(place)], tmp_path / "out")] == ["a.png", "c.png", "d.png"]
+
+
+def test_an_image_named_in_two_ways_is_one(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder / "simple_fracture")
+    assert tool.found_images(["c.png", str(folder / "simple_fracture/c.png"), "a.png"], tmp_path / "out") == [Path("c.png"), Path("a.png")]
 
 
 def test_quiet_prints_the_summary_alone(explain, folder, capsys):
@@ -231,6 +251,58 @@ def test_skip_existing_keeps_rows_of_other_images(explain, folder, tmp_path):
     for place in ("comminuted_fracture", "simple_fracture"):
         assert explain("--image", folder / place, "--model", "convnext", "--no-figures", "--skip-existing") == 0
     assert len(table(tmp_path)) == 5
+
+
+def test_a_change_in_the_middle_of_a_file_is_another_file(tmp_path):
+    path = tmp_path / "radiograph.tif"
+    path.write_bytes(bytes(3_000_000))
+    before = tool.file_mark(path)
+    path.write_bytes(bytes(1_500_000) + b"x" + bytes(1_499_999))
+    assert tool.file_mark(path) != before and tool.file_mark(tmp_path / "none.tif") == ""
+
+
+def test_a_retrained_head_is_another_checkpoint(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    for name, write in (("a.pth", torch.save), ("a.safetensors", save_file)):
+        marks = set()
+        for head in (torch.zeros(2, 8), torch.ones(2, 8)):
+            write({"first": torch.zeros(700_000), "head": head, "last": torch.zeros(700_000)}, tmp_path / name)
+            marks.add(tool.file_mark(tmp_path / name))
+        assert len(marks) == 2
+
+
+def test_skip_existing_keeps_twins_apart_when_names_are_hidden(explain, folder, tmp_path, capsys):
+    twin = folder / "comminuted_fracture" / "a.png"
+    (folder / "simple_fracture" / "a.png").write_bytes(twin.read_bytes())
+    asked = ("--image", folder, "--model", "convnext", "--no-figures", "--save-maps", "--anonymous", "--skip-existing")
+    told = []
+    for _ in range(2):
+        assert explain(*asked) == 0
+        told.append([line for line in capsys.readouterr().out.splitlines() if "Accuracy" in line or "done" in line])
+    labels = {row["file"] for row in table(tmp_path)}
+    assert told[0] == told[1] and len(labels) == 5
+    assert tool.content_label(twin) in labels and f"{tool.content_label(twin)}_2" in labels
+    assert not any("fracture" in path.name for path in (tmp_path / "out").iterdir())
+
+
+def test_a_row_with_a_value_too_many_is_computed_again(explain, folder, tmp_path):
+    asked = ("--image", folder, "--model", "convnext", "--no-figures", "--skip-existing")
+    assert explain(*asked) == 0
+    path = tmp_path / "out" / "summary.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-1], lines[-1] + ",more"]) + "\n")
+    assert explain(*asked) == 0
+    assert sorted(path.read_text().splitlines()) == sorted(lines)
+
+
+def test_a_resumed_run_tells_how_many_maps_it_judged(explain, folder, capsys):
+    assert explain("--image", folder / "simple_fracture", "--model", "convnext", "--no-figures") == 0
+    capsys.readouterr()
+    assert explain("--image", folder, "--model", "convnext", "--no-figures", "--skip-existing") == 0
+    said = capsys.readouterr().out
+    assert "of 5 maps flagged" in said and "Of the 2 images explained now:" in said
 
 
 @pytest.mark.slow
@@ -610,6 +682,11 @@ def test_a_run_ends_with_a_contact_sheet(explain, folder, tmp_path, capsys):
     whole = sheet.read_bytes()
     assert explain("--image", folder, "--skip-existing") == 0
     assert sheet.read_bytes() == whole  # nothing was left to do
+    capsys.readouterr()
+    assert explain("--image", folder / "simple_fracture", "--skip-existing") == 0
+    assert sheet.read_bytes() != whole  # that sheet was of other images
+    said = capsys.readouterr().out
+    assert "of 3 maps flagged" in said
 
 
 def test_contact_sheet_of_a_resumed_run_shows_the_images_of_the_first(explain, folder, tmp_path, monkeypatch):
@@ -619,7 +696,8 @@ def test_contact_sheet_of_a_resumed_run_shows_the_images_of_the_first(explain, f
     monkeypatch.setattr(tool.os, "cpu_count", lambda: 0)  # so that it is drawn in this process
     monkeypatch.setattr(tool, "MAX_DRAWING_PROCESSES", 0)
     assert explain("--image", folder) == 0
-    (tmp_path / "out" / "comparison_c.png").unlink()
+    for name in ("comparison_c", "summary"):
+        (tmp_path / "out" / f"{name}.png").unlink()
     assert explain("--image", folder, "--skip-existing") == 0
     (rows, _, _, seen, _), (kept_rows, _, _, kept_seen, _) = shown
     assert sorted(row["file"] for row in rows) == sorted(row["file"] for row in kept_rows)
