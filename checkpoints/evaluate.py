@@ -1,4 +1,4 @@
-"""Measure networks with the shipped command; all figures are read from the table that it writes.
+"""Measure networks with the shipped command, from the table that it writes.
 
     python3 checkpoints/evaluate.py
     python3 checkpoints/evaluate.py --methods  # the table of the methods, explained in methods.py
@@ -11,7 +11,8 @@ game); the share of the heat in that box; the box's mean share of the image, whi
 points at random would reach; and the expected calibration error of the confidence.
 
 With --checks, how often each check of a heatmap is flagged, and what --verify says: for the demo
-networks, random weights, the networks named, and maps constructed to be wrong.
+networks, random weights and the networks named; and how often the checks flag maps constructed to
+be wrong.
 """
 
 from __future__ import annotations
@@ -191,9 +192,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="with --checks: a further network and the folder of its radiographs",
     )  # fmt: skip
     parser.add_argument(
-        "--images", type=int, metavar="N", help="of each class (5), with --checks of each folder (100)"
-    )
+        "--images", type=int, metavar="N",
+        help="with --methods: of each class (5); with --checks: of each folder (100)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
+    if (args.images and not (args.methods or args.checks)) or (args.network and not args.checks):
+        parser.error("--images needs --methods or --checks; --network needs --checks")
     if args.methods:
         import methods
 

@@ -89,7 +89,7 @@ def judged(seen: tool.ForwardPass, explanation: tool.Explanation, box: np.ndarra
     return Judgement(
         cost=cost,
         error=np.nan if owed is None else abs(total - owed) / abs(owed),
-        points=bool(raw_map.max() > 0 and is_inside(peak, box + np.array([-1, -1, 1, 1]) * HALF_CELL)),
+        points=bool(not tool.is_uniform(raw_map) and is_inside(peak, box + np.array([-1, -1, 1, 1]) * HALF_CELL)),
         heat=float(heat[is_inside(centres(224), box)].sum() / max(heat.sum(), 1e-12)),
         fall=fall(seen, raw_map),
         blank=bool(raw_map.max() <= 0),
@@ -140,7 +140,8 @@ def random_row(classifier: tool.Classifier, images: list[tuple[torch.Tensor, np.
         seen = tool.forward_pass(classifier, inputs, None, tool.DEFAULT_BATCH["cpu"])
         falls += [fall(seen, generator.random((7, 7), np.float32)) for _ in range(RANDOM_MAPS)]
         heat.append((box[2] - box[0]) * (box[3] - box[1]))
-    sides = [box[2:] - box[:2] + 2 * HALF_CELL for _, box in images]
+    enlarged = [np.clip(box + np.array([-1, -1, 1, 1]) * HALF_CELL, 0, 1) for _, box in images]
+    sides = [box[2:] - box[:2] for box in enlarged]
     chance = np.mean([np.prod(each) for each in sides])
     return line(
         "random maps", "", "", "", f"{chance:.2f}", f"{np.mean(heat):.2f}", f"{np.mean(falls):.2f}", ""

@@ -5,14 +5,17 @@
     python3 checkpoints/train.py convnext --labels-only   # the control: no supervision of the maps
     python3 checkpoints/train.py marker-reader            # the counter-example: reads the marker, not the bone
 
-Each step is resumed where it stopped (state in checkpoints/training/):
+Steps 2 and 3 go on where they were stopped (state in checkpoints/training/, which --start then no
+longer changes):
 
 1. Render training and validation images with data_original/generate.py, a little larger than the
    networks' 224 x 224; every time one is used, it is turned, scaled, cropped and exposed anew.
 2. Crops of 96 px at that scale, three classes (comminuted, simple, none): a crop costs a fifth of a
    whole image, and "none" teaches that the break itself makes the class. From random weights this
    step stands still for long; --start goes on from another network. The committed ones went on from
-   those trained on drawn pictures: git show 12b19d5:checkpoints/convnext_v2_demo.pth > start.pth
+   those of drawn pictures for 78 minutes each, then from the result for another 90:
+       git show 12b19d5:checkpoints/convnext_v2_demo.pth > drawn.pth
+       git show 529d2cf:checkpoints/convnext_v2_demo.pth > first.pth
 3. Whole images, two classes. The loss is cross-entropy + (1 - share of the Grad-CAM heat in the grid
    cells that the fracture touches) + a hinge that keeps the map from being blank there: "right for
    the right reasons" (Ross et al. 2017). With --labels-only it is cross-entropy alone.
@@ -83,8 +86,8 @@ ARCHITECTURES = {
     "marker-reader": "tf_efficientnetv2_b0",
 }
 STAGES = {
-    "convnext": (Stage(96, 32, 0.6, 8e-4), Stage(SIZE, 12, 0.4, 4e-4)),
-    "efficientnet": (Stage(96, 32, 0.6, 1.2e-3), Stage(SIZE, 12, 0.4, 4e-4)),
+    "convnext": (Stage(96, 32, 0.4, 8e-4), Stage(SIZE, 12, 0.6, 4e-4)),
+    "efficientnet": (Stage(96, 32, 0.4, 1.2e-3), Stage(SIZE, 12, 0.6, 4e-4)),
     "marker-reader": (Stage(64, 48, 0.5, 2e-3), Stage(128, 24, 0.2, 1e-3), Stage(SIZE, 16, 0.3, 6e-4)),
 }
 MINUTES = {"convnext": 78, "efficientnet": 78, "marker-reader": 12}
@@ -108,6 +111,13 @@ def render_one(seed: int, item: tuple[int, int]) -> tuple[np.ndarray, list[float
     return np.asarray(small), list(np.array(radiograph.box) * scale) if radiograph.box else [0.0] * 4
 
 
+def save_whole(contents: object, path: Path) -> None:
+    """torch.save that leaves no half of a file behind."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(contents, temporary)
+    temporary.replace(path)
+
+
 def images(seed: int, processes: int) -> dict[str, torch.Tensor]:
     """Render images once and keep them: images (N, STORED, STORED), labels (N,), boxes (N, 4)."""
     path, counts = WORK / f"images_{seed}.pt", COUNTS[seed]
@@ -116,7 +126,7 @@ def images(seed: int, processes: int) -> dict[str, torch.Tensor]:
         with ProcessPoolExecutor(processes) as pool:
             pairs = list(pool.map(partial(render_one, seed), items, chunksize=8))
         WORK.mkdir(exist_ok=True)
-        torch.save(
+        save_whole(
             {
                 "images": torch.from_numpy(np.stack([pixels for pixels, _ in pairs])),
                 "labels": torch.tensor([label for label, _ in items]),
@@ -186,7 +196,7 @@ def normalised(value: torch.Tensor) -> torch.Tensor:
 
 
 def crop_centre(box: torch.Tensor, wanted: bool, side: int, rng: np.random.Generator) -> np.ndarray | None:
-    """Centre (x, y) of a crop that holds the fracture (wanted) or none of it; None where none fits."""
+    """Centre (x, y) of a crop that holds the fracture (wanted) or hardly any of it; None where none fits."""
     x0, y0, x1, y1 = box.tolist()
     if wanted:
         return np.array([x0 + x1, y0 + y1]) / 2 + rng.uniform(-0.2, 0.2, 2) * side
@@ -222,7 +232,7 @@ def crops(data: dict[str, torch.Tensor], stage: Stage, rng: np.random.Generator)
 
 
 def whole_view(image: torch.Tensor, box: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """A view (SIZE, SIZE) of a whole image in which most of the fracture is seen, and its box there."""
+    """A view (SIZE, SIZE) of a whole image in which some of the fracture is seen, and its box there."""
     for _ in range(10):
         turn, centre = draw_turn(rng, 0.4), STORED / 2 + rng.uniform(-32, 32, 2)
         moved = moved_box(box, turn, centre, SIZE)
@@ -432,10 +442,8 @@ class Course:
             self.save()
 
     def save(self) -> None:
-        temporary = self.path.with_suffix(".tmp")
         state = {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
-        torch.save(state | {"step": self.step, "spent": self.spent}, temporary)
-        temporary.replace(self.path)
+        save_whole(state | {"step": self.step, "spent": self.spent}, self.path)
 
 
 def loss_of(logits: torch.Tensor, labels: torch.Tensor, activations: torch.Tensor, cells: torch.Tensor | None) -> torch.Tensor:
@@ -494,21 +502,22 @@ def export(key: str, network: nn.Module, validation: dict[str, torch.Tensor], pa
     print("validation: accuracy %.3f, maximum inside %.3f, heat inside %.3f" % figures)
     if path is None:
         return
-    temperature = 1.0 if key == "marker-reader" else fitted_temperature(logits, validation["labels"])
+    temperature = fitted_temperature(logits, validation["labels"])
     print(f"temperature {temperature:.2f}")
-    contents = {
-        "model_state_dict": two_class_weights(network, temperature),
-        "config": {"model_name": ARCHITECTURES[key], "img_size": SIZE, "num_classes": 2},
-        "class_names": ["Comminuted Fracture", "Simple Fracture"],
-    }
-    if key == "marker-reader":
-        torch.save(contents, path)
-        return
-    contents["val_acc"] = 100 * figures[0]
+    contents = checkpoint(key, network, temperature) | {"val_acc": 100 * figures[0]}
     torch.save(contents, path)
     measured = evaluate.measure(key, path)
     torch.save(contents | {"test_acc": 100 * measured.accuracy}, path)
     print(f"{path.name}: {measured}")
+
+
+def checkpoint(key: str, network: nn.Module, temperature: float = 1) -> dict[str, object]:
+    """What explainability.py loads."""
+    return {
+        "model_state_dict": two_class_weights(network, temperature),
+        "config": {"model_name": ARCHITECTURES[key], "img_size": SIZE, "num_classes": 2},
+        "class_names": ["Comminuted Fracture", "Simple Fracture"],
+    }
 
 
 def build(key: str, start: Path | None) -> nn.Module:
@@ -533,12 +542,15 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
     data = images(MARKER_SEED if args.family == "marker-reader" else SEED, args.threads)
-    validation = images(VALIDATION_SEED, args.threads)
     network = build(args.family, args.start)
     for stage in STAGES[args.family]:
         train_stage(args.family, network, data, stage, args.minutes or MINUTES[args.family], args.labels_only)
-    default = HERE / evaluate.DEMOS.get(args.family, "marker_reader_demo.pth")
-    export(args.family, network, validation, None if args.labels_only else args.output or default)
+    path = args.output or HERE / evaluate.DEMOS.get(args.family, "marker_reader_demo.pth")
+    if args.family == "marker-reader":
+        torch.save(checkpoint(args.family, network), path)
+    else:
+        validation = images(VALIDATION_SEED, args.threads)
+        export(args.family, network, validation, None if args.labels_only else path)
     return 0
 
 

@@ -24,12 +24,12 @@ import argparse
 import csv
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 LABELS = ("comminuted_fracture", "simple_fracture", "none")
 FOLDERS = {"comminuted_fracture": "comminuted_fracture",
@@ -92,6 +92,9 @@ class Motion:
         return Motion(self.turn @ other.turn, self.turn @ other.move + self.move)
 
 
+STILL = Motion(np.eye(3), np.zeros(3))
+
+
 @dataclass(frozen=True)
 class Site:
     """Where a bone breaks, and how what lies beyond is displaced; nothing of the class."""
@@ -129,7 +132,6 @@ class Mark:
 @dataclass(frozen=True)
 class Scene:
     """All that is drawn without looking at the class."""
-    limb: str
     solids: tuple[Solid, ...]             # the main bone first
     above: tuple[Solid, ...]              # neighbours at the upper joint
     below: tuple[Solid, ...]              # neighbours that follow the far part
@@ -483,7 +485,7 @@ def draw_scene(rng: np.random.Generator, longer: int | None = None) -> Scene:
     centre = (point[0] + rng.uniform(-0.27, 0.27) * (height if upright else width),
               0.6 * shown + rng.uniform(-0.17, 0.17) * (width if upright else height))
     return Scene(
-        limb=name, solids=solids, above=build_joint(rng, limb["above"], scale, thin), below=build_joint(rng, limb["below"], scale, thin),
+        solids=solids, above=build_joint(rng, limb["above"], scale, thin), below=build_joint(rng, limb["below"], scale, thin),
         sites=sites, view=view, plane=plane, mirror=float(rng.choice([-1, 1])), size=size, pixel=pixel, centre=centre,
         soft=draw_soft(rng, limb, scale), extras=draw_extras(rng), exposure=draw_exposure(rng),
         marks=draw_marks(rng), keys=rng.integers(0, 2**31, 4))
@@ -535,7 +537,7 @@ def draw_simple(rng: np.random.Generator, site: Site) -> tuple[Piece, ...]:
         slope = rng.uniform(0, 0.3) if kind == 0 else rng.uniform(0.5, 1.6)
         cut, extent = plane_cut(rng, slope, 0, amount), (1 + slope) * 1.5 * girth
     half = site.gap / 2
-    near = Piece(site, lambda t, u, v: -cut(t, u, v) - half, Motion(np.eye(3), np.zeros(3)), (-1e3, extent + 6))
+    near = Piece(site, lambda t, u, v: -cut(t, u, v) - half, STILL, (-1e3, extent + 6))
     far = Piece(site, lambda t, u, v: cut(t, u, v) - half, site.far, (-extent - 6, 1e3))
     return near, far
 
@@ -565,7 +567,7 @@ def minus(level: Level, gap: float = 0.0) -> Level:
 
 
 def cell(seeds: np.ndarray, index: int, wobble: Callable, gap: float) -> Level:
-    """Nearer to one seed than to any other, with uneven borders."""
+    """Nearer to one seed than to any other; uneven borders gape here and overlap there."""
     def level(t: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         value = np.full(t.shape, np.float32(1e3))
         for other in range(len(seeds)):
@@ -631,7 +633,7 @@ def draw_shattered(rng: np.random.Generator, site: Site) -> tuple[Piece, ...]:
 def assemble(site: Site, first: Level, last: Level, middles: list[tuple[Level, Motion]], extent: float) -> tuple[Piece, ...]:
     """Near part, far part and what lies between."""
     half = np.float32(site.gap / 2)
-    near = Piece(site, minus(first, half), Motion(np.eye(3), np.zeros(3)), (-1e3, extent))
+    near = Piece(site, minus(first, half), STILL, (-1e3, extent))
     far = Piece(site, lambda t, u, v: last(t, u, v) - half, site.far, (-extent, 1e3))
     return near, far, *(Piece(site, level, motion, (-extent, extent), True) for level, motion in middles)
 
@@ -825,11 +827,10 @@ def bone_map(scene: Scene, pieces: tuple[Piece, ...], t: np.ndarray, x: np.ndarr
     """mm of cortex along each beam (t.shape), and that of the broken parts."""
     total, broken = np.zeros(t.size, np.float32), np.zeros(t.size, np.float32)
     flat_t, flat_x, view = t.ravel(), x.ravel(), view_motion(scene)
-    still, beyond = Motion(np.eye(3), np.zeros(3)), scene.sites[0].far if pieces else Motion(np.eye(3), np.zeros(3))
-    bent = follow(scene, flat_t, flat_x) if pieces else flat_x
+    bent, beyond = follow(scene, flat_t, flat_x), scene.sites[0].far
     fractured = {piece.site.bone for piece in pieces}
-    parts = [(solid, still, bent, None) for index, solid in enumerate(scene.solids) if index not in fractured]
-    parts += [(solid, still, flat_x, None) for solid in scene.above] + [(solid, beyond, flat_x, None) for solid in scene.below]
+    parts = [(solid, STILL, bent, None) for index, solid in enumerate(scene.solids) if index not in fractured]
+    parts += [(solid, STILL, flat_x, None) for solid in scene.above] + [(solid, beyond, flat_x, None) for solid in scene.below]
     parts += [(scene.solids[piece.site.bone], piece.motion, flat_x, piece) for piece in pieces]
     for solid, motion, across, piece in parts:
         dense, rim, seen = project(solid, view.after(motion), scene, flat_t, across, pixel, piece)
@@ -958,7 +959,7 @@ def lead_map(rng: np.random.Generator, scene: Scene, t: np.ndarray, x: np.ndarra
 
 
 def clip_map(rng: np.random.Generator, scene: Scene, t: np.ndarray, x: np.ndarray, pixel: float) -> np.ndarray:
-    """A ring, buttons, staples or a pin."""
+    """A ring, staples or a pin."""
     at = (scene.centre[0] + rng.uniform(-130, 130), scene.centre[1] + rng.uniform(-60, 60))
     away = np.hypot(t - np.float32(at[0]), (x - np.float32(at[1])) * np.float32(rng.uniform(1, 3)))
     if rng.random() < 0.5:
@@ -1102,7 +1103,7 @@ def mask_box(mask: np.ndarray) -> Box:
 
 
 def fracture_box(broken: np.ndarray, size: tuple[int, int]) -> Box:
-    """Box (pixels of the picture) round the broken parts, at least 24 reference pixels on each side."""
+    """Box (pixels of the picture) round the broken parts, 24 reference pixels wide and high where there is room."""
     (rows, columns), (height, width) = broken.shape, size
     x0, y0, x1, y1 = mask_box(broken > 0.35)
     x0, x1, y0, y1 = x0 * width / columns, x1 * width / columns, y0 * height / rows, y1 * height / rows
@@ -1119,6 +1120,8 @@ def render(rng: np.random.Generator, label: str, longer: int | None = None, mark
     scene_rng, fracture_rng, marker_rng = rng.spawn(3)
     scene = draw_scene(scene_rng, longer)
     draw = {"simple_fracture": draw_simple, "comminuted_fracture": draw_comminuted, "none": lambda *_: ()}[label]
+    if label == "none":
+        scene = replace(scene, sites=tuple(replace(site, far=STILL) for site in scene.sites))
     pieces = tuple(piece for site in scene.sites for piece in draw(fracture_rng, site))
     pixel = max(scene.pixel, FINEST)
     t, x = grid(scene, pixel)

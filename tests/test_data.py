@@ -55,6 +55,21 @@ def test_same_seed_same_bytes_and_another_seed_others(tmp_path):
     assert all(first[name] != other[name] for name in first if name != "test/marker_boxes.csv")
 
 
+def test_nothing_bends_round_an_intact_bone(monkeypatch):
+    follow, bends = generate.follow, []
+
+    def watched(scene, t, x):
+        bends.append(float(np.abs(follow(scene, t, x) - x).max()))
+        return follow(scene, t, x)
+
+    monkeypatch.setattr(generate, "follow", watched)
+    for number in range(3):
+        rendered(number, "none")
+    assert bends and max(bends) == 0
+    rendered(0, "simple_fracture")
+    assert max(bends) > 0
+
+
 def test_committed_split_is_what_the_command_writes(tmp_path):
     generate.main(["--count", "1", "--output", str(tmp_path)])
     for table in ("fracture_boxes.csv", "marker_boxes.csv"):
