@@ -2185,6 +2185,7 @@ JOINING_REACH = 2  # letters at most 4 pixels apart are one marker
 MARKER_PIXELS, MARKER_SIDES = 12, range(6, 50)  # fewer pixels are noise; sides are the longer ones
 TEXT_SIDES, TEXT_HEIGHT = range(6, 124), 27  # a line of text may be longer while it is lower than this
 LETTER_HEIGHT, TEXT_STROKES = 9, 4  # a line three times as long as high, of so many strokes, is text
+LONGEST_STROKE = 0.6  # of its length
 STRIP_LENGTH = 28  # longer ones of fewer strokes are no letters
 RING, RING_CONTRAST = (2, 5), 0.25  # pixels outside the box; bone's edges go on there, markers do not
 
@@ -2283,11 +2284,15 @@ def marker_boxes(grey: np.ndarray) -> list[PixelBox]:
 def regions(mask: np.ndarray, reach: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Parts of a mask (H, W): rows and columns of the pixels that hang together once dilated by `reach`."""
     joined = over_windows(mask, reach, np.maximum)
-    labels = connected(joined)[mask[joined]]  # of the mask's own pixels
+    rows, columns = mask.nonzero()
+    parts = grouped(connected(joined)[mask[joined]])  # of the mask's own pixels
+    return [(rows[part], columns[part]) for part in parts]
+
+
+def grouped(labels: np.ndarray) -> list[np.ndarray]:
+    """Which pixels have each label, from a label for each pixel."""
     order = labels.argsort(kind="stable")
-    starts = np.flatnonzero(np.diff(labels[order])) + 1
-    rows, columns = (np.split(each[order], starts) for each in mask.nonzero())
-    return [part for part in zip(rows, columns) if part[0].size]
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if labels.size else []
 
 
 def connected(mask: np.ndarray) -> np.ndarray:
@@ -2319,8 +2324,8 @@ def is_marker_size(pixels: int, box: PixelBox) -> bool:
 def is_letter_or_text(rows: np.ndarray, columns: np.ndarray, box: PixelBox, is_apart: bool) -> bool:
     """Whether a region is set off as a letter is, or a line of several strokes as text is.
 
-    Low text may lie over bone and beside it. A strip of few strokes is cortex, a pin or the edge of
-    the field.
+    Low text may lie over bone and beside it. A strip of few strokes, or with one that runs on along
+    it, is cortex, a pin or the edge of the field.
     """
     x0, y0, x1, y1 = box
     short, long = sorted((x1 - x0, y1 - y0))
@@ -2328,7 +2333,9 @@ def is_letter_or_text(rows: np.ndarray, columns: np.ndarray, box: PixelBox, is_a
         return is_apart
     strokes = np.zeros((y1 - y0, x1 - x0), bool)
     strokes[rows - y0, columns - x0] = True
-    is_text = np.unique(connected(strokes)).size >= TEXT_STROKES
+    along = strokes.nonzero()[int(x1 - x0 == long)]
+    lengths = [np.ptp(along[part]) + 1 for part in grouped(connected(strokes))]
+    is_text = len(lengths) >= TEXT_STROKES and max(lengths) <= LONGEST_STROKE * long
     return (is_text and short <= LETTER_HEIGHT) or (is_apart and (is_text or long < STRIP_LENGTH))
 
 

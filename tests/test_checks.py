@@ -335,6 +335,15 @@ def test_a_long_strip_is_no_marker(length: int, is_found: bool) -> None:
     assert bool(seen_in(pixels).markers) == is_found
 
 
+def test_strokes_that_run_on_along_the_line_are_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = limb()
+    pixels[40:130, 20:23] = pixels[40:130, 28:31] = 240  # both cortices of a slender bone
+    pixels[60:120:12, 25:26] = 240  # and what lies between them
+    assert seen_in(pixels).markers == ()
+    monkeypatch.setattr(explainability, "LONGEST_STROKE", 1)
+    assert len(seen_in(pixels).markers) == 1
+
+
 @pytest.mark.parametrize("scale", [(1, 1), (3, 2), (0.9, 1.4)])
 def test_landmarks_do_not_depend_on_the_size_of_the_file(scale: tuple[float, float]) -> None:
     size = [round(CHECKED_SIDE * each) for each in scale]
