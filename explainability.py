@@ -69,7 +69,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 # torch and timm take seconds to import and matplotlib nearly one. The functions that need them
 # import them on their first line, so that --help and a wrong path are answered at once.
@@ -2197,10 +2197,13 @@ AGREEMENT = "map_agreement"  # the check of a pair
 AGREEMENT_LIMIT = 0.4  # equal maps share 1, disjoint ones 0
 CONFIDENCE_LIMIT = 0.95  # the guide's, for clear cases
 COVERING_LIMIT = 0.1  # of probability; covering as much elsewhere costs honest networks less
+ADDING_LIMIT = 0.1  # of probability; writing beside the bone costs honest networks nothing
 ERASING_BLUR = 8 / 224  # of the image's side: standard deviation of the Gaussian that erases
 ERASED_AREA = 0.2  # of the image, the hottest
-MOVED_MASKS = 15
-MOST_TRIALS = MOVED_MASKS + 4  # and the hot area, two covered copies and the blurred one
+ADDED = (("a letter", "L", 22), ("a line of text", "AP SUPINE", 11))  # and size in pixels of CHECKED_SIDE
+ADDED_EDGE = 8  # pixels of CHECKED_SIDE between what is added and the corner
+MOVED_MASKS = 13
+MOST_TRIALS = MOVED_MASKS + len(ADDED) + 4  # and the hot area, two covered copies and the blurred one
 MAX_OVERLAP = 0.25  # of a moved mask with what it was moved from
 MARKER_MARGIN = 4  # pixels of CHECKED_SIDE round a covered marker
 ERASING_LIMIT = 0.5  # where masks put anywhere do as much, the map says nothing
@@ -2388,6 +2391,7 @@ class Trial:
     """What a network says of changed copies of a radiograph: class scores before the softmax, (K,) each."""
 
     blurred: np.ndarray  # the whole radiograph
+    added: np.ndarray  # (len(ADDED), K), a marker in a corner
     covered: np.ndarray | None = None  # its markers; None where none was found, or nothing to compare with
     covered_elsewhere: np.ndarray | None = None
     erased: np.ndarray | None = None  # the map's hot area; None for a map without one
@@ -2475,6 +2479,14 @@ def covering_fall(evidence: Evidence) -> float | None:
     return min(explanation.confidence, elsewhere) - covered
 
 
+def adding_fall(evidence: Evidence) -> float | None:
+    """The most that writing in a corner takes from the predicted class: a marker's absence told it."""
+    trial, explanation = evidence.trial, evidence.explanation
+    if trial is None:
+        return None
+    return explanation.confidence - min(softmax_at(each, explanation.predicted) for each in trial.added)
+
+
 def default_probability(evidence: Evidence) -> float | None:
     """Probability of the class that the network gives to the whole radiograph blurred."""
     return (
@@ -2511,15 +2523,25 @@ def covering_text(evidence: Evidence, value: float) -> str:
     if np.isnan(value):
         return "covering the markers cannot be tested: there are too many to cover as much elsewhere"
     what = "the side marker" if count == 1 else f"{count} markers"
-    scores = trial.covered, trial.covered_elsewhere
-    before, covered, elsewhere = (
-        percent(share)
-        for share in (explanation.confidence, *(softmax_at(each, explanation.predicted) for each in scores))
+    covered, elsewhere = (
+        softmax_at(each, explanation.predicted) for each in (trial.covered, trial.covered_elsewhere)
     )
-    verb = "lowers" if value > 0 else "takes"
-    change = f"{verb} {explanation.prediction} from {before} to {covered}"
-    told = f"leaves {explanation.prediction} at {covered}" if covered == before else change
-    return f"covering {what} {told}; covering as much elsewhere, {elsewhere}"
+    told = change_text(explanation, covered, value)
+    return f"covering {what} {told}; covering as much elsewhere, {percent(elsewhere)}"
+
+
+def change_text(explanation: Explanation, probability: float, fall: float) -> str:
+    """What became of the predicted class in a changed copy."""
+    name, before, after = explanation.prediction, percent(explanation.confidence), percent(probability)
+    verb = "lowers" if fall > 0 else "takes"
+    return f"leaves {name} at {after}" if after == before else f"{verb} {name} from {before} to {after}"
+
+
+def adding_text(evidence: Evidence, value: float) -> str:
+    explanation = evidence.explanation
+    probabilities = [softmax_at(each, explanation.predicted) for each in evidence.trial.added]
+    least = int(np.argmin(probabilities))
+    return f"{ADDED[least][0]} set in a corner {change_text(explanation, probabilities[least], value)}"
 
 
 def default_text(evidence: Evidence, value: float) -> str:
@@ -2575,6 +2597,7 @@ CHECKS = {check.key: check for check in (
           lambda evidence: evidence.explanation.confidence, CONFIDENCE_LIMIT, operator.lt,
           lambda evidence, value: f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}"),
     Check("covering", "Reads the side marker", "verify", covering_fall, COVERING_LIMIT, operator.gt, covering_text),
+    Check("adding", "Heeds a marker that is added", "verify", adding_fall, ADDING_LIMIT, operator.gt, adding_text),
     Check("default", "Says so of anything", "verify", default_probability, 1, operator.gt, default_text),
     Check("erasing", "The hot area counts no more than others", "verify",
           erasing_rank, ERASING_LIMIT, operator.gt, erasing_text),
@@ -2623,7 +2646,7 @@ def marked_text(finding: Finding) -> str:
     return f"{'⚠️  ' * finding.is_flagged}{finding.text[0].upper()}{finding.text[1:]}"
 
 
-# --verify: copies of a radiograph in which something is covered or erased
+# --verify: copies of a radiograph in which something is covered, added or erased
 
 
 def without_detail(image: np.ndarray) -> np.ndarray:
@@ -2696,6 +2719,25 @@ def box_mask(boxes: Iterable[PixelBox], side: int) -> np.ndarray:
     return mask
 
 
+def with_writing(image: np.ndarray, text: str, size: int) -> np.ndarray:
+    """(3, N, N) with bright writing in its darkest corner, `size` in pixels of CHECKED_SIDE."""
+    side = image.shape[1]
+    font = ImageFont.load_default(max(1, round(size * side / CHECKED_SIDE)))
+    left, top, right, bottom = map(round, font.getbbox(text))
+    plate = Image.new("L", (max(1, right - left), max(1, bottom - top)))
+    ImageDraw.Draw(plate).text((-left, -top), text, 255, font)
+    ink, edge = np.asarray(plate, np.float32) / 255, round(ADDED_EDGE * side / CHECKED_SIDE)
+    height, width = ink.shape
+    corners = [
+        np.s_[:, y : y + height, x : x + width]
+        for y in (edge, side - edge - height) for x in (edge, side - edge - width)
+    ]  # fmt: skip
+    corner = min(corners, key=lambda each: image[each].mean())
+    brightest, image = image.max(axis=(1, 2), keepdims=True), image.copy()
+    image[corner] += ink * (brightest - image[corner])
+    return image
+
+
 def enlarged(heatmap: np.ndarray, side: int) -> np.ndarray:
     """A heatmap (h, w) at (side, side): bilinear, cell centres aligned; no heat where no cell has any."""
     return np.asarray(Image.fromarray(heatmap).resize((side, side), Image.Resampling.BILINEAR))
@@ -2738,7 +2780,8 @@ def tried(
 ) -> Trial:
     """Ask the network about changed copies of one input (3, N, N): at most 19 forward passes."""
     erasing = without_detail(image)
-    copies, side = [erasing], image.shape[1]
+    copies, side = [erasing, *(with_writing(image, text, size) for _, text, size in ADDED)], image.shape[1]
+    first_covered = len(copies)
     markers, elsewhere = marker_masks(landmarks.markers, side) if landmarks.markers else ([], None)
     if elsewhere:
         copies += [with_filled(image, boxes) for boxes in (markers, elsewhere)]
@@ -2747,10 +2790,10 @@ def tried(
         mask = hot_mask(explanation.heatmap, side)
         copies += [np.where(each, erasing, image) for each in (mask, *moved_masks(mask))]
     scores = class_scores(classifier, np.stack(copies), batch_size)
-    covering = scores[1:first_erased] if elsewhere else (None, None)
+    covering = scores[first_covered:first_erased] if elsewhere else (None, None)
     hot = scores[first_erased:]
     erased = (hot[0], hot[1:]) if len(hot) > 1 else (None, None)
-    return Trial(scores[0], *covering, *erased, passes=len(copies))
+    return Trial(scores[0], scores[1:first_covered], *covering, *erased, passes=len(copies))
 
 
 # Over a run
@@ -5165,7 +5208,7 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
             {"type": whole_number(1, 4096), "metavar": "N"}),
     },
     "checks": {
-        "--verify": ("ask the networks again with markers covered and hot areas erased: up to 19 forward passes each",
+        "--verify": ("ask the networks again, markers covered or added, hot areas erased: up to 19 forward passes each",
             {"action": "store_true"}),
         "--boxes": ("table file,class,x0,y0,x1,y1 of true fractures (default: the test images' own)",
             {"type": Path, "metavar": "CSV"}),

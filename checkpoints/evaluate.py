@@ -23,7 +23,7 @@ import csv
 import io
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ import explainability as tool  # noqa: E402
 DEMOS = {"convnext": "convnext_v2_demo.pth", "efficientnet": "efficientnetv2_s_demo.pth"}
 ARCHITECTURES = {"convnext": "convnextv2_atto", "efficientnet": "tf_efficientnetv2_b0"}  # with random weights
 MAP_CHECKS = [key for key, check in tool.CHECKS.items() if check.about == "map"]
+VERIFY_CHECKS = ("covering", "adding", "erasing")
 
 Row = dict[str, str]
 
@@ -100,7 +101,7 @@ def spread(folder: Path, count: int) -> list[Path]:
     return [paths[place] for place in places]
 
 
-def shares_line(title: str, flags: Sequence[Sequence[str]]) -> str:
+def shares_line(title: str, flags: Sequence[Collection[str]]) -> str:
     """One line of the table: the share of maps flagged by each check and by any."""
     shares = [np.mean([check in each for each in flags]) for check in MAP_CHECKS]
     shares.append(np.mean([bool(set(MAP_CHECKS) & set(each)) for each in flags]))
@@ -110,11 +111,13 @@ def shares_line(title: str, flags: Sequence[Sequence[str]]) -> str:
 def network_lines(title: str, key: str, checkpoint: Path, images: Sequence[Path]) -> list[str]:
     """A network's line of the table, and what --verify says of it, by predicted class."""
     rows = table_of(key, checkpoint, images, "--verify")
-    lines = [shares_line(title, [row[f"{key}_flags"].split(", ") for row in rows])]
+    flags = [set(row[f"{key}_flags"].split(", ")) for row in rows]
+    verified = np.mean([bool(each.intersection(VERIFY_CHECKS)) for each in flags])
+    lines = [shares_line(title, flags)]
     known = [row for row in rows if row["true_class"]]
     right = f"accuracy {np.mean([row[f'{key}_correct'] == 'yes' for row in known]):.1%}; " if known else ""
     unsure = np.mean([float(row[f"{key}_confidence"]) < tool.CONFIDENCE_LIMIT for row in rows])
-    lines.append(f"    {right}confidence below {tool.CONFIDENCE_LIMIT:.0%}: {unsure:.1%}")
+    lines.append(f"    --verify flags {verified:.1%}; {right}confidence below {tool.CONFIDENCE_LIMIT:.0%}: {unsure:.1%}")
     for name in sorted({row[f"{key}_predicted"] for row in rows}):
         said = [row for row in rows if row[f"{key}_predicted"] == name]
         lines.append(f"    {name}: {verify_text(said, key)}")
@@ -124,7 +127,7 @@ def network_lines(title: str, key: str, checkpoint: Path, images: Sequence[Path]
 def verify_text(rows: Sequence[Row], key: str) -> str:
     """How many images --verify flags, of those that each of its tests applies to."""
     told = []
-    for check in ("covering", "erasing"):
+    for check in VERIFY_CHECKS:
         tested = [row for row in rows if row[f"{key}_{check}"]]
         count = sum(check in row[f"{key}_flags"].split(", ") for row in tested)
         told.append(f"{check} flags {count} of {len(tested)}" if tested else f"{check} cannot be tested")
