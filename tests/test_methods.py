@@ -771,25 +771,26 @@ def test_a_map_that_is_not_finite_is_refused(tiny_arguments, xray, monkeypatch, 
     assert "the map by Broken is not finite; choose another --method" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method, unit", (("ig", "pass"), ("gradcam", "image")))
-def test_a_long_method_counts_its_passes_on_a_terminal(networks, monkeypatch, method, unit):
+@pytest.mark.parametrize("method, unit, asks_again", (("ig", "pass", False), ("gradcam", "image", False), ("gradcam", "pass", True)))
+def test_what_takes_long_counts_its_passes_on_a_terminal(networks, monkeypatch, method, unit, asks_again):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
     request = explainability.Request((), False, (), (method,), None)
-    with explainability.progress_bar(request, [networks["convnext"]], 1, False) as (bar, count_image):
+    with explainability.progress_bar(request, [networks["convnext"]], 1, False, asks_again) as (bar, count_image):
         explainability.explain_batch(networks["convnext"], noise(1, 64).numpy(), None, (method,))
+        assert bar.n == (METHODS[method].passes if unit == "pass" else 0)
         count_image()
-        assert bar.n == bar.total == METHODS[method].passes
+        assert bar.n == bar.total == METHODS[method].passes + 19 * asks_again
         assert bar.unit == unit and not bar.disable
 
 
 def test_one_image_by_grad_cam_has_no_bar(networks, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     request = explainability.Request((), True, (), ("gradcam",), None)
-    with explainability.progress_bar(request, [networks["convnext"]], 1, False) as (bar, _):
+    with explainability.progress_bar(request, [networks["convnext"]], 1, False, False) as (bar, _):
         assert bar.disable
 
 
