@@ -2596,8 +2596,10 @@ CHECKS = {check.key: check for check in (
     Check("confidence", "Low confidence overall", "prediction",
           lambda evidence: evidence.explanation.confidence, CONFIDENCE_LIMIT, operator.lt,
           lambda evidence, value: f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}"),
-    Check("covering", "Reads the side marker", "verify", covering_fall, COVERING_LIMIT, operator.gt, covering_text),
-    Check("adding", "Heeds a marker that is added", "verify", adding_fall, ADDING_LIMIT, operator.gt, adding_text),
+    Check("covering", "Reads the side marker", "verify",
+          covering_fall, COVERING_LIMIT, operator.gt, covering_text),
+    Check("adding", "Heeds a marker that is added", "verify",
+          adding_fall, ADDING_LIMIT, operator.gt, adding_text),
     Check("default", "Says so of anything", "verify", default_probability, 1, operator.gt, default_text),
     Check("erasing", "The hot area counts no more than others", "verify",
           erasing_rank, ERASING_LIMIT, operator.gt, erasing_text),
@@ -2902,11 +2904,14 @@ def read_boxes(path: Path) -> tuple[dict[str, TrueBox], list[str]]:
     return boxes, missing
 
 
-def known_boxes(table: Path | None, images: Sequence[Path]) -> tuple[dict[str, TrueBox], str, list[str]]:
+def known_boxes(
+    table: Path | None, images: Sequence[Path], is_anonymous: bool
+) -> tuple[dict[str, TrueBox], str, list[str]]:
     """Boxes of the table named, or of the test images' own; the table's mark; and what to say of it."""
     if table:
         boxes, missing = read_boxes(table)
-        notes = [f"ℹ️  {shown(table)}: images that are not beside it: {listed(missing)}"] * bool(missing)
+        which = len(missing) if is_anonymous else listed(missing)
+        notes = [f"ℹ️  {shown(table)}: images that are not beside it: {which}"] * bool(missing)
         return boxes, file_mark(table), notes
     if not any(TEST_IMAGES in Path(os.path.realpath(image)).parents for image in images):
         return {}, "", []
@@ -3686,7 +3691,7 @@ def comparison_figure(
     for explanation in explanations:
         y = sheet.paragraph(MARGIN, y, row_heading(explanation), inches, BOLD)
         flagged = "; ".join(finding.text for finding in explanation.findings if finding.is_flagged)
-        y = sheet.paragraph(MARGIN, y, f"⚠ {flagged}", inches, ALERT) if flagged else y
+        y = sheet.paragraph(MARGIN, y, f"⚠ {flagged}", inches, ALERT, 5) if flagged else y
         titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay" + view.box_note)
         y += title_room(titles, view.column)
         draw_picture(sheet, across[0], y, view, view.picture, titles[0])
@@ -4072,7 +4077,7 @@ def file_mark(path: Path) -> str:
     """What tells whether a file's content is another one.
 
     Of a zip archive, which checkpoints are as a rule, its directory at the end is enough: it holds
-    a checksum of every part. A file that cannot be read has no mark; what is wrong is said when it
+    a checksum of every part, unless torch was told to write none. A file that cannot be read has no mark; what is wrong is said when it
     is used.
     """
     with contextlib.suppress(ExplainError, OSError), open_regular(path) as file:
@@ -4209,7 +4214,8 @@ def write_contact_sheet(
 
 def rows_digest(rows: Sequence[dict[str, str]]) -> str:
     """What tells the contact sheet of these rows from that of others."""
-    return digest_of(sorted((row["file"], row.get("digest", ""), row["error"]) for row in rows))
+    told = ("file", "true_class", "digest", "error")
+    return digest_of(sorted([row.get(name, "") for name in told] for row in rows))
 
 
 def write_maps(result: Result) -> None:
@@ -4413,9 +4419,8 @@ def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, st
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames not in (None, columns):
-                cause = (
-                    "its columns are not those of this run (another --model or --method, or other classes)"
-                )
+                other = "another --model or --method, other classes, or another version of this tool"
+                cause = f"its columns are not those of this run ({other})"
                 raise refusal(path, cause, "move it away, or choose another --output-dir")
             return {row_key(row["file"]): row for row in reader if None not in (*row, *row.values())}
     except FileNotFoundError:
@@ -5065,7 +5070,8 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
                 count_image()
         spent = time.monotonic() - started
         sheet = args.output_dir / f"{SHEET_STEM}.{args.format}"
-        if not (request.is_single or args.no_figures or digest_in(sheet) == rows_digest(rows)):
+        is_there = not jobs and digest_in(sheet) == rows_digest(rows)
+        if not (request.is_single or args.no_figures or is_there):
             make_sheet(sheet, request, rows, highlights, asked)
     status = int(any(row["error"] for row in rows))
     if request.is_single:
@@ -5114,7 +5120,8 @@ def results_table(
         return
     columns = table_columns(models, request.methods)
     earlier = earlier_rows(folder, columns) if goes_on else {}
-    rows = [row for job in request.jobs if (row := earlier.get(row_key(job.label))) and is_row_of(row, job)]
+    known = ((earlier.get(row_key(job.label)), job) for job in request.jobs)
+    rows = [row for row, job in known if row and is_row_of(row, job, models[0].class_names)]
     finished = {row_key(row["file"]) for row in rows}
     jobs = [job for job in request.jobs if row_key(job.label) not in finished]
     if finished:
@@ -5131,9 +5138,10 @@ def results_table(
             raise
 
 
-def is_row_of(row: dict[str, str], job: Job) -> bool:
+def is_row_of(row: dict[str, str], job: Job, class_names: Sequence[str]) -> bool:
     """Whether a row of an earlier run's table is what this job would give."""
-    return row["digest"] == job.digest and not row["error"] and is_finished(job)
+    is_same = row["digest"] == job.digest and row["true_class"] == true_class(job.image, class_names)
+    return is_same and not row["error"] and is_finished(job)
 
 
 # ------------------------------------------------------------------------------------------
@@ -5208,7 +5216,7 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
             {"type": whole_number(1, 4096), "metavar": "N"}),
     },
     "checks": {
-        "--verify": ("ask the networks again, markers covered or added, hot areas erased: up to 19 forward passes each",
+        "--verify": ("ask the networks again, markers covered or added, hot areas erased: up to 19 passes each",
             {"action": "store_true"}),
         "--boxes": ("table file,class,x0,y0,x1,y1 of true fractures (default: the test images' own)",
             {"type": Path, "metavar": "CSV"}),
@@ -5275,13 +5283,17 @@ def images_below(folder: Path) -> list[Path]:
         cause = f"cannot be searched ({error.strerror})"
         raise refusal(Path(error.filename), cause, "change its mode, or name the other folders")
 
-    visited, paths = set(), []
-    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if (real := os.path.realpath(parent)) in visited:  # a link to a folder above would never end
-            folders.clear()
-            continue
-        visited.add(real)
-        paths += [Path(parent, name) for name in names]
+    paths, searched = [], set(map(str, Path(os.path.realpath(folder)).parents))  # a link there would never end
+    starts = [str(folder)]
+    for start in starts:  # links last, so that what they lead to keeps its own path where it has one
+        for parent, folders, names in os.walk(start, onerror=refuse):
+            if (real := os.path.realpath(parent)) in searched:
+                folders.clear()
+                continue
+            searched.add(real)
+            paths += [Path(parent, name) for name in names]
+            below = (os.path.join(parent, name) for name in sorted(folders))
+            starts += [path for path in below if os.path.islink(path)]
     return sorted(path for path in paths if is_dicom(path) or path.suffix.lower() in IMAGE_SUFFIXES)
 
 
@@ -5366,10 +5378,15 @@ def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Pat
 
 
 def lone_family(keys: Sequence[str], named: dict[str, Path]) -> list[str] | None:
-    """The one family of two of which there is a network of the user's; None where there is none."""
-    found = {key: [named[key]] if key in named else candidates(FAMILIES[key], CHECKPOINT_FOLDER) for key in keys}
+    """The one family of two of which there is a network of the user's; None where there is none.
+
+    Nor is there one where another was named.
+    """
+    found = {
+        key: [named[key]] if key in named else candidates(FAMILIES[key], CHECKPOINT_FOLDER) for key in keys
+    }
     own = [key for key in keys if any(not is_demo(path) for path in found[key])]
-    return own if len(own) == 1 < len(keys) else None
+    return own if len(own) == 1 < len(keys) and set(named) <= set(own) else None
 
 
 def checked_request(args: argparse.Namespace) -> Request:
@@ -5385,7 +5402,7 @@ def checked_request(args: argparse.Namespace) -> Request:
     labels = numbered(map(content_label, images)) if args.anonymous else list(map(str, images))
     marks = [(family.key, file_mark(path)) for family, path in checkpoints]
     methods = tuple(dict.fromkeys(args.method or ["gradcam"]))
-    boxes, table, told = known_boxes(args.boxes, images)
+    boxes, table, told = known_boxes(args.boxes, images, args.anonymous)
     if args.signed and args.colormap != "jet":
         told.append(f"ℹ️  --colormap {args.colormap}: not used, as --signed has colours of its own")
     asked = marks, args.target_class, args.class_names, methods, style, args.verify, table

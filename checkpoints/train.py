@@ -539,6 +539,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="torch threads and rendering processes")
     parser.add_argument("--output", type=Path, help="checkpoint to write (default: the committed one)")
     args = parser.parse_args(argv)
+    if args.labels_only and args.family == "marker-reader":
+        parser.error("the marker reader learns from labels only in any case")
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
     data = images(MARKER_SEED if args.family == "marker-reader" else SEED, args.threads)

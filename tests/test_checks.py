@@ -666,8 +666,9 @@ def test_each_kind_of_bad_box_has_its_own_line(tmp_path: Path, content: str | by
 def test_images_that_are_not_beside_the_table_are_told(tmp_path: Path) -> None:
     table = boxes_csv(tmp_path, HEADER + "b.png,simple,1,2,3,4\na.png,simple,1,2,3,4\n")
     assert read_boxes(table)[1] == ["b.png"]
-    boxes, _, (note,) = explainability.known_boxes(table, [tmp_path / "a.png"])
-    assert len(boxes) == 1 and "boxes.csv: images that are not beside it: 1 (b.png)" in note
+    for is_anonymous, told in ((False, "1 (b.png)"), (True, "1")):
+        boxes, _, (note,) = explainability.known_boxes(table, [tmp_path / "a.png"], is_anonymous)
+        assert len(boxes) == 1 and note.endswith(f"boxes.csv: images that are not beside it: {told}")
 
 
 def test_a_table_of_boxes_that_is_no_file_is_named(tmp_path: Path) -> None:

@@ -256,6 +256,10 @@ def test_own_network_that_is_named_is_explained_alone(checkpoints, xray, tmp_pat
     shutil.copy(checkpoints / "convnext_v2_demo.pth", own)
     assert main(["--image", str(xray), f"--convnext-checkpoint={own}"]) == 0
     assert [path for _, path in requests[0].checkpoints] == [own]
+    demo = f"--efficientnet-checkpoint={checkpoints / 'efficientnetv2_s_demo.pth'}"
+    assert main(["--image", str(xray), f"--convnext-checkpoint={own}", demo]) == 1  # both were named
+    shutil.copy(own, checkpoints / "convnext_v2_best.pth")
+    assert main(["--image", str(xray), demo]) == 1 and len(requests) == 1
 
 
 def test_methods_may_be_given_twice(checkpoints, xray, requests):

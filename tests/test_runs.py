@@ -165,8 +165,12 @@ def test_linked_folders_are_searched_once(folder, tmp_path):
     place = tmp_path / "links"
     place.mkdir()
     (place / "simple_fracture").symlink_to(folder / "simple_fracture")
-    (place / "again").symlink_to(place)
+    for name, to in (("again", place), ("above", tmp_path), ("root", Path("/"))):
+        (place / name).symlink_to(to)
     assert [path.name for path in tool.found_images([str(place)], tmp_path / "out")] == ["a.png", "c.png", "d.png"]
+    for name in ("a", "z"):
+        (folder / name).symlink_to(folder / "simple_fracture")
+    assert {path.parent.name for path in tool.found_images([str(folder)], tmp_path / "out")} == {"comminuted_fracture", "simple_fracture"}
 
 
 def test_an_image_named_in_two_ways_is_one(folder, tmp_path, monkeypatch):
@@ -281,7 +285,11 @@ def test_skip_existing_keeps_twins_apart_when_names_are_hidden(explain, folder, 
     for _ in range(2):
         assert explain(*asked) == 0
         told.append([line for line in capsys.readouterr().out.splitlines() if "Accuracy" in line or "done" in line])
-    labels = {row["file"] for row in table(tmp_path)}
+    first = sorted(table(tmp_path), key=lambda row: row["file"])
+    assert explain("--image", folder / "simple_fracture", *asked[2:-1]) == 0  # a new table, of one twin
+    assert explain(*asked) == 0
+    assert sorted(table(tmp_path), key=lambda row: row["file"]) == first
+    labels = {row["file"] for row in first}
     assert told[0] == told[1] and len(labels) == 5
     assert tool.content_label(twin) in labels and f"{tool.content_label(twin)}_2" in labels
     assert not any("fracture" in path.name for path in (tmp_path / "out").iterdir())
