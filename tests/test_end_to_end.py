@@ -240,6 +240,14 @@ def points_into_box(explanation: explainability.Explanation, row: dict[str, str]
     return x0 - width / w / 2 <= x <= x1 + width / w / 2 and y0 - height / h / 2 <= y <= y1 + height / h / 2
 
 
+def test_readme_shows_and_names_files_that_are_there():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    named = re.findall(r"[\w/]+\.(?:jpg|py)\b", text.replace("path/to/xray.jpg", ""))
+    assert len(pictures) >= 4 and len(named) >= 5
+    assert [name for name in pictures + named if not (ROOT / name).is_file()] == []
+
+
 def test_subset_holds_ten_images_of_each_class():
     rows = every_tenth_row()
     assert [sum(row["class"] == folder for row in rows) for folder in FOLDERS] == [10, 10]
