@@ -378,8 +378,9 @@ def started(options, images, tmp_path):
             shutil.copy(images / "a.png", many / f"{number:03}.png")
         command = [*before, sys.executable, str(TOOL), *options, f"--output-dir={tmp_path / 'out'}", "--batch-size=1", f"--image={many}"]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
+        )  # fmt: skip
         processes.append(process)
         for line in process.stdout:
             if "000" in line and line.startswith(("✅", "⚠️")):
