@@ -2458,6 +2458,11 @@ def softmax_at(scores: np.ndarray, index: int) -> float:
     return float(1 / np.exp(scores - scores[index]).sum())
 
 
+def predicted_at(explanation: Explanation, copies: Iterable[np.ndarray]) -> list[float]:
+    """Probability of the predicted class in changed copies, from the scores (K,) of each."""
+    return [softmax_at(scores, explanation.predicted) for scores in copies]
+
+
 def log_odds(scores: np.ndarray, index: int) -> np.ndarray:
     """log p / (1 - p) of one class from scores (..., K), also where p rounds to 1: (...)."""
     return scores[..., index] - np.logaddexp.reduce(np.delete(scores, index, axis=-1), axis=-1)
@@ -2473,9 +2478,7 @@ def covering_fall(evidence: Evidence) -> float | None:
         return None
     if trial.covered is None:
         return float("nan")
-    covered, elsewhere = (
-        softmax_at(each, explanation.predicted) for each in (trial.covered, trial.covered_elsewhere)
-    )
+    covered, elsewhere = predicted_at(explanation, (trial.covered, trial.covered_elsewhere))
     return min(explanation.confidence, elsewhere) - covered
 
 
@@ -2484,7 +2487,7 @@ def adding_fall(evidence: Evidence) -> float | None:
     trial, explanation = evidence.trial, evidence.explanation
     if trial is None:
         return None
-    return explanation.confidence - min(softmax_at(each, explanation.predicted) for each in trial.added)
+    return explanation.confidence - min(predicted_at(explanation, trial.added))
 
 
 def default_probability(evidence: Evidence) -> float | None:
@@ -2523,9 +2526,7 @@ def covering_text(evidence: Evidence, value: float) -> str:
     if np.isnan(value):
         return "covering the markers cannot be tested: there are too many to cover as much elsewhere"
     what = "the side marker" if count == 1 else f"{count} markers"
-    covered, elsewhere = (
-        softmax_at(each, explanation.predicted) for each in (trial.covered, trial.covered_elsewhere)
-    )
+    covered, elsewhere = predicted_at(explanation, (trial.covered, trial.covered_elsewhere))
     told = change_text(explanation, covered, value)
     return f"covering {what} {told}; covering as much elsewhere, {percent(elsewhere)}"
 
@@ -2539,7 +2540,7 @@ def change_text(explanation: Explanation, probability: float, fall: float) -> st
 
 def adding_text(evidence: Evidence, value: float) -> str:
     explanation = evidence.explanation
-    probabilities = [softmax_at(each, explanation.predicted) for each in evidence.trial.added]
+    probabilities = predicted_at(explanation, evidence.trial.added)
     least = int(np.argmin(probabilities))
     return f"{ADDED[least][0]} set in a corner {change_text(explanation, probabilities[least], value)}"
 
@@ -2908,14 +2909,15 @@ def known_boxes(
     table: Path | None, images: Sequence[Path], is_anonymous: bool
 ) -> tuple[dict[str, TrueBox], str, list[str]]:
     """Boxes of the table named, or of the test images' own; the table's mark; and what to say of it."""
-    if table:
-        boxes, missing = read_boxes(table)
-        which = len(missing) if is_anonymous else listed(missing)
-        notes = [f"ℹ️  {shown(table)}: images that are not beside it: {which}"] * bool(missing)
-        return boxes, file_mark(table), notes
-    if not any(TEST_IMAGES in Path(os.path.realpath(image)).parents for image in images):
-        return {}, "", []
-    return (read_boxes(TEST_BOXES)[0], file_mark(TEST_BOXES), []) if TEST_BOXES.is_file() else ({}, "", [])
+    if table is None:
+        are_ours = any(TEST_IMAGES in Path(os.path.realpath(image)).parents for image in images)
+        if not (are_ours and TEST_BOXES.is_file()):
+            return {}, "", []
+        return read_boxes(TEST_BOXES)[0], file_mark(TEST_BOXES), []
+    boxes, missing = read_boxes(table)
+    which = len(missing) if is_anonymous else listed(missing)
+    notes = [f"ℹ️  {shown(table)}: images that are not beside it: {which}"] * bool(missing)
+    return boxes, file_mark(table), notes
 
 
 def box_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -4077,8 +4079,8 @@ def file_mark(path: Path) -> str:
     """What tells whether a file's content is another one.
 
     Of a zip archive, which checkpoints are as a rule, its directory at the end is enough: it holds
-    a checksum of every part, unless torch was told to write none. A file that cannot be read has no mark; what is wrong is said when it
-    is used.
+    a checksum of every part, unless torch was told to write none. A file that cannot be read has no
+    mark; what is wrong is said when it is used.
     """
     with contextlib.suppress(ExplainError, OSError), open_regular(path) as file:
         is_zip = file.read(2) == b"PK"
@@ -5309,9 +5311,12 @@ def is_dicom(path: Path) -> bool:
 
 
 def is_output(path: Path, searched: Path, outputs: Path) -> bool:
-    """Whether a file found below a searched folder lies among the results: right there, or below it."""
-    folder, above = Path(os.path.realpath(path)).parent, Path(os.path.realpath(searched))
-    return folder == outputs or (above in outputs.parents and outputs in folder.parents)
+    """Whether a file found below a searched folder lies among the results: right there, or below it.
+
+    Both folders are real paths.
+    """
+    folder = Path(os.path.realpath(path)).parent
+    return folder == outputs or (searched in outputs.parents and outputs in folder.parents)
 
 
 def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
@@ -5328,8 +5333,9 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
         if re.match(r"[a-z]+://", text, re.IGNORECASE):
             raise ExplainError(f"{printable(text)}: URLs are not read; download the image and name its file")
         if os.path.isdir(text):
-            found = [each for each in images_below(Path(text)) if not is_output(each, Path(text), outputs)]
-            if not found and outputs == Path(os.path.realpath(text)):
+            folder = Path(os.path.realpath(text))
+            found = [each for each in images_below(Path(text)) if not is_output(each, folder, outputs)]
+            if not found and folder == outputs:
                 cause = "is the folder for results, whose own files are not read"
                 raise refusal(Path(text), cause, "choose another --output-dir")
         elif glob.has_magic(text) and not os.path.lexists(text):

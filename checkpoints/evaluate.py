@@ -38,7 +38,7 @@ import explainability as tool  # noqa: E402
 DEMOS = {"convnext": "convnext_v2_demo.pth", "efficientnet": "efficientnetv2_s_demo.pth"}
 ARCHITECTURES = {"convnext": "convnextv2_atto", "efficientnet": "tf_efficientnetv2_b0"}  # with random weights
 MAP_CHECKS = [key for key, check in tool.CHECKS.items() if check.about == "map"]
-VERIFY_CHECKS = ("covering", "adding", "erasing")
+VERIFY_CHECKS = [key for key, check in tool.CHECKS.items() if check.about == "verify" and key != "default"]
 
 Row = dict[str, str]
 

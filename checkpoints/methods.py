@@ -62,6 +62,11 @@ def test_images(per_class: int) -> Iterator[tuple[Path, np.ndarray]]:
             yield path, np.array(boxes[name]) / (Image.open(path).size * 2)
 
 
+def enlarged_box(box: np.ndarray) -> np.ndarray:
+    """A box in shares of the sides, half a cell larger on each side, cut at the image's edges."""
+    return np.clip(box + np.array([-1, -1, 1, 1]) * HALF_CELL, 0, 1)
+
+
 def is_inside(places: np.ndarray, box: np.ndarray) -> np.ndarray:
     """Which places, x and y (2, ...), lie in a box."""
     x, y = places
@@ -76,9 +81,9 @@ def centres(size: int) -> np.ndarray:
 def fall(seen: tool.ForwardPass, raw_map: np.ndarray) -> float:
     """How far the score falls when what a map calls hottest is replaced by the reference."""
     size = seen.inputs.shape[-1]
-    enlarged = np.asarray(Image.fromarray(raw_map).resize((size, size), Image.Resampling.BILINEAR))
+    larger = tool.enlarged(raw_map, size)
     kept = np.ones(size**2, bool)
-    kept[np.argsort(-enlarged, axis=None, kind="stable")[: round(HOTTEST * size**2)]] = False
+    kept[np.argsort(-larger, axis=None, kind="stable")[: round(HOTTEST * size**2)]] = False
     return float(tool.falls(seen, torch.from_numpy(kept.reshape(1, size, size)))[0, 0])
 
 
@@ -89,7 +94,7 @@ def judged(seen: tool.ForwardPass, explanation: tool.Explanation, box: np.ndarra
     return Judgement(
         cost=cost,
         error=np.nan if owed is None else abs(total - owed) / abs(owed),
-        points=bool(not tool.is_uniform(raw_map) and is_inside(peak, box + np.array([-1, -1, 1, 1]) * HALF_CELL)),
+        points=bool(not tool.is_uniform(raw_map) and is_inside(peak, enlarged_box(box))),
         heat=float(heat[is_inside(centres(224), box)].sum() / max(heat.sum(), 1e-12)),
         fall=fall(seen, raw_map),
         blank=bool(raw_map.max() <= 0),
@@ -140,9 +145,8 @@ def random_row(classifier: tool.Classifier, images: list[tuple[torch.Tensor, np.
         seen = tool.forward_pass(classifier, inputs, None, tool.DEFAULT_BATCH["cpu"])
         falls += [fall(seen, generator.random((7, 7), np.float32)) for _ in range(RANDOM_MAPS)]
         heat.append((box[2] - box[0]) * (box[3] - box[1]))
-    enlarged = [np.clip(box + np.array([-1, -1, 1, 1]) * HALF_CELL, 0, 1) for _, box in images]
-    sides = [box[2:] - box[:2] for box in enlarged]
-    chance = np.mean([np.prod(each) for each in sides])
+    larger = [enlarged_box(box) for _, box in images]
+    chance = np.mean([np.prod(box[2:] - box[:2]) for box in larger])
     return line(
         "random maps", "", "", "", f"{chance:.2f}", f"{np.mean(heat):.2f}", f"{np.mean(falls):.2f}", ""
     )

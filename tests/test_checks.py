@@ -27,8 +27,8 @@ from explainability import (
     Radiograph,
     Trial,
     audit_lines,
-    box_mask,
     box_in_shares,
+    box_mask,
     checks_text,
     connected,
     dense_shares,
@@ -669,6 +669,9 @@ def test_images_that_are_not_beside_the_table_are_told(tmp_path: Path) -> None:
     for is_anonymous, told in ((False, "1 (b.png)"), (True, "1")):
         boxes, _, (note,) = explainability.known_boxes(table, [tmp_path / "a.png"], is_anonymous)
         assert len(boxes) == 1 and note.endswith(f"boxes.csv: images that are not beside it: {told}")
+    table = boxes_csv(tmp_path, HEADER + "a\0.png,simple,1,2,3,4\n")
+    _, _, (note,) = explainability.known_boxes(table, [tmp_path / "a.png"], False)
+    assert "\0" not in note and "\n" not in note
 
 
 def test_a_table_of_boxes_that_is_no_file_is_named(tmp_path: Path) -> None:
