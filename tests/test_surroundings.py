@@ -366,6 +366,12 @@ def drawing_children(parent: int) -> list[int]:
     return found
 
 
+def heed_signals() -> None:
+    """Undo what a process inherits where the tests run under nohup or behind an ampersand."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def started(options, images, tmp_path):
     """A run over many images that has begun to write figures, and its drawing processes."""
@@ -379,7 +385,7 @@ def started(options, images, tmp_path):
         command = [*before, sys.executable, str(TOOL), *options, f"--output-dir={tmp_path / 'out'}", "--batch-size=1", f"--image={many}"]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
+            preexec_fn=heed_signals,
         )  # fmt: skip
         processes.append(process)
         for line in process.stdout:
