@@ -87,118 +87,14 @@ PROJECT = SCRIPT.resolve().parent if SCRIPT.is_file() else Path()
 CHECKPOINT_FOLDER = PROJECT / "checkpoints"
 TEST_IMAGES = PROJECT / "data_original" / "test"
 OUTPUT_FOLDER = PROJECT / "explainability_outputs"
-TABLE_NAME = "summary.csv"
-SHEET_STEM = "summary"  # of the contact sheet's name, which ends as the figures' do
 
 CLASS_NAMES = ("Comminuted Fracture", "Simple Fracture")  # index = output of the networks
 INPUT_SIZE = 224  # pixels a side: both networks were trained on squashed squares
-INPUT_SIZES = range(64, 1025)  # pixels a side that are accepted
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; EfficientNetV2 too was trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)  # these, although timm's default for it says 0.5
 
-CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
-MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net")  # where trainers put the weights, in order
-EMA_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema")  # the same, averaged over the training
-STRUCTURE_BYTES = 64_000_000  # of a checkpoint without its tensors; a gigabyte of weights needs a hundredth
-STRUCTURE_STEPS = 1_000_000  # of unpickling it; a second or two
-STRUCTURE_WEIGHT = 100_000_000  # parts and characters, each counted as often as it is put into something
-STRUCTURE_WIDTH = 200_000  # parts that wait to be put together
-STRUCTURE_DEPTH = 200  # containers in containers
-CALL_WEIGHT = 20  # times what a call is given: it may hash and copy it
-LONG_WEIGHT = 5_000  # of a number beyond 32 bits; as keys, they can be chosen to make a dictionary take hours
-OLD_PICKLES = 5  # of the container before PyTorch 1.6: mark, version, system, contents, keys of storages
-ATOMS = ("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "EMPTY_TUPLE")
-TEXTS = ("BINUNICODE", "SHORT_BINSTRING", "GLOBAL")
-ABOVE_THE_MARK = -1
-TAKING_STEPS = {  # how many parts the other steps take that torch knows
-    **{"EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "LONG1": 0, "STOP": 1, "BINPERSID": 1},
-    **{"REDUCE": 2, "NEWOBJ": 2},
-    **{"TUPLE": ABOVE_THE_MARK, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1},
-    **{"APPENDS": ABOVE_THE_MARK, "SETITEMS": ABOVE_THE_MARK},
-}
-FILLING_STEPS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # into the part below what they take
-CALLING_STEPS = ("REDUCE", "NEWOBJ")
-CHECKPOINT_CALLS = re.compile(  # what a checkpoint may call: none gives much more than it is given
-    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode"
-    r"|torch (Size|device)"
-    r"|numpy dtype|numpy\._?core\.multiarray scalar|argparse Namespace"
-    r"|torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?|qtensor|meta_tensor_no_storage)"
-)
-NUMBER_KINDS = ("float32", "float16", "bfloat16", "float64", "int64")  # int64: counters of batches
-COUNTER = "num_batches_tracked"  # end of the keys of those counters, which inference never reads
-MAX_CLASSES = 100
-MAX_NAME = 200  # characters of a class name
 DEMO_SUFFIX = "_demo.pth"
 DEMO_NOTICE = "trained on synthetic radiographs; shows how the tool works; says nothing about real patients"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".dcm")
-IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may decode; never EPS
-MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 million
-HEAD_BYTES = 1024  # enough to tell what a file is
-DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
-UNFOLDING = "its structure unfolds to more than a network's checkpoint holds; save its state_dict() alone"
-COPY_AGAIN = "copy it again from where it came"
-NOTHING_TO_SEE = "every pixel is the same: there is nothing to see"
-DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
-BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
-LFS_POINTER = "a Git LFS pointer: the repository was cloned without Git LFS"
-TAG = r"(?:\.[a-z0-9_]{1,60})?"  # of timm's names: what the weights were trained on
-SPECIAL_FILES = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
-
-ROUNDING = 8 * float(np.finfo(np.float32).eps)  # relative error of a few float32 operations
-
-MAX_STEM_BYTES = 210  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
-ZIP_DIRECTORY_BYTES = 1_000_000  # holds that of 10,000 tensors
-PROBE_BYTES = 4_000_000  # room that an output folder must have: the figures of one image
-
-DEFAULT_BATCH = {"cpu": 4, "cuda": 32, "mps": 32}  # images; larger ones gain no speed and take memory
-MAX_DRAWING_PROCESSES = 8
-LONG_PASSES = 10  # an image: from here on a bar counts them
-MAX_WAITING_RESULTS = 24  # explained images whose figures are not drawn yet
-RULE = "=" * 80
-
-INK, MUTED, TRACK, BAR, FRAME = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#3b6ea5", "#8c8c8c"
-WARNING, BADGE = "#a33b00", "#8a4b00"
-LEADING, CAPITALS = 1.38 / 72, 0.73 / 72  # inches of a line and of a capital letter for each point of size
-MARGIN, GAP = 0.28, 0.14  # inches
-HAIRLINE = 0.75  # points
-BAR_ROOM = 0.76  # inches for a colour bar, its ticks and its label
-DETAILS_WIDTH = 4.1  # inches, beside panels in a row
-PANEL_AREA = 19  # square inches that a picture takes
-LONGEST_SIDE = 9  # inches
-MIN_COLUMN = 1.9  # inches: room for a panel's title over a narrow picture
-PROBABILITY_ROOM = 2.1  # inches for the list of classes
-BARE_INCHES = 6  # what a bare picture's longer side is taken for when lines are drawn on it
-OVERLAY_OPACITY = 0.6  # where the heat is greatest; nothing where there is none
-CONTOURS = (0.25, 0.5, 0.75)  # of the heatmap's maximum
-DIVERGING = "RdBu_r"  # for signed maps: blue against, white nothing, red for
-MAX_THUMBNAILS = 24
-THUMBNAIL_PIXELS = 400  # of what is kept for the contact sheet
-SURE = 0.95  # confidence from which a wrong prediction is looked at first
-PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
-READING_GUIDE = (  # (place on the colour bar, what it means)
-    (1.0, "High attention: raised the score of the explained class"),
-    (0.0, "Low attention: counted little or not at all"),
-)
-SIGNED_GUIDE = (
-    (1.0, "Raised the score of the explained class"),
-    (0.0, "Lowered the score of the explained class"),
-)
-READING_ADVICE = (
-    "Good: on the fracture line and the bone around it.",
-    "Red flag: on borders, markers, text, or nowhere in particular.",
-)
-READERS_CHECK = "☐ Clinical features match: for the reader to judge"
-DIGEST_PLACES = {  # how the digest stands in a whole file
-    ".png": re.compile(rb"tEXtDigest\0(\w*).{8}IDAT.*IEND.{4}$", re.DOTALL),
-    ".pdf": re.compile(rb"/Keywords \((\w*)\).*%%EOF\s*$", re.DOTALL),
-    ".svg": re.compile(rb"<dc:identifier>(\w*)</dc:identifier>.*</svg>\s*$", re.DOTALL),
-}
 
 
 # ------------------------------------------------------------------------------------------
@@ -208,39 +104,6 @@ DIGEST_PLACES = {  # how the digest stands in a whole file
 
 class ExplainError(Exception):
     """Something named on the command line cannot be used; the text is one line for the user."""
-
-
-@dataclass(frozen=True)
-class FileKind:
-    """What a file is by its first bytes."""
-
-    start: re.Pattern[bytes]
-    what: str
-    use: str = ""  # image, dicom, or the container of a checkpoint: zip, pickle, safetensors
-    remedy: str = ""  # where another than "give an image" or "give a checkpoint" helps
-
-
-FILE_KINDS = tuple(  # the first that fits counts
-    FileKind(re.compile(start, re.DOTALL), *rest)
-    for start, *rest in (
-        (rb".{128}DICM", "a DICOM file", "dicom"),
-        (rb"\x89PNG\r\n", "a PNG image", "image"),
-        (rb"\xff\xd8\xff", "a JPEG image", "image"),
-        (rb"II[*+]\0|MM\0[*+]", "a TIFF image", "image"),
-        (rb"GIF8", "a GIF image", "image"),
-        (rb"RIFF.{4}WEBP", "a WebP image", "image"),
-        (rb"BM", "a BMP image", "image"),
-        (rb"PK\x03\x04", "a zip archive", "zip"),
-        (rb"\x80[\x00-\x05]", "a pickle", "pickle"),  # what torch.save wrote before version 1.6
-        # The length of the header, which safetensors limits to 100 MB, then a JSON object.
-        (rb".{3}[\x00-\x05]\0{4}\{", "a safetensors file", "safetensors"),
-        (rb"version https://git-lfs", LFS_POINTER, "", "run git lfs pull"),
-        (rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", "", "convert it to PNG or JPEG"),
-        (rb"%PDF-", "a PDF document", "", "export its page as PNG"),
-        (rb"\x89HDF\r\n", "an HDF5 file, as Keras writes", "", "this tool explains networks of PyTorch"),
-        (rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", "", "export it again"),
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -257,46 +120,6 @@ class Family:
     target_layer: str  # dotted path for torch.nn.Module.get_submodule
     finer_layer: str  # the last one whose grid has twice as many cells a side
     bullet: str
-
-
-FAMILIES = {
-    family.key: family
-    for family in (
-        Family(
-            key="convnext",
-            title="ConvNeXt V2",
-            full_size="convnextv2_base.fcmae_ft_in22k_in1k",
-            names=re.compile(rf"convnextv2_(atto|femto|pico|nano|tiny|small|base|large|huge){TAG}"),
-            sizes={
-                (140, 320): "convnextv2_atto", (140, 384): "convnextv2_femto", (140, 512): "convnextv2_pico",
-                (160, 640): "convnextv2_nano", (200, 768): "convnextv2_tiny", (380, 768): "convnextv2_small",
-                (380, 1536): "convnextv2_large", (380, 2816): "convnextv2_huge",
-            },  # fmt: skip
-            landmark="stages.0.blocks.0.mlp.grn.weight",
-            head="head.fc",
-            target_layer="stages.3",  # the last stage
-            finer_layer="stages.2",
-            bullet="🔵",
-        ),
-        Family(
-            key="efficientnet",
-            title="EfficientNetV2-{size}",
-            full_size="tf_efficientnetv2_s.in21k_ft_in1k",
-            names=re.compile(rf"tf_efficientnetv2_(s|m|l|xl|b[0-3]){TAG}"),
-            sizes={
-                (361, 1280): "tf_efficientnetv2_b0", (443, 1280): "tf_efficientnetv2_b1",
-                (462, 1408): "tf_efficientnetv2_b2", (538, 1536): "tf_efficientnetv2_b3",
-                (963, 1280): "tf_efficientnetv2_m", (1331, 1280): "tf_efficientnetv2_l",
-                (1712, 1280): "tf_efficientnetv2_xl",
-            },  # fmt: skip
-            landmark="conv_stem.weight",
-            head="classifier",
-            target_layer="conv_head",
-            finer_layer="blocks.4",
-            bullet="🟢",
-        ),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -532,6 +355,57 @@ class Result:
 # ------------------------------------------------------------------------------------------
 # Inputs: radiographs
 # ------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".dcm")
+IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may decode; never EPS
+MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 million
+HEAD_BYTES = 1024  # enough to tell what a file is
+DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
+COPY_AGAIN = "copy it again from where it came"
+NOTHING_TO_SEE = "every pixel is the same: there is nothing to see"
+DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
+BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
+LFS_POINTER = "a Git LFS pointer: the repository was cloned without Git LFS"
+SPECIAL_FILES = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What a file is by its first bytes."""
+
+    start: re.Pattern[bytes]
+    what: str
+    use: str = ""  # image, dicom, or the container of a checkpoint: zip, pickle, safetensors
+    remedy: str = ""  # where another than "give an image" or "give a checkpoint" helps
+
+
+FILE_KINDS = tuple(  # the first that fits counts
+    FileKind(re.compile(start, re.DOTALL), *rest)
+    for start, *rest in (
+        (rb".{128}DICM", "a DICOM file", "dicom"),
+        (rb"\x89PNG\r\n", "a PNG image", "image"),
+        (rb"\xff\xd8\xff", "a JPEG image", "image"),
+        (rb"II[*+]\0|MM\0[*+]", "a TIFF image", "image"),
+        (rb"GIF8", "a GIF image", "image"),
+        (rb"RIFF.{4}WEBP", "a WebP image", "image"),
+        (rb"BM", "a BMP image", "image"),
+        (rb"PK\x03\x04", "a zip archive", "zip"),
+        (rb"\x80[\x00-\x05]", "a pickle", "pickle"),  # what torch.save wrote before version 1.6
+        # The length of the header, which safetensors limits to 100 MB, then a JSON object.
+        (rb".{3}[\x00-\x05]\0{4}\{", "a safetensors file", "safetensors"),
+        (rb"version https://git-lfs", LFS_POINTER, "", "run git lfs pull"),
+        (rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", "", "convert it to PNG or JPEG"),
+        (rb"%PDF-", "a PDF document", "", "export its page as PNG"),
+        (rb"\x89HDF\r\n", "an HDF5 file, as Keras writes", "", "this tool explains networks of PyTorch"),
+        (rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", "", "export it again"),
+    )
+)
 
 
 def printable(text: str) -> str:
@@ -951,6 +825,82 @@ def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.nd
 # ------------------------------------------------------------------------------------------
 # Models
 # ------------------------------------------------------------------------------------------
+
+INPUT_SIZES = range(64, 1025)  # pixels a side that are accepted
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
+MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net")  # where trainers put the weights, in order
+EMA_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema")  # the same, averaged over the training
+STRUCTURE_BYTES = 64_000_000  # of a checkpoint without its tensors; a gigabyte of weights needs a hundredth
+STRUCTURE_STEPS = 1_000_000  # of unpickling it; a second or two
+STRUCTURE_WEIGHT = 100_000_000  # parts and characters, each counted as often as it is put into something
+STRUCTURE_WIDTH = 200_000  # parts that wait to be put together
+STRUCTURE_DEPTH = 200  # containers in containers
+CALL_WEIGHT = 20  # times what a call is given: it may hash and copy it
+LONG_WEIGHT = 5_000  # of a number beyond 32 bits; as keys, they can be chosen to make a dictionary take hours
+OLD_PICKLES = 5  # of the container before PyTorch 1.6: mark, version, system, contents, keys of storages
+ATOMS = ("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "EMPTY_TUPLE")
+TEXTS = ("BINUNICODE", "SHORT_BINSTRING", "GLOBAL")
+ABOVE_THE_MARK = -1
+TAKING_STEPS = {  # how many parts the other steps take that torch knows
+    **{"EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "LONG1": 0, "STOP": 1, "BINPERSID": 1},
+    **{"REDUCE": 2, "NEWOBJ": 2},
+    **{"TUPLE": ABOVE_THE_MARK, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1},
+    **{"APPENDS": ABOVE_THE_MARK, "SETITEMS": ABOVE_THE_MARK},
+}
+FILLING_STEPS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # into the part below what they take
+CALLING_STEPS = ("REDUCE", "NEWOBJ")
+CHECKPOINT_CALLS = re.compile(  # what a checkpoint may call: none gives much more than it is given
+    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode"
+    r"|torch (Size|device)"
+    r"|numpy dtype|numpy\._?core\.multiarray scalar|argparse Namespace"
+    r"|torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?|qtensor|meta_tensor_no_storage)"
+)
+NUMBER_KINDS = ("float32", "float16", "bfloat16", "float64", "int64")  # int64: counters of batches
+COUNTER = "num_batches_tracked"  # end of the keys of those counters, which inference never reads
+MAX_CLASSES = 100
+MAX_NAME = 200  # characters of a class name
+UNFOLDING = "its structure unfolds to more than a network's checkpoint holds; save its state_dict() alone"
+TAG = r"(?:\.[a-z0-9_]{1,60})?"  # of timm's names: what the weights were trained on
+
+
+FAMILIES = {
+    family.key: family
+    for family in (
+        Family(
+            key="convnext",
+            title="ConvNeXt V2",
+            full_size="convnextv2_base.fcmae_ft_in22k_in1k",
+            names=re.compile(rf"convnextv2_(atto|femto|pico|nano|tiny|small|base|large|huge){TAG}"),
+            sizes={
+                (140, 320): "convnextv2_atto", (140, 384): "convnextv2_femto", (140, 512): "convnextv2_pico",
+                (160, 640): "convnextv2_nano", (200, 768): "convnextv2_tiny", (380, 768): "convnextv2_small",
+                (380, 1536): "convnextv2_large", (380, 2816): "convnextv2_huge",
+            },  # fmt: skip
+            landmark="stages.0.blocks.0.mlp.grn.weight",
+            head="head.fc",
+            target_layer="stages.3",  # the last stage
+            finer_layer="stages.2",
+            bullet="🔵",
+        ),
+        Family(
+            key="efficientnet",
+            title="EfficientNetV2-{size}",
+            full_size="tf_efficientnetv2_s.in21k_ft_in1k",
+            names=re.compile(rf"tf_efficientnetv2_(s|m|l|xl|b[0-3]){TAG}"),
+            sizes={
+                (361, 1280): "tf_efficientnetv2_b0", (443, 1280): "tf_efficientnetv2_b1",
+                (462, 1408): "tf_efficientnetv2_b2", (538, 1536): "tf_efficientnetv2_b3",
+                (963, 1280): "tf_efficientnetv2_m", (1331, 1280): "tf_efficientnetv2_l",
+                (1712, 1280): "tf_efficientnetv2_xl",
+            },  # fmt: skip
+            landmark="conv_stem.weight",
+            head="classifier",
+            target_layer="conv_head",
+            finer_layer="blocks.4",
+            bullet="🟢",
+        ),
+    )
+}
 
 
 def is_demo(checkpoint: Path) -> bool:
@@ -1597,6 +1547,9 @@ def use_exact_float32() -> None:
 # ------------------------------------------------------------------------------------------
 # Methods: from one pass of a batch to signed maps
 # ------------------------------------------------------------------------------------------
+
+ROUNDING = 8 * float(np.finfo(np.float32).eps)  # relative error of a few float32 operations
+DEFAULT_BATCH = {"cpu": 4, "cuda": 32, "mps": 32}  # images; larger ones gain no speed and take memory
 
 BLUR = 12 / 224  # sigma of the reference's blur, in parts of the input's side
 CELL = 8  # pixels of the input a side, over which maps of pixels are summed
@@ -3002,6 +2955,39 @@ def pointing_text(pointed: Pointing) -> str:
 # Panels and figures
 # ------------------------------------------------------------------------------------------
 
+INK, MUTED, TRACK, BAR, FRAME = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#3b6ea5", "#8c8c8c"
+WARNING, BADGE = "#a33b00", "#8a4b00"
+LEADING, CAPITALS = 1.38 / 72, 0.73 / 72  # inches of a line and of a capital letter for each point of size
+MARGIN, GAP = 0.28, 0.14  # inches
+HAIRLINE = 0.75  # points
+BAR_ROOM = 0.76  # inches for a colour bar, its ticks and its label
+DETAILS_WIDTH = 4.1  # inches, beside panels in a row
+PANEL_AREA = 19  # square inches that a picture takes
+LONGEST_SIDE = 9  # inches
+MIN_COLUMN = 1.9  # inches: room for a panel's title over a narrow picture
+PROBABILITY_ROOM = 2.1  # inches for the list of classes
+BARE_INCHES = 6  # what a bare picture's longer side is taken for when lines are drawn on it
+OVERLAY_OPACITY = 0.6  # where the heat is greatest; nothing where there is none
+CONTOURS = (0.25, 0.5, 0.75)  # of the heatmap's maximum
+DIVERGING = "RdBu_r"  # for signed maps: blue against, white nothing, red for
+MAX_THUMBNAILS = 24
+THUMBNAIL_PIXELS = 400  # of what is kept for the contact sheet
+SURE = 0.95  # confidence from which a wrong prediction is looked at first
+PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
+READING_GUIDE = (  # (place on the colour bar, what it means)
+    (1.0, "High attention: raised the score of the explained class"),
+    (0.0, "Low attention: counted little or not at all"),
+)
+SIGNED_GUIDE = (
+    (1.0, "Raised the score of the explained class"),
+    (0.0, "Lowered the score of the explained class"),
+)
+READING_ADVICE = (
+    "Good: on the fracture line and the bone around it.",
+    "Red flag: on borders, markers, text, or nowhere in particular.",
+)
+READERS_CHECK = "☐ Clinical features match: for the reader to judge"
+
 # A figure is a sheet: texts, boxes and pictures at places in inches from its top left. matplotlib's
 # renderers draw it. Its Figure, Axes and Text would do, but take several times as long.
 
@@ -4001,6 +3987,17 @@ def figure_bytes(sheet: Sheet, style: FigureStyle, digest: str = "") -> bytes:
 # Outputs: names and files
 # ------------------------------------------------------------------------------------------
 
+TABLE_NAME = "summary.csv"
+SHEET_STEM = "summary"  # of the contact sheet's name, which ends as the figures' do
+MAX_STEM_BYTES = 210  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
+ZIP_DIRECTORY_BYTES = 1_000_000  # holds that of 10,000 tensors
+PROBE_BYTES = 4_000_000  # room that an output folder must have: the figures of one image
+DIGEST_PLACES = {  # how the digest stands in a whole file
+    ".png": re.compile(rb"tEXtDigest\0(\w*).{8}IDAT.*IEND.{4}$", re.DOTALL),
+    ".pdf": re.compile(rb"/Keywords \((\w*)\).*%%EOF\s*$", re.DOTALL),
+    ".svg": re.compile(rb"<dc:identifier>(\w*)</dc:identifier>.*</svg>\s*$", re.DOTALL),
+}
+
 
 def check_output_folder(folder: Path) -> None:
     """Make the output folder and try it. Raises ExplainError where no figure could be written."""
@@ -4475,6 +4472,8 @@ def open_table(
 # Console text
 # ------------------------------------------------------------------------------------------
 
+RULE = "=" * 80
+
 
 def say(*lines: str) -> None:
     """Print to standard output, at once. Raises ExplainError where that cannot be written."""
@@ -4724,6 +4723,10 @@ def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
 # ------------------------------------------------------------------------------------------
 # Runs: jobs -> read -> explained in batches -> figures and maps written -> row, lines
 # ------------------------------------------------------------------------------------------
+
+MAX_DRAWING_PROCESSES = 8
+LONG_PASSES = 10  # an image: from here on a bar counts them
+MAX_WAITING_RESULTS = 24  # explained images whose figures are not drawn yet
 
 
 Submit = Callable[..., "Future[None]"]  # of a function and its arguments, as an executor has it
