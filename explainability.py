@@ -2970,9 +2970,6 @@ BARE_INCHES = 6  # what a bare picture's longer side is taken for when lines are
 OVERLAY_OPACITY = 0.6  # where the heat is greatest; nothing where there is none
 CONTOURS = (0.25, 0.5, 0.75)  # of the heatmap's maximum
 DIVERGING = "RdBu_r"  # for signed maps: blue against, white nothing, red for
-MAX_THUMBNAILS = 24
-THUMBNAIL_PIXELS = 400  # of what is kept for the contact sheet
-SURE = 0.95  # confidence from which a wrong prediction is looked at first
 PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
 READING_GUIDE = (  # (place on the colour bar, what it means)
     (1.0, "High attention: raised the score of the explained class"),
@@ -3758,164 +3755,6 @@ def methods_figure(view: View, explanations: Sequence[Explanation], costs: Seque
     return sheet
 
 
-# The contact sheet of a run. Its data are the rows of the table, as text.
-
-
-def said_by(row: dict[str, str], model: Model, column: str) -> str:
-    """What a row says in one of a model's columns; empty where there is no such column."""
-    return row.get(f"{model.family.key}_{column}", "")
-
-
-def confidence_in(row: dict[str, str], model: Model) -> float:
-    return max(float(said_by(row, model, f"p_{name}")) for name in model.class_names)
-
-
-def flags_in(row: dict[str, str], models: Sequence[Model]) -> str:
-    """What is flagged about the maps of a row."""
-    flags = {model.title: said_by(row, model, "flags") for model in models}
-    flags |= {model.title: "blank map" for model in models if said_by(row, model, "blank_map") == "yes"}
-    return "; ".join(f"{title}: {text}" for title, text in flags.items() if text)
-
-
-def looked_at_first(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> list[dict[str, str]]:
-    """What a person should look at: wrong and sure, disagreements, the rest of the wrong, flagged maps."""
-
-    def order(row: dict[str, str]) -> tuple[int, float]:
-        wrong = [confidence_in(row, model) for model in models if said_by(row, model, "correct") == "no"]
-        surest = max(wrong, default=0)
-        kinds = surest >= SURE, row.get("agree") == "no", bool(wrong), bool(flags_in(row, models)), True
-        return kinds.index(True), -surest
-
-    ranked = sorted((row for row in rows if not row["error"]), key=order)
-    return [row for row in ranked if order(row)[0] < 4][:MAX_THUMBNAILS]
-
-
-def draw_confusion(
-    sheet: Sheet, x: float, y: float, width: float, rows: Sequence[dict[str, str]], model: Model
-) -> None:
-    """How often each true class (a line) was predicted as each class (a column)."""
-    names, first = model.class_names, 1.25
-    pairs = ((class_key(row["true_class"]), class_key(said_by(row, model, "predicted"))) for row in rows)
-    counts, keys = Counter(pairs), [class_key(name) for name in names]
-    cell, high, is_small = (width - first) / len(names), min(0.5, 1.4 / len(names)), len(names) > 3
-    sheet.write(x + first, y, "predicted as", FAINT)
-    top = y + 0.54
-    for number, name in enumerate(names):
-        label = f"{number + 1} {name}" if is_small else name
-        heading = str(number + 1) if is_small else name
-        if high > SMALL.leading:
-            sheet.paragraph(x + first + number * cell, y + 0.19, heading, cell - 0.06)
-            lines = wrapped(label, SMALL, first - 0.1, 1 if is_small else 2)
-            middle = top + number * high + (high - SMALL.leading * len(lines)) / 2
-            sheet.paragraph(x, middle, label, first - 0.1, SMALL, 1 if is_small else 2)
-        total = sum(counts[keys[number], key] for key in keys)
-        for place, key in enumerate(keys):
-            count = counts[keys[number], key]
-            corner = x + first + place * cell, top + number * high
-            fill_share(sheet, *corner, cell, high, count / total if total else 0, str(count))
-
-
-def draw_histogram(
-    sheet: Sheet, x: float, y: float, width: float, height: float,
-    rows: Sequence[dict[str, str]], model: Model,
-) -> None:  # fmt: skip
-    """How sure right and wrong predictions are, or all where the truth is not known.
-
-    In steps of 5 % from the least possible confidence.
-    """
-    lowest = 20 // len(model.class_names)  # in steps
-    right, wrong = Look(8.5, BAR, True), Look(8.5, WARNING, True)
-    looks = {"yes": right, "no": wrong} if rows[0]["true_class"] else {"": right}
-    said = [("right ", right), ("and ", FAINT), ("wrong ", wrong)] if len(looks) > 1 else []
-    steps = {side: Counter[int]() for side in looks}
-    for row in rows:
-        step = math.floor(confidence_in(row, model) * 20 + 1e-9)
-        steps[said_by(row, model, "correct")][min(19, max(lowest, step))] += 1
-    most = max(max(counts.values(), default=1) for counts in steps.values())
-    across = x
-    for text, look in [("Confidence of ", FAINT), *said, (f"predictions; the highest bar is {most}", FAINT)]:
-        sheet.write(across, y, text, look)
-        across += text_width(text, look)
-    base, step = y + 0.3 + height, width / (20 - lowest)
-    for side, counts in steps.items():
-        for place, count in counts.items():
-            left, tall = x + (place - lowest + 0.45 * (side == "no")) * step, height * count / most
-            sheet.fill(left, base - tall, 0.42 * step, tall, looks[side].colour)
-    sheet.fill(x, base, width, 0.012, INK)
-    sheet.write(x, base + 0.05, f"{lowest / 20:.0%}")
-    sheet.write(x + width - text_width("100%", SMALL), base + 0.05, "100%")
-
-
-def draw_model(
-    sheet: Sheet, y: float, rows: Sequence[dict[str, str]], model: Model,
-    mean_map: np.ndarray | None, style: FigureStyle,
-) -> float:  # fmt: skip
-    """How one model did in a run; returns where that ends."""
-    known = [row for row in rows if row["true_class"]]
-    right = sum(said_by(row, model, "correct") == "yes" for row in known)
-    told = f"{right / len(known):.1%} of {len(known)} right" if known else "no folder is named after a class"
-    sheet.write(MARGIN, y, f"{model.title}: {told}", BOLD)
-    y += 0.28
-    if known:
-        draw_confusion(sheet, MARGIN, y, 4.3, known, model)
-    if rows:
-        draw_histogram(sheet, MARGIN + 4.7, y, 5.2, 1.4, known or rows, model)
-    if mean_map is not None:
-        side = round(1.75 * style.dpi)
-        levels = (resized(mean_map, side, side) * 255).round().astype(np.uint8)
-        sheet.write(MARGIN + 10.4, y, "Mean map of this run", FAINT)
-        sheet.show(MARGIN + 10.4, y + 0.22, colour_table(style.colormap)[levels], "Mean map")
-    return y + (2.2 if rows else 0)
-
-
-def draw_thumbnail(
-    sheet: Sheet, x: float, y: float, inches: float, row: dict[str, str], models: Sequence[Model],
-    seen: tuple[np.ndarray, Explanation] | None, style: FigureStyle,
-) -> None:  # fmt: skip
-    """An image to look at, with its name, its true class and what each model said."""
-    name = Path(row["file"]).name
-    if seen is not None:
-        overlay = Image.fromarray(bare_overlay(*seen, style))
-        overlay.thumbnail((round(inches * style.dpi),) * 2, Image.Resampling.BILINEAR)
-        sheet.show(x, y, np.asarray(overlay), name)
-    y = sheet.paragraph(x, y + inches + 0.06, name, inches, Look(8.5, INK, True), 1)
-    if row["true_class"]:
-        y = sheet.paragraph(x, y, f"true: {row['true_class']}", inches, SMALL, 1)
-    for model in models:
-        said = f"{confidence_in(row, model):.1%} {said_by(row, model, 'predicted')}"
-        y = sheet.paragraph(x, y, said, inches, ALERT if said_by(row, model, "correct") == "no" else SMALL, 1)
-    if flags := flags_in(row, models):
-        sheet.paragraph(x, y, f"⚠ {flags}", inches, ALERT, 1)
-
-
-def summary_figure(
-    rows: Sequence[dict[str, str]], models: Sequence[Model], mean_maps: dict[str, np.ndarray],
-    seen: dict[str, tuple[np.ndarray, Explanation]], style: FigureStyle,
-) -> Sheet:  # fmt: skip
-    """The contact sheet of a run: how each model did, and the images to look at first.
-
-    `rows` are those of the table; mean maps (h, w) in [0, 1] go by the family's key, what was seen
-    (pictures (H, W, 3) uint8, with the explanation to show) by the row's file.
-    """
-    sheet, done, columns, inches = Sheet(13.6), [row for row in rows if not row["error"]], 6, 1.98
-    failed = f", {len(rows) - len(done)} failed" * (len(done) < len(rows))
-    is_from_demo = is_demo(models[0].checkpoint)
-    y = draw_header(sheet, f"Run over {len(done)} images{failed}", "", is_from_demo)
-    for model in models:
-        y = draw_model(sheet, y, done, model, mean_maps.get(model.family.key), style) + 0.1
-    first = looked_at_first(done, models)
-    title = "To look at first: wrong and sure, disagreements, other wrong ones, flagged maps"
-    sheet.write(MARGIN, y, title if first else "Nothing wrong, nothing flagged, no disagreement", BOLD)
-    pitch = inches + (len(models) + 3) * SMALL.leading + 0.2
-    for number, row in enumerate(first):
-        place = MARGIN + number % columns * (inches + 0.204), y + 0.28 + number // columns * pitch
-        draw_thumbnail(sheet, *place, inches, row, models, seen.get(row["file"]), style)
-    text = f"Demo networks: {DEMO_NOTICE}." if is_from_demo else "Not for diagnosis."
-    y += 0.28 + -(-len(first) // columns) * pitch
-    sheet.height = sheet.paragraph(MARGIN, y, text, sheet.width - 2 * MARGIN, FAINT) + 0.12
-    return sheet
-
-
 # Figures as files
 
 
@@ -3988,7 +3827,6 @@ def figure_bytes(sheet: Sheet, style: FigureStyle, digest: str = "") -> bytes:
 # ------------------------------------------------------------------------------------------
 
 TABLE_NAME = "summary.csv"
-SHEET_STEM = "summary"  # of the contact sheet's name, which ends as the figures' do
 MAX_STEM_BYTES = 210  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
 ZIP_DIRECTORY_BYTES = 1_000_000  # holds that of 10,000 tensors
 PROBE_BYTES = 4_000_000  # room that an output folder must have: the figures of one image
@@ -4114,7 +3952,7 @@ def make_jobs(
     ]
     inputs = {os.path.realpath(image) for image in images}
     times = Counter(path for job in jobs for path in job.outputs)
-    for path in (folder / TABLE_NAME, folder / f"{SHEET_STEM}.{ending}", *times):
+    for path in (folder / TABLE_NAME, *times):
         if os.path.realpath(path) in inputs:
             cause = "is an input of this run and would be replaced"
             raise refusal(path, cause, "choose another --output-dir")
@@ -4199,22 +4037,6 @@ def write_panels(result: Result, style: FigureStyle) -> None:
         content = png(picture, style.dpi, result.job.digest)
         with replacing(path) as file:
             file.write(content)
-
-
-def write_contact_sheet(
-    path: Path, rows: Sequence[dict[str, str]], highlights: Highlights, style: FigureStyle
-) -> None:
-    """The contact sheet of a run. Raises ExplainError where it cannot be written."""
-    sheet = summary_figure(rows, highlights.models, highlights.mean_maps, highlights.seen, style)
-    content = figure_bytes(sheet, style, rows_digest(rows))
-    with replacing(path) as file:
-        file.write(content)
-
-
-def rows_digest(rows: Sequence[dict[str, str]]) -> str:
-    """What tells the contact sheet of these rows from that of others."""
-    told = ("file", "true_class", "digest", "error")
-    return digest_of(sorted([row.get(name, "") for name in told] for row in rows))
 
 
 def write_maps(result: Result) -> None:
@@ -4868,34 +4690,21 @@ def written(result: Result, drawings: Sequence[Future[None]]) -> Result:
 class Highlights:
     """What the summary of a run takes from its results, no more than it can show."""
 
-    models: Sequence[Model]
     heat: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # sum of the heatmaps, by family
-    seen: dict[str, tuple[np.ndarray, Explanation]] = dataclasses.field(default_factory=dict)  # by label
     observations: dict[str, list[Observation]] = dataclasses.field(default_factory=lambda: defaultdict(list))
 
     @property
     def mean_maps(self) -> dict[str, np.ndarray]:
         return {key: normalised(heat) for key, heat in self.heat.items()}
 
-    def add(self, result: Result, rows: Sequence[dict[str, str]]) -> None:
-        """Count a result in, and forget the pictures of those that others push from the sheet."""
+    def add(self, result: Result) -> None:
+        """Count a result in."""
         if result.error:
             return
         for explanation in result.opinions:
             key = explanation.model.family.key
             self.heat[key] = self.heat.get(key, 0) + explanation.heatmap
             self.observations[key].append(observation(explanation, result.landmarks))
-        self.look_at(result)
-        if len(self.seen) > 2 * MAX_THUMBNAILS:
-            first = looked_at_first(rows, self.models)
-            self.seen = {row["file"]: self.seen[row["file"]] for row in first if row["file"] in self.seen}
-
-    def look_at(self, result: Result) -> None:
-        """Keep the picture of a result, with the surest wrong explanation or else the first."""
-        picture = Image.fromarray(result.picture)
-        picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-        shown_one = max(result.wrong or result.explanations[:1], key=lambda each: each.confidence)
-        self.seen[result.job.label] = np.asarray(picture), shown_one
 
 
 def done_here(function: Callable[..., None], *arguments: object) -> Future[None]:
@@ -5061,7 +4870,7 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
         targets = [target_index(args.target_class, model.class_names) for model in models]
         batch = args.batch_size or DEFAULT_BATCH[classifiers[0].device.type]
         asked = classifiers, targets, request.methods, batch, request.style, submit, args.verify
-        highlights = Highlights(models)
+        highlights = Highlights()
         with (
             results_table(request, models, args.output_dir, args.skip_existing) as (rows, jobs, append),
             progress_bar(request, classifiers, len(jobs), args.quiet, args.verify) as (bar, count_image),
@@ -5070,34 +4879,16 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
             for result in written_results(explain_jobs(jobs, *asked)):
                 rows.append(table_row(result, models))
                 append(rows[-1])
-                highlights.add(result, rows)
+                highlights.add(result)
                 report(bar, result, request.is_single, args.quiet)
                 count_image()
         spent = time.monotonic() - started
-        sheet = args.output_dir / f"{SHEET_STEM}.{args.format}"
-        is_there = not jobs and digest_in(sheet) == rows_digest(rows)
-        if not (request.is_single or args.no_figures or is_there):
-            make_sheet(sheet, request, rows, highlights, asked)
     status = int(any(row["error"] for row in rows))
     if request.is_single:
         return [] if status else summary_lines(result), status
     fresh = sum(not row["error"] for row in rows[finished:])
-    files = [args.output_dir / TABLE_NAME, *[sheet] * (not args.no_figures)]
-    told = [f"{what}: {shown(path)}" for what, path in zip(("Table", "Contact sheet"), files)]
-    return [*run_lines(rows, models, highlights.observations, fresh, spent), *told], status
-
-
-def make_sheet(
-    path: Path, request: Request, rows: Sequence[dict[str, str]], highlights: Highlights, asked: tuple[Any, ...]
-) -> None:
-    """Write the contact sheet; what it shows of an earlier run is explained once more."""
-    classifiers, targets, methods, batch, style, submit, _ = asked
-    first = {row["file"] for row in looked_at_first(rows, highlights.models)} - set(highlights.seen)
-    again = [Job(job.image, job.label, (), (), "") for job in request.jobs if job.label in first]
-    for result, _ in explain_jobs(again, classifiers, targets, methods[:1], batch, style, submit):
-        if not result.error:
-            highlights.look_at(result)
-    submit(write_contact_sheet, path, rows, highlights, style).result()
+    table = f"Table: {shown(args.output_dir / TABLE_NAME)}"
+    return [*run_lines(rows, models, highlights.observations, fresh, spent), table], status
 
 
 def report(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 import shutil
@@ -18,7 +17,7 @@ from conftest import an_explanation, in_new_process
 from explainability import (
     FAMILIES, Box, ExplainError, Explanation, FigureStyle, Finding, Job, Line, Page, Picture, Result, Sheet, View,
     comparison_figure, digest_in, explanation_figure, figure_bytes, fitted, methods_figure, sheet_pixels,
-    summary_figure, write_page,
+    write_page,
 )  # fmt: skip
 
 STYLE = FigureStyle()
@@ -697,93 +696,6 @@ def test_bare_pictures_have_the_size_of_the_radiograph(style):
     assert overlay.shape == pixels.shape == explainability.heatmap_pixels(explanation, 400, 301, style).shape
     assert (overlay[200:, 150:] == pixels[200:, 150:]).all()
     assert (overlay[:60, :60] != pixels[:60, :60]).any()
-
-
-# ------------------------------------------------------------------------------------------
-# The contact sheet
-# ------------------------------------------------------------------------------------------
-
-
-def run_row(file: str, truth: str, first: tuple[str, float], second: tuple[str, float], **extra: str) -> dict[str, str]:
-    row = {"file": file, "true_class": truth, "agree": "yes" if first[0] == second[0] else "no", "error": "", **extra}
-    for key, (said, confidence) in zip(FAMILIES, (first, second)):
-        other = "Simple Fracture" if said == "Comminuted Fracture" else "Comminuted Fracture"
-        row |= {f"{key}_predicted": said, f"{key}_p_{said}": f"{confidence:.6f}", f"{key}_p_{other}": f"{1 - confidence:.6f}"}
-        row |= {f"{key}_correct": ("yes" if said == truth else "no") if truth else "", f"{key}_blank_map": "no"}
-    return row | extra
-
-
-def models() -> list[explainability.Model]:
-    return [explanation.model for explanation in pair()]
-
-
-COMMINUTED, SIMPLE = "Comminuted Fracture", "Simple Fracture"
-ROWS = [
-    run_row("a/right.png", SIMPLE, (SIMPLE, 0.99), (SIMPLE, 0.98)),
-    run_row("a/doubtful.png", SIMPLE, (COMMINUTED, 0.6), (COMMINUTED, 0.7)),
-    run_row("a/differ.png", SIMPLE, (COMMINUTED, 0.6), (SIMPLE, 0.7)),
-    run_row("a/sure.png", SIMPLE, (COMMINUTED, 0.97), (COMMINUTED, 0.6)),
-    run_row("a/surest.png", COMMINUTED, (SIMPLE, 0.6), (SIMPLE, 0.999)),
-    run_row("a/blank.png", COMMINUTED, (COMMINUTED, 0.9), (COMMINUTED, 0.9), convnext_blank_map="yes"),
-    {"file": "a/bad.png", "true_class": "", "error": "a/bad.png: cut short"},
-]
-
-
-def contact_sheet(rows: list[dict[str, str]], thumbnails: dict[str, np.ndarray] | None = None) -> Sheet:
-    maps = {"convnext": CORNER, "efficientnet": OTHER_CORNER}
-    return summary_figure(rows, models(), maps, {file: (pixels, pair()[0]) for file, pixels in (thumbnails or {}).items()}, STYLE)
-
-
-def test_contact_sheet_shows_first_what_should_be_looked_at_first():
-    figure = contact_sheet(ROWS)
-    check_layout(figure)
-    assert line_with(figure, "97.0% Comminuted").look == explainability.ALERT  # wrong
-    assert line_with(figure, "70.0% Simple").look == explainability.SMALL  # right
-    shown = re.findall(r"^\w+\.png$", words(figure), re.MULTILINE)
-    assert shown == ["surest.png", "sure.png", "differ.png", "doubtful.png", "blank.png"]
-    assert "Run over 6 images, 1 failed" in words(figure)
-
-
-def test_contact_sheet_counts_as_arithmetic_does():
-    figure = contact_sheet(ROWS)
-    assert "ConvNeXt V2: 33.3% of 6 right" in words(figure) and "EfficientNetV2-S: 50.0% of 6 right" in words(figure)
-    counts = [line.text for line in lines(figure) if re.fullmatch(r"\d", line.text)]
-    assert counts == ["1", "1", "3", "1"] + ["1", "1", "2", "2"]  # a line for each true class
-    bars_of = {side: [box for box in figure.items if isinstance(box, Box) and box.colour == colour] for side, colour in
-               (("right", explainability.BAR), ("wrong", explainability.WARNING))}  # fmt: skip
-    highest = max(box.height for box in bars_of["wrong"])
-    assert [line.text[-1] for line in lines(figure) if "highest bar" in line.text] == ["3", "1"]
-    assert [round(box.height / highest * 3) for box in bars_of["wrong"]] == [3, 1, 3, 3, 3]  # at 60 and 95 %; at 60, 70, 95 %
-
-
-def test_contact_sheet_has_at_most_24_thumbnails_and_fits_any_run():
-    rows = [run_row(f"a/{'x' * 80}{number}.png", SIMPLE, (COMMINUTED, 0.6), (COMMINUTED, 0.7)) for number in range(40)]
-    figure = contact_sheet(rows, {row["file"]: grey(90, 200) for row in rows})
-    check_layout(figure)
-    thumbnails = [picture for picture in pictures(figure) if picture.title != "Mean map"]
-    assert len(thumbnails) == 24 and thumbnails[0].title == "x" * 80 + "0.png"
-
-
-@pytest.mark.parametrize("truth", (SIMPLE, ""))
-def test_contact_sheet_of_a_run_without_faults(truth):
-    figure = contact_sheet([run_row("a.png", truth, (SIMPLE, 0.99), (SIMPLE, 0.98))])
-    check_layout(figure)
-    assert "Nothing wrong" in words(figure)
-
-
-def test_contact_sheet_holds_for_many_classes():
-    for count in (3, 5, 12, 100):
-        names = tuple(f"{LONG_CLASSES[number % 5]} {number}" for number in range(count))
-        model = dataclasses.replace(models()[0], class_names=names)
-        row = {"file": "a.png", "true_class": names[0], "error": "", "convnext_predicted": names[1], "convnext_correct": "no"}
-        row |= {f"convnext_p_{name}": str(1 / count) for name in names}
-        check_layout(summary_figure([row], [model], {}, {"a.png": (grey(), pair()[0])}, STYLE))
-
-
-def test_contact_sheet_shows_each_models_mean_map():
-    first, second = (picture for picture in pictures(contact_sheet(ROWS)) if picture.title == "Mean map")
-    assert first.y < second.y
-    assert first.pixels[5, 5, 0] > first.pixels[5, 5, 2] and second.pixels[-5, -5, 0] > second.pixels[-5, -5, 2]
 
 
 # ------------------------------------------------------------------------------------------

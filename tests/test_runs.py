@@ -652,7 +652,7 @@ def test_a_closed_stdout_ends_quietly(tiny_checkpoints, xray, tmp_path):
     assert process.stderr.read() == "" and process.wait(timeout=60) == 141
 
 
-# Formats, bare pictures and the contact sheet
+# Formats and bare pictures
 
 
 def outputs(tmp_path: Path) -> set[str]:
@@ -682,40 +682,9 @@ def test_bare_pictures_have_the_radiographs_own_size(explain, folder, tmp_path, 
     assert "overlay_convnext_b.png" in capsys.readouterr().out
 
 
-def test_a_run_ends_with_a_contact_sheet(explain, folder, tmp_path, capsys):
-    assert explain("--image", folder) == 0
-    sheet = tmp_path / "out" / "summary.png"
-    assert Image.open(sheet).size[0] > 1500
-    assert f"Contact sheet: {tool.shown(sheet)}" in capsys.readouterr().out
-    whole = sheet.read_bytes()
-    assert explain("--image", folder, "--skip-existing") == 0
-    assert sheet.read_bytes() == whole  # nothing was left to do
+def test_a_resumed_run_counts_the_images_of_the_first(explain, folder, tmp_path, capsys):
+    assert explain("--image", folder, "--no-figures") == 0
     capsys.readouterr()
-    assert explain("--image", folder / "simple_fracture", "--skip-existing") == 0
-    assert sheet.read_bytes() != whole  # that sheet was of other images
-    said = capsys.readouterr().out
-    assert "of 3 maps flagged" in said
-
-
-def test_contact_sheet_of_a_resumed_run_shows_the_images_of_the_first(explain, folder, tmp_path, monkeypatch):
-    shown = []
-    draw = tool.summary_figure
-    monkeypatch.setattr(tool, "summary_figure", lambda *told: shown.append(told) or draw(*told))
-    monkeypatch.setattr(tool.os, "cpu_count", lambda: 0)  # so that it is drawn in this process
-    monkeypatch.setattr(tool, "MAX_DRAWING_PROCESSES", 0)
-    assert explain("--image", folder) == 0
-    (tmp_path / "out" / "comparison_c.png").unlink()
-    assert explain("--image", folder, "--skip-existing") == 0
-    (rows, _, _, seen, _), (kept_rows, _, _, kept_seen, _) = shown
-    assert sorted(row["file"] for row in rows) == sorted(row["file"] for row in kept_rows)
-    first = {row["file"] for row in tool.looked_at_first(rows, [each.model for _, each in seen.values()][:1])}
-    assert first and first <= set(seen) and first <= set(kept_seen)
-    for file in first:
-        (pixels, one), (kept_pixels, other) = seen[file], kept_seen[file]
-        assert (pixels == kept_pixels).all() and one.model.family == other.model.family
-        assert one.heatmap == pytest.approx(other.heatmap, abs=1e-4)
-
-
-def test_run_without_figures_writes_no_contact_sheet(explain, folder, tmp_path):
-    assert explain("--image", folder, "--no-figures", "--model", "convnext") == 0
+    assert explain("--image", folder / "simple_fracture", "--no-figures", "--skip-existing") == 0
+    assert "of 3 maps flagged" in capsys.readouterr().out
     assert outputs(tmp_path) == {"summary.csv"}

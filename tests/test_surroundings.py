@@ -82,7 +82,7 @@ def check_figures(done: subprocess.CompletedProcess[str], folder: Path, expected
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     written = figures(folder)
-    assert len(written) == count + (count > 1)  # a run over many ends with its contact sheet
+    assert len(written) == count
     assert written == {name: expected[name] for name in written}
 
 
