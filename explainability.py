@@ -5255,10 +5255,11 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def near_options(word: str, help_text: str) -> list[str]:
-    """The options that a mistaken one may stand for: those that begin alike, or are spelled alike."""
+    """The options that a mistaken one may stand for: it is part of them, or spelled nearly alike."""
     options = sorted(set(re.findall(r"--[a-z-]+", help_text)))
-    begun = f"--{word.lstrip('-')}"
-    return [each for each in options if each.startswith(begun)] or difflib.get_close_matches(begun, options, 2)
+    name = word.lstrip("-")
+    held = [each for each in options if each.startswith(f"--{name}") or (len(name) > 3 and name in each)]
+    return held or difflib.get_close_matches(f"--{name}", options, 1)
 
 
 def near_text(near: Sequence[str]) -> str:
@@ -5283,10 +5284,10 @@ def images_below(folder: Path) -> list[Path]:
         cause = f"cannot be searched ({error.strerror})"
         raise refusal(Path(error.filename), cause, "change its mode, or name the other folders")
 
-    paths, searched = [], set()
+    paths, searched = [], set(map(str, Path(os.path.realpath(folder)).parents))
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(parent)
-        if real in searched:  # a link to what was searched, or to a folder above
+        if real in searched:  # a link there would come round again
             folders.clear()
             continue
         searched.add(real)
@@ -5315,6 +5316,8 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
     outputs = Path(os.path.realpath(output_folder))
     images: list[Path] = []
     for text in arguments:
+        if not text:  # as from a variable of the shell that is not set
+            raise ExplainError("--image: an empty path; name an image or a folder")
         if re.match(r"[a-z]+://", text, re.IGNORECASE):
             raise ExplainError(f"{printable(text)}: URLs are not read; download the image and name its file")
         if os.path.isdir(text):
@@ -5438,14 +5441,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
-    except ImportError as error:
-        what = printable(error.name or "a library")
-        warn(f"❌ {what}: cannot be imported ({brief(str(error))}); pip install -r requirements.txt")
-        return 1
-    except (MemoryError, OSError, RuntimeError) as error:
-        if not lacks_memory(error):
+    except Exception as error:
+        if lacks_memory(error):
+            warn("❌ memory: not enough; close other programs, or choose a smaller --batch-size or --dpi")
+        elif isinstance(error, ImportError):
+            what = printable(error.name or "a library")
+            warn(f"❌ {what}: cannot be imported ({brief(str(error))}); pip install -r requirements.txt")
+        else:
             raise
-        warn("❌ memory: not enough; close other programs, or choose a smaller --batch-size or --dpi")
         return 1
 
 
