@@ -1805,17 +1805,23 @@ HELD_LAYERS: dict[str, Callable[..., torch.Tensor]] = {
     "SiLU": lambda layer, count, inputs: inputs * held(inputs[:count].sigmoid(), inputs),
     "Sigmoid": lambda layer, count, inputs: held(inputs[:count].sigmoid(), inputs),  # gates of SqueezeExcite
 }
+LINEAR_LAYERS = {"Conv2d", "Conv2dSame", "Linear", "BatchNorm2d", "AdaptiveAvgPool2d", "AvgPool2d"}  # in eval mode
+IDLE_LAYERS = {"Identity", "Flatten", "Dropout"}
 
 
 @contextlib.contextmanager
 def held_factors(network: torch.nn.Module, count: int) -> Iterator[None]:
     """Hold all that multiplies at what a batch's first `count` images make of it.
 
-    The scores are then linear in the inputs (Ali et al. 2022): if a layer were missing in the
-    table, the maps' sums would not be what they owe. The layers' own forward comes back whatever
-    happens.
+    The scores are then linear in the inputs (Ali et al. 2022). The layers' own forward comes back
+    whatever happens. Raises ExplainError where a later timm builds the network of layers not known.
     """
     layers = [(layer, type(layer).__name__) for layer in network.modules()]
+    leaves = {name for layer, name in layers if not list(layer.children())}
+    unknown = sorted(leaves - HELD_LAYERS.keys() - LINEAR_LAYERS - IDLE_LAYERS)
+    if unknown:
+        cause = f"no rule for {', '.join(unknown)} in this network"
+        raise ExplainError(f"--method lrp: {cause}; choose another method")
     swapped = [(layer, HELD_LAYERS[name]) for layer, name in layers if name in HELD_LAYERS]
     try:
         for layer, forward in swapped:
