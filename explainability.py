@@ -54,6 +54,7 @@ import re
 import secrets
 import signal
 import stat
+import statistics
 import struct
 import sys
 import tempfile
@@ -1626,40 +1627,29 @@ def blurred(inputs: torch.Tensor) -> torch.Tensor:
     return smooth.where((smooth - inputs).abs() > rounding, inputs)  # a flat image must be its own reference
 
 
-@contextlib.contextmanager
-def captured_activations(layer: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Hook a layer; its output is appended to the list, and the gradient graph starts there.
-
-    Parameters need no gradient, so nothing before the layer is recorded: the backward pass runs
-    from the class score to the layer and no further. The hook goes whatever happens.
-    """
-    captured: list[torch.Tensor] = []
-
-    def start_graph(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        captured.append(output.detach().requires_grad_())
-        return captured[-1]
-
-    handle = layer.register_forward_hook(start_graph)
-    try:
-        yield captured
-    finally:
-        handle.remove()
-
-
 def layer_gradients(
     network: torch.nn.Module, layer: str, inputs: torch.Tensor, explained: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
     """One forward pass, and one backward pass from the class scores to a layer.
 
     Returns logits (B, K), explained classes (B,): those given, or the predicted ones, and the
-    layer's activations and gradients (B, C, h, w).
+    layer's activations and gradients (B, C, h, w). Parameters need no gradient and the layer's
+    output starts the graph, so nothing before the layer is recorded.
     """
     import torch
 
-    with captured_activations(network.get_submodule(layer)) as captured, torch.enable_grad():
+    captured: list[torch.Tensor] = []
+
+    def start_graph(module: torch.nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
+        captured.append(output.detach().requires_grad_())
+        return captured[-1]
+
+    # The hook goes with its handle's context, whatever happens.
+    with network.get_submodule(layer).register_forward_hook(start_graph), torch.enable_grad():
         logits = network(inputs)
         (activations,) = captured
-        explained = logits.argmax(dim=1) if explained is None else explained
+        if explained is None:
+            explained = logits.argmax(dim=1)
         # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
         (gradients,) = torch.autograd.grad(chosen(logits, explained).sum(), activations)
     return logits.detach(), explained, activations.detach(), gradients
@@ -1744,6 +1734,13 @@ def input_gradients(network: torch.nn.Module, inputs: torch.Tensor, classes: tor
         return torch.autograd.grad(chosen(network(inputs), classes).sum(), inputs)[0]
 
 
+def overlaps(cells: int, others: int) -> np.ndarray:
+    """(cells, others): the share of each of `others` equal parts of a length in each of `cells`."""
+    ends, other_ends = np.arange(1, cells + 1)[:, None] * others, np.arange(1, others + 1) * cells
+    shared = np.minimum(ends, other_ends) - np.maximum(ends - others, other_ends - cells)
+    return np.maximum(shared, 0) / cells
+
+
 def summed_over_cells(maps: torch.Tensor) -> torch.Tensor:
     """Maps of pixels (B, 3, S, S) summed over colours and equal cells: (B, g, g), g = S / CELL.
 
@@ -1753,10 +1750,7 @@ def summed_over_cells(maps: torch.Tensor) -> torch.Tensor:
 
     maps = maps.cpu().double().sum(dim=1)  # Apple's GPUs have no float64
     size = maps.shape[-1]
-    cells, pixels = torch.arange(round(size / CELL))[:, None], torch.arange(size)
-    side = size / len(cells)
-    ends = (pixels + 1).double().minimum((cells + 1) * side)
-    shares = (ends - pixels.double().maximum(cells * side)).clamp(min=0)  # (g, S)
+    shares = torch.from_numpy(overlaps(round(size / CELL), size))
     return (shares @ maps @ shares.T).float()
 
 
@@ -1764,20 +1758,16 @@ def integrated_gradients(seen: ForwardPass) -> torch.Tensor:
     """(x - x') * integral of the gradient from the reference x' to x, by the Gauss-Legendre rule."""
     import torch
 
-    nodes, weights = (
-        torch.tensor(each / 2, dtype=torch.float32) for each in np.polynomial.legendre.leggauss(POINTS)
-    )
+    nodes, weights = np.polynomial.legendre.leggauss(POINTS)  # on [-1, 1]
+    nodes = torch.tensor(nodes / 2, dtype=torch.float32).to(seen.inputs.device).view(-1, 1, 1, 1) + 0.5
+    weights = torch.tensor(weights / 2, dtype=torch.float32).to(seen.inputs.device).view(-1, 1, 1, 1)
     maps = torch.zeros_like(seen.inputs)
-    for total, reference, difference, explained in zip(
-        maps, seen.reference, seen.inputs - seen.reference, seen.explained
-    ):
-        for node, weight in zip(nodes.split(seen.at_once), weights.split(seen.at_once)):
-            node, weight = (each.to(total.device)[:, None, None, None] for each in (node + 0.5, weight))
-            gradients = input_gradients(
-                seen.network, reference + node * difference, explained.expand(len(node))
-            )
-            total += (weight * gradients).sum(dim=0)
-        total *= difference
+    for total, image, reference, explained in zip(maps, seen.inputs, seen.reference, seen.explained):
+        for places, shares in zip(nodes.split(seen.at_once), weights.split(seen.at_once)):
+            between = reference + places * (image - reference)
+            gradients = input_gradients(seen.network, between, explained.expand(len(between)))
+            total += (shares * gradients).sum(dim=0)
+        total *= image - reference
     return summed_over_cells(maps)
 
 
@@ -1797,65 +1787,27 @@ def held_layer_norm(layer: torch.nn.Module, count: int, inputs: torch.Tensor) ->
     return (inputs - inputs.mean(dim=-1, keepdim=True)) / held(deviations, inputs) * layer.weight + layer.bias
 
 
-def held_layer_norm_2d(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
-    return held_layer_norm(layer, count, inputs.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 def held_response_norm(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
     """Global response normalisation with the first images' factors (Woo et al. 2023, eq. 1 to 3)."""
     norms = inputs[:count].norm(dim=layer.spatial_dim, keepdim=True)
     factors = norms / (norms.mean(dim=layer.channel_dim, keepdim=True) + layer.eps)
-    return inputs * (1 + layer.weight.view(layer.wb_shape) * held(factors, inputs)) + layer.bias.view(
-        layer.wb_shape
-    )
+    weight, bias = layer.weight.view(layer.wb_shape), layer.bias.view(layer.wb_shape)
+    return inputs * (1 + weight * held(factors, inputs)) + bias
 
 
-def held_gelu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return inputs * held((1 + torch.erf(inputs[:count] / 2**0.5)) / 2, inputs)
-
-
-def held_silu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
-    return inputs * held(inputs[:count].sigmoid(), inputs)
-
-
-def held_sigmoid(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
-    """The gate of squeeze-and-excitation."""
-    return held(inputs[:count].sigmoid(), inputs)
-
-
-HELD_LAYERS = {
+# Of all layers that multiply: the forward pass, from layer, count of first images and inputs.
+HELD_LAYERS: dict[str, Callable[..., torch.Tensor]] = {
     "LayerNorm": held_layer_norm,
-    "LayerNorm2d": held_layer_norm_2d,
+    "LayerNorm2d": lambda layer, count, inputs: held_layer_norm(
+        layer, count, inputs.permute(0, 2, 3, 1)
+    ).permute(0, 3, 1, 2),
     "GlobalResponseNorm": held_response_norm,
-    "GELU": held_gelu,
-    "SiLU": held_silu,
-    "Sigmoid": held_sigmoid,
+    "GELU": lambda layer, count, inputs: inputs * held((1 + (inputs[:count] / 2**0.5).erf()) / 2, inputs),
+    "SiLU": lambda layer, count, inputs: inputs * held(inputs[:count].sigmoid(), inputs),
+    "Sigmoid": lambda layer, count, inputs: held(inputs[:count].sigmoid(), inputs),  # gates of SqueezeExcite
 }
-LINEAR_LAYERS = (  # in eval mode, but for what they hold of those above
-    *(
-        "Conv2d",
-        "Conv2dSame",
-        "Linear",
-        "BatchNorm2d",
-        "BatchNormAct2d",
-        "AdaptiveAvgPool2d",
-        "SelectAdaptivePool2d",
-    ),
-    *(
-        "AvgPool2d",
-        "Flatten",
-        "Identity",
-        "Dropout",
-        "Sequential",
-        "Downsample",
-        "GlobalResponseNormMlp",
-        "SqueezeExcite",
-    ),
-    *("ConvNeXt", "ConvNeXtStage", "ConvNeXtBlock", "NormMlpClassifierHead"),
-    *("EfficientNet", "ConvBnAct", "EdgeResidual", "InvertedResidual"),
-)
+LINEAR_LAYERS = {"Conv2d", "Conv2dSame", "Linear", "BatchNorm2d", "AdaptiveAvgPool2d", "AvgPool2d"}  # in eval mode
+IDLE_LAYERS = {"Identity", "Flatten", "Dropout"}
 
 
 @contextlib.contextmanager
@@ -1863,14 +1815,14 @@ def held_factors(network: torch.nn.Module, count: int) -> Iterator[None]:
     """Hold all that multiplies at what a batch's first `count` images make of it.
 
     The scores are then linear in the inputs (Ali et al. 2022). The layers' own forward comes back
-    whatever happens. Raises ExplainError for a network with layers that are not known.
+    whatever happens. Raises ExplainError where a later timm builds the network of layers not known.
     """
     layers = [(layer, type(layer).__name__) for layer in network.modules()]
-    unknown = sorted({name for _, name in layers} - HELD_LAYERS.keys() - set(LINEAR_LAYERS))
+    leaves = {name for layer, name in layers if not list(layer.children())}
+    unknown = sorted(leaves - HELD_LAYERS.keys() - LINEAR_LAYERS - IDLE_LAYERS)
     if unknown:
-        raise ExplainError(
-            f"--method lrp: no rule for {', '.join(unknown)} in this network; choose another method"
-        )
+        cause = f"no rule for {', '.join(unknown)} in this network"
+        raise ExplainError(f"--method lrp: {cause}; choose another method")
     swapped = [(layer, HELD_LAYERS[name]) for layer, name in layers if name in HELD_LAYERS]
     try:
         for layer, forward in swapped:
@@ -1918,9 +1870,7 @@ def falls(seen: ForwardPass, kept: torch.Tensor) -> torch.Tensor:
     for image, reference, explained, score in zip(seen.inputs, seen.reference, seen.explained, seen.scores):
         parts = []
         for some in kept[:, None].float().split(seen.at_once):
-            mask = (
-                torch.nn.functional.interpolate(some.to(image.device), image.shape[1:]) > 0.5
-            )  # nearest: any size
+            mask = torch.nn.functional.interpolate(some.to(image.device), image.shape[1:]) > 0.5  # any size
             covered = image.where(mask, reference)
             differs = (covered != image).flatten(1).any(dim=1)  # else all difference is rounding
             with torch.no_grad():
@@ -1987,11 +1937,6 @@ class Method:
     owed: Callable[[ForwardPass], torch.Tensor] | None = None  # (B,) what the maps must sum to
     compares: bool = False  # with the reference; its maps then hold evidence against the class as well
 
-    @property
-    def own_passes(self) -> int:
-        """Passes that other methods on the same image do not share."""
-        return self.passes - 1 - self.compares
-
 
 METHODS = {
     method.key: method
@@ -2028,9 +1973,11 @@ METHODS = {
 }  # fmt: skip
 
 
-def passes_of(methods: Sequence[str]) -> int:
+def passes_of(keys: Sequence[str]) -> int:
     """Inputs that go through the network for an image; methods share the first and the reference."""
-    return 1 + any(METHODS[key].compares for key in methods) + sum(METHODS[key].own_passes for key in methods)
+    methods = [METHODS[key] for key in keys]
+    own = sum(method.passes - (2 if method.compares else 1) for method in methods)
+    return own + (2 if any(method.compares for method in methods) else 1)
 
 
 def normalised(raw_map: np.ndarray) -> np.ndarray:
@@ -2070,9 +2017,8 @@ def explain_batch(
     import torch
 
     try:
-        seen = forward_pass(
-            classifier, torch.from_numpy(np.stack(inputs)).to(classifier.device), target, at_once
-        )
+        batch = torch.from_numpy(np.stack(inputs)).to(classifier.device)
+        seen = forward_pass(classifier, batch, target, at_once)
         by_method = [explanations_of(classifier.model, seen, METHODS[key]) for key in methods]
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
@@ -2096,23 +2042,22 @@ def explanations_of(model: Model, seen: ForwardPass, method: Method) -> list[Exp
     if not method.compares:
         return explanations
     said = zip(explanations, seen.reference_logits.softmax(dim=1).cpu().numpy(), seen.gain.tolist())
-    return [
-        dataclasses.replace(each, remarks=method_remarks(each, scores, gain)) for each, scores, gain in said
-    ]
+    return [dataclasses.replace(each, remarks=tuple(method_remarks(each, *rest))) for each, *rest in said]
 
 
-def method_remarks(explanation: Explanation, reference: np.ndarray, gain: float) -> tuple[str, ...]:
+def method_remarks(explanation: Explanation, reference: np.ndarray, gain: float) -> Iterator[str]:
     """What the reader of a map that compares with the reference must know.
 
     `reference` (K,) are the reference's probabilities; `gain` is what the explained class's score
     gains on it.
     """
     name = explanation.model.class_names[reference.argmax()]
-    remarks = [f"Compared with the blurred radiograph, which the network calls {name}, {reference.max():.1%}"]
+    yield f"Compared with the blurred radiograph, which the network calls {name}, {reference.max():.1%}"
     if gain < SMALL_GAIN:
         little = f"{explanation.explained_class} scores {gain:+.2g} on the radiograph against it"
-        remarks.append(f"{little}: the map explains a small difference")
-    return tuple(remarks + [sum_remark(explanation)] * (explanation.sum_error > MAX_SUM_ERROR))
+        yield f"{little}: the map explains a small difference"
+    if explanation.sum_error > MAX_SUM_ERROR:
+        yield sum_remark(explanation)
 
 
 def sum_remark(explanation: Explanation) -> str:
@@ -2143,15 +2088,9 @@ LONGEST_STROKE = 0.6  # of its length
 STRIP_LENGTH = 28  # longer ones of fewer strokes are no letters
 RING, RING_CONTRAST = (2, 5), 0.25  # pixels outside the box; bone's edges go on there, markers do not
 
-BORDER_LIMIT = 0.5  # just above the 24/49 of the area that the frame has
-DARK_LIMIT = 0.35  # fractures lie in bone; some heat spills into the cells beside it
-MARKER_LIMIT = 0.2  # a marker touches 1 to 4 of 49 cells: 0.02 to 0.08 by chance
-FOCUS_LIMIT = 0.5  # a map without focus has 0.25 there
 AGREEMENT = "map_agreement"  # the check of a pair
 AGREEMENT_LIMIT = 0.4  # equal maps share 1, disjoint ones 0
 CONFIDENCE_LIMIT = 0.95  # the guide's, for clear cases
-COVERING_LIMIT = 0.1  # of probability; covering as much elsewhere costs honest networks less
-ADDING_LIMIT = 0.1  # of probability; writing beside the bone costs honest networks nothing
 ERASING_BLUR = 8 / 224  # of the image's side: standard deviation of the Gaussian that erases
 ERASED_AREA = 0.2  # of the image, the hottest
 ADDED = (("a letter", "L", 22), ("a line of text", "AP SUPINE", 11))  # and size in pixels of CHECKED_SIDE
@@ -2160,14 +2099,8 @@ MOVED_MASKS = 13
 MOST_TRIALS = MOVED_MASKS + len(ADDED) + 4  # and the hot area, two covered copies and the blurred one
 MAX_OVERLAP = 0.25  # of a moved mask with what it was moved from
 MARKER_MARGIN = 4  # pixels of CHECKED_SIDE round a covered marker
-ERASING_LIMIT = 0.5  # where masks put anywhere do as much, the map says nothing
 
 FEW_MAPS = 20  # fewer tell more about chance than about the network
-SAME_PLACE_LIMIT = 0.5  # mean correlation of the maps of different images: fractures lie in different places
-SAME_CELL_LIMIT = 0.5  # of the hottest cells; 1/49 by chance
-MEAN_DARK_LIMIT = 0.25  # of the heat
-MEAN_MARKER_LIMIT = 0.1  # of the heat, where there is a marker
-BLANK_LIMIT = 0.5  # of a class's maps: then the network decides for it by what it does not see
 
 
 
@@ -2217,7 +2150,7 @@ def dense_shares(grey: np.ndarray) -> np.ndarray:
     return (smooth > otsu_threshold(smooth)).reshape(CELLS, side, CELLS, side).mean(axis=(1, 3))
 
 
-def marker_boxes(grey: np.ndarray) -> list[PixelBox]:
+def marker_boxes(grey: np.ndarray) -> Iterator[PixelBox]:
     """Boxes of what looks like a side marker or text in grey (H, W) uint8; see STROKE_REACH and below.
 
     Strokes stand out from an opening (white top-hat: J. Serra, Image Analysis, 1982); those close
@@ -2226,27 +2159,23 @@ def marker_boxes(grey: np.ndarray) -> list[PixelBox]:
     low, high = np.percentile(grey, (1, 99))
     eroded = over_windows(grey, STROKE_REACH, np.minimum)
     strokes = grey - over_windows(eroded, STROKE_REACH, np.maximum) > STROKE_CONTRAST * (high - low)
-    found = []
     for rows, columns in regions(strokes, JOINING_REACH):
         box = int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
         is_apart = stands_out(grey, rows, columns, box, RING_CONTRAST * (high - low))
         if is_marker_size(len(rows), box) and is_letter_or_text(rows, columns, box, is_apart):
-            found.append(box)
-    return found
+            yield box
 
 
-def regions(mask: np.ndarray, reach: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def regions(mask: np.ndarray, reach: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Parts of a mask (H, W): rows and columns of the pixels that hang together once dilated by `reach`."""
+    if not mask.any():
+        return
     joined = over_windows(mask, reach, np.maximum)
     rows, columns = mask.nonzero()
-    parts = grouped(connected(joined)[mask[joined]])  # of the mask's own pixels
-    return [(rows[part], columns[part]) for part in parts]
-
-
-def grouped(labels: np.ndarray) -> list[np.ndarray]:
-    """Which pixels have each label, from a label for each pixel."""
+    labels = connected(joined)[mask[joined]]  # of the mask's own pixels
     order = labels.argsort(kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if labels.size else []
+    for part in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+        yield rows[part], columns[part]
 
 
 def connected(mask: np.ndarray) -> np.ndarray:
@@ -2287,8 +2216,8 @@ def is_letter_or_text(rows: np.ndarray, columns: np.ndarray, box: PixelBox, is_a
         return is_apart
     strokes = np.zeros((y1 - y0, x1 - x0), bool)
     strokes[rows - y0, columns - x0] = True
-    along = strokes.nonzero()[int(x1 - x0 == long)]
-    lengths = [np.ptp(along[part]) + 1 for part in grouped(connected(strokes))]
+    along = 1 if x1 - x0 == long else 0
+    lengths = [np.ptp(places[along]) + 1 for places in regions(strokes, 0)]
     is_text = len(lengths) >= TEXT_STROKES and max(lengths) <= LONGEST_STROKE * long
     return (is_text and short <= LETTER_HEIGHT) or (is_apart and (is_text or long < STRIP_LENGTH))
 
@@ -2309,14 +2238,15 @@ def grown(box: PixelBox, reach: int, side: int) -> PixelBox:
     return max(0, x0 - reach), max(0, y0 - reach), min(side, x1 + reach), min(side, y1 + reach)
 
 
+def box_mask(boxes: Iterable[PixelBox], side: int) -> np.ndarray:
+    """(side, side) bool: the pixels in boxes."""
+    mask = np.zeros((side, side), bool)
+    for x0, y0, x1, y1 in boxes:
+        mask[y0:y1, x0:x1] = True
+    return mask
+
+
 # What a map shows
-
-
-def overlaps(cells: int, others: int) -> np.ndarray:
-    """(cells, others): the share of each of `others` equal parts of a length in each of `cells`."""
-    ends, other_ends = np.arange(1, cells + 1)[:, None] * others, np.arange(1, others + 1) * cells
-    shared = np.minimum(ends, other_ends) - np.maximum(ends - others, other_ends - cells)
-    return np.maximum(shared, 0) / cells
 
 
 def heat_on_cells(raw_map: np.ndarray) -> np.ndarray:
@@ -2331,23 +2261,22 @@ def heat_on_cells(raw_map: np.ndarray) -> np.ndarray:
 
 def touched_cells(boxes: Iterable[PixelBox]) -> np.ndarray:
     """(CELLS, CELLS) bool: the cells that boxes touch."""
-    touched, side = np.zeros((CELLS, CELLS), bool), CHECKED_SIDE // CELLS
-    for x0, y0, x1, y1 in boxes:
-        touched[y0 // side : (y1 - 1) // side + 1, x0 // side : (x1 - 1) // side + 1] = True
-    return touched
+    side = CHECKED_SIDE // CELLS
+    return box_mask(boxes, CHECKED_SIDE).reshape(CELLS, side, CELLS, side).any(axis=(1, 3))
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a network says of changed copies of a radiograph: class scores before the softmax, (K,) each."""
+    """What a network says of changed copies of a radiograph: class scores before the softmax, (n, K) each."""
 
-    blurred: np.ndarray  # the whole radiograph
-    added: np.ndarray  # (len(ADDED), K), a marker in a corner
-    covered: np.ndarray | None = None  # its markers; None where none was found, or nothing to compare with
-    covered_elsewhere: np.ndarray | None = None
-    erased: np.ndarray | None = None  # the map's hot area; None for a map without one
-    erased_elsewhere: np.ndarray | None = None  # (n, K), n moved masks
-    passes: int = 0
+    blurred: np.ndarray  # one copy: the whole radiograph blurred
+    added: np.ndarray  # len(ADDED): a marker in a corner
+    covered: np.ndarray  # two: the markers, and as much elsewhere; none without markers or elsewhere
+    erased: np.ndarray  # the map's hot area, then moved masks; none for a map without one
+
+    @property
+    def passes(self) -> int:
+        return len(self.blurred) + len(self.added) + len(self.covered) + len(self.erased)
 
 
 @dataclass(frozen=True)
@@ -2365,32 +2294,45 @@ class Evidence:
         return heat_on_cells(self.explanation.raw_map)
 
 
-def is_uniform(raw_map: np.ndarray) -> bool:
-    """Whether a map is blank (nothing positive) or constant: neither has a place to judge."""
-    return bool(raw_map.max() <= 0 or raw_map.min() == raw_map.max())
+# A check measures a quantity and says in words what that means. None: it does not apply.
+Said = tuple[float, str]
 
 
-def border_heat(evidence: Evidence) -> float:
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def blank(evidence: Evidence) -> Said:
+    why = evidence.explanation.blankness
+    return (1, why) if why else (0, "the map has a place to judge")
+
+
+def border(evidence: Evidence) -> Said:
     """Share of the heat in the frame of outer cells; 24/49 for a uniform map."""
-    return float(evidence.heat[OUTER].sum())
+    share = float(evidence.heat[OUTER].sum())
+    area = percent(OUTER.mean())
+    return share, f"{percent(share)} of the heat lies in the outer ring of cells, which is {area} of the area"
 
 
-def dark_heat(evidence: Evidence) -> float:
+def dark(evidence: Evidence) -> Said:
     """Share of the heat in cells where less than DENSE_SHARE of the pixels is as dense as bone."""
-    return float(evidence.heat[evidence.landmarks.dense < DENSE_SHARE].sum())
+    share = float(evidence.heat[evidence.landmarks.dense < DENSE_SHARE].sum())
+    return share, f"{percent(share)} of the heat lies where nothing as dense as bone is"
 
 
-def marker_heat(evidence: Evidence) -> float:
+def markers(evidence: Evidence) -> Said:
     """Share of the heat in cells that a marker's box touches; 0 where there is no marker."""
-    return float(evidence.heat[touched_cells(evidence.landmarks.markers)].sum())
+    share = float(evidence.heat[touched_cells(evidence.landmarks.markers)].sum())
+    return share, f"{percent(share)} of the heat lies on cells with a marker or text"
 
 
-def focus(evidence: Evidence) -> float:
+def focus(evidence: Evidence) -> Said:
     """Share of the heat in the hottest HOT_AREA of the image; HOT_AREA itself for a uniform map."""
     hottest = np.sort(evidence.heat, axis=None)[::-1]
     cells = HOT_AREA * hottest.size
     whole = int(cells)
-    return float(hottest[:whole].sum() + (cells - whole) * hottest[whole])
+    share = float(hottest[:whole].sum() + (cells - whole) * hottest[whole])
+    return share, f"the hottest quarter of the area holds {percent(share)} of the heat"
 
 
 def shared_heat(one: np.ndarray, other: np.ndarray) -> float:
@@ -2401,17 +2343,17 @@ def shared_heat(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.minimum(heat_on_cells(one), heat_on_cells(other)).sum())
 
 
+def agreement(evidence: Evidence) -> Said:
+    share = shared_heat(evidence.explanation.raw_map, evidence.other_map)
+    return share, f"the two maps share {percent(share)} of their heat"
+
+
+def confidence(evidence: Evidence) -> Said:
+    value = evidence.explanation.confidence
+    return value, f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}"
+
+
 # What a network says of changed copies (--verify)
-
-
-def softmax_at(scores: np.ndarray, index: int) -> float:
-    """Softmax of class scores (K,) at one class."""
-    return float(1 / np.exp(scores - scores[index]).sum())
-
-
-def predicted_at(explanation: Explanation, copies: Iterable[np.ndarray]) -> list[float]:
-    """Probability of the predicted class in changed copies, from the scores (K,) of each."""
-    return [softmax_at(scores, explanation.predicted) for scores in copies]
 
 
 def log_odds(scores: np.ndarray, index: int) -> np.ndarray:
@@ -2419,38 +2361,57 @@ def log_odds(scores: np.ndarray, index: int) -> np.ndarray:
     return scores[..., index] - np.logaddexp.reduce(np.delete(scores, index, axis=-1), axis=-1)
 
 
-def covering_fall(evidence: Evidence) -> float | None:
+def softmax_at(scores: np.ndarray, index: int) -> np.ndarray:
+    """Softmax of class scores (..., K) at one class: (...)."""
+    return 1 / (1 + np.exp(-log_odds(scores, index)))
+
+
+def change_text(explanation: Explanation, probability: float) -> str:
+    """What became of the predicted class in a changed copy."""
+    name, before, after = explanation.prediction, percent(explanation.confidence), percent(probability)
+    if after == before:
+        return f"leaves {name} at {after}"
+    verb = "lowers" if probability < explanation.confidence else "takes"
+    return f"{verb} {name} from {before} to {after}"
+
+
+def covering(evidence: Evidence) -> Said | None:
     """What covering the markers takes from the predicted class, beyond covering as much elsewhere.
 
     NaN where markers lie everywhere, so that there is no elsewhere.
     """
-    trial, explanation = evidence.trial, evidence.explanation
-    if trial is None or not evidence.landmarks.markers:
+    explanation, count = evidence.explanation, len(evidence.landmarks.markers)
+    if not count:
         return None
-    if trial.covered is None:
-        return float("nan")
-    covered, elsewhere = predicted_at(explanation, (trial.covered, trial.covered_elsewhere))
-    return min(explanation.confidence, elsewhere) - covered
-
-
-def adding_fall(evidence: Evidence) -> float | None:
-    """The most that writing in a corner takes from the predicted class: a marker's absence told it."""
-    trial, explanation = evidence.trial, evidence.explanation
-    if trial is None:
-        return None
-    return explanation.confidence - min(predicted_at(explanation, trial.added))
-
-
-def default_probability(evidence: Evidence) -> float | None:
-    """Probability of the class that the network gives to the whole radiograph blurred."""
+    if not len(evidence.trial.covered):
+        why = "there are too many to cover as much elsewhere"
+        return float("nan"), f"covering the markers cannot be tested: {why}"
+    covered, elsewhere = softmax_at(evidence.trial.covered, explanation.predicted)
+    what = "the side marker" if count == 1 else f"{count} markers"
+    told = f"covering {what} {change_text(explanation, covered)}"
     return (
-        None
-        if evidence.trial is None
-        else softmax_at(evidence.trial.blurred, int(evidence.trial.blurred.argmax()))
+        min(explanation.confidence, elsewhere) - covered,
+        f"{told}; covering as much elsewhere, {percent(elsewhere)}",
     )
 
 
-def erasing_rank(evidence: Evidence) -> float | None:
+def adding(evidence: Evidence) -> Said:
+    """The most that writing in a corner takes from the predicted class: a marker's absence told it."""
+    explanation = evidence.explanation
+    probabilities = softmax_at(evidence.trial.added, explanation.predicted)
+    what, least = ADDED[probabilities.argmin()][0], float(probabilities.min())
+    return explanation.confidence - least, f"{what} set in a corner {change_text(explanation, least)}"
+
+
+def default(evidence: Evidence) -> Said:
+    """Probability of the class that the network gives to the whole radiograph blurred."""
+    (scores,) = evidence.trial.blurred
+    probability = float(softmax_at(scores, scores.argmax()))
+    name = evidence.explanation.model.class_names[scores.argmax()]
+    return probability, f"with everything blurred it says {name} at {percent(probability)}"
+
+
+def erasing(evidence: Evidence) -> Said | None:
     """Share of the moved masks that take at least as much from the explained class as the hot area's does.
 
     In log-odds, which do not saturate; 0 for a map that found what counts, about 0.5 for one that
@@ -2458,61 +2419,21 @@ def erasing_rank(evidence: Evidence) -> float | None:
     nothing that is erased can lower it.
     """
     trial, explained = evidence.trial, evidence.explanation.explained
-    if trial is None or trial.erased is None:
+    name = evidence.explanation.explained_class
+    if len(trial.erased) < 2:
         return None
     if trial.blurred.argmax() == explained:
-        return float("nan")
-    return float((log_odds(trial.erased_elsewhere, explained) <= log_odds(trial.erased, explained)).mean())
+        return float("nan"), f"erasing cannot be tested: it says {name} even when everything is blurred"
+    hot, *moved = log_odds(trial.erased, explained)
+    usual = statistics.median_high(moved)
+    left, usually_left = (percent(1 / (1 + np.exp(-odds))) for odds in (hot, usual))
+    return float(np.mean(moved <= hot)), (
+        f"erasing the hot area leaves {name} at {left}; erasing as much in {len(moved)} other places, "
+        f"{usually_left} (log-odds {hot:+.1f} against {usual:+.1f})"
+    )
 
 
 # The table of checks
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def covering_text(evidence: Evidence, value: float) -> str:
-    explanation, trial, count = evidence.explanation, evidence.trial, len(evidence.landmarks.markers)
-    if np.isnan(value):
-        return "covering the markers cannot be tested: there are too many to cover as much elsewhere"
-    what = "the side marker" if count == 1 else f"{count} markers"
-    covered, elsewhere = predicted_at(explanation, (trial.covered, trial.covered_elsewhere))
-    told = change_text(explanation, covered, value)
-    return f"covering {what} {told}; covering as much elsewhere, {percent(elsewhere)}"
-
-
-def change_text(explanation: Explanation, probability: float, fall: float) -> str:
-    """What became of the predicted class in a changed copy."""
-    name, before, after = explanation.prediction, percent(explanation.confidence), percent(probability)
-    verb = "lowers" if fall > 0 else "takes"
-    return f"leaves {name} at {after}" if after == before else f"{verb} {name} from {before} to {after}"
-
-
-def adding_text(evidence: Evidence, value: float) -> str:
-    explanation = evidence.explanation
-    probabilities = predicted_at(explanation, evidence.trial.added)
-    least = int(np.argmin(probabilities))
-    return f"{ADDED[least][0]} set in a corner {change_text(explanation, probabilities[least], value)}"
-
-
-def default_text(evidence: Evidence, value: float) -> str:
-    name = evidence.explanation.model.class_names[evidence.trial.blurred.argmax()]
-    return f"with everything blurred it says {name} at {percent(value)}"
-
-
-def erasing_text(evidence: Evidence, value: float) -> str:
-    trial, explained = evidence.trial, evidence.explanation.explained
-    name = evidence.explanation.explained_class
-    if np.isnan(value):
-        return f"erasing cannot be tested: it says {name} even when everything is blurred"
-    others = trial.erased_elsewhere
-    usual = others[log_odds(others, explained).argsort(kind="stable")[len(others) // 2]]  # the median one
-    return (
-        f"erasing the hot area leaves {name} at {percent(softmax_at(trial.erased, explained))}; "
-        f"erasing as much in {len(others)} other places, {percent(softmax_at(usual, explained))} (log-odds "
-        f"{log_odds(trial.erased, explained):+.1f} against {log_odds(usual, explained):+.1f})"
-    )
 
 
 @dataclass(frozen=True)
@@ -2522,62 +2443,56 @@ class Check:
     key: str  # in the table's columns and in JSON; in words where passed checks are listed
     title: str  # the guide's words where it has some
     about: str  # "map", "pair" of maps, "prediction", or "verify": asked only with --verify
-    measure: Callable[[Evidence], float | None]  # None: does not apply
+    ask: Callable[[Evidence], Said | None]
+    flags: Callable[[float, float], bool]  # value, limit; False for NaN: it cannot be told
     limit: float
-    flags: Callable[[float, float], bool]  # value, limit; False for NaN
-    text: Callable[[Evidence, float], str]
 
 
 CHECKS = {check.key: check for check in (
-    Check("blank", "", "map",  # its text says it
-          lambda evidence: float(is_uniform(evidence.explanation.raw_map)), 0, operator.gt,
-          lambda evidence, value: evidence.explanation.blankness or "the map has a place to judge"),
-    Check("border", "Attention on image borders", "map", border_heat, BORDER_LIMIT, operator.gt,
-          lambda evidence, value: f"{percent(value)} of the heat lies in the outer ring of cells, "
-                                  f"which is {percent(OUTER.mean())} of the area"),
-    Check("dark", "Attention on irrelevant areas", "map", dark_heat, DARK_LIMIT, operator.gt,
-          lambda evidence, value: f"{percent(value)} of the heat lies where nothing as dense as bone is"),
-    Check("markers", "Focus on text/labels/artifacts", "map", marker_heat, MARKER_LIMIT, operator.gt,
-          lambda evidence, value: f"{percent(value)} of the heat lies on cells with a marker or text"),
-    Check("focus", "No clear focal point", "map", focus, FOCUS_LIMIT, operator.lt,
-          lambda evidence, value: f"the hottest quarter of the area holds {percent(value)} of the heat"),
-    Check(AGREEMENT, "Models strongly disagree", "pair",
-          lambda evidence: shared_heat(evidence.explanation.raw_map, evidence.other_map),
-          AGREEMENT_LIMIT, operator.lt,
-          lambda evidence, value: f"the two maps share {percent(value)} of their heat"),
-    Check("confidence", "Low confidence overall", "prediction",
-          lambda evidence: evidence.explanation.confidence, CONFIDENCE_LIMIT, operator.lt,
-          lambda evidence, value: f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}"),
-    Check("covering", "Reads the side marker", "verify",
-          covering_fall, COVERING_LIMIT, operator.gt, covering_text),
-    Check("adding", "Heeds a marker that is added", "verify",
-          adding_fall, ADDING_LIMIT, operator.gt, adding_text),
-    Check("default", "Says so of anything", "verify", default_probability, 1, operator.gt, default_text),
-    Check("erasing", "The hot area counts no more than others", "verify",
-          erasing_rank, ERASING_LIMIT, operator.gt, erasing_text),
+    Check("blank", "", "map", blank, operator.gt, 0),  # its text says it
+    Check("border", "Attention on image borders", "map", border, operator.gt, 0.5),  # the frame has 24/49
+    # Fractures lie in bone; some heat spills into the cells beside it.
+    Check("dark", "Attention on irrelevant areas", "map", dark, operator.gt, 0.35),
+    # A marker touches 1 to 4 of 49 cells: 0.02 to 0.08 by chance.
+    Check("markers", "Focus on text/labels/artifacts", "map", markers, operator.gt, 0.2),
+    Check("focus", "No clear focal point", "map", focus, operator.lt, 0.5),  # without focus it is 0.25
+    Check(AGREEMENT, "Models strongly disagree", "pair", agreement, operator.lt, AGREEMENT_LIMIT),
+    Check("confidence", "Low confidence overall", "prediction", confidence, operator.lt, CONFIDENCE_LIMIT),
+    # Covering as much elsewhere, and writing beside the bone, costs honest networks less.
+    Check("covering", "Reads the side marker", "verify", covering, operator.gt, 0.1),
+    Check("adding", "Heeds a marker that is added", "verify", adding, operator.gt, 0.1),
+    Check("default", "Says so of anything", "verify", default, operator.gt, 1),
+    # Where masks put anywhere do as much, the map says nothing.
+    Check("erasing", "The hot area counts no more than others", "verify", erasing, operator.gt, 0.5),
 )}  # fmt: skip
 MAP_CHECKS = sum(check.about == "map" for check in CHECKS.values())
 
 
 def finding_of(check: Check, evidence: Evidence) -> Finding | None:
     """What one check says; None where it does not apply."""
-    value = check.measure(evidence)
-    if value is None:
+    said = check.ask(evidence)
+    if said is None:
         return None
-    return Finding(check.key, value, bool(check.flags(value, check.limit)), check.text(evidence, value))
+    value, text = said
+    return Finding(check.key, float(value), bool(check.flags(value, check.limit)), text)
 
 
 def findings_of(evidence: Evidence) -> tuple[Finding, ...]:
     """What the checks say of one map; of a blank or constant one only that, and what needs no map."""
-    uniform = is_uniform(evidence.explanation.raw_map)
-    asked = [check for check in CHECKS.values() if check.about != "pair"]
-    asked = [check for check in asked if check.about != "map" or check.key == "blank" or not uniform]
-    return tuple(found for check in asked if (found := finding_of(check, evidence)))
+    found = []
+    for check in CHECKS.values():
+        needs_place = check.about == "map" and check.key != "blank"
+        needs_more = check.about == "pair" or (check.about == "verify" and evidence.trial is None)
+        if needs_more or (needs_place and evidence.explanation.blankness):
+            continue
+        if finding := finding_of(check, evidence):
+            found.append(finding)
+    return tuple(found)
 
 
 def map_agreement(explanations: Sequence[Explanation]) -> Finding | None:
     """How far the maps of two models agree; None where there are no two that have a place to judge."""
-    if len(explanations) != 2 or any(is_uniform(each.raw_map) for each in explanations):
+    if len(explanations) != 2 or any(each.blankness for each in explanations):
         return None
     first, second = explanations
     return finding_of(CHECKS[AGREEMENT], Evidence(first, None, other_map=second.raw_map))
@@ -2597,7 +2512,8 @@ def checks_text(findings: Sequence[Finding]) -> str:
 
 def marked_text(finding: Finding) -> str:
     """A finding as a sentence, with a warning where it is flagged."""
-    return f"{'⚠️  ' * finding.is_flagged}{finding.text[0].upper()}{finding.text[1:]}"
+    sentence = finding.text[0].upper() + finding.text[1:]
+    return f"⚠️  {sentence}" if finding.is_flagged else sentence
 
 
 # --verify: copies of a radiograph in which something is covered, added or erased
@@ -2625,9 +2541,8 @@ def with_filled(image: np.ndarray, boxes: Iterable[PixelBox]) -> np.ndarray:
             (y1 < end, image[:, y1 : y1 + 1, x0:x1], 1 / down[::-1]),
         )
         there = [(values, weights) for is_there, values, weights in sides if is_there]
-        image[:, y0:y1, x0:x1] = sum(values * weights for values, weights in there) / sum(
-            weights for _, weights in there
-        )
+        total = sum(weights for _, weights in there)
+        image[:, y0:y1, x0:x1] = sum(values * weights for values, weights in there) / total
     return image
 
 
@@ -2648,15 +2563,15 @@ def marker_masks(markers: Sequence[PixelBox], side: int) -> tuple[list[PixelBox]
         mask = box_mask(others, side)
         return ((mask & covered).sum() + max(0, covered.sum() - mask.sum())) / covered.sum()
 
-    across = [(side - x1, y0, side - x0, y1) for x0, y0, x1, y1 in boxes]
     mirrors = [
-        across,
-        *([(x0, side - y1, x1, side - y0) for x0, y0, x1, y1 in each] for each in (boxes, across)),
+        [(side - x1, y0, side - x0, y1) for x0, y0, x1, y1 in boxes],
+        [(x0, side - y1, x1, side - y0) for x0, y0, x1, y1 in boxes],
+        [(side - x1, side - y1, side - x0, side - y0) for x0, y0, x1, y1 in boxes],
     ]
     steps = [(side * down // CELLS, side * right // CELLS) for down, right in np.ndindex(CELLS, CELLS)]
-    shifts = ([shifted(box, *step, side) for box in boxes] for step in steps)
-    tried_in_turn = itertools.chain(sorted(mirrors, key=misfit), shifts)
-    return boxes, next((each for each in tried_in_turn if misfit(each) < MAX_OVERLAP), None)
+    shifts = [[shifted(box, *step, side) for box in boxes] for step in steps]
+    others = sorted(mirrors, key=misfit) + shifts
+    return boxes, next((each for each in others if misfit(each) < MAX_OVERLAP), None)
 
 
 def shifted(box: PixelBox, down: int, right: int, side: int) -> PixelBox:
@@ -2664,13 +2579,6 @@ def shifted(box: PixelBox, down: int, right: int, side: int) -> PixelBox:
     x0, y0, x1, y1 = box
     x, y = min((x0 + right) % side, side - x1 + x0), min((y0 + down) % side, side - y1 + y0)
     return x, y, x + x1 - x0, y + y1 - y0
-
-
-def box_mask(boxes: Iterable[PixelBox], side: int) -> np.ndarray:
-    mask = np.zeros((side, side), bool)
-    for x0, y0, x1, y1 in boxes:
-        mask[y0:y1, x0:x1] = True
-    return mask
 
 
 def with_writing(image: np.ndarray, text: str, size: int) -> np.ndarray:
@@ -2720,11 +2628,8 @@ def class_scores(classifier: Classifier, images: np.ndarray, batch_size: int) ->
     """Forward passes alone: (n, 3, N, N) -> (n, K) float64."""
     import torch
 
+    batches = torch.from_numpy(images).split(batch_size)
     with torch.inference_mode():
-        batches = (
-            torch.from_numpy(images[start : start + batch_size])
-            for start in range(0, len(images), batch_size)
-        )
         scores = [classifier.network(batch.to(classifier.device)).cpu().numpy() for batch in batches]
     return np.concatenate(scores).astype(np.float64)
 
@@ -2732,22 +2637,20 @@ def class_scores(classifier: Classifier, images: np.ndarray, batch_size: int) ->
 def tried(
     classifier: Classifier, image: np.ndarray, explanation: Explanation, landmarks: Landmarks, batch_size: int
 ) -> Trial:
-    """Ask the network about changed copies of one input (3, N, N): at most 19 forward passes."""
-    erasing = without_detail(image)
-    copies, side = [erasing, *(with_writing(image, text, size) for _, text, size in ADDED)], image.shape[1]
-    first_covered = len(copies)
-    markers, elsewhere = marker_masks(landmarks.markers, side) if landmarks.markers else ([], None)
-    if elsewhere:
-        copies += [with_filled(image, boxes) for boxes in (markers, elsewhere)]
-    first_erased = len(copies)
-    if not is_uniform(explanation.raw_map):
+    """Ask the network about changed copies of one input (3, N, N): at most MOST_TRIALS forward passes."""
+    side, erasing, covered, erased = image.shape[1], without_detail(image), [], []
+    added = [with_writing(image, text, size) for _, text, size in ADDED]
+    if landmarks.markers:
+        markers, elsewhere = marker_masks(landmarks.markers, side)
+        if elsewhere:
+            covered = [with_filled(image, boxes) for boxes in (markers, elsewhere)]
+    if not explanation.blankness:
         mask = hot_mask(explanation.heatmap, side)
-        copies += [np.where(each, erasing, image) for each in (mask, *moved_masks(mask))]
-    scores = class_scores(classifier, np.stack(copies), batch_size)
-    covering = scores[first_covered:first_erased] if elsewhere else (None, None)
-    hot = scores[first_erased:]
-    erased = (hot[0], hot[1:]) if len(hot) > 1 else (None, None)
-    return Trial(scores[0], scores[1:first_covered], *covering, *erased, passes=len(copies))
+        erased = [np.where(each, erasing, image) for each in (mask, *moved_masks(mask))]
+    copies = [[erasing], added, covered, erased]
+    scores = class_scores(classifier, np.stack(list(itertools.chain(*copies))), batch_size)
+    starts = np.cumsum([len(each) for each in copies])[:-1]
+    return Trial(*np.split(scores, starts))
 
 
 # Over a run
@@ -2762,13 +2665,13 @@ class Observation:
     has_marker: bool
     findings: tuple[Finding, ...]
 
-    def value(self, check: str) -> float | None:
-        return next((finding.value for finding in self.findings if finding.check == check), None)
+    def value(self, check: str) -> float:
+        return next(finding.value for finding in self.findings if finding.check == check)
 
 
 def observation(explanation: Explanation, landmarks: Landmarks) -> Observation:
-    name, heat = explanation.explained_class, heat_on_cells(explanation.raw_map)
-    return Observation(name, heat, bool(landmarks.markers), explanation.findings)
+    heat = heat_on_cells(explanation.raw_map)
+    return Observation(explanation.explained_class, heat, bool(landmarks.markers), explanation.findings)
 
 
 def mean_correlation(heats: np.ndarray) -> float:
@@ -2787,54 +2690,60 @@ def same_cell_share(heats: np.ndarray) -> float:
     return float(np.bincount(heats.reshape(len(heats), -1).argmax(axis=1)).max() / len(heats))
 
 
+def audit_line(text: str, value: float, limit: float, form: Callable[[float], str] = percent) -> str:
+    """One quantity of a run, with the guide's flag where it is suspect."""
+    if value > limit:
+        return f"🚩 {text}: {form(value)}, flagged above {form(limit)}"
+    return f"{text}: {form(value)}"
+
+
 def audit_lines(observations: Sequence[Observation]) -> list[str]:
-    """What the maps of one model have in common over a run, with the guide's flag where that is suspect."""
+    """What the maps of one model have in common over a run; of few maps nothing.
+
+    Where most of a class's maps are blank, the network decides for it by what it does not see.
+    """
+    if not observations:
+        return []
     lines = []
-    for text, value, limit, form in audited(observations):
-        sign = "🚩 " if value > limit else ""
-        lines.append(f"{sign}{text}: {form(value)}{f', flagged above {form(limit)}' if sign else ''}")
-    placed = sum(each.value("focus") is not None for each in observations)
-    if observations and placed < FEW_MAPS:
-        lines.append(f"Same place in every image: needs {FEW_MAPS} maps that are not blank, here {placed}")
-    return lines
-
-
-def audited(
-    observations: Sequence[Observation],
-) -> Iterator[tuple[str, float, float, Callable[[float], str]]]:
-    """What is measured over a run: words, value, limit, and how to write a value."""
     for name in sorted({each.explained for each in observations}):
         blank = [each.value("blank") for each in observations if each.explained == name]
         if any(blank) and len(blank) >= FEW_MAPS:
-            yield f"Blank maps for {printable(name)}", float(np.mean(blank)), BLANK_LIMIT, percent
-    placed = [each for each in observations if each.value("focus") is not None]
-    if len(placed) >= FEW_MAPS:
-        heats = np.stack([each.heat for each in placed])
-        yield (
-            "Same place in every image, mean correlation of the maps",
-            mean_correlation(heats),
-            SAME_PLACE_LIMIT,
-            "{:.2f}".format,
-        )
-        yield "Same hottest cell", same_cell_share(heats), SAME_CELL_LIMIT, percent
-        dark = [each.value("dark") for each in placed]
-        yield "Mean heat where nothing as dense as bone is", float(np.mean(dark)), MEAN_DARK_LIMIT, percent
+            lines.append(audit_line(f"Blank maps for {printable(name)}", float(np.mean(blank)), 0.5))
+    placed = [each for each in observations if not each.value("blank")]
+    if len(placed) < FEW_MAPS:
+        few = f"needs {FEW_MAPS} maps that are not blank, here {len(placed)}"
+        return [*lines, f"Same place in every image: {few}"]
+    return lines + placed_lines(placed)
+
+
+def placed_lines(placed: Sequence[Observation]) -> list[str]:
+    """The same of maps that have a place to judge: fractures lie in different places, in bone."""
+    heats = np.stack([each.heat for each in placed])
+    same = "Same place in every image, mean correlation of the maps"
+    dark = np.mean([each.value("dark") for each in placed])
+    lines = [
+        audit_line(same, mean_correlation(heats), 0.5, "{:.2f}".format),
+        audit_line("Same hottest cell", same_cell_share(heats), 0.5),
+        audit_line("Mean heat where nothing as dense as bone is", dark, 0.25),
+    ]
     marked = [each.value("markers") for each in placed if each.has_marker]
     if len(marked) >= FEW_MAPS:
-        yield "Mean heat on markers, where there are any", float(np.mean(marked)), MEAN_MARKER_LIMIT, percent
+        text = "Mean heat on markers, where there are any"
+        lines.append(audit_line(text, np.mean(marked), 0.1))
+    return lines
 
 
 # Where the fracture is known (--truth)
 
 
-def pointing(raw_map: np.ndarray, boxes: Sequence[Region]) -> Pointing:
-    """The pointing game (J. Zhang et al., ECCV 2016) and the heat inside, of a map (h, w).
+def pointing(explanation: Explanation, boxes: Sequence[Region]) -> Pointing:
+    """The pointing game (J. Zhang et al., ECCV 2016) and the heat inside.
 
     Boxes are in shares of the image's sides, and count with half a cell of the map more on each
     side: a map's maximum cannot be told more exactly.
     """
-    h, w = raw_map.shape
-    row, column = np.unravel_index(raw_map.argmax(), raw_map.shape)
+    h, w = explanation.raw_map.shape
+    row, column = np.unravel_index(explanation.raw_map.argmax(), (h, w))
     x, y = (column + 0.5) / w, (row + 0.5) / h
     grown = [with_margin(box, h, w) for box in boxes]
     is_inside = any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in grown)
@@ -2842,9 +2751,9 @@ def pointing(raw_map: np.ndarray, boxes: Sequence[Region]) -> Pointing:
     for box in grown:
         left, top, right, bottom = (round(end * CHECKED_SIDE) for end in box)
         mask[top:bottom, left:right] = True
-    heat = enlarged(normalised(raw_map), CHECKED_SIDE)
+    heat = enlarged(explanation.heatmap, CHECKED_SIDE)
     share = heat[mask].sum() / heat.sum() if heat.any() else 0
-    return Pointing(is_inside and not is_uniform(raw_map), float(share), united_area(grown))
+    return Pointing(is_inside and not explanation.blankness, float(share), united_area(grown))
 
 
 def united_area(boxes: Sequence[Region]) -> float:
@@ -4805,7 +4714,7 @@ def with_explanations(
                 explanation,
                 remarks=remarks,
                 findings=findings_of(Evidence(explanation, result.landmarks, trial)),
-                pointing=pointing(explanation.raw_map, result.boxes) if result.boxes else None,
+                pointing=pointing(explanation, result.boxes) if result.boxes else None,
                 passes=trial.passes if trial else 0,
             )
         )
@@ -5088,8 +4997,7 @@ def explain_many(
             rows.append(dict.fromkeys(columns, "") | table_row(result, plan.models))
             add_row(folder, rows[-1], columns)
             for explanation in () if result.error else result.opinions:
-                key = explanation.model.family.key
-                observations[key].append(observation(explanation, result.landmarks))
+                observations[explanation.model.family.key].append(observation(explanation, result.landmarks))
             tell_result(bar, result, False, args.quiet)
             count_image()
     spent = time.monotonic() - started

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import explainability as tool
+from conftest import an_explanation
 from explainability import CLASS_NAMES, ExplainError, pointing
 
 COMMINUTED, SIMPLE = CLASS_NAMES
@@ -151,24 +152,24 @@ UNIFORM = np.ones((7, 7), np.float32)
     [(spot(3, 3), True), (spot(3, 2), True), (spot(3, 1), False), (spot(2, 3), True), (spot(6, 6), False), (-UNIFORM, False), (UNIFORM, False)],
 )
 def test_pointing_counts_half_a_cell_round_the_box(raw_map, is_inside):
-    found = pointing(raw_map, [(3 / 7, 3 / 7, 4 / 7, 4 / 7)])  # cell (3, 3)
+    found = pointing(an_explanation(raw_map=raw_map), [(3 / 7, 3 / 7, 4 / 7, 4 / 7)])  # cell (3, 3)
     assert found.is_inside == is_inside and found.area == pytest.approx(4 / 49)
 
 
 def test_heat_inside_the_box_is_a_share_and_chance_is_its_area():
     left_half = (0, 0, 0.5 - 0.5 / 7, 1)  # half the image once enlarged
-    assert pointing(UNIFORM, [left_half]).heat == pytest.approx(0.5)
-    assert pointing(UNIFORM, [left_half]).area == pytest.approx(0.5)
-    assert pointing(spot(3, 0), [left_half]).heat == pytest.approx(1)
-    assert pointing(spot(3, 6), [left_half]).heat == 0
+    assert pointing(an_explanation(raw_map=UNIFORM), [left_half]).heat == pytest.approx(0.5)
+    assert pointing(an_explanation(raw_map=UNIFORM), [left_half]).area == pytest.approx(0.5)
+    assert pointing(an_explanation(raw_map=spot(3, 0)), [left_half]).heat == pytest.approx(1)
+    assert pointing(an_explanation(raw_map=spot(3, 6)), [left_half]).heat == 0
 
 
 def test_of_several_boxes_any_will_do_and_what_they_share_counts_once():
     corner, other = (0, 0, 1 / 7, 1 / 7), (6 / 7, 6 / 7, 1, 1)
-    found = pointing(spot(6, 6), [corner, other])
+    found = pointing(an_explanation(raw_map=spot(6, 6)), [corner, other])
     assert found.is_inside and found.area == pytest.approx(2 * 2.25 / 49)
-    assert pointing(UNIFORM, [corner, corner]).area == pytest.approx(2.25 / 49)
-    assert pointing(UNIFORM, [corner, corner]).heat == pytest.approx(2.25 / 49, rel=0.05)
+    assert pointing(an_explanation(raw_map=UNIFORM), [corner, corner]).area == pytest.approx(2.25 / 49)
+    assert pointing(an_explanation(raw_map=UNIFORM), [corner, corner]).heat == pytest.approx(2.25 / 49, rel=0.05)
 
 
 # Whole runs
