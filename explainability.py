@@ -68,7 +68,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
@@ -2792,10 +2791,11 @@ DETAILS_WIDTH = 4.1  # inches, beside panels in a row
 PANEL_AREA = 19  # square inches that a picture takes
 LONGEST_SIDE = 9  # inches
 MIN_COLUMN = 1.9  # inches: room for a panel's title over a narrow picture
-PROBABILITY_ROOM = 2.1  # inches for the list of classes
-BARE_INCHES = 6  # what a bare picture's longer side is taken for when lines are drawn on it
+LISTED_CLASSES = 4  # the likeliest; what the others have is summed
 OVERLAY_OPACITY = 0.6  # where the heat is greatest; nothing where there is none
-CONTOURS = (0.25, 0.5, 0.75)  # of the heatmap's maximum
+CONTOURS = (0.25, 0.5, 0.75)  # places on the colour bar, which are shares of the heatmap's maximum
+CONTOUR_WIDTH = 1 / 110  # of the picture's longer side
+SIGNED_CONTOURS = (0.125, 0.25, 0.375, 0.625, 0.75, 0.875)  # the same shares against and for the class
 DIVERGING = "RdBu_r"  # for signed maps: blue against, white nothing, red for
 PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
 READING_GUIDE = (  # (place on the colour bar, what it means)
@@ -2818,25 +2818,12 @@ READERS_CHECK = "☐ Clinical features match: for the reader to judge"
 
 @functools.cache
 def plain_matplotlib() -> Any:
-    """matplotlib as it comes: no file, variable or style of the user's reaches the figures.
-
-    A matplotlibrc in the working directory is read before all others, so the import happens in the
-    folder that holds matplotlib's own. Raises ExplainError where that fails.
-    """
-    os.environ["MPLBACKEND"] = "agg"  # a notebook leaves its own, which may not be importable from here
-    os.environ.pop("FREETYPE_PROPERTIES", None)  # how outlines of letters become pixels
-    with silenced(), contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # the working directory is gone, and no file in it
-            stack.enter_context(contextlib.chdir(Path(find_spec("matplotlib").origin).parent / "mpl-data"))
-        try:
-            import matplotlib
-            from matplotlib import font_manager  # noqa: F401  here, as it looks for a folder for its cache
-        except Exception as error:
-            cause = f"cannot be imported ({brief(str(error))})"
-            remedy = "set MPLCONFIGDIR to a folder that can be written"
-            raise ExplainError(f"matplotlib: {cause}; {remedy}") from error
+    """matplotlib as it comes, whatever style the user's own settings ask for."""
+    with silenced():
+        import matplotlib
+        from matplotlib import font_manager  # noqa: F401  which says how long it looks for fonts
     lasting = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "explainability"}
-    matplotlib.rcParams.update({**lasting, "text.hinting": "none"})
+    matplotlib.rcParams.update({**matplotlib.rcParamsDefault, **lasting, "text.hinting": "none"})
     return matplotlib
 
 
@@ -2857,7 +2844,7 @@ class Look:
         return self.points * LEADING
 
 
-LARGE, MEDIUM, BOLD = (Look(points, is_bold=True) for points in (15, 12, 10))
+LARGE, BOLD = Look(15, is_bold=True), Look(10, is_bold=True)
 BODY, SMALL = Look(10), Look(8.5)
 NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
 
@@ -2865,7 +2852,8 @@ NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
 @functools.cache
 def font_file(is_bold: bool) -> str:
     """DejaVu Sans, which comes with matplotlib, so that figures look the same everywhere."""
-    return str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' * is_bold}.ttf"))
+    name = "DejaVuSans-Bold.ttf" if is_bold else "DejaVuSans.ttf"
+    return str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", name))
 
 
 @functools.cache
@@ -2899,26 +2887,24 @@ def text_width(text: str, look: Look) -> float:
 
 def elided(text: str, look: Look, inches: float) -> str:
     """Drawable text cut in the middle until it fits; both ends of a name tell something."""
-    if text_width(text, look) <= inches:
-        return text
-    low, high = 1, len(text) // 2  # characters kept at each end
-    while low < high:
-        kept = (low + high + 1) // 2
-        fits = text_width(f"{text[:kept]}…{text[-kept:]}", look) <= inches
-        low, high = (kept, high) if fits else (low, kept - 1)
-    return f"{text[:low]}…{text[-low:]}"
+    kept, short = len(text) // 2, text
+    while text_width(short, look) > inches and kept > 1:
+        kept -= 1
+        short = f"{text[:kept]}…{text[-kept:]}"
+    return short
 
 
 def wrapped(text: str, look: Look, inches: float, most: int = 2) -> list[str]:
     """A text in at most so many lines, broken at spaces; the last is cut in the middle where it must be."""
-    words, lines = drawable(text).split(" "), []
-    while words and len(lines) < most - 1:
-        count = 1
-        while count < len(words) and text_width(" ".join(words[: count + 1]), look) <= inches:
-            count += 1
-        lines.append(elided(" ".join(words[:count]), look, inches))
-        words = words[count:]
-    return [*lines, elided(" ".join(words), look, inches)] if words else lines
+    first, *others = drawable(text).split(" ")
+    lines = [first]
+    for word in others:
+        longer = f"{lines[-1]} {word}"
+        if len(lines) == most or text_width(longer, look) <= inches:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [elided(line, look, inches) for line in lines]
 
 
 # What lies on a sheet. Each draws itself through a renderer, for a page of this height in inches.
@@ -3006,7 +2992,7 @@ class Picture:
     x: float
     y: float
     pixels: np.ndarray  # (H, W, 3) uint8
-    title: str
+    title: str  # written above it; a colour bar has none
 
     def draw(self, renderer: Any, dpi: float, height: float) -> None:
         rows, columns = self.pixels.shape[:2]
@@ -3021,45 +3007,13 @@ class Picture:
         Box(left / finer - hair, top - hair, *size, FRAME, HAIRLINE).draw(renderer, dpi, height)
 
 
-@dataclass(frozen=True)
-class Curves:
-    """Lines of equal heat over a picture, on a dark ground that shows on bright bone."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    heat: np.ndarray  # (h, w) in [0, 1]
-    colours: tuple[tuple[float, ...], ...]  # one for each of CONTOURS
-
-    def draw(self, renderer: Any, dpi: float, height: float) -> None:
-        from matplotlib.transforms import Affine2D
-
-        rows, columns = self.heat.shape
-        cells = Affine2D().translate(0.5, 0.5).scale(self.width * dpi / columns, -self.height * dpi / rows)
-        place, gc = cells.translate(self.x * dpi, (height - self.y) * dpi), renderer.new_gc()
-        for outline, colour in zip(contour_lines(self.heat), self.colours):
-            for points, shade in ((3, "black"), (1.5, colour)):
-                gc.set_linewidth(points)
-                gc.set_foreground(shade)
-                renderer.draw_path(gc, outline, place, None)
-
-
-def contour_lines(heat: np.ndarray) -> list[Any]:
-    """A matplotlib path for each of CONTOURS, in cells from the centre of the first."""
-    from matplotlib.figure import Figure
-
-    return Figure().add_subplot().contour(heat, levels=CONTOURS).get_paths()
-
-
 @dataclass
 class Sheet:
     """A page as it is filled; lines of text are placed by their top."""
 
     width: float
     height: float = 0
-    items: list[Line | Box | Picture | Curves] = dataclasses.field(default_factory=list)
-    details: Box | None = None  # the place of the details panel, margins included
+    items: list[Line | Box | Picture] = dataclasses.field(default_factory=list)
 
     def write(self, x: float, y: float, text: str, look: Look = SMALL) -> None:
         """One line of drawable text."""
@@ -3074,15 +3028,12 @@ class Sheet:
             y += look.leading
         return y
 
-    def fill(
-        self, x: float, y: float, width: float, height: float, colour: Any, is_framed: bool = False
-    ) -> None:
-        """A rectangle of one colour."""
+    def fill(self, x: float, y: float, width: float, height: float, colour: Any) -> None:
         self.items.append(Box(x, y, width, height, colour))
-        self.items += [Box(x, y, width, height, FRAME, HAIRLINE)] * is_framed
 
-    def show(self, x: float, y: float, pixels: np.ndarray, title: str = "") -> None:
-        self.items.append(Picture(x, y, pixels, title))
+    def frame(self, x: float, y: float, width: float, height: float, colour: Any) -> None:
+        """A rectangle of one colour in a thin frame."""
+        self.items += [Box(x, y, width, height, colour), Box(x, y, width, height, FRAME, HAIRLINE)]
 
 
 # Maps in colour
@@ -3099,79 +3050,64 @@ def colours_of(style: FigureStyle) -> np.ndarray:
     return colour_table(DIVERGING if style.signed else style.colormap)
 
 
-def colour_at(place: float, style: FigureStyle) -> tuple[float, ...]:
-    """The colour at a place of the colour bar, 0 to 1, as matplotlib takes it."""
-    return tuple(colours_of(style)[round(255 * place)] / 255)
-
-
-def drawn_map(explanation: Explanation, style: FigureStyle) -> np.ndarray:
-    """What is drawn of a map: heat in [0, 1] or, signed, evidence for and against in [-1, 1]."""
-    peak = np.abs(explanation.raw_map).max()
-    return explanation.raw_map / peak if style.signed and peak > 0 else explanation.heatmap
-
-
 def has_colours(explanation: Explanation, style: FigureStyle) -> bool:
     """Whether there is anything to draw of a map."""
-    return bool(drawn_map(explanation, style).any())
+    return bool((explanation.raw_map if style.signed else explanation.heatmap).any())
 
 
-def resized(values: np.ndarray, height: int, width: int, low: float = 0) -> np.ndarray:
-    """A map (h, w) at (height, width): bicubic, cell centres aligned, clipped to [low, 1]."""
+def resized(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A map (h, w) in [0, 1] at (height, width): bicubic, cell centres aligned, clipped."""
     image = Image.fromarray(values.astype(np.float32, copy=False))
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).clip(low, 1)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
 
 
-def colour_levels(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
-    """A map as places in the table of colours: (height, width) uint8."""
-    values = resized(drawn_map(explanation, style), height, width, -1 if style.signed else 0)
-    return ((values + 1) * 127.5 if style.signed else values * 255).round().astype(np.uint8)
-
-
-def opacities(style: FigureStyle) -> np.ndarray:
-    """Opacity of each colour over the radiograph, (256,) uint8: it follows the heat, so cold bone stays."""
-    places = np.arange(256)
-    strength = np.maximum(np.abs(places - 127.5) - 0.5, 0) / 127 if style.signed else places / 255
-    return (OVERLAY_OPACITY * 255 * strength).round().astype(np.uint8)
+def colour_places(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
+    """A map that has colours as places on the colour bar, (height, width) in [0, 1]; signed, 0.5 is nothing."""
+    places = explanation.heatmap
+    if style.signed:
+        places = 0.5 + explanation.raw_map / (2 * np.abs(explanation.raw_map).max())
+    return resized(places, height, width)
 
 
 def heatmap_pixels(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
     """The map alone in colour, (height, width, 3) uint8; plain grey where there is none."""
     if not has_colours(explanation, style):
         return np.full((height, width, 3), 228, np.uint8)
-    return colours_of(style)[colour_levels(explanation, height, width, style)]
+    places = colour_places(explanation, height, width, style)
+    return colours_of(style)[(places * 255).round().astype(np.uint8)]
 
 
 def overlay_pixels(picture: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
-    """The map in colour over a radiograph (H, W, 3) uint8; a blank map leaves it as it is."""
-    if style.contours or not has_colours(explanation, style):
+    """The map in colour over a radiograph (H, W, 3) uint8; a blank map leaves it as it is.
+
+    Opacity follows the heat, so that cold bone stays as it is.
+    """
+    if not has_colours(explanation, style):
         return picture
-    levels = colour_levels(explanation, *picture.shape[:2], style)
-    coloured, mask = Image.fromarray(colours_of(style)[levels]), Image.fromarray(opacities(style)[levels])
+    places = colour_places(explanation, *picture.shape[:2], style)
+    if style.contours:
+        return with_contours(picture, places, style)
+    levels, heat = (places * 255).round().astype(np.uint8), np.arange(256) / 255
+    if style.signed:
+        heat = np.maximum(np.abs(np.arange(256) - 127.5) - 0.5, 0) / 127
+    opacity = (OVERLAY_OPACITY * 255 * heat).round().astype(np.uint8)
+    coloured, mask = Image.fromarray(colours_of(style)[levels]), Image.fromarray(opacity[levels])
     return np.asarray(Image.composite(coloured, Image.fromarray(picture), mask))
 
 
-def add_contours(
-    sheet: Sheet, x: float, y: float, width: float, height: float,
-    explanation: Explanation, style: FigureStyle,
-) -> None:  # fmt: skip
-    """Lines of equal heat, where they are asked for and there is any; signed, also of what speaks against."""
-    if style.contours and has_colours(explanation, style):
-        scale = 128 / min(width, height)
-        cells = [round(min(scale * side, 1024)) for side in (height, width)]
-        for sign in (1, -1)[: 1 + style.signed]:
-            places = [(1 + sign * level) / 2 if style.signed else level for level in CONTOURS]
-            shades = tuple(colour_at(place, style) for place in places)
-            heat = resized(sign * drawn_map(explanation, style), *cells)
-            if heat.max() > CONTOURS[0]:
-                sheet.items.append(Curves(x, y, width, height, heat, shades))
+def with_contours(picture: np.ndarray, places: np.ndarray, style: FigureStyle) -> np.ndarray:
+    """Lines of equal heat over a picture, each on a dark ground that shows on bright bone.
 
-
-def bare_overlay(pixels: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
-    """The overlay alone at the radiograph's own size, (H, W, 3) uint8, contours included."""
-    over, dpi = overlay_pixels(pixels, explanation, style), max(pixels.shape[:2]) / BARE_INCHES
-    sheet = Sheet(pixels.shape[1] / dpi, pixels.shape[0] / dpi)
-    add_contours(sheet, 0, 0, sheet.width, sheet.height, explanation, style)
-    return sheet_pixels(sheet, dpi, over) if sheet.items else over
+    A pixel's distance from a line is the difference in heat over the slope there.
+    """
+    image, slope = Image.fromarray(picture), np.maximum(np.hypot(*np.gradient(places)), 1e-6)
+    levels = SIGNED_CONTOURS if style.signed else CONTOURS
+    for width, is_ground in ((CONTOUR_WIDTH, True), (CONTOUR_WIDTH / 2, False)):
+        for level in levels:
+            pixels = max(picture.shape) * width / 2 - np.abs(places - level) / slope  # inside the line
+            mask = Image.fromarray((255 * (pixels + 0.5).clip(0, 1)).astype(np.uint8))
+            image.paste((0, 0, 0) if is_ground else tuple(colours_of(style)[round(255 * level)]), mask=mask)
+    return np.asarray(image)
 
 
 # Panels
@@ -3225,7 +3161,7 @@ def draw_picture(sheet: Sheet, x: float, y: float, view: View, pixels: np.ndarra
     """A picture with its title, whose last line sits on it."""
     lines = len(wrapped(title, BODY, view.column))
     sheet.paragraph(x, y - 0.06 - BODY.leading * lines, title, view.column, BODY)
-    sheet.show(x, y, pixels, title)
+    sheet.items.append(Picture(x, y, pixels, title))
 
 
 def draw_boxes(sheet: Sheet, x: float, y: float, view: View) -> None:
@@ -3244,25 +3180,23 @@ def draw_heatmap(sheet: Sheet, x: float, y: float, view: View, explanation: Expl
         lines = wrapped(explanation.blankness, SMALL, view.column - 0.3, 4)
         width, height = max(text_width(line, SMALL) for line in lines), SMALL.leading * len(lines)
         left, top = x + max(0.1, (view.width - width) / 2), y + max(0, (view.height - height) / 2)
-        sheet.fill(left - 0.1, top - 0.08, width + 0.2, height + 0.16, "white", is_framed=True)
+        sheet.frame(left - 0.1, top - 0.08, width + 0.2, height + 0.16, "white")
         sheet.paragraph(left, top, explanation.blankness, view.column - 0.3, SMALL, 4)
 
 
 def draw_overlay(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
     """The map over the radiograph."""
     draw_picture(sheet, x, y, view, overlay_pixels(view.picture, explanation, view.style), title)
-    add_contours(sheet, x, y, view.width, view.height, explanation, view.style)
     draw_boxes(sheet, x, y, view)
 
 
 def draw_colour_bar(sheet: Sheet, x: float, y: float, view: View) -> None:
-    """The scale of the maps, its greatest value at the top; none beside a picture too low for its ticks."""
+    """The scale of the maps, its greatest value at the top."""
     height, style = view.height, view.style
-    if height < 0.3:
-        return
     levels = np.linspace(255, 0, len(view.picture)).round().astype(np.uint8)
-    sheet.show(x, y, colours_of(style)[np.repeat(levels[:, None], round(0.16 * style.dpi), axis=1)])
-    for place in (0, 0.5, 1) if height > 0.5 else (0, 1):
+    levels = np.repeat(levels[:, None], round(0.16 * style.dpi), axis=1)
+    sheet.items.append(Picture(x, y, colours_of(style)[levels], ""))
+    for place in (0, 0.5, 1):
         value = 2 * place - 1 if style.signed else place
         sheet.write(x + 0.22, y + (1 - place) * height - SMALL.leading / 2, f"{value:g}")
     label = "against    evidence    for" if style.signed else "relative importance"
@@ -3276,24 +3210,19 @@ def draw_colour_bar(sheet: Sheet, x: float, y: float, view: View) -> None:
 
 def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
     """The prediction, and a line and a bar for each of the likeliest classes."""
-    names, last = explanation.model.class_names, y + 0.26 + PROBABILITY_ROOM
-    look = LARGE if text_width(drawable(explanation.prediction), LARGE) < 1.8 * width else MEDIUM
-    y = sheet.paragraph(x, y - 0.05, explanation.prediction, width, look)
+    y = sheet.paragraph(x, y - 0.05, explanation.prediction, width, LARGE, 4)
     sheet.write(x, y, f"Confidence: {explanation.confidence:.2%}", BODY)
-    y, count = y + 0.3, 0
-    for index in explanation.ranking:
+    y += 0.3
+    for index in explanation.ranking[:LISTED_CLASSES]:
         look = BOLD if index == explanation.predicted else BODY
-        below = y + look.leading * len(wrapped(names[index], look, width - 0.8))
-        if count and below > last:
-            break
         probability = float(explanation.probabilities[index])
         text = f"{probability:.2%}"
-        sheet.paragraph(x, y, names[index], width - 0.8, look)
         sheet.write(x + width - text_width(text, look), y, text, look)
-        sheet.fill(x, below, width, 0.075, TRACK)
-        sheet.fill(x, below, width * probability, 0.075, BAR)
-        y, count = below + 0.15, count + 1
-    if rest := explanation.ranking[count:]:
+        y = sheet.paragraph(x, y, explanation.model.class_names[index], width - 0.8, look)
+        sheet.fill(x, y, width, 0.075, TRACK)
+        sheet.fill(x, y, width * probability, 0.075, BAR)
+        y += 0.15
+    if rest := explanation.ranking[LISTED_CLASSES:]:
         together = float(explanation.probabilities[rest].sum())
         y = sheet.paragraph(x, y - 0.02, f"and {len(rest)} more, together {together:.2%}", width, FAINT)
     return y + 0.06
@@ -3303,16 +3232,17 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
     """The checks: those flagged in words, the others in one line, and what only the reader can judge."""
     if not explanation.findings:
         return y
+    passed = []
     for finding in explanation.findings:
+        check = CHECKS[finding.check]
         if finding.is_flagged:
             sheet.write(x, y, "⚠", ALERT)
-            title = CHECKS[finding.check].title
-            text = f"{title}: {finding.text}" if title else finding.text
+            text = f"{check.title}: {finding.text}" if check.title else finding.text
             y = sheet.paragraph(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
-        elif CHECKS[finding.check].about == "verify":
+        elif check.about == "verify":
             y = sheet.paragraph(x, y, marked_text(finding), width, SMALL, 3) + 0.03
-    plain = [each for each in explanation.findings if CHECKS[each.check].about != "verify"]
-    passed = [check_title(each.check) for each in plain if not each.is_flagged]
+        else:
+            passed.append(check.key.replace("_", " "))
     if passed:
         y = sheet.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
     if explanation.pointing:
@@ -3320,38 +3250,31 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
     return sheet.paragraph(x, y, READERS_CHECK, width) + 0.1
 
 
-def check_title(key: str) -> str:
-    return key.replace("_", " ")
-
-
-def explained_text(explanation: Explanation) -> str:
-    """The explained class, with its probability where it is not the predicted one."""
-    if explanation.explained == explanation.predicted:
-        return explanation.explained_class
-    return f"{explanation.probabilities[explanation.explained]:.2%} {explanation.explained_class}"
-
-
 def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str, str]]:
     """What the details panel lists: (label, value)."""
-    model, raw = explanation.model, explanation.raw_map
-    is_measured_on_demos = is_demo(model.checkpoint) and model.accuracy.endswith("%")
+    model, raw, method = explanation.model, explanation.raw_map, METHODS[explanation.method]
+    explained, accuracy = explanation.explained_class, model.accuracy
+    if explanation.explained != explanation.predicted:
+        explained = f"{explanation.probabilities[explanation.explained]:.2%} {explained}"
+    if is_demo(model.checkpoint) and accuracy.endswith("%"):
+        accuracy += " (synthetic test images)"
     h, w = raw.shape
-    relative = "" if style.signed else " (the colours are relative to it)"
     lines = [
-        ("Explained class", explained_text(explanation)),
+        ("Explained class", explained),
         ("Model", model.architecture),
         ("Checkpoint", printable(model.checkpoint.name)),
-        ("", model.accuracy + " (synthetic test images)" * is_measured_on_demos),
-        ("Method", METHODS[explanation.method].title),
+        ("", accuracy),
+        ("Method", method.title),
     ]
     if explanation.method.startswith("gradcam"):
         lines.append(("Target layer", model.family.target_layer))
     lines.append(("Map", f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"))
     if explanation.heatmap.any():
+        relative = "" if style.signed else " (the colours are relative to it)"
         lines.append(("Peak of raw map", f"{raw.max():.3g}{relative}"))
     if explanation.owed is not None:
         lines.append(("Sum of raw map", f"{raw.sum():.3g}, must be {explanation.owed:.3g}"))
-    if METHODS[explanation.method].compares:
+    if method.compares:
         lines.append(("Negative share", f"{explanation.negative_share:.0%} of the map's magnitude"))
     return lines
 
@@ -3373,9 +3296,11 @@ def guide_block(sheet: Sheet, x: float, y: float, width: float, style: FigureSty
     sheet.write(x, y, "How to read the heatmap", FAINT)
     y += 0.19
     for place, text in SIGNED_GUIDE if style.signed else READING_GUIDE:
-        sheet.fill(x, y + 0.02, 0.22, 0.13, colour_at(place, style), is_framed=True)
+        sheet.frame(x, y + 0.02, 0.22, 0.13, tuple(colours_of(style)[round(255 * place)] / 255))
         y = max(sheet.paragraph(x + 0.32, y, text, width - 0.32), y + 0.19)
-    for text in ("Lines: 25, 50 and 75 % of the maximum.",) * style.contours + READING_ADVICE:
+    if style.contours:
+        y = sheet.paragraph(x, y + 0.01, "Lines: 25, 50 and 75 % of the maximum.", width)
+    for text in READING_ADVICE:
         y = sheet.paragraph(x, y + 0.01, text, width)
     return y + 0.05
 
@@ -3397,12 +3322,10 @@ def draw_details(
 # Figures
 
 
-def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool, beside: float = 0) -> float:
-    """The title, a tag for demo networks and the file's name; returns where they end.
-
-    So many inches at the right of the page are left to what lies `beside`.
-    """
-    room, tag = sheet.width - 2 * MARGIN - beside, 0.75 * is_from_demo
+def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool) -> float:
+    """The title, a tag for demo networks and the file's name; returns where they end."""
+    room = sheet.width - 2 * MARGIN
+    tag = 0.75 if is_from_demo else 0
     y = sheet.paragraph(MARGIN, 0.16, title, room - tag, LARGE)
     right = MARGIN + 0.15 + text_width(wrapped(title, LARGE, room - tag)[-1], LARGE)
     middle = y - LARGE.leading / 2
@@ -3417,7 +3340,7 @@ def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool, beside:
     return y + 0.28
 
 
-def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float, beside: float = 0) -> None:
+def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float) -> None:
     """What stands below every figure; ends the page."""
     methods = dict.fromkeys(METHODS[each.method].title for each in explanations)
     if is_demo(explanations[0].model.checkpoint):
@@ -3426,40 +3349,34 @@ def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float
     else:
         verb = "shows" if len(methods) == 1 else "show"
         text = f"{', '.join(methods)} {verb} correlation, not cause. Not for diagnosis."
-    inches = sheet.width - 2 * MARGIN - beside
-    sheet.height = sheet.paragraph(MARGIN, bottom + 0.1, text, inches, FAINT) + 0.12
-
-
-ROW = ((0, 0), (1, 0), (2, 0), (3, 0))  # column and row of radiograph, heatmap, overlay and details
-GRID = ((0, 0), (1, 0), (0, 1), (1, 1))
-STACK = ((0, 0), (0, 1), (0, 2), (0, 3))
+    sheet.height = sheet.paragraph(MARGIN, bottom + 0.1, text, sheet.width - 2 * MARGIN, FAINT) + 0.12
 
 
 def explanation_figure(view: View, explanation: Explanation) -> Sheet:
-    """The 4-panel figure: radiograph, heatmap, overlay, prediction details."""
-    aspect, column, method = view.width / view.height, view.column, METHODS[explanation.method].title
-    cells = ROW if aspect < 0.6 else GRID if aspect < 2 else STACK  # what fills the page best
-    overlay = "Overlay (Model Focus)" + view.box_note
-    titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", overlay)
-    room, model = title_room(titles, column), explanation.model
-    across = [MARGIN + number * (column + GAP) + BAR_ROOM * (number > 1) for number in range(4)]
-    details_width = DETAILS_WIDTH if cells is ROW else column + BAR_ROOM - 0.1
-    beside = details_width + GAP if cells is ROW else 0  # there the details take the page's whole height
-    sheet = Sheet(across[cells[3][0]] + details_width + MARGIN)
-    top = draw_header(sheet, f"{method}: {model.title}", view.name, is_demo(model.checkpoint), beside) + room
-    places = [(across[number], top + row * (room + view.height + GAP / 2)) for number, row in cells]
-    draw_picture(sheet, *places[0], view, view.picture, titles[0])
-    draw_heatmap(sheet, *places[1], view, explanation, titles[1])
+    """The 4-panel figure: radiograph, heatmap, overlay, prediction details.
+
+    The narrow panels of long bones stand in one row.
+    """
+    column, model, method = view.column, explanation.model, METHODS[explanation.method].title
+    overlay_title = "Overlay (Model Focus)" + view.box_note
+    titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", overlay_title)
+    room = title_room(titles, column)
+    right, down = column + GAP, room + view.height + GAP / 2
+    offsets, details_width = [(0, 0), (right, 0), (0, down), (right, down)], column + BAR_ROOM - 0.1
+    if view.width < 0.6 * view.height:
+        third, details_width = 2 * right + BAR_ROOM, DETAILS_WIDTH
+        offsets = [(0, 0), (right, 0), (third, 0), (third + right, 0)]
+    sheet = Sheet(offsets[3][0] + details_width + 2 * MARGIN)
+    top = draw_header(sheet, f"{method}: {model.title}", view.name, is_demo(model.checkpoint)) + room
+    radiograph, heatmap, overlay, details = ((MARGIN + x, top + y) for x, y in offsets)
+    draw_picture(sheet, *radiograph, view, view.picture, titles[0])
+    draw_heatmap(sheet, *heatmap, view, explanation, titles[1])
     if has_colours(explanation, view.style):
-        draw_colour_bar(sheet, places[1][0] + view.width + 0.12, places[1][1], view)
-    draw_overlay(sheet, *places[2], view, explanation, titles[2])
-    x, y = places[3][0], MARGIN if cells is ROW else places[3][1] - room + 0.06
-    end = draw_details(sheet, x, y, details_width, explanation, view.style)
-    bottom = max(place[1] + view.height for place in places[:3])
-    draw_footer(sheet, [explanation], bottom if cells is ROW else max(bottom, end), beside)
-    sheet.height = max(sheet.height, end + 0.12)
-    left, (upper, lower) = x - GAP / 2, (0, sheet.height) if cells is ROW else (y - 0.06, max(bottom, end))
-    sheet.details = Box(left, upper, sheet.width - left, lower - upper, TRACK)
+        draw_colour_bar(sheet, heatmap[0] + view.width + 0.12, heatmap[1], view)
+    draw_overlay(sheet, *overlay, view, explanation, titles[2])
+    x, y = details
+    end = draw_details(sheet, x, y - room + 0.06, details_width, explanation, view.style)
+    draw_footer(sheet, [explanation], max(overlay[1] + view.height, end))
     return sheet
 
 
@@ -3477,13 +3394,6 @@ def agreement_text(explanations: Sequence[Explanation]) -> str:
     return f"Models disagree: {', '.join(said)}"
 
 
-def row_heading(explanation: Explanation) -> str:
-    heading = f"{explanation.model.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
-    if explanation.explained != explanation.predicted:
-        heading += f" (explained class: {explanation.explained_class})"
-    return heading
-
-
 def comparison_figure(
     view: View, explanations: Sequence[Explanation], overlap: Finding | None = None
 ) -> Sheet:
@@ -3498,12 +3408,16 @@ def comparison_figure(
     title = agreement_text(explanations) if agree(explanations) else "Models disagree"
     y = draw_header(sheet, title, view.name, is_demo(explanations[0].model.checkpoint))
     if overlap is not None:
-        text = "⚠ " * overlap.is_flagged + overlap.text
-        y = sheet.paragraph(MARGIN, y - 0.04, text, inches, ALERT if overlap.is_flagged else FAINT) + 0.06
+        text, look = (f"⚠ {overlap.text}", ALERT) if overlap.is_flagged else (overlap.text, FAINT)
+        y = sheet.paragraph(MARGIN, y - 0.04, text, inches, look) + 0.06
     for explanation in explanations:
-        y = sheet.paragraph(MARGIN, y, row_heading(explanation), inches, BOLD)
+        heading = f"{explanation.model.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
+        if explanation.explained != explanation.predicted:
+            heading += f" (explained class: {explanation.explained_class})"
+        y = sheet.paragraph(MARGIN, y, heading, inches, BOLD)
         flagged = "; ".join(finding.text for finding in explanation.findings if finding.is_flagged)
-        y = sheet.paragraph(MARGIN, y, f"⚠ {flagged}", inches, ALERT, 5) if flagged else y
+        if flagged:
+            y = sheet.paragraph(MARGIN, y, f"⚠ {flagged}", inches, ALERT, 5)
         titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay" + view.box_note)
         y += title_room(titles, view.column)
         draw_picture(sheet, across[0], y, view, view.picture, titles[0])
@@ -3519,16 +3433,12 @@ def comparison_figure(
 # Several methods
 
 
-def fill_share(
-    sheet: Sheet, x: float, y: float, width: float, height: float, share: float, text: str
-) -> None:
-    """A cell of a table, white for a share of 0 to blue for 1, with its text in the middle."""
-    shade = tuple(1 - share * (1 - part) for part in (0.23, 0.43, 0.65))  # towards the colour of the bars
-    sheet.fill(x, y, width - 0.03, height - 0.03, shade, is_framed=True)
+def draw_share(sheet: Sheet, x: float, y: float, share: float) -> None:
+    """A cell of a table, white for a share of 0 to blue for 1, with its number in the middle."""
+    width, height, text = 0.57, 0.25, f"{share:.2f}"
+    sheet.frame(x, y, width, height, tuple(1 - share * (1 - part) for part in (0.23, 0.43, 0.65)))
     look = Look(SMALL.points, "white" if share > 0.6 else INK)
-    left = x + (width - 0.03 - text_width(text, look)) / 2
-    if height > SMALL.leading:
-        sheet.write(left, y + (height - 0.03 - SMALL.leading) / 2, text, look)
+    sheet.write(x + (width - text_width(text, look)) / 2, y + (height - SMALL.leading) / 2, text, look)
 
 
 def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Explanation]) -> float:
@@ -3540,8 +3450,7 @@ def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Expla
         top = y + 0.22 + 0.28 * number
         sheet.write(x, top + 0.04, f"{number + 1}  {METHODS[explanation.method].title}")
         for place, other in enumerate(explanations):
-            share = shared_heat(explanation.heatmap, other.heatmap)
-            fill_share(sheet, x + first + place * cell, top, cell, 0.28, share, f"{share:.2f}")
+            draw_share(sheet, x + first + place * cell, top, shared_heat(explanation.heatmap, other.heatmap))
     return y + 0.22 + 0.28 * len(explanations)
 
 
@@ -3585,16 +3494,14 @@ def methods_figure(view: View, explanations: Sequence[Explanation], costs: Seque
 # Figures as files
 
 
-def sheet_pixels(sheet: Sheet, dpi: float, background: np.ndarray | None = None) -> np.ndarray:
-    """A sheet as pixels (H, W, 3) uint8, on white or on a background of its size."""
+def sheet_pixels(sheet: Sheet, dpi: float) -> np.ndarray:
+    """A sheet as pixels (H, W, 3) uint8, on white."""
     plain_matplotlib()
     from matplotlib.backends.backend_agg import RendererAgg
 
     renderer = RendererAgg(round(sheet.width * dpi), round(sheet.height * dpi), dpi)
     pixels = np.asarray(renderer.buffer_rgba())
     pixels[:] = 255
-    if background is not None:
-        pixels[:, :, :3] = background
     for item in sheet.items:
         item.draw(renderer, dpi, renderer.height / dpi)
     return pixels[:, :, :3]
@@ -3624,8 +3531,13 @@ def png(pixels: np.ndarray, dpi: float, digest: str = "") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
-def vector_bytes(sheet: Sheet, style: FigureStyle, digest: str) -> bytes:
-    """A sheet as PDF or SVG: texts and lines as such, pictures at the size of their panels, no date."""
+def figure_bytes(sheet: Sheet, style: FigureStyle, digest: str = "") -> bytes:
+    """A sheet as a file of the style's format that holds the digest of its job.
+
+    In PDF and SVG texts and lines stay such; pictures have the size of their panels.
+    """
+    if style.format == "png":
+        return png(sheet_pixels(sheet, style.dpi), style.dpi, digest)
     plain_matplotlib()
     from matplotlib.artist import Artist
     from matplotlib.figure import Figure
@@ -3640,13 +3552,6 @@ def vector_bytes(sheet: Sheet, style: FigureStyle, digest: str) -> bytes:
     told = {"pdf": {"Keywords": digest, "CreationDate": None}, "svg": {"Identifier": digest, "Date": None}}
     figure.savefig(file, format=style.format, dpi=style.dpi, metadata=told[style.format])
     return file.getvalue()
-
-
-def figure_bytes(sheet: Sheet, style: FigureStyle, digest: str = "") -> bytes:
-    """A sheet as a file of the style's format that holds the digest of its job."""
-    if style.format == "png":
-        return png(sheet_pixels(sheet, style.dpi), style.dpi, digest)
-    return vector_bytes(sheet, style, digest)
 
 
 # ------------------------------------------------------------------------------------------
@@ -4057,7 +3962,7 @@ def write_panels(result: Result, style: FigureStyle) -> None:
     pictures = [pixels]
     for explanation in result.explanations:
         pictures.append(heatmap_pixels(explanation, *pixels.shape[:2], style))
-        pictures.append(bare_overlay(pixels, explanation, style))
+        pictures.append(overlay_pixels(pixels, explanation, style))
     for path, picture in zip(result.job.panels, pictures):
         content = png(picture, style.dpi, result.job.digest)
         with replacing(path) as file:
