@@ -442,9 +442,9 @@ def test_each_image_of_a_batch_is_verified_by_itself_in_at_most_19_passes(tiny_c
     ]
     hook = classifier.network.register_forward_pre_hook(lambda network, inputs: sizes.append(len(inputs[0])))
     with hook:
-        asked = classifier, None, ["gradcam"], 8, True
-        together = explainability.explained_results(results, 0, *asked)
-        alone = [explainability.explained_results([each], 0, *asked)[0] for each in results]
+        plan = explainability.Plan([classifier], [None], ["gradcam"], 8, explainability.FigureStyle(), True)
+        together = explainability.explained_results(results, 0, plan)
+        alone = [explainability.explained_results([each], 0, plan)[0] for each in results]
     assert sizes == [2, 8, 8, 3, 8, 8, 3] + 2 * [1, 8, 8, 3] and together[0].explanations[0].passes == 19
     values = [[finding.value for finding in each.explanations[0].findings] for each in (*together, *alone)]
     assert values[:2] == [pytest.approx(each, nan_ok=True, abs=1e-4) for each in values[2:]]
