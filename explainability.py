@@ -387,7 +387,7 @@ FILE_KINDS = (  # the first that fits counts
     FileKind(rb"BM", "a BMP image", "image"),
     FileKind(rb"PK\x03\x04", "a zip archive", "zip"),
     FileKind(rb"\x80[\x00-\x05]", "a pickle", "pickle"),  # what torch.save wrote before version 1.6
-    FileKind(rb".{3}[\x00-\x05]\0{4}\{", "a safetensors file", "safetensors"),  # its header's length, its header
+    FileKind(rb".{3}[\x00-\x05]\0{4}\{", "a safetensors file", "safetensors"),  # length of the header, header
     FileKind(rb"version https://git-lfs", LFS_POINTER, remedy="run git lfs pull"),
     FileKind(rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", remedy="convert it to PNG or JPEG"),
     FileKind(rb"%PDF-", "a PDF document", remedy="export its page as PNG"),

@@ -5,6 +5,7 @@ Expected pixels come from NumPy arithmetic on the values written, not from the t
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import os
@@ -133,74 +134,124 @@ def refusal(path: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------
-# Depth
+# Kinds of pictures
 # ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "WEBP", "GIF", "colour PNG", "DICOM", "colour DICOM"])
-def test_8_bits_stay_exactly_as_they_are(tmp_path: Path, kind: str) -> None:
-    values = (RAMP + 50).astype(np.uint8)
-    if "colour" in kind:
-        values = np.stack([values, values // 2, 255 - values], axis=2)
-    if "DICOM" in kind:
-        contents = dicom(values, RescaleSlope=1, RescaleIntercept=0)
-    else:
-        contents = encoded(Image.fromarray(values), kind.split()[-1], **{"lossless": True} if kind == "WEBP" else {})
-    radiograph = load_radiograph(written(tmp_path / "x", contents))
-    assert np.array_equal(radiograph.pixels, values if values.ndim == 3 else np.repeat(values[:, :, None], 3, axis=2))
-    assert radiograph.notes == ()
+GREY8 = (RAMP + 50).astype(np.uint8)
+COLOUR8 = np.stack([GREY8, GREY8 // 2, 255 - GREY8], axis=2)
+DEEP = (100 + 38 * RAMP).astype(np.uint16)
+SCALED = stretched(RAMP, 0, 107)  # any even ramp from its lowest to its highest value
+NOISE = np.random.default_rng(2).integers(0, 65_536, (ROWS, COLUMNS, 4), dtype=np.uint16)
+NOISE8 = (NOISE >> 8).astype(np.uint8)
+PALETTE = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize(("low", "step"), [(0, 9), (100, 38), (0, 600), (60_000, 1)], ids=["10 in 16", "12 in 16", "16", "narrow"])
-@pytest.mark.parametrize("kind", ["png", "tiff", "big-endian tiff", "deflated tiff", "dicom"])
-def test_16_bit_is_scaled_from_its_real_range(tmp_path: Path, kind: str, low: int, step: int) -> None:
-    values = (low + step * RAMP).astype(np.uint16)
-    build = {
-        "png": lambda: png(values, 0),
-        "tiff": lambda: tiff(values),
-        "big-endian tiff": lambda: tiff(values, byteorder=">"),
-        "deflated tiff": lambda: tiff(values, compression="zlib"),
-        "dicom": lambda: dicom(values),
-    }[kind]
+def with_palette(kind: str, **options: object) -> bytes:
+    image = Image.fromarray(RAMP.astype(np.uint8), "L")
+    image.putpalette(PALETTE.tobytes())
+    return encoded(image, kind, **options)
+
+
+def palette_dicom() -> bytes:
+    tags: dict[str, object] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    table = PALETTE.copy()
+    table[:2] = [[0] * 3, [255] * 3]  # pydicom scales what does not fill its range
+    for name, column in zip(("Red", "Green", "Blue"), table.T):
+        tags[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 8]
+        tags[f"{name}PaletteColorLookupTableData"] = column.tobytes()
+    return dicom((RAMP + 2).astype(np.uint8), **tags)
+
+
+def over_black(values: np.ndarray) -> np.ndarray:
+    return np.rint(values[:, :, :-1] * (values[:, :, -1:] / 255))
+
+
+def frames(kind: str) -> bytes:
+    first, *others = (Image.fromarray(np.full((ROWS, COLUMNS), value, np.uint8)) for value in (10, 120, 250))
+    return encoded(first, kind, save_all=True, append_images=others, **LOSSLESS.get(kind, {}))
+
+
+LOSSLESS = {"WEBP": {"lossless": True, "exact": True}}
+PICTURES: dict[str, tuple[Callable[[], bytes], np.ndarray]] = {
+    **{f"8-bit {kind}": (functools.partial(encoded, Image.fromarray(GREY8), kind, **LOSSLESS.get(kind, {})), GREY8)
+       for kind in ("PNG", "TIFF", "BMP", "WEBP", "GIF")},
+    "8-bit DICOM": (lambda: dicom(GREY8, RescaleSlope=1, RescaleIntercept=0), GREY8),
+    "8-bit colour": (lambda: encoded(Image.fromarray(COLOUR8), "PNG"), COLOUR8),
+    "8-bit colour DICOM": (lambda: dicom(COLOUR8), COLOUR8),
+    "16-bit PNG": (lambda: png(DEEP, 0), SCALED),
+    "16-bit PNG, narrow": (lambda: png(RAMP.astype(np.uint16) + 60_000, 0), SCALED),
+    "16-bit TIFF": (lambda: tiff(DEEP), SCALED),
+    "16-bit TIFF, big-endian": (lambda: tiff(DEEP, byteorder=">"), SCALED),
+    "16-bit TIFF, deflated": (lambda: tiff(DEEP, compression="zlib"), SCALED),
+    "16-bit DICOM": (lambda: dicom(DEEP), SCALED),
+    **{f"{dtype} TIFF, {order}{step}": (functools.partial(tiff, (low + step * RAMP).astype(dtype), byteorder=order), SCALED)
+       for dtype, low, step in (("i1", -107, 2), ("i2", -30_000, 560), ("i4", -(2**31), 40_139_881), ("f4", -1.5, 0.5), ("f4", 0, 2.8e36))
+       for order in "<>"},
+    "u4 TIFF": (lambda: tiff((RAMP * 40_139_881).astype("u4")), SCALED),
+    **{f"1-bit {kind}": (functools.partial(encoded, Image.fromarray(RAMP % 3 == 0), kind), (RAMP % 3 == 0) * 255) for kind in ("PNG", "TIFF", "BMP")},
+    "white is 0, 1 bit": (lambda: tiff(RAMP % 2 == 0, photometric="miniswhite"), (RAMP % 2 == 1) * 255),
+    "white is 0, 8 bits": (lambda: tiff(GREY8, photometric="miniswhite"), 255 - GREY8),
+    "white is 0, 16 bits": (lambda: tiff(DEEP, photometric="miniswhite"), 255 - SCALED),
+    "white is 0, floats": (lambda: tiff(RAMP.astype("f4"), photometric="miniswhite"), 255 - SCALED),
+    "CMYK TIFF": (lambda: encoded(Image.fromarray(255 - np.dstack([COLOUR8, GREY8 * 0 + 255]), "CMYK"), "TIFF"), COLOUR8),
+    **{f"palette {kind}": (functools.partial(with_palette, kind), PALETTE[RAMP]) for kind in ("PNG", "GIF", "TIFF", "BMP")},
+    **{f"transparent entry {kind}": (functools.partial(with_palette, kind, transparency=7), np.where((RAMP == 7)[:, :, None], 0, PALETTE[RAMP]))
+       for kind in ("PNG", "GIF")},
+    "palette DICOM": (palette_dicom, PALETTE[RAMP + 2]),
+    **{f"transparent {kind}": (functools.partial(encoded, Image.fromarray(NOISE8, "RGBA"), kind, **LOSSLESS.get(kind, {})), over_black(NOISE8))
+       for kind in ("PNG", "TIFF", "WEBP")},
+    "transparent grey": (lambda: encoded(Image.fromarray(NOISE8[:, :, :2], "LA"), "PNG"), over_black(NOISE8[:, :, :2])),
+    "16-bit colour PNG": (lambda: png(NOISE[:, :, :3], 2), NOISE8[:, :, :3]),
+    "16-bit colour TIFF": (lambda: tiff(NOISE[:, :, :3], photometric="rgb"), NOISE8[:, :, :3]),
+    "16-bit colour TIFF, big-endian": (lambda: tiff(NOISE[:, :, :3], photometric="rgb", byteorder=">"), NOISE8[:, :, :3]),
+    "16-bit colour TIFF, deflated": (lambda: tiff(NOISE[:, :, :3], photometric="rgb", compression="zlib"), NOISE8[:, :, :3]),
+    "DICOM of 12 bits, rubbish above": (lambda: dicom((RAMP * 9).astype(np.uint16) | 0xF000, BitsStored=12), SCALED),
+    "DICOM of 4 bits": (lambda: dicom((RAMP % 16).astype(np.uint8), BitsStored=4), stretched(RAMP % 16, 0, 15)),
+    "signed DICOM": (lambda: dicom((RAMP * 20 - 1000).astype(np.int16), RescaleSlope=2, RescaleIntercept=-24), SCALED),
+    **{f"frames {kind}": (functools.partial(frames, kind), np.full((ROWS, COLUMNS), 10)) for kind in ("TIFF", "GIF", "WEBP", "PNG")},
+    "frames DICOM": (lambda: dicom(np.stack([RAMP, RAMP * 0, RAMP * 2]).astype(np.uint8), NumberOfFrames=3), RAMP),
+    "constant": (lambda: png(np.full((5, 4), 4000, np.uint16), 0), np.full((5, 4), 127)),
+}  # fmt: skip
+NOTES = {
+    "16-bit PNG": "values 100 to 4166 scaled to 8 bits",
+    "16-bit DICOM": "values 100 to 4166 scaled to 8 bits",
+    "signed DICOM": "values -2024 to 2256 scaled to 8 bits",
+    "constant": "every value is 4000: shown as mid grey",
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_kind_of_picture_is_read_right(tmp_path: Path, name: str) -> None:
+    build, expected = PICTURES[name]
     radiograph = load_radiograph(written(tmp_path / "x", build()))
-    assert np.array_equal(grey(radiograph), stretched(values, low, low + step * 107))
-    assert radiograph.notes == (f"values {low} to {low + step * 107} scaled to 8 bits",)
-
-
-@pytest.mark.parametrize("byteorder", ["<", ">"])
-@pytest.mark.parametrize(
-    ("dtype", "low", "high"),
-    [("i2", -30_000, 30_000), ("i4", -(2**31), 2**31 - 1), ("u4", 0, 2**32 - 1), ("f4", -1.5, 2.5), ("i1", -128, 127), ("f4", 0, 3e38)],
-)
-def test_other_deep_tiff_is_scaled_from_its_real_range(tmp_path: Path, dtype: str, low: float, high: float, byteorder: str) -> None:
-    if (dtype, byteorder) == ("u4", ">"):
-        pytest.skip("Pillow does not read these; the next test shows that they are refused")
-    values = np.linspace(low, high, RAMP.size).reshape(RAMP.shape).astype(dtype)
-    path = written(tmp_path / "x", tiff(values, byteorder=byteorder))
-    assert np.array_equal(grey(load_radiograph(path)), stretched(values, float(values.min()), float(values.max())))
-
-
-@pytest.mark.parametrize("options", [{"byteorder": ">", "dtype": "u4"}, {"dtype": "f8"}, {"byteorder": ">", "dtype": "u2", "photometric": "miniswhite"}])
-def test_tiff_that_cannot_be_decoded_is_refused(tmp_path: Path, options: dict[str, str]) -> None:
-    values = RAMP.astype(options["dtype"])
-    path = written(tmp_path / "x.tif", tiff(values, **{name: value for name, value in options.items() if name != "dtype"}))
-    assert "a kind that cannot be read here" in refusal(path) and "export it as PNG" in refusal(path)
+    seen = radiograph.pixels.astype(int)
+    assert radiograph.pixels.dtype == np.uint8
+    assert np.array_equal(seen, np.broadcast_to(np.atleast_3d(expected), seen.shape))
+    if "frames" in name:
+        assert radiograph.notes[0] == "first of 3 frames"
+    if name in NOTES:
+        assert radiograph.notes[0] == NOTES[name]
+    if name.startswith("8-bit"):
+        assert radiograph.notes == ()
 
 
 @pytest.mark.parametrize(
-    ("values", "note"),
+    ("build", "words"),
     [
-        (np.full((5, 4), 4000, np.uint16), "every value is 4000: shown as mid grey"),
-        (np.full((5, 4), np.nan, np.float32), "NaN or infinite"),
-        (np.where(RAMP == 30, -np.inf, RAMP).astype(np.float32), "NaN or infinite"),
+        (lambda: tiff(RAMP.astype("u4"), byteorder=">"), "a kind that cannot be read here"),
+        (lambda: tiff(RAMP.astype("f8")), "export it as PNG"),
+        (lambda: tiff(RAMP.astype("u2"), byteorder=">", photometric="miniswhite"), "export it as PNG"),
+        (lambda: tiff(np.full((5, 4), np.nan, np.float32)), "NaN or infinite"),
+        (lambda: tiff(np.where(RAMP == 30, -np.inf, RAMP).astype(np.float32)), "NaN or infinite"),
+        (lambda: png(np.dstack([RAMP * 38] * 3).astype(np.uint16), 2), "save it as 16-bit grey"),  # 12 bits in 16
+        (lambda: png(np.dstack([RAMP * 38, RAMP * 0 + 65_535]).astype(np.uint16), 4), "save it as 16-bit grey"),
+        (lambda: tiff(np.dstack([RAMP * 38] * 3).astype(np.uint16), photometric="rgb"), "save it as 16-bit grey"),
+        (lambda: tiff(np.moveaxis(NOISE[:, :, :3], 2, 0), photometric="rgb", planarconfig="separate"), "separate planes"),
     ],
 )
-def test_values_without_a_range_are_told(tmp_path: Path, values: np.ndarray, note: str) -> None:
-    path = written(tmp_path / "x.tif", tiff(values))
-    if "NaN" in note:
-        assert note in refusal(path)
-    else:
-        assert (grey(load_radiograph(path)) == 127).all() and load_radiograph(path).notes[0] == note
+def test_what_would_be_shown_wrong_is_refused(tmp_path: Path, build: Callable[[], bytes], words: str) -> None:
+    assert words in refusal(written(tmp_path / "x.tif", build()))
 
 
 def test_a_burned_in_marker_does_not_blacken_a_16_bit_image(tmp_path: Path) -> None:
@@ -211,86 +262,6 @@ def test_a_burned_in_marker_does_not_blacken_a_16_bit_image(tmp_path: Path) -> N
     low, high = (int(ordered[round((ordered.size - 1) * share)]) for share in (0.01, 0.99))
     assert np.array_equal(grey(radiograph), stretched(values, low, high))
     assert high < 4000 and "clipped (0 to 65535 in all)" in radiograph.notes[0]
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
-def test_1_bit_becomes_black_and_white(tmp_path: Path, kind: str) -> None:
-    values = RAMP % 3 == 0
-    path = written(tmp_path / "x", encoded(Image.fromarray(values), kind))
-    assert np.array_equal(grey(load_radiograph(path)), np.where(values, 255, 0))
-
-
-@pytest.mark.parametrize("dtype", ["bool", "u1", "u2", "f4"])
-def test_min_is_white_is_inverted(tmp_path: Path, dtype: str) -> None:
-    values = (RAMP % 2 == 0) if dtype == "bool" else (RAMP * 2).astype(dtype)
-    shown_values = {"bool": values * 255, "u1": values}.get(dtype)
-    if shown_values is None:
-        shown_values = stretched(values, 0, 214)
-    path = written(tmp_path / "x", tiff(values, photometric="miniswhite"))
-    assert np.array_equal(grey(load_radiograph(path)), 255 - shown_values)
-
-
-# ------------------------------------------------------------------------------------------
-# Colour and transparency
-# ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF", "BMP"])
-@pytest.mark.parametrize("transparent", [None, 7])
-def test_palette_is_looked_up_and_its_transparent_entry_black(tmp_path: Path, kind: str, transparent: int | None) -> None:
-    if transparent is not None and kind in ("TIFF", "BMP"):
-        pytest.skip("these hold no transparent entry")
-    palette = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
-    image = Image.fromarray(RAMP.astype(np.uint8), "L")
-    image.putpalette(palette.tobytes())
-    path = written(tmp_path / "x", encoded(image, kind, **{} if transparent is None else {"transparency": transparent}))
-    assert np.array_equal(load_radiograph(path).pixels, np.where((RAMP == transparent)[:, :, None], 0, palette[RAMP]))
-
-
-@pytest.mark.parametrize("mode", ["LA", "RGBA"])
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
-def test_transparent_pixels_are_laid_over_black(tmp_path: Path, mode: str, kind: str) -> None:
-    rng = np.random.default_rng(1)
-    values = rng.integers(0, 256, (ROWS, COLUMNS, len(mode)), dtype=np.uint8)
-    values[0, :, -1], values[1, :, -1] = 255, 0
-    path = written(tmp_path / "x", encoded(Image.fromarray(values, mode), kind, **{"lossless": True, "exact": True} if kind == "WEBP" else {}))
-    over_black = np.rint(values[:, :, :-1] * (values[:, :, -1:] / 255))
-    pixels = load_radiograph(path).pixels
-    assert np.array_equal(pixels, np.broadcast_to(over_black, pixels.shape))
-
-
-def test_cmyk_tiff_becomes_rgb(tmp_path: Path) -> None:
-    ink = np.stack([RAMP, RAMP * 2, 0 * RAMP, 0 * RAMP], axis=2).astype(np.uint8)
-    path = written(tmp_path / "x", encoded(Image.fromarray(ink, "CMYK"), "TIFF"))
-    assert np.array_equal(load_radiograph(path).pixels, 255 - ink[:, :, :3])
-
-
-@pytest.mark.parametrize("kind", ["png", "tiff", "big-endian tiff", "deflated tiff"])
-def test_16_bit_colour_keeps_its_upper_bits(tmp_path: Path, kind: str) -> None:
-    values = np.random.default_rng(2).integers(0, 65_536, (ROWS, COLUMNS, 3), dtype=np.uint16)
-    build = {
-        "png": lambda: png(values, 2),
-        "tiff": lambda: tiff(values, photometric="rgb"),
-        "big-endian tiff": lambda: tiff(values, photometric="rgb", byteorder=">"),
-        "deflated tiff": lambda: tiff(values, photometric="rgb", compression="zlib"),
-    }[kind]
-    assert np.array_equal(load_radiograph(written(tmp_path / "x", build())).pixels, values >> 8)
-
-
-@pytest.mark.parametrize("kind", ["rgb png", "grey and alpha png", "rgb tiff", "deflated rgb tiff", "planes tiff"])
-def test_16_bit_colour_that_would_be_shown_wrong_is_refused(tmp_path: Path, kind: str) -> None:
-    channels = 2 if "grey" in kind else 3
-    values = np.repeat((RAMP * 38).astype(np.uint16)[:, :, None], channels, axis=2)  # 12 bits in 16
-    if channels == 2:
-        values[:, :, 1] = 65_535
-    options = {"compression": "zlib"} if "deflated" in kind else {}
-    if "planes" in kind:
-        contents = tiff(np.moveaxis(values, 2, 0) * 16, photometric="rgb", planarconfig="separate")
-    elif "tiff" in kind:
-        contents = tiff(values, photometric="rgb", **options)
-    else:
-        contents = png(values, 2 if channels == 3 else 4)
-    assert ("separate planes" if "planes" in kind else "save it as 16-bit grey") in refusal(written(tmp_path / "x", contents))
 
 
 # ------------------------------------------------------------------------------------------
@@ -340,16 +311,6 @@ def test_every_orientation_of_deep_tiff_gives_the_same_picture(tmp_path: Path, o
     stored = np.ascontiguousarray(AS_STORED[orientation](upright))
     contents = tiff(stored, extratags=[(274, "H", 1, orientation, True)], byteorder=">" if ">" in dtype else "<", **options)
     assert np.array_equal(grey(load_radiograph(written(tmp_path / "x", contents))), stretched(upright, 0, upright.max()))
-
-
-@pytest.mark.parametrize("kind", ["TIFF", "GIF", "WEBP", "PNG"])
-def test_of_more_frames_the_first_is_shown_and_said(tmp_path: Path, kind: str) -> None:
-    frames = [np.full((8, 8), value, np.uint8) for value in (10, 120, 250)]
-    first, *others = (Image.fromarray(frame) for frame in frames)
-    options = {"lossless": True} if kind == "WEBP" else {}
-    path = written(tmp_path / "x", encoded(first, kind, save_all=True, append_images=others, **options))
-    radiograph = load_radiograph(path)
-    assert (grey(radiograph) == 10).all() and radiograph.notes[0] == "first of 3 frames"
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (2000, 40), (40, 2000), (3, 1)])
@@ -598,22 +559,6 @@ def test_what_says_nothing_is_ignored(tmp_path: Path, tags: dict[str, object]) -
     assert np.array_equal(grey(load_radiograph(written(tmp_path / "x", dicom(values, **given)))), stretched(values, 0, 963))
 
 
-@pytest.mark.parametrize(
-    ("values", "tags", "expected"),
-    [
-        ((RAMP * 9).astype(np.uint16) | 0xF000, {"BitsStored": 12}, stretched(RAMP, 0, 107)),  # rubbish above those stored
-        ((RAMP % 16).astype(np.uint8), {"BitsStored": 4}, stretched(RAMP % 16, 0, 15)),
-        ((RAMP * 20 - 1000).astype(np.int16), {"RescaleSlope": 2, "RescaleIntercept": -24}, stretched(RAMP, 0, 107)),
-        (np.stack([RAMP, RAMP * 0, RAMP * 2]).astype(np.uint8), {"NumberOfFrames": 3}, RAMP),
-    ],
-    ids=["12 bits", "4 bits", "signed", "frames"],
-)  # fmt: skip
-def test_dicom_of_any_depth_is_read(tmp_path: Path, values: np.ndarray, tags: dict[str, object], expected: np.ndarray) -> None:
-    radiograph = load_radiograph(written(tmp_path / "x", dicom(values, **tags)))
-    assert np.array_equal(grey(radiograph), expected)
-    assert ("first of 3 frames" in radiograph.notes) == ("NumberOfFrames" in tags)
-
-
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_a_voi_lut_goes_before_a_window(tmp_path: Path, bits: int) -> None:
     values = (RAMP * 38).astype(np.uint16)
@@ -677,17 +622,6 @@ def test_nan_in_float_dicom_is_refused(tmp_path: Path, window: dict[str, object]
     dataset.FloatPixelData = values.tobytes()
     dataset.save_as(tmp_path / "x")
     assert "NaN" in refusal(tmp_path / "x")
-
-
-def test_dicom_palette_is_looked_up(tmp_path: Path) -> None:
-    tables = np.random.default_rng(7).integers(0, 256, (3, 256), dtype=np.uint8)
-    tables[:, :2] = [[0, 255]] * 3
-    tags: dict[str, object] = {"PhotometricInterpretation": "PALETTE COLOR"}
-    for name, table in zip(("Red", "Green", "Blue"), tables):
-        tags[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 8]
-        tags[f"{name}PaletteColorLookupTableData"] = table.tobytes()
-    path = written(tmp_path / "x", dicom(RAMP.astype(np.uint8), **tags))
-    assert np.array_equal(load_radiograph(path).pixels, np.moveaxis(tables[:, RAMP], 0, 2))
 
 
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.90"], ids=["JPEG", "JPEG 2000"])
@@ -771,23 +705,6 @@ FUZZ = settings(
 )  # fmt: skip
 
 
-def loads_or_refuses(path: Path, contents: bytes) -> None:
-    path.write_bytes(contents)
-    try:
-        pixels = load_radiograph(path).pixels
-        assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
-    except ExplainError as error:
-        assert str(error).isprintable()
-    assert path.read_bytes() == contents and [path] == list(path.parent.iterdir())
-
-
-@FUZZ
-@given(start=st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"BM", b"GIF89a", b"RIFF\x40\0\0\0WEBP", bytes(128) + b"DICM"]),
-       rest=st.binary(max_size=2000))  # fmt: skip
-def test_any_bytes_after_a_right_start_load_or_are_refused(tmp_path: Path, start: bytes, rest: bytes) -> None:
-    loads_or_refuses(tmp_path / "x", start + rest)
-
-
 EDITS = st.lists(st.tuples(st.sampled_from(["flip", "cut", "insert"]), st.floats(0, 1), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4)
 
 
@@ -802,4 +719,9 @@ def test_any_changed_file_loads_or_is_refused(tmp_path: Path, kind: str, edits: 
             del contents[max(1, at) :]
         else:
             contents[at : at + (len(extra) if edit == "flip" else 0)] = extra
-    loads_or_refuses(tmp_path / "x", bytes(contents))
+    path = written(tmp_path / "x", contents)
+    try:
+        assert load_radiograph(path).pixels.shape[2] == 3
+    except ExplainError as error:
+        assert str(error).isprintable()
+    assert path.read_bytes() == contents and [path] == list(path.parent.iterdir())
