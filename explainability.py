@@ -28,11 +28,13 @@ line is wrong; 129 terminal closed; 130 interrupted; 141 standard output closed;
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import csv
 import dataclasses
 import datetime
+import difflib
 import functools
 import gc
 import glob
@@ -43,18 +45,20 @@ import json
 import logging
 import math
 import multiprocessing
+import multiprocessing.connection
 import operator
 import os
+import platform
 import random
 import re
 import secrets
 import signal
+import statistics
 import struct
 import sys
 import tempfile
 import threading
 import time
-import traceback
 import warnings
 import zipfile
 import zlib
@@ -63,9 +67,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -81,11 +89,11 @@ if TYPE_CHECKING:
 # Constants
 # ------------------------------------------------------------------------------------------
 
-SCRIPT = Path(globals().get("__file__", ""))  # no file where Python reads it from a pipe or an archive
-PROJECT = SCRIPT.resolve().parent if SCRIPT.is_file() else Path()
+PROJECT = Path(__file__).resolve().parent
 CHECKPOINT_FOLDER = PROJECT / "checkpoints"
 TEST_IMAGES = PROJECT / "data_original" / "test"
 OUTPUT_FOLDER = PROJECT / "explainability_outputs"
+LIBRARIES = ("torch", "timm", "numpy", "matplotlib", "pillow")
 
 CLASS_NAMES = ("Comminuted Fracture", "Simple Fracture")  # index = output of the networks
 INPUT_SIZE = 224  # pixels a side: both networks were trained on squashed squares
@@ -186,20 +194,20 @@ class Landmarks:
     markers: tuple[PixelBox, ...]  # pixels of CHECKED_SIDE
 
 
-@dataclass(frozen=True)
-class TrueBox:
-    """Where the fracture of one image is, in pixels of the upright image, half-open."""
+Region = tuple[float, float, float, float]  # x0, y0, x1, y1, half-open
 
-    x0: float
-    y0: float
-    x1: float
-    y1: float
-    source: str  # table and line, for messages
+
+@dataclass(frozen=True)
+class Truth:
+    """What is known of one image."""
+
+    name: str = ""  # its class; empty where nothing tells it
+    boxes: tuple[Region, ...] = ()  # fractures, in pixels of the upright image
 
 
 @dataclass(frozen=True)
 class Pointing:
-    """How a map compares with the true box, enlarged by half a cell of the map's grid on each side."""
+    """How a map compares with the true boxes, enlarged by half a cell of the map's grid on each side."""
 
     is_inside: bool  # the map's maximum
     heat: float  # share of the heatmap inside
@@ -309,11 +317,8 @@ class Job:
     maps: tuple[Path, ...]  # a .npy for each explanation; its .json lies beside it
     digest: str  # of the image's content and of all else that its results depend on
     panels: tuple[Path, ...] = ()  # bare pictures: radiograph, then heatmap and overlay for each explanation
-    box: TrueBox | None = None  # where the fracture is known
-
-    @property
-    def name(self) -> str:
-        return Path(self.label).name
+    name: str = ""  # what figures and console call it
+    truth: Truth = Truth()
 
     @property
     def outputs(self) -> list[Path]:
@@ -333,7 +338,7 @@ class Result:
     notes: tuple[str, ...] = ()
     error: str = ""
     landmarks: Landmarks | None = None
-    box: tuple[float, ...] | None = None  # the true one in shares of the sides: left, top, right, bottom
+    boxes: tuple[Region, ...] = ()  # the true ones, in shares of the sides
 
     @property
     def opinions(self) -> list[Explanation]:
@@ -341,14 +346,10 @@ class Result:
         return [each for each in self.explanations if each.method == self.explanations[0].method]
 
     @property
-    def truth(self) -> str:
-        """The true class, of what was explained; empty where the folder names none."""
-        return true_class(self.job.image, self.explanations[0].model.class_names)
-
-    @property
     def wrong(self) -> list[Explanation]:
         """The opinions that contradict the true class."""
-        return [each for each in self.opinions if self.truth and not is_right(each, self.truth)]
+        truth = self.job.truth.name
+        return [each for each in self.opinions if truth and not is_right(each, truth)]
 
 
 # ------------------------------------------------------------------------------------------
@@ -1373,40 +1374,29 @@ def blurred(inputs: torch.Tensor) -> torch.Tensor:
     return smooth.where((smooth - inputs).abs() > rounding, inputs)  # a flat image must be its own reference
 
 
-@contextlib.contextmanager
-def captured_activations(layer: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Hook a layer; its output is appended to the list, and the gradient graph starts there.
-
-    Parameters need no gradient, so nothing before the layer is recorded: the backward pass runs
-    from the class score to the layer and no further. The hook goes whatever happens.
-    """
-    captured: list[torch.Tensor] = []
-
-    def start_graph(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        captured.append(output.detach().requires_grad_())
-        return captured[-1]
-
-    handle = layer.register_forward_hook(start_graph)
-    try:
-        yield captured
-    finally:
-        handle.remove()
-
-
 def layer_gradients(
     network: torch.nn.Module, layer: str, inputs: torch.Tensor, explained: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
     """One forward pass, and one backward pass from the class scores to a layer.
 
     Returns logits (B, K), explained classes (B,): those given, or the predicted ones, and the
-    layer's activations and gradients (B, C, h, w).
+    layer's activations and gradients (B, C, h, w). Parameters need no gradient and the layer's
+    output starts the graph, so nothing before the layer is recorded.
     """
     import torch
 
-    with captured_activations(network.get_submodule(layer)) as captured, torch.enable_grad():
+    captured: list[torch.Tensor] = []
+
+    def start_graph(module: torch.nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
+        captured.append(output.detach().requires_grad_())
+        return captured[-1]
+
+    # The hook goes with its handle's context, whatever happens.
+    with network.get_submodule(layer).register_forward_hook(start_graph), torch.enable_grad():
         logits = network(inputs)
         (activations,) = captured
-        explained = logits.argmax(dim=1) if explained is None else explained
+        if explained is None:
+            explained = logits.argmax(dim=1)
         # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
         (gradients,) = torch.autograd.grad(chosen(logits, explained).sum(), activations)
     return logits.detach(), explained, activations.detach(), gradients
@@ -1491,6 +1481,13 @@ def input_gradients(network: torch.nn.Module, inputs: torch.Tensor, classes: tor
         return torch.autograd.grad(chosen(network(inputs), classes).sum(), inputs)[0]
 
 
+def overlaps(cells: int, others: int) -> np.ndarray:
+    """(cells, others): the share of each of `others` equal parts of a length in each of `cells`."""
+    ends, other_ends = np.arange(1, cells + 1)[:, None] * others, np.arange(1, others + 1) * cells
+    shared = np.minimum(ends, other_ends) - np.maximum(ends - others, other_ends - cells)
+    return np.maximum(shared, 0) / cells
+
+
 def summed_over_cells(maps: torch.Tensor) -> torch.Tensor:
     """Maps of pixels (B, 3, S, S) summed over colours and equal cells: (B, g, g), g = S / CELL.
 
@@ -1500,10 +1497,7 @@ def summed_over_cells(maps: torch.Tensor) -> torch.Tensor:
 
     maps = maps.cpu().double().sum(dim=1)  # Apple's GPUs have no float64
     size = maps.shape[-1]
-    cells, pixels = torch.arange(round(size / CELL))[:, None], torch.arange(size)
-    side = size / len(cells)
-    ends = (pixels + 1).double().minimum((cells + 1) * side)
-    shares = (ends - pixels.double().maximum(cells * side)).clamp(min=0)  # (g, S)
+    shares = torch.from_numpy(overlaps(round(size / CELL), size))
     return (shares @ maps @ shares.T).float()
 
 
@@ -1511,20 +1505,16 @@ def integrated_gradients(seen: ForwardPass) -> torch.Tensor:
     """(x - x') * integral of the gradient from the reference x' to x, by the Gauss-Legendre rule."""
     import torch
 
-    nodes, weights = (
-        torch.tensor(each / 2, dtype=torch.float32) for each in np.polynomial.legendre.leggauss(POINTS)
-    )
+    nodes, weights = np.polynomial.legendre.leggauss(POINTS)  # on [-1, 1]
+    nodes = torch.tensor(nodes / 2, dtype=torch.float32).to(seen.inputs.device).view(-1, 1, 1, 1) + 0.5
+    weights = torch.tensor(weights / 2, dtype=torch.float32).to(seen.inputs.device).view(-1, 1, 1, 1)
     maps = torch.zeros_like(seen.inputs)
-    for total, reference, difference, explained in zip(
-        maps, seen.reference, seen.inputs - seen.reference, seen.explained
-    ):
-        for node, weight in zip(nodes.split(seen.at_once), weights.split(seen.at_once)):
-            node, weight = (each.to(total.device)[:, None, None, None] for each in (node + 0.5, weight))
-            gradients = input_gradients(
-                seen.network, reference + node * difference, explained.expand(len(node))
-            )
-            total += (weight * gradients).sum(dim=0)
-        total *= difference
+    for total, image, reference, explained in zip(maps, seen.inputs, seen.reference, seen.explained):
+        for places, shares in zip(nodes.split(seen.at_once), weights.split(seen.at_once)):
+            between = reference + places * (image - reference)
+            gradients = input_gradients(seen.network, between, explained.expand(len(between)))
+            total += (shares * gradients).sum(dim=0)
+        total *= image - reference
     return summed_over_cells(maps)
 
 
@@ -1544,65 +1534,27 @@ def held_layer_norm(layer: torch.nn.Module, count: int, inputs: torch.Tensor) ->
     return (inputs - inputs.mean(dim=-1, keepdim=True)) / held(deviations, inputs) * layer.weight + layer.bias
 
 
-def held_layer_norm_2d(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
-    return held_layer_norm(layer, count, inputs.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 def held_response_norm(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
     """Global response normalisation with the first images' factors (Woo et al. 2023, eq. 1 to 3)."""
     norms = inputs[:count].norm(dim=layer.spatial_dim, keepdim=True)
     factors = norms / (norms.mean(dim=layer.channel_dim, keepdim=True) + layer.eps)
-    return inputs * (1 + layer.weight.view(layer.wb_shape) * held(factors, inputs)) + layer.bias.view(
-        layer.wb_shape
-    )
+    weight, bias = layer.weight.view(layer.wb_shape), layer.bias.view(layer.wb_shape)
+    return inputs * (1 + weight * held(factors, inputs)) + bias
 
 
-def held_gelu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return inputs * held((1 + torch.erf(inputs[:count] / 2**0.5)) / 2, inputs)
-
-
-def held_silu(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
-    return inputs * held(inputs[:count].sigmoid(), inputs)
-
-
-def held_sigmoid(layer: torch.nn.Module, count: int, inputs: torch.Tensor) -> torch.Tensor:
-    """The gate of squeeze-and-excitation."""
-    return held(inputs[:count].sigmoid(), inputs)
-
-
-HELD_LAYERS = {
+# Of all layers that multiply: the forward pass, from layer, count of first images and inputs.
+HELD_LAYERS: dict[str, Callable[..., torch.Tensor]] = {
     "LayerNorm": held_layer_norm,
-    "LayerNorm2d": held_layer_norm_2d,
+    "LayerNorm2d": lambda layer, count, inputs: held_layer_norm(
+        layer, count, inputs.permute(0, 2, 3, 1)
+    ).permute(0, 3, 1, 2),
     "GlobalResponseNorm": held_response_norm,
-    "GELU": held_gelu,
-    "SiLU": held_silu,
-    "Sigmoid": held_sigmoid,
+    "GELU": lambda layer, count, inputs: inputs * held((1 + (inputs[:count] / 2**0.5).erf()) / 2, inputs),
+    "SiLU": lambda layer, count, inputs: inputs * held(inputs[:count].sigmoid(), inputs),
+    "Sigmoid": lambda layer, count, inputs: held(inputs[:count].sigmoid(), inputs),  # gates of SqueezeExcite
 }
-LINEAR_LAYERS = (  # in eval mode, but for what they hold of those above
-    *(
-        "Conv2d",
-        "Conv2dSame",
-        "Linear",
-        "BatchNorm2d",
-        "BatchNormAct2d",
-        "AdaptiveAvgPool2d",
-        "SelectAdaptivePool2d",
-    ),
-    *(
-        "AvgPool2d",
-        "Flatten",
-        "Identity",
-        "Dropout",
-        "Sequential",
-        "Downsample",
-        "GlobalResponseNormMlp",
-        "SqueezeExcite",
-    ),
-    *("ConvNeXt", "ConvNeXtStage", "ConvNeXtBlock", "NormMlpClassifierHead"),
-    *("EfficientNet", "ConvBnAct", "EdgeResidual", "InvertedResidual"),
-)
+LINEAR_LAYERS = {"Conv2d", "Conv2dSame", "Linear", "BatchNorm2d", "AdaptiveAvgPool2d", "AvgPool2d"}  # in eval mode
+IDLE_LAYERS = {"Identity", "Flatten", "Dropout"}
 
 
 @contextlib.contextmanager
@@ -1610,14 +1562,14 @@ def held_factors(network: torch.nn.Module, count: int) -> Iterator[None]:
     """Hold all that multiplies at what a batch's first `count` images make of it.
 
     The scores are then linear in the inputs (Ali et al. 2022). The layers' own forward comes back
-    whatever happens. Raises ExplainError for a network with layers that are not known.
+    whatever happens. Raises ExplainError where a later timm builds the network of layers not known.
     """
     layers = [(layer, type(layer).__name__) for layer in network.modules()]
-    unknown = sorted({name for _, name in layers} - HELD_LAYERS.keys() - set(LINEAR_LAYERS))
+    leaves = {name for layer, name in layers if not list(layer.children())}
+    unknown = sorted(leaves - HELD_LAYERS.keys() - LINEAR_LAYERS - IDLE_LAYERS)
     if unknown:
-        raise ExplainError(
-            f"--method lrp: no rule for {', '.join(unknown)} in this network; choose another method"
-        )
+        cause = f"no rule for {', '.join(unknown)} in this network"
+        raise ExplainError(f"--method lrp: {cause}; choose another method")
     swapped = [(layer, HELD_LAYERS[name]) for layer, name in layers if name in HELD_LAYERS]
     try:
         for layer, forward in swapped:
@@ -1665,9 +1617,7 @@ def falls(seen: ForwardPass, kept: torch.Tensor) -> torch.Tensor:
     for image, reference, explained, score in zip(seen.inputs, seen.reference, seen.explained, seen.scores):
         parts = []
         for some in kept[:, None].float().split(seen.at_once):
-            mask = (
-                torch.nn.functional.interpolate(some.to(image.device), image.shape[1:]) > 0.5
-            )  # nearest: any size
+            mask = torch.nn.functional.interpolate(some.to(image.device), image.shape[1:]) > 0.5  # any size
             covered = image.where(mask, reference)
             differs = (covered != image).flatten(1).any(dim=1)  # else all difference is rounding
             with torch.no_grad():
@@ -1734,11 +1684,6 @@ class Method:
     owed: Callable[[ForwardPass], torch.Tensor] | None = None  # (B,) what the maps must sum to
     compares: bool = False  # with the reference; its maps then hold evidence against the class as well
 
-    @property
-    def own_passes(self) -> int:
-        """Passes that other methods on the same image do not share."""
-        return self.passes - 1 - self.compares
-
 
 METHODS = {
     method.key: method
@@ -1775,9 +1720,11 @@ METHODS = {
 }  # fmt: skip
 
 
-def passes_of(methods: Sequence[str]) -> int:
+def passes_of(keys: Sequence[str]) -> int:
     """Inputs that go through the network for an image; methods share the first and the reference."""
-    return 1 + any(METHODS[key].compares for key in methods) + sum(METHODS[key].own_passes for key in methods)
+    methods = [METHODS[key] for key in keys]
+    own = sum(method.passes - (2 if method.compares else 1) for method in methods)
+    return own + (2 if any(method.compares for method in methods) else 1)
 
 
 def normalised(raw_map: np.ndarray) -> np.ndarray:
@@ -1817,9 +1764,8 @@ def explain_batch(
     import torch
 
     try:
-        seen = forward_pass(
-            classifier, torch.from_numpy(np.stack(inputs)).to(classifier.device), target, at_once
-        )
+        batch = torch.from_numpy(np.stack(inputs)).to(classifier.device)
+        seen = forward_pass(classifier, batch, target, at_once)
         by_method = [explanations_of(classifier.model, seen, METHODS[key]) for key in methods]
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
@@ -1843,23 +1789,22 @@ def explanations_of(model: Model, seen: ForwardPass, method: Method) -> list[Exp
     if not method.compares:
         return explanations
     said = zip(explanations, seen.reference_logits.softmax(dim=1).cpu().numpy(), seen.gain.tolist())
-    return [
-        dataclasses.replace(each, remarks=method_remarks(each, scores, gain)) for each, scores, gain in said
-    ]
+    return [dataclasses.replace(each, remarks=tuple(method_remarks(each, *rest))) for each, *rest in said]
 
 
-def method_remarks(explanation: Explanation, reference: np.ndarray, gain: float) -> tuple[str, ...]:
+def method_remarks(explanation: Explanation, reference: np.ndarray, gain: float) -> Iterator[str]:
     """What the reader of a map that compares with the reference must know.
 
     `reference` (K,) are the reference's probabilities; `gain` is what the explained class's score
     gains on it.
     """
     name = explanation.model.class_names[reference.argmax()]
-    remarks = [f"Compared with the blurred radiograph, which the network calls {name}, {reference.max():.1%}"]
+    yield f"Compared with the blurred radiograph, which the network calls {name}, {reference.max():.1%}"
     if gain < SMALL_GAIN:
         little = f"{explanation.explained_class} scores {gain:+.2g} on the radiograph against it"
-        remarks.append(f"{little}: the map explains a small difference")
-    return tuple(remarks + [sum_remark(explanation)] * (explanation.sum_error > MAX_SUM_ERROR))
+        yield f"{little}: the map explains a small difference"
+    if explanation.sum_error > MAX_SUM_ERROR:
+        yield sum_remark(explanation)
 
 
 def sum_remark(explanation: Explanation) -> str:
@@ -1890,15 +1835,9 @@ LONGEST_STROKE = 0.6  # of its length
 STRIP_LENGTH = 28  # longer ones of fewer strokes are no letters
 RING, RING_CONTRAST = (2, 5), 0.25  # pixels outside the box; bone's edges go on there, markers do not
 
-BORDER_LIMIT = 0.5  # just above the 24/49 of the area that the frame has
-DARK_LIMIT = 0.35  # fractures lie in bone; some heat spills into the cells beside it
-MARKER_LIMIT = 0.2  # a marker touches 1 to 4 of 49 cells: 0.02 to 0.08 by chance
-FOCUS_LIMIT = 0.5  # a map without focus has 0.25 there
 AGREEMENT = "map_agreement"  # the check of a pair
 AGREEMENT_LIMIT = 0.4  # equal maps share 1, disjoint ones 0
 CONFIDENCE_LIMIT = 0.95  # the guide's, for clear cases
-COVERING_LIMIT = 0.1  # of probability; covering as much elsewhere costs honest networks less
-ADDING_LIMIT = 0.1  # of probability; writing beside the bone costs honest networks nothing
 ERASING_BLUR = 8 / 224  # of the image's side: standard deviation of the Gaussian that erases
 ERASED_AREA = 0.2  # of the image, the hottest
 ADDED = (("a letter", "L", 22), ("a line of text", "AP SUPINE", 11))  # and size in pixels of CHECKED_SIDE
@@ -1907,18 +1846,9 @@ MOVED_MASKS = 13
 MOST_TRIALS = MOVED_MASKS + len(ADDED) + 4  # and the hot area, two covered copies and the blurred one
 MAX_OVERLAP = 0.25  # of a moved mask with what it was moved from
 MARKER_MARGIN = 4  # pixels of CHECKED_SIDE round a covered marker
-ERASING_LIMIT = 0.5  # where masks put anywhere do as much, the map says nothing
 
 FEW_MAPS = 20  # fewer tell more about chance than about the network
-SAME_PLACE_LIMIT = 0.5  # mean correlation of the maps of different images: fractures lie in different places
-SAME_CELL_LIMIT = 0.5  # of the hottest cells; 1/49 by chance
-MEAN_DARK_LIMIT = 0.25  # of the heat
-MEAN_MARKER_LIMIT = 0.1  # of the heat, where there is a marker
-BLANK_LIMIT = 0.5  # of a class's maps: then the network decides for it by what it does not see
 
-TEST_BOXES = TEST_IMAGES / "fracture_boxes.csv"  # used by itself for the images beside it
-BOX_COLUMNS = ("file", "x0", "y0", "x1", "y1")  # that a table of boxes must have; class may be there
-MAX_BOX_TABLE = 100_000_000  # bytes
 
 
 # What a radiograph shows
@@ -1967,7 +1897,7 @@ def dense_shares(grey: np.ndarray) -> np.ndarray:
     return (smooth > otsu_threshold(smooth)).reshape(CELLS, side, CELLS, side).mean(axis=(1, 3))
 
 
-def marker_boxes(grey: np.ndarray) -> list[PixelBox]:
+def marker_boxes(grey: np.ndarray) -> Iterator[PixelBox]:
     """Boxes of what looks like a side marker or text in grey (H, W) uint8; see STROKE_REACH and below.
 
     Strokes stand out from an opening (white top-hat: J. Serra, Image Analysis, 1982); those close
@@ -1976,27 +1906,23 @@ def marker_boxes(grey: np.ndarray) -> list[PixelBox]:
     low, high = np.percentile(grey, (1, 99))
     eroded = over_windows(grey, STROKE_REACH, np.minimum)
     strokes = grey - over_windows(eroded, STROKE_REACH, np.maximum) > STROKE_CONTRAST * (high - low)
-    found = []
     for rows, columns in regions(strokes, JOINING_REACH):
         box = int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
         is_apart = stands_out(grey, rows, columns, box, RING_CONTRAST * (high - low))
         if is_marker_size(len(rows), box) and is_letter_or_text(rows, columns, box, is_apart):
-            found.append(box)
-    return found
+            yield box
 
 
-def regions(mask: np.ndarray, reach: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def regions(mask: np.ndarray, reach: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Parts of a mask (H, W): rows and columns of the pixels that hang together once dilated by `reach`."""
+    if not mask.any():
+        return
     joined = over_windows(mask, reach, np.maximum)
     rows, columns = mask.nonzero()
-    parts = grouped(connected(joined)[mask[joined]])  # of the mask's own pixels
-    return [(rows[part], columns[part]) for part in parts]
-
-
-def grouped(labels: np.ndarray) -> list[np.ndarray]:
-    """Which pixels have each label, from a label for each pixel."""
+    labels = connected(joined)[mask[joined]]  # of the mask's own pixels
     order = labels.argsort(kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if labels.size else []
+    for part in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+        yield rows[part], columns[part]
 
 
 def connected(mask: np.ndarray) -> np.ndarray:
@@ -2037,8 +1963,8 @@ def is_letter_or_text(rows: np.ndarray, columns: np.ndarray, box: PixelBox, is_a
         return is_apart
     strokes = np.zeros((y1 - y0, x1 - x0), bool)
     strokes[rows - y0, columns - x0] = True
-    along = strokes.nonzero()[int(x1 - x0 == long)]
-    lengths = [np.ptp(along[part]) + 1 for part in grouped(connected(strokes))]
+    along = 1 if x1 - x0 == long else 0
+    lengths = [np.ptp(places[along]) + 1 for places in regions(strokes, 0)]
     is_text = len(lengths) >= TEXT_STROKES and max(lengths) <= LONGEST_STROKE * long
     return (is_text and short <= LETTER_HEIGHT) or (is_apart and (is_text or long < STRIP_LENGTH))
 
@@ -2059,14 +1985,15 @@ def grown(box: PixelBox, reach: int, side: int) -> PixelBox:
     return max(0, x0 - reach), max(0, y0 - reach), min(side, x1 + reach), min(side, y1 + reach)
 
 
+def box_mask(boxes: Iterable[PixelBox], side: int) -> np.ndarray:
+    """(side, side) bool: the pixels in boxes."""
+    mask = np.zeros((side, side), bool)
+    for x0, y0, x1, y1 in boxes:
+        mask[y0:y1, x0:x1] = True
+    return mask
+
+
 # What a map shows
-
-
-def overlaps(cells: int, others: int) -> np.ndarray:
-    """(cells, others): the share of each of `others` equal parts of a length in each of `cells`."""
-    ends, other_ends = np.arange(1, cells + 1)[:, None] * others, np.arange(1, others + 1) * cells
-    shared = np.minimum(ends, other_ends) - np.maximum(ends - others, other_ends - cells)
-    return np.maximum(shared, 0) / cells
 
 
 def heat_on_cells(raw_map: np.ndarray) -> np.ndarray:
@@ -2081,23 +2008,22 @@ def heat_on_cells(raw_map: np.ndarray) -> np.ndarray:
 
 def touched_cells(boxes: Iterable[PixelBox]) -> np.ndarray:
     """(CELLS, CELLS) bool: the cells that boxes touch."""
-    touched, side = np.zeros((CELLS, CELLS), bool), CHECKED_SIDE // CELLS
-    for x0, y0, x1, y1 in boxes:
-        touched[y0 // side : (y1 - 1) // side + 1, x0 // side : (x1 - 1) // side + 1] = True
-    return touched
+    side = CHECKED_SIDE // CELLS
+    return box_mask(boxes, CHECKED_SIDE).reshape(CELLS, side, CELLS, side).any(axis=(1, 3))
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a network says of changed copies of a radiograph: class scores before the softmax, (K,) each."""
+    """What a network says of changed copies of a radiograph: class scores before the softmax, (n, K) each."""
 
-    blurred: np.ndarray  # the whole radiograph
-    added: np.ndarray  # (len(ADDED), K), a marker in a corner
-    covered: np.ndarray | None = None  # its markers; None where none was found, or nothing to compare with
-    covered_elsewhere: np.ndarray | None = None
-    erased: np.ndarray | None = None  # the map's hot area; None for a map without one
-    erased_elsewhere: np.ndarray | None = None  # (n, K), n moved masks
-    passes: int = 0
+    blurred: np.ndarray  # one copy: the whole radiograph blurred
+    added: np.ndarray  # len(ADDED): a marker in a corner
+    covered: np.ndarray  # two: the markers, and as much elsewhere; none without markers or elsewhere
+    erased: np.ndarray  # the map's hot area, then moved masks; none for a map without one
+
+    @property
+    def passes(self) -> int:
+        return len(self.blurred) + len(self.added) + len(self.covered) + len(self.erased)
 
 
 @dataclass(frozen=True)
@@ -2115,32 +2041,45 @@ class Evidence:
         return heat_on_cells(self.explanation.raw_map)
 
 
-def is_uniform(raw_map: np.ndarray) -> bool:
-    """Whether a map is blank (nothing positive) or constant: neither has a place to judge."""
-    return bool(raw_map.max() <= 0 or raw_map.min() == raw_map.max())
+# A check measures a quantity and says in words what that means. None: it does not apply.
+Said = tuple[float, str]
 
 
-def border_heat(evidence: Evidence) -> float:
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def blank(evidence: Evidence) -> Said:
+    why = evidence.explanation.blankness
+    return (1, why) if why else (0, "the map has a place to judge")
+
+
+def border(evidence: Evidence) -> Said:
     """Share of the heat in the frame of outer cells; 24/49 for a uniform map."""
-    return float(evidence.heat[OUTER].sum())
+    share = float(evidence.heat[OUTER].sum())
+    area = percent(OUTER.mean())
+    return share, f"{percent(share)} of the heat lies in the outer ring of cells, which is {area} of the area"
 
 
-def dark_heat(evidence: Evidence) -> float:
+def dark(evidence: Evidence) -> Said:
     """Share of the heat in cells where less than DENSE_SHARE of the pixels is as dense as bone."""
-    return float(evidence.heat[evidence.landmarks.dense < DENSE_SHARE].sum())
+    share = float(evidence.heat[evidence.landmarks.dense < DENSE_SHARE].sum())
+    return share, f"{percent(share)} of the heat lies where nothing as dense as bone is"
 
 
-def marker_heat(evidence: Evidence) -> float:
+def markers(evidence: Evidence) -> Said:
     """Share of the heat in cells that a marker's box touches; 0 where there is no marker."""
-    return float(evidence.heat[touched_cells(evidence.landmarks.markers)].sum())
+    share = float(evidence.heat[touched_cells(evidence.landmarks.markers)].sum())
+    return share, f"{percent(share)} of the heat lies on cells with a marker or text"
 
 
-def focus(evidence: Evidence) -> float:
+def focus(evidence: Evidence) -> Said:
     """Share of the heat in the hottest HOT_AREA of the image; HOT_AREA itself for a uniform map."""
     hottest = np.sort(evidence.heat, axis=None)[::-1]
     cells = HOT_AREA * hottest.size
     whole = int(cells)
-    return float(hottest[:whole].sum() + (cells - whole) * hottest[whole])
+    share = float(hottest[:whole].sum() + (cells - whole) * hottest[whole])
+    return share, f"the hottest quarter of the area holds {percent(share)} of the heat"
 
 
 def shared_heat(one: np.ndarray, other: np.ndarray) -> float:
@@ -2151,17 +2090,17 @@ def shared_heat(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.minimum(heat_on_cells(one), heat_on_cells(other)).sum())
 
 
+def agreement(evidence: Evidence) -> Said:
+    share = shared_heat(evidence.explanation.raw_map, evidence.other_map)
+    return share, f"the two maps share {percent(share)} of their heat"
+
+
+def confidence(evidence: Evidence) -> Said:
+    value = evidence.explanation.confidence
+    return value, f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}"
+
+
 # What a network says of changed copies (--verify)
-
-
-def softmax_at(scores: np.ndarray, index: int) -> float:
-    """Softmax of class scores (K,) at one class."""
-    return float(1 / np.exp(scores - scores[index]).sum())
-
-
-def predicted_at(explanation: Explanation, copies: Iterable[np.ndarray]) -> list[float]:
-    """Probability of the predicted class in changed copies, from the scores (K,) of each."""
-    return [softmax_at(scores, explanation.predicted) for scores in copies]
 
 
 def log_odds(scores: np.ndarray, index: int) -> np.ndarray:
@@ -2169,38 +2108,57 @@ def log_odds(scores: np.ndarray, index: int) -> np.ndarray:
     return scores[..., index] - np.logaddexp.reduce(np.delete(scores, index, axis=-1), axis=-1)
 
 
-def covering_fall(evidence: Evidence) -> float | None:
+def softmax_at(scores: np.ndarray, index: int) -> np.ndarray:
+    """Softmax of class scores (..., K) at one class: (...)."""
+    return 1 / (1 + np.exp(-log_odds(scores, index)))
+
+
+def change_text(explanation: Explanation, probability: float) -> str:
+    """What became of the predicted class in a changed copy."""
+    name, before, after = explanation.prediction, percent(explanation.confidence), percent(probability)
+    if after == before:
+        return f"leaves {name} at {after}"
+    verb = "lowers" if probability < explanation.confidence else "takes"
+    return f"{verb} {name} from {before} to {after}"
+
+
+def covering(evidence: Evidence) -> Said | None:
     """What covering the markers takes from the predicted class, beyond covering as much elsewhere.
 
     NaN where markers lie everywhere, so that there is no elsewhere.
     """
-    trial, explanation = evidence.trial, evidence.explanation
-    if trial is None or not evidence.landmarks.markers:
+    explanation, count = evidence.explanation, len(evidence.landmarks.markers)
+    if not count:
         return None
-    if trial.covered is None:
-        return float("nan")
-    covered, elsewhere = predicted_at(explanation, (trial.covered, trial.covered_elsewhere))
-    return min(explanation.confidence, elsewhere) - covered
-
-
-def adding_fall(evidence: Evidence) -> float | None:
-    """The most that writing in a corner takes from the predicted class: a marker's absence told it."""
-    trial, explanation = evidence.trial, evidence.explanation
-    if trial is None:
-        return None
-    return explanation.confidence - min(predicted_at(explanation, trial.added))
-
-
-def default_probability(evidence: Evidence) -> float | None:
-    """Probability of the class that the network gives to the whole radiograph blurred."""
+    if not len(evidence.trial.covered):
+        why = "there are too many to cover as much elsewhere"
+        return float("nan"), f"covering the markers cannot be tested: {why}"
+    covered, elsewhere = softmax_at(evidence.trial.covered, explanation.predicted)
+    what = "the side marker" if count == 1 else f"{count} markers"
+    told = f"covering {what} {change_text(explanation, covered)}"
     return (
-        None
-        if evidence.trial is None
-        else softmax_at(evidence.trial.blurred, int(evidence.trial.blurred.argmax()))
+        min(explanation.confidence, elsewhere) - covered,
+        f"{told}; covering as much elsewhere, {percent(elsewhere)}",
     )
 
 
-def erasing_rank(evidence: Evidence) -> float | None:
+def adding(evidence: Evidence) -> Said:
+    """The most that writing in a corner takes from the predicted class: a marker's absence told it."""
+    explanation = evidence.explanation
+    probabilities = softmax_at(evidence.trial.added, explanation.predicted)
+    what, least = ADDED[probabilities.argmin()][0], float(probabilities.min())
+    return explanation.confidence - least, f"{what} set in a corner {change_text(explanation, least)}"
+
+
+def default(evidence: Evidence) -> Said:
+    """Probability of the class that the network gives to the whole radiograph blurred."""
+    (scores,) = evidence.trial.blurred
+    probability = float(softmax_at(scores, scores.argmax()))
+    name = evidence.explanation.model.class_names[scores.argmax()]
+    return probability, f"with everything blurred it says {name} at {percent(probability)}"
+
+
+def erasing(evidence: Evidence) -> Said | None:
     """Share of the moved masks that take at least as much from the explained class as the hot area's does.
 
     In log-odds, which do not saturate; 0 for a map that found what counts, about 0.5 for one that
@@ -2208,61 +2166,21 @@ def erasing_rank(evidence: Evidence) -> float | None:
     nothing that is erased can lower it.
     """
     trial, explained = evidence.trial, evidence.explanation.explained
-    if trial is None or trial.erased is None:
+    name = evidence.explanation.explained_class
+    if len(trial.erased) < 2:
         return None
     if trial.blurred.argmax() == explained:
-        return float("nan")
-    return float((log_odds(trial.erased_elsewhere, explained) <= log_odds(trial.erased, explained)).mean())
+        return float("nan"), f"erasing cannot be tested: it says {name} even when everything is blurred"
+    hot, *moved = log_odds(trial.erased, explained)
+    usual = statistics.median_high(moved)
+    left, usually_left = (percent(1 / (1 + np.exp(-odds))) for odds in (hot, usual))
+    return float(np.mean(moved <= hot)), (
+        f"erasing the hot area leaves {name} at {left}; erasing as much in {len(moved)} other places, "
+        f"{usually_left} (log-odds {hot:+.1f} against {usual:+.1f})"
+    )
 
 
 # The table of checks
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def covering_text(evidence: Evidence, value: float) -> str:
-    explanation, trial, count = evidence.explanation, evidence.trial, len(evidence.landmarks.markers)
-    if np.isnan(value):
-        return "covering the markers cannot be tested: there are too many to cover as much elsewhere"
-    what = "the side marker" if count == 1 else f"{count} markers"
-    covered, elsewhere = predicted_at(explanation, (trial.covered, trial.covered_elsewhere))
-    told = change_text(explanation, covered, value)
-    return f"covering {what} {told}; covering as much elsewhere, {percent(elsewhere)}"
-
-
-def change_text(explanation: Explanation, probability: float, fall: float) -> str:
-    """What became of the predicted class in a changed copy."""
-    name, before, after = explanation.prediction, percent(explanation.confidence), percent(probability)
-    verb = "lowers" if fall > 0 else "takes"
-    return f"leaves {name} at {after}" if after == before else f"{verb} {name} from {before} to {after}"
-
-
-def adding_text(evidence: Evidence, value: float) -> str:
-    explanation = evidence.explanation
-    probabilities = predicted_at(explanation, evidence.trial.added)
-    least = int(np.argmin(probabilities))
-    return f"{ADDED[least][0]} set in a corner {change_text(explanation, probabilities[least], value)}"
-
-
-def default_text(evidence: Evidence, value: float) -> str:
-    name = evidence.explanation.model.class_names[evidence.trial.blurred.argmax()]
-    return f"with everything blurred it says {name} at {percent(value)}"
-
-
-def erasing_text(evidence: Evidence, value: float) -> str:
-    trial, explained = evidence.trial, evidence.explanation.explained
-    name = evidence.explanation.explained_class
-    if np.isnan(value):
-        return f"erasing cannot be tested: it says {name} even when everything is blurred"
-    others = trial.erased_elsewhere
-    usual = others[log_odds(others, explained).argsort(kind="stable")[len(others) // 2]]  # the median one
-    return (
-        f"erasing the hot area leaves {name} at {percent(softmax_at(trial.erased, explained))}; "
-        f"erasing as much in {len(others)} other places, {percent(softmax_at(usual, explained))} (log-odds "
-        f"{log_odds(trial.erased, explained):+.1f} against {log_odds(usual, explained):+.1f})"
-    )
 
 
 @dataclass(frozen=True)
@@ -2272,62 +2190,56 @@ class Check:
     key: str  # in the table's columns and in JSON; in words where passed checks are listed
     title: str  # the guide's words where it has some
     about: str  # "map", "pair" of maps, "prediction", or "verify": asked only with --verify
-    measure: Callable[[Evidence], float | None]  # None: does not apply
+    ask: Callable[[Evidence], Said | None]
+    flags: Callable[[float, float], bool]  # value, limit; False for NaN: it cannot be told
     limit: float
-    flags: Callable[[float, float], bool]  # value, limit; False for NaN
-    text: Callable[[Evidence, float], str]
 
 
 CHECKS = {check.key: check for check in (
-    Check("blank", "", "map",  # its text says it
-          lambda evidence: float(is_uniform(evidence.explanation.raw_map)), 0, operator.gt,
-          lambda evidence, value: evidence.explanation.blankness or "the map has a place to judge"),
-    Check("border", "Attention on image borders", "map", border_heat, BORDER_LIMIT, operator.gt,
-          lambda evidence, value: f"{percent(value)} of the heat lies in the outer ring of cells, "
-                                  f"which is {percent(OUTER.mean())} of the area"),
-    Check("dark", "Attention on irrelevant areas", "map", dark_heat, DARK_LIMIT, operator.gt,
-          lambda evidence, value: f"{percent(value)} of the heat lies where nothing as dense as bone is"),
-    Check("markers", "Focus on text/labels/artifacts", "map", marker_heat, MARKER_LIMIT, operator.gt,
-          lambda evidence, value: f"{percent(value)} of the heat lies on cells with a marker or text"),
-    Check("focus", "No clear focal point", "map", focus, FOCUS_LIMIT, operator.lt,
-          lambda evidence, value: f"the hottest quarter of the area holds {percent(value)} of the heat"),
-    Check(AGREEMENT, "Models strongly disagree", "pair",
-          lambda evidence: shared_heat(evidence.explanation.raw_map, evidence.other_map),
-          AGREEMENT_LIMIT, operator.lt,
-          lambda evidence, value: f"the two maps share {percent(value)} of their heat"),
-    Check("confidence", "Low confidence overall", "prediction",
-          lambda evidence: evidence.explanation.confidence, CONFIDENCE_LIMIT, operator.lt,
-          lambda evidence, value: f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}"),
-    Check("covering", "Reads the side marker", "verify",
-          covering_fall, COVERING_LIMIT, operator.gt, covering_text),
-    Check("adding", "Heeds a marker that is added", "verify",
-          adding_fall, ADDING_LIMIT, operator.gt, adding_text),
-    Check("default", "Says so of anything", "verify", default_probability, 1, operator.gt, default_text),
-    Check("erasing", "The hot area counts no more than others", "verify",
-          erasing_rank, ERASING_LIMIT, operator.gt, erasing_text),
+    Check("blank", "", "map", blank, operator.gt, 0),  # its text says it
+    Check("border", "Attention on image borders", "map", border, operator.gt, 0.5),  # the frame has 24/49
+    # Fractures lie in bone; some heat spills into the cells beside it.
+    Check("dark", "Attention on irrelevant areas", "map", dark, operator.gt, 0.35),
+    # A marker touches 1 to 4 of 49 cells: 0.02 to 0.08 by chance.
+    Check("markers", "Focus on text/labels/artifacts", "map", markers, operator.gt, 0.2),
+    Check("focus", "No clear focal point", "map", focus, operator.lt, 0.5),  # without focus it is 0.25
+    Check(AGREEMENT, "Models strongly disagree", "pair", agreement, operator.lt, AGREEMENT_LIMIT),
+    Check("confidence", "Low confidence overall", "prediction", confidence, operator.lt, CONFIDENCE_LIMIT),
+    # Covering as much elsewhere, and writing beside the bone, costs honest networks less.
+    Check("covering", "Reads the side marker", "verify", covering, operator.gt, 0.1),
+    Check("adding", "Heeds a marker that is added", "verify", adding, operator.gt, 0.1),
+    Check("default", "Says so of anything", "verify", default, operator.gt, 1),
+    # Where masks put anywhere do as much, the map says nothing.
+    Check("erasing", "The hot area counts no more than others", "verify", erasing, operator.gt, 0.5),
 )}  # fmt: skip
 MAP_CHECKS = sum(check.about == "map" for check in CHECKS.values())
 
 
 def finding_of(check: Check, evidence: Evidence) -> Finding | None:
     """What one check says; None where it does not apply."""
-    value = check.measure(evidence)
-    if value is None:
+    said = check.ask(evidence)
+    if said is None:
         return None
-    return Finding(check.key, value, bool(check.flags(value, check.limit)), check.text(evidence, value))
+    value, text = said
+    return Finding(check.key, float(value), bool(check.flags(value, check.limit)), text)
 
 
 def findings_of(evidence: Evidence) -> tuple[Finding, ...]:
     """What the checks say of one map; of a blank or constant one only that, and what needs no map."""
-    uniform = is_uniform(evidence.explanation.raw_map)
-    asked = [check for check in CHECKS.values() if check.about != "pair"]
-    asked = [check for check in asked if check.about != "map" or check.key == "blank" or not uniform]
-    return tuple(found for check in asked if (found := finding_of(check, evidence)))
+    found = []
+    for check in CHECKS.values():
+        needs_place = check.about == "map" and check.key != "blank"
+        needs_more = check.about == "pair" or (check.about == "verify" and evidence.trial is None)
+        if needs_more or (needs_place and evidence.explanation.blankness):
+            continue
+        if finding := finding_of(check, evidence):
+            found.append(finding)
+    return tuple(found)
 
 
 def map_agreement(explanations: Sequence[Explanation]) -> Finding | None:
     """How far the maps of two models agree; None where there are no two that have a place to judge."""
-    if len(explanations) != 2 or any(is_uniform(each.raw_map) for each in explanations):
+    if len(explanations) != 2 or any(each.blankness for each in explanations):
         return None
     first, second = explanations
     return finding_of(CHECKS[AGREEMENT], Evidence(first, None, other_map=second.raw_map))
@@ -2347,7 +2259,8 @@ def checks_text(findings: Sequence[Finding]) -> str:
 
 def marked_text(finding: Finding) -> str:
     """A finding as a sentence, with a warning where it is flagged."""
-    return f"{'⚠️  ' * finding.is_flagged}{finding.text[0].upper()}{finding.text[1:]}"
+    sentence = finding.text[0].upper() + finding.text[1:]
+    return f"⚠️  {sentence}" if finding.is_flagged else sentence
 
 
 # --verify: copies of a radiograph in which something is covered, added or erased
@@ -2375,9 +2288,8 @@ def with_filled(image: np.ndarray, boxes: Iterable[PixelBox]) -> np.ndarray:
             (y1 < end, image[:, y1 : y1 + 1, x0:x1], 1 / down[::-1]),
         )
         there = [(values, weights) for is_there, values, weights in sides if is_there]
-        image[:, y0:y1, x0:x1] = sum(values * weights for values, weights in there) / sum(
-            weights for _, weights in there
-        )
+        total = sum(weights for _, weights in there)
+        image[:, y0:y1, x0:x1] = sum(values * weights for values, weights in there) / total
     return image
 
 
@@ -2398,15 +2310,15 @@ def marker_masks(markers: Sequence[PixelBox], side: int) -> tuple[list[PixelBox]
         mask = box_mask(others, side)
         return ((mask & covered).sum() + max(0, covered.sum() - mask.sum())) / covered.sum()
 
-    across = [(side - x1, y0, side - x0, y1) for x0, y0, x1, y1 in boxes]
     mirrors = [
-        across,
-        *([(x0, side - y1, x1, side - y0) for x0, y0, x1, y1 in each] for each in (boxes, across)),
+        [(side - x1, y0, side - x0, y1) for x0, y0, x1, y1 in boxes],
+        [(x0, side - y1, x1, side - y0) for x0, y0, x1, y1 in boxes],
+        [(side - x1, side - y1, side - x0, side - y0) for x0, y0, x1, y1 in boxes],
     ]
     steps = [(side * down // CELLS, side * right // CELLS) for down, right in np.ndindex(CELLS, CELLS)]
-    shifts = ([shifted(box, *step, side) for box in boxes] for step in steps)
-    tried_in_turn = itertools.chain(sorted(mirrors, key=misfit), shifts)
-    return boxes, next((each for each in tried_in_turn if misfit(each) < MAX_OVERLAP), None)
+    shifts = [[shifted(box, *step, side) for box in boxes] for step in steps]
+    others = sorted(mirrors, key=misfit) + shifts
+    return boxes, next((each for each in others if misfit(each) < MAX_OVERLAP), None)
 
 
 def shifted(box: PixelBox, down: int, right: int, side: int) -> PixelBox:
@@ -2414,13 +2326,6 @@ def shifted(box: PixelBox, down: int, right: int, side: int) -> PixelBox:
     x0, y0, x1, y1 = box
     x, y = min((x0 + right) % side, side - x1 + x0), min((y0 + down) % side, side - y1 + y0)
     return x, y, x + x1 - x0, y + y1 - y0
-
-
-def box_mask(boxes: Iterable[PixelBox], side: int) -> np.ndarray:
-    mask = np.zeros((side, side), bool)
-    for x0, y0, x1, y1 in boxes:
-        mask[y0:y1, x0:x1] = True
-    return mask
 
 
 def with_writing(image: np.ndarray, text: str, size: int) -> np.ndarray:
@@ -2470,11 +2375,8 @@ def class_scores(classifier: Classifier, images: np.ndarray, batch_size: int) ->
     """Forward passes alone: (n, 3, N, N) -> (n, K) float64."""
     import torch
 
+    batches = torch.from_numpy(images).split(batch_size)
     with torch.inference_mode():
-        batches = (
-            torch.from_numpy(images[start : start + batch_size])
-            for start in range(0, len(images), batch_size)
-        )
         scores = [classifier.network(batch.to(classifier.device)).cpu().numpy() for batch in batches]
     return np.concatenate(scores).astype(np.float64)
 
@@ -2482,22 +2384,20 @@ def class_scores(classifier: Classifier, images: np.ndarray, batch_size: int) ->
 def tried(
     classifier: Classifier, image: np.ndarray, explanation: Explanation, landmarks: Landmarks, batch_size: int
 ) -> Trial:
-    """Ask the network about changed copies of one input (3, N, N): at most 19 forward passes."""
-    erasing = without_detail(image)
-    copies, side = [erasing, *(with_writing(image, text, size) for _, text, size in ADDED)], image.shape[1]
-    first_covered = len(copies)
-    markers, elsewhere = marker_masks(landmarks.markers, side) if landmarks.markers else ([], None)
-    if elsewhere:
-        copies += [with_filled(image, boxes) for boxes in (markers, elsewhere)]
-    first_erased = len(copies)
-    if not is_uniform(explanation.raw_map):
+    """Ask the network about changed copies of one input (3, N, N): at most MOST_TRIALS forward passes."""
+    side, erasing, covered, erased = image.shape[1], without_detail(image), [], []
+    added = [with_writing(image, text, size) for _, text, size in ADDED]
+    if landmarks.markers:
+        markers, elsewhere = marker_masks(landmarks.markers, side)
+        if elsewhere:
+            covered = [with_filled(image, boxes) for boxes in (markers, elsewhere)]
+    if not explanation.blankness:
         mask = hot_mask(explanation.heatmap, side)
-        copies += [np.where(each, erasing, image) for each in (mask, *moved_masks(mask))]
-    scores = class_scores(classifier, np.stack(copies), batch_size)
-    covering = scores[first_covered:first_erased] if elsewhere else (None, None)
-    hot = scores[first_erased:]
-    erased = (hot[0], hot[1:]) if len(hot) > 1 else (None, None)
-    return Trial(scores[0], scores[1:first_covered], *covering, *erased, passes=len(copies))
+        erased = [np.where(each, erasing, image) for each in (mask, *moved_masks(mask))]
+    copies = [[erasing], added, covered, erased]
+    scores = class_scores(classifier, np.stack(list(itertools.chain(*copies))), batch_size)
+    starts = np.cumsum([len(each) for each in copies])[:-1]
+    return Trial(*np.split(scores, starts))
 
 
 # Over a run
@@ -2512,13 +2412,13 @@ class Observation:
     has_marker: bool
     findings: tuple[Finding, ...]
 
-    def value(self, check: str) -> float | None:
-        return next((finding.value for finding in self.findings if finding.check == check), None)
+    def value(self, check: str) -> float:
+        return next(finding.value for finding in self.findings if finding.check == check)
 
 
 def observation(explanation: Explanation, landmarks: Landmarks) -> Observation:
-    name, heat = explanation.explained_class, heat_on_cells(explanation.raw_map)
-    return Observation(name, heat, bool(landmarks.markers), explanation.findings)
+    heat = heat_on_cells(explanation.raw_map)
+    return Observation(explanation.explained_class, heat, bool(landmarks.markers), explanation.findings)
 
 
 def mean_correlation(heats: np.ndarray) -> float:
@@ -2537,166 +2437,92 @@ def same_cell_share(heats: np.ndarray) -> float:
     return float(np.bincount(heats.reshape(len(heats), -1).argmax(axis=1)).max() / len(heats))
 
 
+def audit_line(text: str, value: float, limit: float, form: Callable[[float], str] = percent) -> str:
+    """One quantity of a run, with the guide's flag where it is suspect."""
+    if value > limit:
+        return f"🚩 {text}: {form(value)}, flagged above {form(limit)}"
+    return f"{text}: {form(value)}"
+
+
 def audit_lines(observations: Sequence[Observation]) -> list[str]:
-    """What the maps of one model have in common over a run, with the guide's flag where that is suspect."""
+    """What the maps of one model have in common over a run; of few maps nothing.
+
+    Where most of a class's maps are blank, the network decides for it by what it does not see.
+    """
+    if not observations:
+        return []
     lines = []
-    for text, value, limit, form in audited(observations):
-        sign = "🚩 " if value > limit else ""
-        lines.append(f"{sign}{text}: {form(value)}{f', flagged above {form(limit)}' if sign else ''}")
-    placed = sum(each.value("focus") is not None for each in observations)
-    if observations and placed < FEW_MAPS:
-        lines.append(f"Same place in every image: needs {FEW_MAPS} maps that are not blank, here {placed}")
-    return lines
-
-
-def audited(
-    observations: Sequence[Observation],
-) -> Iterator[tuple[str, float, float, Callable[[float], str]]]:
-    """What is measured over a run: words, value, limit, and how to write a value."""
     for name in sorted({each.explained for each in observations}):
         blank = [each.value("blank") for each in observations if each.explained == name]
         if any(blank) and len(blank) >= FEW_MAPS:
-            yield f"Blank maps for {printable(name)}", float(np.mean(blank)), BLANK_LIMIT, percent
-    placed = [each for each in observations if each.value("focus") is not None]
-    if len(placed) >= FEW_MAPS:
-        heats = np.stack([each.heat for each in placed])
-        yield (
-            "Same place in every image, mean correlation of the maps",
-            mean_correlation(heats),
-            SAME_PLACE_LIMIT,
-            "{:.2f}".format,
-        )
-        yield "Same hottest cell", same_cell_share(heats), SAME_CELL_LIMIT, percent
-        dark = [each.value("dark") for each in placed]
-        yield "Mean heat where nothing as dense as bone is", float(np.mean(dark)), MEAN_DARK_LIMIT, percent
+            lines.append(audit_line(f"Blank maps for {printable(name)}", float(np.mean(blank)), 0.5))
+    placed = [each for each in observations if not each.value("blank")]
+    if len(placed) < FEW_MAPS:
+        few = f"needs {FEW_MAPS} maps that are not blank, here {len(placed)}"
+        return [*lines, f"Same place in every image: {few}"]
+    return lines + placed_lines(placed)
+
+
+def placed_lines(placed: Sequence[Observation]) -> list[str]:
+    """The same of maps that have a place to judge: fractures lie in different places, in bone."""
+    heats = np.stack([each.heat for each in placed])
+    same = "Same place in every image, mean correlation of the maps"
+    dark = np.mean([each.value("dark") for each in placed])
+    lines = [
+        audit_line(same, mean_correlation(heats), 0.5, "{:.2f}".format),
+        audit_line("Same hottest cell", same_cell_share(heats), 0.5),
+        audit_line("Mean heat where nothing as dense as bone is", dark, 0.25),
+    ]
     marked = [each.value("markers") for each in placed if each.has_marker]
     if len(marked) >= FEW_MAPS:
-        yield "Mean heat on markers, where there are any", float(np.mean(marked)), MEAN_MARKER_LIMIT, percent
+        text = "Mean heat on markers, where there are any"
+        lines.append(audit_line(text, np.mean(marked), 0.1))
+    return lines
 
 
-# Where the fracture is known (--boxes)
+# Where the fracture is known (--truth)
 
 
-def read_boxes(path: Path) -> tuple[dict[str, TrueBox], list[str]]:
-    """The boxes of a table, by the real path of the image, and the names of images that are not there.
+def pointing(explanation: Explanation, boxes: Sequence[Region]) -> Pointing:
+    """The pointing game (J. Zhang et al., ECCV 2016) and the heat inside.
 
-    Images are named from the table's folder. Lines without coordinates are images without a
-    fracture. Raises ExplainError, with the line, for whatever is no box.
-    """
-    boxes: dict[str, TrueBox] = {}
-    missing: list[str] = []
-    for number, row in box_rows(path):
-        source = f"{shown(path)}, line {number}"
-        try:
-            image, box = path.parent / row["file"], box_of(row, source)
-            if not row["file"]:
-                raise ExplainError("no file is named; name the image")
-            if not image.is_file():
-                missing.append(row["file"])
-                continue
-            if os.path.realpath(image) in boxes:
-                raise ExplainError(
-                    f"a second box for {brief(row['file'])}; keep one that holds the whole fracture"
-                )
-        except (ExplainError, ValueError, OSError) as error:
-            cause = error if isinstance(error, ExplainError) else "not a file name; correct it"
-            raise ExplainError(f"{source}: {cause}") from error
-        if box:
-            boxes[os.path.realpath(image)] = box
-    return boxes, missing
-
-
-def known_boxes(
-    table: Path | None, images: Sequence[Path], is_anonymous: bool
-) -> tuple[dict[str, TrueBox], str, list[str]]:
-    """Boxes of the table named, or of the test images' own; the table's mark; and what to say of it."""
-    if table is None:
-        are_ours = any(TEST_IMAGES in Path(os.path.realpath(image)).parents for image in images)
-        if not (are_ours and TEST_BOXES.is_file()):
-            return {}, "", []
-        return read_boxes(TEST_BOXES)[0], file_mark(TEST_BOXES), []
-    boxes, missing = read_boxes(table)
-    which = len(missing) if is_anonymous else listed(missing)
-    notes = [f"ℹ️  {shown(table)}: images that are not beside it: {which}"] * bool(missing)
-    return boxes, file_mark(table), notes
-
-
-def box_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line numbers and rows of a table of boxes. Raises ExplainError for what is no such table."""
-    try:
-        with open_regular(path) as file:
-            text = file.read(MAX_BOX_TABLE).decode("utf-8-sig")
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        header = reader.fieldnames or []
-        if any(header.count(name) != 1 for name in BOX_COLUMNS):
-            raise ExplainError(
-                f"its header is {brief(','.join(header))}, not file,class,x0,y0,x1,y1; correct it"
-            )
-        for row in reader:
-            if None in row or None in row.values():
-                cause = f"{len(header)} values expected, as in the header; correct it"
-                raise ExplainError(f"line {reader.line_num}: {cause}")
-            yield reader.line_num, row
-    except ExplainError as error:
-        raise ExplainError(f"{shown(path)}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ExplainError(f"{shown(path)}: not UTF-8 text; save it as CSV in UTF-8") from error
-    except csv.Error as error:
-        raise ExplainError(f"{shown(path)}: not a CSV table ({error}); save it as CSV again") from error
-
-
-def box_of(row: dict[str, str], source: str) -> TrueBox | None:
-    """The box of one row; None without coordinates. Raises ExplainError, without the line."""
-    if not any(row[name].strip() for name in BOX_COLUMNS[1:]):
-        return None
-    ends = {}
-    for name in BOX_COLUMNS[1:]:
-        try:
-            ends[name] = float(row[name])
-        except ValueError as error:
-            raise ExplainError(f"{name} is {brief(row[name])}, not a number; correct it") from error
-        if not np.isfinite(ends[name]):
-            raise ExplainError(f"{name} is {row[name].strip()}, not a finite number; correct it")
-        if ends[name] < 0:
-            raise ExplainError(f"{name} is {ends[name]:g}, outside the image; correct it")
-    for low, high in (("x0", "x1"), ("y0", "y1")):
-        if ends[low] >= ends[high]:
-            raise ExplainError(
-                f"{high} ({ends[high]:g}) is not larger than {low} ({ends[low]:g}); exchange or correct them"
-            )
-    return TrueBox(**ends, source=source)
-
-
-def box_in_shares(box: TrueBox, width: int, height: int) -> tuple[float, float, float, float]:
-    """A box in shares of the image's sides. Raises ExplainError where it reaches outside the image."""
-    if box.x1 > width or box.y1 > height:
-        cause = f"the box ends at ({box.x1:g}, {box.y1:g}), outside the image of {width} x {height} pixels"
-        raise ExplainError(f"{box.source}: {cause}; correct it")
-    return box.x0 / width, box.y0 / height, box.x1 / width, box.y1 / height
-
-
-def pointing(raw_map: np.ndarray, box: tuple[float, float, float, float]) -> Pointing:
-    """The pointing game (J. Zhang et al., ECCV 2016) and the heat inside, of a map (h, w).
-
-    The box is in shares of the image's sides, and counts with half a cell of the map more on each
+    Boxes are in shares of the image's sides, and count with half a cell of the map more on each
     side: a map's maximum cannot be told more exactly.
     """
-    h, w = raw_map.shape
-    x0, y0 = max(0, box[0] - 0.5 / w), max(0, box[1] - 0.5 / h)
-    x1, y1 = min(1, box[2] + 0.5 / w), min(1, box[3] + 0.5 / h)
-    row, column = np.unravel_index(raw_map.argmax(), raw_map.shape)
+    h, w = explanation.raw_map.shape
+    row, column = np.unravel_index(explanation.raw_map.argmax(), (h, w))
     x, y = (column + 0.5) / w, (row + 0.5) / h
-    heat = enlarged(normalised(raw_map), CHECKED_SIDE)
-    left, top, right, bottom = (round(end * CHECKED_SIDE) for end in (x0, y0, x1, y1))
-    share = heat[top:bottom, left:right].sum() / heat.sum() if heat.any() else 0
-    is_inside = not is_uniform(raw_map) and x0 <= x <= x1 and y0 <= y <= y1
-    return Pointing(bool(is_inside), float(share), (x1 - x0) * (y1 - y0))
+    grown = [with_margin(box, h, w) for box in boxes]
+    is_inside = any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in grown)
+    mask = np.zeros((CHECKED_SIDE, CHECKED_SIDE), bool)
+    for box in grown:
+        left, top, right, bottom = (round(end * CHECKED_SIDE) for end in box)
+        mask[top:bottom, left:right] = True
+    heat = enlarged(explanation.heatmap, CHECKED_SIDE)
+    share = heat[mask].sum() / heat.sum() if heat.any() else 0
+    return Pointing(is_inside and not explanation.blankness, float(share), united_area(grown))
+
+
+def united_area(boxes: Sequence[Region]) -> float:
+    """The area of boxes that may overlap, each part of it once."""
+    x = np.unique([end for box in boxes for end in box[::2]])
+    y = np.unique([end for box in boxes for end in box[1::2]])
+    covered = np.zeros((len(y) - 1, len(x) - 1), bool)
+    for x0, y0, x1, y1 in boxes:
+        covered |= np.outer((y[:-1] >= y0) & (y[1:] <= y1), (x[:-1] >= x0) & (x[1:] <= x1))
+    return float((covered * np.outer(np.diff(y), np.diff(x))).sum())
+
+
+def with_margin(box: Region, h: int, w: int) -> Region:
+    """A box in shares of the image's sides with half a cell of a grid (h, w) more on each side."""
+    x0, y0, x1, y1 = box
+    return max(0, x0 - 0.5 / w), max(0, y0 - 0.5 / h), min(1, x1 + 0.5 / w), min(1, y1 + 0.5 / h)
 
 
 def pointing_text(pointed: Pointing) -> str:
-    place = "inside" if pointed.is_inside else "outside"
+    place, mark = ("inside", "") if pointed.is_inside else ("outside", "⚠️  ")
     share = f"{percent(pointed.heat)} of the heat inside, {percent(pointed.area)} of the area"
-    return f"{'' if pointed.is_inside else '⚠️  '}Maximum {place} the true fracture's box; {share}"
+    return f"{mark}Maximum {place} the true fracture's box; {share}"
 
 
 # ------------------------------------------------------------------------------------------
@@ -2713,14 +2539,12 @@ DETAILS_WIDTH = 4.1  # inches, beside panels in a row
 PANEL_AREA = 19  # square inches that a picture takes
 LONGEST_SIDE = 9  # inches
 MIN_COLUMN = 1.9  # inches: room for a panel's title over a narrow picture
-PROBABILITY_ROOM = 2.1  # inches for the list of classes
-BARE_INCHES = 6  # what a bare picture's longer side is taken for when lines are drawn on it
+LISTED_CLASSES = 4  # the likeliest; what the others have is summed
 OVERLAY_OPACITY = 0.6  # where the heat is greatest; nothing where there is none
-CONTOURS = (0.25, 0.5, 0.75)  # of the heatmap's maximum
+CONTOURS = (0.25, 0.5, 0.75)  # places on the colour bar, which are shares of the heatmap's maximum
+CONTOUR_WIDTH = 1 / 110  # of the picture's longer side
+SIGNED_CONTOURS = (0.125, 0.25, 0.375, 0.625, 0.75, 0.875)  # the same shares against and for the class
 DIVERGING = "RdBu_r"  # for signed maps: blue against, white nothing, red for
-MAX_THUMBNAILS = 24
-THUMBNAIL_PIXELS = 400  # of what is kept for the contact sheet
-SURE = 0.95  # confidence from which a wrong prediction is looked at first
 PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
 READING_GUIDE = (  # (place on the colour bar, what it means)
     (1.0, "High attention: raised the score of the explained class"),
@@ -2742,25 +2566,12 @@ READERS_CHECK = "☐ Clinical features match: for the reader to judge"
 
 @functools.cache
 def plain_matplotlib() -> Any:
-    """matplotlib as it comes: no file, variable or style of the user's reaches the figures.
-
-    A matplotlibrc in the working directory is read before all others, so the import happens in the
-    folder that holds matplotlib's own. Raises ExplainError where that fails.
-    """
-    os.environ["MPLBACKEND"] = "agg"  # a notebook leaves its own, which may not be importable from here
-    os.environ.pop("FREETYPE_PROPERTIES", None)  # how outlines of letters become pixels
-    with silenced(), contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # the working directory is gone, and no file in it
-            stack.enter_context(contextlib.chdir(Path(find_spec("matplotlib").origin).parent / "mpl-data"))
-        try:
-            import matplotlib
-            from matplotlib import font_manager  # noqa: F401  here, as it looks for a folder for its cache
-        except Exception as error:
-            cause = f"cannot be imported ({brief(str(error))})"
-            remedy = "set MPLCONFIGDIR to a folder that can be written"
-            raise ExplainError(f"matplotlib: {cause}; {remedy}") from error
+    """matplotlib as it comes, whatever style the user's own settings ask for."""
+    with silenced():
+        import matplotlib
+        from matplotlib import font_manager  # noqa: F401  which says how long it looks for fonts
     lasting = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "explainability"}
-    matplotlib.rcParams.update({**lasting, "text.hinting": "none"})
+    matplotlib.rcParams.update({**matplotlib.rcParamsDefault, **lasting, "text.hinting": "none"})
     return matplotlib
 
 
@@ -2781,7 +2592,7 @@ class Look:
         return self.points * LEADING
 
 
-LARGE, MEDIUM, BOLD = (Look(points, is_bold=True) for points in (15, 12, 10))
+LARGE, BOLD = Look(15, is_bold=True), Look(10, is_bold=True)
 BODY, SMALL = Look(10), Look(8.5)
 NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
 
@@ -2789,7 +2600,8 @@ NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
 @functools.cache
 def font_file(is_bold: bool) -> str:
     """DejaVu Sans, which comes with matplotlib, so that figures look the same everywhere."""
-    return str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' * is_bold}.ttf"))
+    name = "DejaVuSans-Bold.ttf" if is_bold else "DejaVuSans.ttf"
+    return str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", name))
 
 
 @functools.cache
@@ -2823,26 +2635,24 @@ def text_width(text: str, look: Look) -> float:
 
 def elided(text: str, look: Look, inches: float) -> str:
     """Drawable text cut in the middle until it fits; both ends of a name tell something."""
-    if text_width(text, look) <= inches:
-        return text
-    low, high = 1, len(text) // 2  # characters kept at each end
-    while low < high:
-        kept = (low + high + 1) // 2
-        fits = text_width(f"{text[:kept]}…{text[-kept:]}", look) <= inches
-        low, high = (kept, high) if fits else (low, kept - 1)
-    return f"{text[:low]}…{text[-low:]}"
+    kept, short = len(text) // 2, text
+    while text_width(short, look) > inches and kept > 1:
+        kept -= 1
+        short = f"{text[:kept]}…{text[-kept:]}"
+    return short
 
 
 def wrapped(text: str, look: Look, inches: float, most: int = 2) -> list[str]:
     """A text in at most so many lines, broken at spaces; the last is cut in the middle where it must be."""
-    words, lines = drawable(text).split(" "), []
-    while words and len(lines) < most - 1:
-        count = 1
-        while count < len(words) and text_width(" ".join(words[: count + 1]), look) <= inches:
-            count += 1
-        lines.append(elided(" ".join(words[:count]), look, inches))
-        words = words[count:]
-    return [*lines, elided(" ".join(words), look, inches)] if words else lines
+    first, *others = drawable(text).split(" ")
+    lines = [first]
+    for word in others:
+        longer = f"{lines[-1]} {word}"
+        if len(lines) == most or text_width(longer, look) <= inches:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [elided(line, look, inches) for line in lines]
 
 
 # What lies on a sheet. Each draws itself through a renderer, for a page of this height in inches.
@@ -2930,7 +2740,7 @@ class Picture:
     x: float
     y: float
     pixels: np.ndarray  # (H, W, 3) uint8
-    title: str
+    title: str  # written above it; a colour bar has none
 
     def draw(self, renderer: Any, dpi: float, height: float) -> None:
         rows, columns = self.pixels.shape[:2]
@@ -2945,45 +2755,13 @@ class Picture:
         Box(left / finer - hair, top - hair, *size, FRAME, HAIRLINE).draw(renderer, dpi, height)
 
 
-@dataclass(frozen=True)
-class Curves:
-    """Lines of equal heat over a picture, on a dark ground that shows on bright bone."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    heat: np.ndarray  # (h, w) in [0, 1]
-    colours: tuple[tuple[float, ...], ...]  # one for each of CONTOURS
-
-    def draw(self, renderer: Any, dpi: float, height: float) -> None:
-        from matplotlib.transforms import Affine2D
-
-        rows, columns = self.heat.shape
-        cells = Affine2D().translate(0.5, 0.5).scale(self.width * dpi / columns, -self.height * dpi / rows)
-        place, gc = cells.translate(self.x * dpi, (height - self.y) * dpi), renderer.new_gc()
-        for outline, colour in zip(contour_lines(self.heat), self.colours):
-            for points, shade in ((3, "black"), (1.5, colour)):
-                gc.set_linewidth(points)
-                gc.set_foreground(shade)
-                renderer.draw_path(gc, outline, place, None)
-
-
-def contour_lines(heat: np.ndarray) -> list[Any]:
-    """A matplotlib path for each of CONTOURS, in cells from the centre of the first."""
-    from matplotlib.figure import Figure
-
-    return Figure().add_subplot().contour(heat, levels=CONTOURS).get_paths()
-
-
 @dataclass
 class Sheet:
     """A page as it is filled; lines of text are placed by their top."""
 
     width: float
     height: float = 0
-    items: list[Line | Box | Picture | Curves] = dataclasses.field(default_factory=list)
-    details: Box | None = None  # the place of the details panel, margins included
+    items: list[Line | Box | Picture] = dataclasses.field(default_factory=list)
 
     def write(self, x: float, y: float, text: str, look: Look = SMALL) -> None:
         """One line of drawable text."""
@@ -2998,15 +2776,12 @@ class Sheet:
             y += look.leading
         return y
 
-    def fill(
-        self, x: float, y: float, width: float, height: float, colour: Any, is_framed: bool = False
-    ) -> None:
-        """A rectangle of one colour."""
+    def fill(self, x: float, y: float, width: float, height: float, colour: Any) -> None:
         self.items.append(Box(x, y, width, height, colour))
-        self.items += [Box(x, y, width, height, FRAME, HAIRLINE)] * is_framed
 
-    def show(self, x: float, y: float, pixels: np.ndarray, title: str = "") -> None:
-        self.items.append(Picture(x, y, pixels, title))
+    def frame(self, x: float, y: float, width: float, height: float, colour: Any) -> None:
+        """A rectangle of one colour in a thin frame."""
+        self.items += [Box(x, y, width, height, colour), Box(x, y, width, height, FRAME, HAIRLINE)]
 
 
 # Maps in colour
@@ -3023,79 +2798,64 @@ def colours_of(style: FigureStyle) -> np.ndarray:
     return colour_table(DIVERGING if style.signed else style.colormap)
 
 
-def colour_at(place: float, style: FigureStyle) -> tuple[float, ...]:
-    """The colour at a place of the colour bar, 0 to 1, as matplotlib takes it."""
-    return tuple(colours_of(style)[round(255 * place)] / 255)
-
-
-def drawn_map(explanation: Explanation, style: FigureStyle) -> np.ndarray:
-    """What is drawn of a map: heat in [0, 1] or, signed, evidence for and against in [-1, 1]."""
-    peak = np.abs(explanation.raw_map).max()
-    return explanation.raw_map / peak if style.signed and peak > 0 else explanation.heatmap
-
-
 def has_colours(explanation: Explanation, style: FigureStyle) -> bool:
     """Whether there is anything to draw of a map."""
-    return bool(drawn_map(explanation, style).any())
+    return bool((explanation.raw_map if style.signed else explanation.heatmap).any())
 
 
-def resized(values: np.ndarray, height: int, width: int, low: float = 0) -> np.ndarray:
-    """A map (h, w) at (height, width): bicubic, cell centres aligned, clipped to [low, 1]."""
+def resized(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A map (h, w) in [0, 1] at (height, width): bicubic, cell centres aligned, clipped."""
     image = Image.fromarray(values.astype(np.float32, copy=False))
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).clip(low, 1)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
 
 
-def colour_levels(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
-    """A map as places in the table of colours: (height, width) uint8."""
-    values = resized(drawn_map(explanation, style), height, width, -1 if style.signed else 0)
-    return ((values + 1) * 127.5 if style.signed else values * 255).round().astype(np.uint8)
-
-
-def opacities(style: FigureStyle) -> np.ndarray:
-    """Opacity of each colour over the radiograph, (256,) uint8: it follows the heat, so cold bone stays."""
-    places = np.arange(256)
-    strength = np.maximum(np.abs(places - 127.5) - 0.5, 0) / 127 if style.signed else places / 255
-    return (OVERLAY_OPACITY * 255 * strength).round().astype(np.uint8)
+def colour_places(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
+    """A map that has colours as places on the colour bar, (height, width) in [0, 1]; signed, 0.5 is nothing."""
+    places = explanation.heatmap
+    if style.signed:
+        places = 0.5 + explanation.raw_map / (2 * np.abs(explanation.raw_map).max())
+    return resized(places, height, width)
 
 
 def heatmap_pixels(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
     """The map alone in colour, (height, width, 3) uint8; plain grey where there is none."""
     if not has_colours(explanation, style):
         return np.full((height, width, 3), 228, np.uint8)
-    return colours_of(style)[colour_levels(explanation, height, width, style)]
+    places = colour_places(explanation, height, width, style)
+    return colours_of(style)[(places * 255).round().astype(np.uint8)]
 
 
 def overlay_pixels(picture: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
-    """The map in colour over a radiograph (H, W, 3) uint8; a blank map leaves it as it is."""
-    if style.contours or not has_colours(explanation, style):
+    """The map in colour over a radiograph (H, W, 3) uint8; a blank map leaves it as it is.
+
+    Opacity follows the heat, so that cold bone stays as it is.
+    """
+    if not has_colours(explanation, style):
         return picture
-    levels = colour_levels(explanation, *picture.shape[:2], style)
-    coloured, mask = Image.fromarray(colours_of(style)[levels]), Image.fromarray(opacities(style)[levels])
+    places = colour_places(explanation, *picture.shape[:2], style)
+    if style.contours:
+        return with_contours(picture, places, style)
+    levels, heat = (places * 255).round().astype(np.uint8), np.arange(256) / 255
+    if style.signed:
+        heat = np.maximum(np.abs(np.arange(256) - 127.5) - 0.5, 0) / 127
+    opacity = (OVERLAY_OPACITY * 255 * heat).round().astype(np.uint8)
+    coloured, mask = Image.fromarray(colours_of(style)[levels]), Image.fromarray(opacity[levels])
     return np.asarray(Image.composite(coloured, Image.fromarray(picture), mask))
 
 
-def add_contours(
-    sheet: Sheet, x: float, y: float, width: float, height: float,
-    explanation: Explanation, style: FigureStyle,
-) -> None:  # fmt: skip
-    """Lines of equal heat, where they are asked for and there is any; signed, also of what speaks against."""
-    if style.contours and has_colours(explanation, style):
-        scale = 128 / min(width, height)
-        cells = [round(min(scale * side, 1024)) for side in (height, width)]
-        for sign in (1, -1)[: 1 + style.signed]:
-            places = [(1 + sign * level) / 2 if style.signed else level for level in CONTOURS]
-            shades = tuple(colour_at(place, style) for place in places)
-            heat = resized(sign * drawn_map(explanation, style), *cells)
-            if heat.max() > CONTOURS[0]:
-                sheet.items.append(Curves(x, y, width, height, heat, shades))
+def with_contours(picture: np.ndarray, places: np.ndarray, style: FigureStyle) -> np.ndarray:
+    """Lines of equal heat over a picture, each on a dark ground that shows on bright bone.
 
-
-def bare_overlay(pixels: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
-    """The overlay alone at the radiograph's own size, (H, W, 3) uint8, contours included."""
-    over, dpi = overlay_pixels(pixels, explanation, style), max(pixels.shape[:2]) / BARE_INCHES
-    sheet = Sheet(pixels.shape[1] / dpi, pixels.shape[0] / dpi)
-    add_contours(sheet, 0, 0, sheet.width, sheet.height, explanation, style)
-    return sheet_pixels(sheet, dpi, over) if sheet.items else over
+    A pixel's distance from a line is the difference in heat over the slope there.
+    """
+    image, slope = Image.fromarray(picture), np.maximum(np.hypot(*np.gradient(places)), 1e-6)
+    levels = SIGNED_CONTOURS if style.signed else CONTOURS
+    for width, is_ground in ((CONTOUR_WIDTH, True), (CONTOUR_WIDTH / 2, False)):
+        for level in levels:
+            pixels = max(picture.shape) * width / 2 - np.abs(places - level) / slope  # inside the line
+            mask = Image.fromarray((255 * (pixels + 0.5).clip(0, 1)).astype(np.uint8))
+            image.paste((0, 0, 0) if is_ground else tuple(colours_of(style)[round(255 * level)]), mask=mask)
+    return np.asarray(image)
 
 
 # Panels
@@ -3149,7 +2909,7 @@ def draw_picture(sheet: Sheet, x: float, y: float, view: View, pixels: np.ndarra
     """A picture with its title, whose last line sits on it."""
     lines = len(wrapped(title, BODY, view.column))
     sheet.paragraph(x, y - 0.06 - BODY.leading * lines, title, view.column, BODY)
-    sheet.show(x, y, pixels, title)
+    sheet.items.append(Picture(x, y, pixels, title))
 
 
 def draw_boxes(sheet: Sheet, x: float, y: float, view: View) -> None:
@@ -3168,25 +2928,23 @@ def draw_heatmap(sheet: Sheet, x: float, y: float, view: View, explanation: Expl
         lines = wrapped(explanation.blankness, SMALL, view.column - 0.3, 4)
         width, height = max(text_width(line, SMALL) for line in lines), SMALL.leading * len(lines)
         left, top = x + max(0.1, (view.width - width) / 2), y + max(0, (view.height - height) / 2)
-        sheet.fill(left - 0.1, top - 0.08, width + 0.2, height + 0.16, "white", is_framed=True)
+        sheet.frame(left - 0.1, top - 0.08, width + 0.2, height + 0.16, "white")
         sheet.paragraph(left, top, explanation.blankness, view.column - 0.3, SMALL, 4)
 
 
 def draw_overlay(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
     """The map over the radiograph."""
     draw_picture(sheet, x, y, view, overlay_pixels(view.picture, explanation, view.style), title)
-    add_contours(sheet, x, y, view.width, view.height, explanation, view.style)
     draw_boxes(sheet, x, y, view)
 
 
 def draw_colour_bar(sheet: Sheet, x: float, y: float, view: View) -> None:
-    """The scale of the maps, its greatest value at the top; none beside a picture too low for its ticks."""
+    """The scale of the maps, its greatest value at the top."""
     height, style = view.height, view.style
-    if height < 0.3:
-        return
     levels = np.linspace(255, 0, len(view.picture)).round().astype(np.uint8)
-    sheet.show(x, y, colours_of(style)[np.repeat(levels[:, None], round(0.16 * style.dpi), axis=1)])
-    for place in (0, 0.5, 1) if height > 0.5 else (0, 1):
+    levels = np.repeat(levels[:, None], round(0.16 * style.dpi), axis=1)
+    sheet.items.append(Picture(x, y, colours_of(style)[levels], ""))
+    for place in (0, 0.5, 1):
         value = 2 * place - 1 if style.signed else place
         sheet.write(x + 0.22, y + (1 - place) * height - SMALL.leading / 2, f"{value:g}")
     label = "against    evidence    for" if style.signed else "relative importance"
@@ -3200,24 +2958,19 @@ def draw_colour_bar(sheet: Sheet, x: float, y: float, view: View) -> None:
 
 def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
     """The prediction, and a line and a bar for each of the likeliest classes."""
-    names, last = explanation.model.class_names, y + 0.26 + PROBABILITY_ROOM
-    look = LARGE if text_width(drawable(explanation.prediction), LARGE) < 1.8 * width else MEDIUM
-    y = sheet.paragraph(x, y - 0.05, explanation.prediction, width, look)
+    y = sheet.paragraph(x, y - 0.05, explanation.prediction, width, LARGE, 4)
     sheet.write(x, y, f"Confidence: {explanation.confidence:.2%}", BODY)
-    y, count = y + 0.3, 0
-    for index in explanation.ranking:
+    y += 0.3
+    for index in explanation.ranking[:LISTED_CLASSES]:
         look = BOLD if index == explanation.predicted else BODY
-        below = y + look.leading * len(wrapped(names[index], look, width - 0.8))
-        if count and below > last:
-            break
         probability = float(explanation.probabilities[index])
         text = f"{probability:.2%}"
-        sheet.paragraph(x, y, names[index], width - 0.8, look)
         sheet.write(x + width - text_width(text, look), y, text, look)
-        sheet.fill(x, below, width, 0.075, TRACK)
-        sheet.fill(x, below, width * probability, 0.075, BAR)
-        y, count = below + 0.15, count + 1
-    if rest := explanation.ranking[count:]:
+        y = sheet.paragraph(x, y, explanation.model.class_names[index], width - 0.8, look)
+        sheet.fill(x, y, width, 0.075, TRACK)
+        sheet.fill(x, y, width * probability, 0.075, BAR)
+        y += 0.15
+    if rest := explanation.ranking[LISTED_CLASSES:]:
         together = float(explanation.probabilities[rest].sum())
         y = sheet.paragraph(x, y - 0.02, f"and {len(rest)} more, together {together:.2%}", width, FAINT)
     return y + 0.06
@@ -3227,16 +2980,17 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
     """The checks: those flagged in words, the others in one line, and what only the reader can judge."""
     if not explanation.findings:
         return y
+    passed = []
     for finding in explanation.findings:
+        check = CHECKS[finding.check]
         if finding.is_flagged:
             sheet.write(x, y, "⚠", ALERT)
-            title = CHECKS[finding.check].title
-            text = f"{title}: {finding.text}" if title else finding.text
+            text = f"{check.title}: {finding.text}" if check.title else finding.text
             y = sheet.paragraph(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
-        elif CHECKS[finding.check].about == "verify":
+        elif check.about == "verify":
             y = sheet.paragraph(x, y, marked_text(finding), width, SMALL, 3) + 0.03
-    plain = [each for each in explanation.findings if CHECKS[each.check].about != "verify"]
-    passed = [check_title(each.check) for each in plain if not each.is_flagged]
+        else:
+            passed.append(check.key.replace("_", " "))
     if passed:
         y = sheet.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
     if explanation.pointing:
@@ -3244,38 +2998,31 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
     return sheet.paragraph(x, y, READERS_CHECK, width) + 0.1
 
 
-def check_title(key: str) -> str:
-    return key.replace("_", " ")
-
-
-def explained_text(explanation: Explanation) -> str:
-    """The explained class, with its probability where it is not the predicted one."""
-    if explanation.explained == explanation.predicted:
-        return explanation.explained_class
-    return f"{explanation.probabilities[explanation.explained]:.2%} {explanation.explained_class}"
-
-
 def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str, str]]:
     """What the details panel lists: (label, value)."""
-    model, raw = explanation.model, explanation.raw_map
-    is_measured_on_demos = is_demo(model.checkpoint) and model.accuracy.endswith("%")
+    model, raw, method = explanation.model, explanation.raw_map, METHODS[explanation.method]
+    explained, accuracy = explanation.explained_class, model.accuracy
+    if explanation.explained != explanation.predicted:
+        explained = f"{explanation.probabilities[explanation.explained]:.2%} {explained}"
+    if is_demo(model.checkpoint) and accuracy.endswith("%"):
+        accuracy += " (synthetic test images)"
     h, w = raw.shape
-    relative = "" if style.signed else " (the colours are relative to it)"
     lines = [
-        ("Explained class", explained_text(explanation)),
+        ("Explained class", explained),
         ("Model", model.architecture),
         ("Checkpoint", printable(model.checkpoint.name)),
-        ("", model.accuracy + " (synthetic test images)" * is_measured_on_demos),
-        ("Method", METHODS[explanation.method].title),
+        ("", accuracy),
+        ("Method", method.title),
     ]
     if explanation.method.startswith("gradcam"):
         lines.append(("Target layer", model.family.target_layer))
     lines.append(("Map", f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"))
     if explanation.heatmap.any():
+        relative = "" if style.signed else " (the colours are relative to it)"
         lines.append(("Peak of raw map", f"{raw.max():.3g}{relative}"))
     if explanation.owed is not None:
         lines.append(("Sum of raw map", f"{raw.sum():.3g}, must be {explanation.owed:.3g}"))
-    if METHODS[explanation.method].compares:
+    if method.compares:
         lines.append(("Negative share", f"{explanation.negative_share:.0%} of the map's magnitude"))
     return lines
 
@@ -3297,9 +3044,11 @@ def guide_block(sheet: Sheet, x: float, y: float, width: float, style: FigureSty
     sheet.write(x, y, "How to read the heatmap", FAINT)
     y += 0.19
     for place, text in SIGNED_GUIDE if style.signed else READING_GUIDE:
-        sheet.fill(x, y + 0.02, 0.22, 0.13, colour_at(place, style), is_framed=True)
+        sheet.frame(x, y + 0.02, 0.22, 0.13, tuple(colours_of(style)[round(255 * place)] / 255))
         y = max(sheet.paragraph(x + 0.32, y, text, width - 0.32), y + 0.19)
-    for text in ("Lines: 25, 50 and 75 % of the maximum.",) * style.contours + READING_ADVICE:
+    if style.contours:
+        y = sheet.paragraph(x, y + 0.01, "Lines: 25, 50 and 75 % of the maximum.", width)
+    for text in READING_ADVICE:
         y = sheet.paragraph(x, y + 0.01, text, width)
     return y + 0.05
 
@@ -3321,12 +3070,10 @@ def draw_details(
 # Figures
 
 
-def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool, beside: float = 0) -> float:
-    """The title, a tag for demo networks and the file's name; returns where they end.
-
-    So many inches at the right of the page are left to what lies `beside`.
-    """
-    room, tag = sheet.width - 2 * MARGIN - beside, 0.75 * is_from_demo
+def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool) -> float:
+    """The title, a tag for demo networks and the file's name; returns where they end."""
+    room = sheet.width - 2 * MARGIN
+    tag = 0.75 if is_from_demo else 0
     y = sheet.paragraph(MARGIN, 0.16, title, room - tag, LARGE)
     right = MARGIN + 0.15 + text_width(wrapped(title, LARGE, room - tag)[-1], LARGE)
     middle = y - LARGE.leading / 2
@@ -3341,7 +3088,7 @@ def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool, beside:
     return y + 0.28
 
 
-def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float, beside: float = 0) -> None:
+def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float) -> None:
     """What stands below every figure; ends the page."""
     methods = dict.fromkeys(METHODS[each.method].title for each in explanations)
     if is_demo(explanations[0].model.checkpoint):
@@ -3350,40 +3097,34 @@ def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float
     else:
         verb = "shows" if len(methods) == 1 else "show"
         text = f"{', '.join(methods)} {verb} correlation, not cause. Not for diagnosis."
-    inches = sheet.width - 2 * MARGIN - beside
-    sheet.height = sheet.paragraph(MARGIN, bottom + 0.1, text, inches, FAINT) + 0.12
-
-
-ROW = ((0, 0), (1, 0), (2, 0), (3, 0))  # column and row of radiograph, heatmap, overlay and details
-GRID = ((0, 0), (1, 0), (0, 1), (1, 1))
-STACK = ((0, 0), (0, 1), (0, 2), (0, 3))
+    sheet.height = sheet.paragraph(MARGIN, bottom + 0.1, text, sheet.width - 2 * MARGIN, FAINT) + 0.12
 
 
 def explanation_figure(view: View, explanation: Explanation) -> Sheet:
-    """The 4-panel figure: radiograph, heatmap, overlay, prediction details."""
-    aspect, column, method = view.width / view.height, view.column, METHODS[explanation.method].title
-    cells = ROW if aspect < 0.6 else GRID if aspect < 2 else STACK  # what fills the page best
-    overlay = "Overlay (Model Focus)" + view.box_note
-    titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", overlay)
-    room, model = title_room(titles, column), explanation.model
-    across = [MARGIN + number * (column + GAP) + BAR_ROOM * (number > 1) for number in range(4)]
-    details_width = DETAILS_WIDTH if cells is ROW else column + BAR_ROOM - 0.1
-    beside = details_width + GAP if cells is ROW else 0  # there the details take the page's whole height
-    sheet = Sheet(across[cells[3][0]] + details_width + MARGIN)
-    top = draw_header(sheet, f"{method}: {model.title}", view.name, is_demo(model.checkpoint), beside) + room
-    places = [(across[number], top + row * (room + view.height + GAP / 2)) for number, row in cells]
-    draw_picture(sheet, *places[0], view, view.picture, titles[0])
-    draw_heatmap(sheet, *places[1], view, explanation, titles[1])
+    """The 4-panel figure: radiograph, heatmap, overlay, prediction details.
+
+    The narrow panels of long bones stand in one row.
+    """
+    column, model, method = view.column, explanation.model, METHODS[explanation.method].title
+    overlay_title = "Overlay (Model Focus)" + view.box_note
+    titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", overlay_title)
+    room = title_room(titles, column)
+    right, down = column + GAP, room + view.height + GAP / 2
+    offsets, details_width = [(0, 0), (right, 0), (0, down), (right, down)], column + BAR_ROOM - 0.1
+    if view.width < 0.6 * view.height:
+        third, details_width = 2 * right + BAR_ROOM, DETAILS_WIDTH
+        offsets = [(0, 0), (right, 0), (third, 0), (third + right, 0)]
+    sheet = Sheet(offsets[3][0] + details_width + 2 * MARGIN)
+    top = draw_header(sheet, f"{method}: {model.title}", view.name, is_demo(model.checkpoint)) + room
+    radiograph, heatmap, overlay, details = ((MARGIN + x, top + y) for x, y in offsets)
+    draw_picture(sheet, *radiograph, view, view.picture, titles[0])
+    draw_heatmap(sheet, *heatmap, view, explanation, titles[1])
     if has_colours(explanation, view.style):
-        draw_colour_bar(sheet, places[1][0] + view.width + 0.12, places[1][1], view)
-    draw_overlay(sheet, *places[2], view, explanation, titles[2])
-    x, y = places[3][0], MARGIN if cells is ROW else places[3][1] - room + 0.06
-    end = draw_details(sheet, x, y, details_width, explanation, view.style)
-    bottom = max(place[1] + view.height for place in places[:3])
-    draw_footer(sheet, [explanation], bottom if cells is ROW else max(bottom, end), beside)
-    sheet.height = max(sheet.height, end + 0.12)
-    left, (upper, lower) = x - GAP / 2, (0, sheet.height) if cells is ROW else (y - 0.06, max(bottom, end))
-    sheet.details = Box(left, upper, sheet.width - left, lower - upper, TRACK)
+        draw_colour_bar(sheet, heatmap[0] + view.width + 0.12, heatmap[1], view)
+    draw_overlay(sheet, *overlay, view, explanation, titles[2])
+    x, y = details
+    end = draw_details(sheet, x, y - room + 0.06, details_width, explanation, view.style)
+    draw_footer(sheet, [explanation], max(overlay[1] + view.height, end))
     return sheet
 
 
@@ -3401,13 +3142,6 @@ def agreement_text(explanations: Sequence[Explanation]) -> str:
     return f"Models disagree: {', '.join(said)}"
 
 
-def row_heading(explanation: Explanation) -> str:
-    heading = f"{explanation.model.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
-    if explanation.explained != explanation.predicted:
-        heading += f" (explained class: {explanation.explained_class})"
-    return heading
-
-
 def comparison_figure(
     view: View, explanations: Sequence[Explanation], overlap: Finding | None = None
 ) -> Sheet:
@@ -3422,12 +3156,16 @@ def comparison_figure(
     title = agreement_text(explanations) if agree(explanations) else "Models disagree"
     y = draw_header(sheet, title, view.name, is_demo(explanations[0].model.checkpoint))
     if overlap is not None:
-        text = "⚠ " * overlap.is_flagged + overlap.text
-        y = sheet.paragraph(MARGIN, y - 0.04, text, inches, ALERT if overlap.is_flagged else FAINT) + 0.06
+        text, look = (f"⚠ {overlap.text}", ALERT) if overlap.is_flagged else (overlap.text, FAINT)
+        y = sheet.paragraph(MARGIN, y - 0.04, text, inches, look) + 0.06
     for explanation in explanations:
-        y = sheet.paragraph(MARGIN, y, row_heading(explanation), inches, BOLD)
+        heading = f"{explanation.model.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
+        if explanation.explained != explanation.predicted:
+            heading += f" (explained class: {explanation.explained_class})"
+        y = sheet.paragraph(MARGIN, y, heading, inches, BOLD)
         flagged = "; ".join(finding.text for finding in explanation.findings if finding.is_flagged)
-        y = sheet.paragraph(MARGIN, y, f"⚠ {flagged}", inches, ALERT, 5) if flagged else y
+        if flagged:
+            y = sheet.paragraph(MARGIN, y, f"⚠ {flagged}", inches, ALERT, 5)
         titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay" + view.box_note)
         y += title_room(titles, view.column)
         draw_picture(sheet, across[0], y, view, view.picture, titles[0])
@@ -3443,16 +3181,12 @@ def comparison_figure(
 # Several methods
 
 
-def fill_share(
-    sheet: Sheet, x: float, y: float, width: float, height: float, share: float, text: str
-) -> None:
-    """A cell of a table, white for a share of 0 to blue for 1, with its text in the middle."""
-    shade = tuple(1 - share * (1 - part) for part in (0.23, 0.43, 0.65))  # towards the colour of the bars
-    sheet.fill(x, y, width - 0.03, height - 0.03, shade, is_framed=True)
+def draw_share(sheet: Sheet, x: float, y: float, share: float) -> None:
+    """A cell of a table, white for a share of 0 to blue for 1, with its number in the middle."""
+    width, height, text = 0.57, 0.25, f"{share:.2f}"
+    sheet.frame(x, y, width, height, tuple(1 - share * (1 - part) for part in (0.23, 0.43, 0.65)))
     look = Look(SMALL.points, "white" if share > 0.6 else INK)
-    left = x + (width - 0.03 - text_width(text, look)) / 2
-    if height > SMALL.leading:
-        sheet.write(left, y + (height - 0.03 - SMALL.leading) / 2, text, look)
+    sheet.write(x + (width - text_width(text, look)) / 2, y + (height - SMALL.leading) / 2, text, look)
 
 
 def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Explanation]) -> float:
@@ -3464,8 +3198,7 @@ def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Expla
         top = y + 0.22 + 0.28 * number
         sheet.write(x, top + 0.04, f"{number + 1}  {METHODS[explanation.method].title}")
         for place, other in enumerate(explanations):
-            share = shared_heat(explanation.heatmap, other.heatmap)
-            fill_share(sheet, x + first + place * cell, top, cell, 0.28, share, f"{share:.2f}")
+            draw_share(sheet, x + first + place * cell, top, shared_heat(explanation.heatmap, other.heatmap))
     return y + 0.22 + 0.28 * len(explanations)
 
 
@@ -3506,177 +3239,17 @@ def methods_figure(view: View, explanations: Sequence[Explanation], costs: Seque
     return sheet
 
 
-# The contact sheet of a run. Its data are the rows of the table, as text.
-
-
-def said_by(row: dict[str, str], model: Model, column: str) -> str:
-    """What a row says in one of a model's columns; empty where there is no such column."""
-    return row.get(f"{model.family.key}_{column}", "")
-
-
-def confidence_in(row: dict[str, str], model: Model) -> float:
-    return max(float(said_by(row, model, f"p_{name}")) for name in model.class_names)
-
-
-def flags_in(row: dict[str, str], models: Sequence[Model]) -> str:
-    """What is flagged about the maps of a row."""
-    flags = {model.title: said_by(row, model, "flags") for model in models}
-    flags |= {model.title: "blank map" for model in models if said_by(row, model, "blank_map") == "yes"}
-    return "; ".join(f"{title}: {text}" for title, text in flags.items() if text)
-
-
-def looked_at_first(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> list[dict[str, str]]:
-    """What a person should look at: wrong and sure, disagreements, the rest of the wrong, flagged maps."""
-
-    def order(row: dict[str, str]) -> tuple[int, float]:
-        wrong = [confidence_in(row, model) for model in models if said_by(row, model, "correct") == "no"]
-        surest = max(wrong, default=0)
-        kinds = surest >= SURE, row.get("agree") == "no", bool(wrong), bool(flags_in(row, models)), True
-        return kinds.index(True), -surest
-
-    ranked = sorted((row for row in rows if not row["error"]), key=order)
-    return [row for row in ranked if order(row)[0] < 4][:MAX_THUMBNAILS]
-
-
-def draw_confusion(
-    sheet: Sheet, x: float, y: float, width: float, rows: Sequence[dict[str, str]], model: Model
-) -> None:
-    """How often each true class (a line) was predicted as each class (a column)."""
-    names, first = model.class_names, 1.25
-    pairs = ((class_key(row["true_class"]), class_key(said_by(row, model, "predicted"))) for row in rows)
-    counts, keys = Counter(pairs), [class_key(name) for name in names]
-    cell, high, is_small = (width - first) / len(names), min(0.5, 1.4 / len(names)), len(names) > 3
-    sheet.write(x + first, y, "predicted as", FAINT)
-    top = y + 0.54
-    for number, name in enumerate(names):
-        label = f"{number + 1} {name}" if is_small else name
-        heading = str(number + 1) if is_small else name
-        if high > SMALL.leading:
-            sheet.paragraph(x + first + number * cell, y + 0.19, heading, cell - 0.06)
-            lines = wrapped(label, SMALL, first - 0.1, 1 if is_small else 2)
-            middle = top + number * high + (high - SMALL.leading * len(lines)) / 2
-            sheet.paragraph(x, middle, label, first - 0.1, SMALL, 1 if is_small else 2)
-        total = sum(counts[keys[number], key] for key in keys)
-        for place, key in enumerate(keys):
-            count = counts[keys[number], key]
-            corner = x + first + place * cell, top + number * high
-            fill_share(sheet, *corner, cell, high, count / total if total else 0, str(count))
-
-
-def draw_histogram(
-    sheet: Sheet, x: float, y: float, width: float, height: float,
-    rows: Sequence[dict[str, str]], model: Model,
-) -> None:  # fmt: skip
-    """How sure right and wrong predictions are, or all where the truth is not known.
-
-    In steps of 5 % from the least possible confidence.
-    """
-    lowest = 20 // len(model.class_names)  # in steps
-    right, wrong = Look(8.5, BAR, True), Look(8.5, WARNING, True)
-    looks = {"yes": right, "no": wrong} if rows[0]["true_class"] else {"": right}
-    said = [("right ", right), ("and ", FAINT), ("wrong ", wrong)] if len(looks) > 1 else []
-    steps = {side: Counter[int]() for side in looks}
-    for row in rows:
-        step = math.floor(confidence_in(row, model) * 20 + 1e-9)
-        steps[said_by(row, model, "correct")][min(19, max(lowest, step))] += 1
-    most = max(max(counts.values(), default=1) for counts in steps.values())
-    across = x
-    for text, look in [("Confidence of ", FAINT), *said, (f"predictions; the highest bar is {most}", FAINT)]:
-        sheet.write(across, y, text, look)
-        across += text_width(text, look)
-    base, step = y + 0.3 + height, width / (20 - lowest)
-    for side, counts in steps.items():
-        for place, count in counts.items():
-            left, tall = x + (place - lowest + 0.45 * (side == "no")) * step, height * count / most
-            sheet.fill(left, base - tall, 0.42 * step, tall, looks[side].colour)
-    sheet.fill(x, base, width, 0.012, INK)
-    sheet.write(x, base + 0.05, f"{lowest / 20:.0%}")
-    sheet.write(x + width - text_width("100%", SMALL), base + 0.05, "100%")
-
-
-def draw_model(
-    sheet: Sheet, y: float, rows: Sequence[dict[str, str]], model: Model,
-    mean_map: np.ndarray | None, style: FigureStyle,
-) -> float:  # fmt: skip
-    """How one model did in a run; returns where that ends."""
-    known = [row for row in rows if row["true_class"]]
-    right = sum(said_by(row, model, "correct") == "yes" for row in known)
-    told = f"{right / len(known):.1%} of {len(known)} right" if known else "no folder is named after a class"
-    sheet.write(MARGIN, y, f"{model.title}: {told}", BOLD)
-    y += 0.28
-    if known:
-        draw_confusion(sheet, MARGIN, y, 4.3, known, model)
-    if rows:
-        draw_histogram(sheet, MARGIN + 4.7, y, 5.2, 1.4, known or rows, model)
-    if mean_map is not None:
-        side = round(1.75 * style.dpi)
-        levels = (resized(mean_map, side, side) * 255).round().astype(np.uint8)
-        sheet.write(MARGIN + 10.4, y, "Mean map of this run", FAINT)
-        sheet.show(MARGIN + 10.4, y + 0.22, colour_table(style.colormap)[levels], "Mean map")
-    return y + (2.2 if rows else 0)
-
-
-def draw_thumbnail(
-    sheet: Sheet, x: float, y: float, inches: float, row: dict[str, str], models: Sequence[Model],
-    seen: tuple[np.ndarray, Explanation] | None, style: FigureStyle,
-) -> None:  # fmt: skip
-    """An image to look at, with its name, its true class and what each model said."""
-    name = Path(row["file"]).name
-    if seen is not None:
-        overlay = Image.fromarray(bare_overlay(*seen, style))
-        overlay.thumbnail((round(inches * style.dpi),) * 2, Image.Resampling.BILINEAR)
-        sheet.show(x, y, np.asarray(overlay), name)
-    y = sheet.paragraph(x, y + inches + 0.06, name, inches, Look(8.5, INK, True), 1)
-    if row["true_class"]:
-        y = sheet.paragraph(x, y, f"true: {row['true_class']}", inches, SMALL, 1)
-    for model in models:
-        said = f"{confidence_in(row, model):.1%} {said_by(row, model, 'predicted')}"
-        y = sheet.paragraph(x, y, said, inches, ALERT if said_by(row, model, "correct") == "no" else SMALL, 1)
-    if flags := flags_in(row, models):
-        sheet.paragraph(x, y, f"⚠ {flags}", inches, ALERT, 1)
-
-
-def summary_figure(
-    rows: Sequence[dict[str, str]], models: Sequence[Model], mean_maps: dict[str, np.ndarray],
-    seen: dict[str, tuple[np.ndarray, Explanation]], style: FigureStyle,
-) -> Sheet:  # fmt: skip
-    """The contact sheet of a run: how each model did, and the images to look at first.
-
-    `rows` are those of the table; mean maps (h, w) in [0, 1] go by the family's key, what was seen
-    (pictures (H, W, 3) uint8, with the explanation to show) by the row's file.
-    """
-    sheet, done, columns, inches = Sheet(13.6), [row for row in rows if not row["error"]], 6, 1.98
-    failed = f", {len(rows) - len(done)} failed" * (len(done) < len(rows))
-    is_from_demo = is_demo(models[0].checkpoint)
-    y = draw_header(sheet, f"Run over {len(done)} images{failed}", "", is_from_demo)
-    for model in models:
-        y = draw_model(sheet, y, done, model, mean_maps.get(model.family.key), style) + 0.1
-    first = looked_at_first(done, models)
-    title = "To look at first: wrong and sure, disagreements, other wrong ones, flagged maps"
-    sheet.write(MARGIN, y, title if first else "Nothing wrong, nothing flagged, no disagreement", BOLD)
-    pitch = inches + (len(models) + 3) * SMALL.leading + 0.2
-    for number, row in enumerate(first):
-        place = MARGIN + number % columns * (inches + 0.204), y + 0.28 + number // columns * pitch
-        draw_thumbnail(sheet, *place, inches, row, models, seen.get(row["file"]), style)
-    text = f"Demo networks: {DEMO_NOTICE}." if is_from_demo else "Not for diagnosis."
-    y += 0.28 + -(-len(first) // columns) * pitch
-    sheet.height = sheet.paragraph(MARGIN, y, text, sheet.width - 2 * MARGIN, FAINT) + 0.12
-    return sheet
-
-
 # Figures as files
 
 
-def sheet_pixels(sheet: Sheet, dpi: float, background: np.ndarray | None = None) -> np.ndarray:
-    """A sheet as pixels (H, W, 3) uint8, on white or on a background of its size."""
+def sheet_pixels(sheet: Sheet, dpi: float) -> np.ndarray:
+    """A sheet as pixels (H, W, 3) uint8, on white."""
     plain_matplotlib()
     from matplotlib.backends.backend_agg import RendererAgg
 
     renderer = RendererAgg(round(sheet.width * dpi), round(sheet.height * dpi), dpi)
     pixels = np.asarray(renderer.buffer_rgba())
     pixels[:] = 255
-    if background is not None:
-        pixels[:, :, :3] = background
     for item in sheet.items:
         item.draw(renderer, dpi, renderer.height / dpi)
     return pixels[:, :, :3]
@@ -3706,8 +3279,13 @@ def png(pixels: np.ndarray, dpi: float, digest: str = "") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
-def vector_bytes(sheet: Sheet, style: FigureStyle, digest: str) -> bytes:
-    """A sheet as PDF or SVG: texts and lines as such, pictures at the size of their panels, no date."""
+def figure_bytes(sheet: Sheet, style: FigureStyle, digest: str = "") -> bytes:
+    """A sheet as a file of the style's format that holds the digest of its job.
+
+    In PDF and SVG texts and lines stay such; pictures have the size of their panels.
+    """
+    if style.format == "png":
+        return png(sheet_pixels(sheet, style.dpi), style.dpi, digest)
     plain_matplotlib()
     from matplotlib.artist import Artist
     from matplotlib.figure import Figure
@@ -3724,19 +3302,178 @@ def vector_bytes(sheet: Sheet, style: FigureStyle, digest: str) -> bytes:
     return file.getvalue()
 
 
-def figure_bytes(sheet: Sheet, style: FigureStyle, digest: str = "") -> bytes:
-    """A sheet as a file of the style's format that holds the digest of its job."""
-    if style.format == "png":
-        return png(sheet_pixels(sheet, style.dpi), style.dpi, digest)
-    return vector_bytes(sheet, style, digest)
+# ------------------------------------------------------------------------------------------
+# Truth: what folders and --truth tell of an image
+# ------------------------------------------------------------------------------------------
+
+TEST_TRUTH = TEST_IMAGES / "fracture_boxes.csv"  # used by itself for the images beside it
+SIDES = ("x0", "y0", "x1", "y1")
+TRUTH_COLUMNS = {  # how a table's header may call them, in any case
+    "file": ("file", "filename", "image", "path"),
+    "class": ("class", "label"),
+    "x0": ("x0", "xmin"),
+    "y0": ("y0", "ymin"),
+    "x1": ("x1", "xmax"),
+    "y1": ("y1", "ymax"),
+}
+NEGATIONS = {"no", "non", "not", "without"}
+
+
+def words_of(text: str) -> list[str]:
+    """Words and numbers in small letters: Simple_Fracture1 and simpleFracture 1 hold the same three."""
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
+    return re.findall(r"[^\W\d_]+|\d+", parted.casefold())
+
+
+def short_class(name: str, names: Sequence[str]) -> str:
+    """A class's name without the words that every class has, such as Fracture."""
+    common = set.intersection(*(set(each.split()) for each in names))
+    return " ".join(word for word in name.split() if word not in common) or name
+
+
+def named_class(text: str, class_names: Sequence[str]) -> str:
+    """The one class that a text names, whole or by the words it alone has (simple); else nothing."""
+    for name in class_names:
+        if class_key(name) == class_key(text):
+            return name
+    words, own = words_of(text), {name: words_of(short_class(name, class_names)) for name in class_names}
+    found = [name for name in class_names if all(is_among(each, words) for each in own[name])]
+    if len(found) != 1 or NEGATIONS & (set(words) - set(own[found[0]])):
+        return ""
+    return found[0]
+
+
+def is_among(own: str, words: Sequence[str]) -> bool:
+    """Whether a word is there, or one that begins so; short ones begin too many others."""
+    return any(word == own or (len(own) > 3 and word.startswith(own)) for word in words)
+
+
+def folder_class(image: Path, class_names: Sequence[str]) -> str:
+    """The class that the nearest folder above an image names, or nothing."""
+    folders = Path(os.path.abspath(image)).parents
+    return next((name for each in folders if (name := named_class(each.name, class_names))), "")
+
+
+def known_truth(
+    table: Path | None, images: Sequence[Path], is_anonymous: bool
+) -> tuple[dict[str, Truth], str, list[str]]:
+    """Truth by the real path of the image, of a table or the test images' own; its mark; what to say."""
+    if table is None:
+        are_ours = any(TEST_IMAGES in Path(os.path.realpath(image)).parents for image in images)
+        if not (are_ours and TEST_TRUTH.is_file()):
+            return {}, "", []
+    path = table or TEST_TRUTH
+    truths, missing = read_truth(path, images)
+    notes = []
+    if missing and table:
+        which = len(missing) if is_anonymous else listed(missing)
+        notes.append(f"ℹ️  {shown(path)}: images that are neither beside it nor in this run: {which}")
+    return truths, file_mark(path), notes
+
+
+def read_truth(path: Path, images: Sequence[Path]) -> tuple[dict[str, Truth], list[str]]:
+    """A table's truths by the real path of the image, and the names of images that are not there.
+
+    Names start from the table's folder; one that is not there may be the name of an image of the
+    run. Several lines for an image are several boxes. Raises ExplainError, with the line.
+    """
+    by_name = defaultdict(list)
+    for image in images:
+        by_name[image.name].append(image)
+    truths: dict[str, Truth] = defaultdict(Truth)
+    missing = []
+    for number, cells in truth_rows(path):
+        name = cells["file"].replace("\\", "/")
+        twins = by_name[Path(name).name]
+        image = path.parent / name
+        if not os.path.isfile(image):
+            if len(twins) != 1:
+                missing.append(name)
+                continue
+            image = twins[0]
+        key = os.path.realpath(image)
+        try:
+            truths[key] = extended(truths[key], cells)
+        except ExplainError as error:
+            raise ExplainError(f"{shown(path)}, line {number}: {error}; correct it") from error
+    return truths, missing
+
+
+def truth_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line numbers and cells of a table, between commas, semicolons or tabs. Raises ExplainError."""
+    with naming(path), open_regular(path) as file:
+        lines = decoded_text(file.read()).splitlines()
+    header = lines[0] if lines else ""
+    reader = csv.reader(lines, delimiter=max(",;\t", key=header.count), skipinitialspace=True)
+    titles = [title.strip().casefold() for title in next(reader, [])]
+    places = {
+        name: titles.index(spelling)
+        for name, spellings in TRUTH_COLUMNS.items() for spelling in spellings if spelling in titles
+    }  # fmt: skip
+    if "file" not in places or len(places) < 2:
+        cause = f"its first line is {brief(header)}"
+        raise refusal(path, cause, "begin with names of columns: file and any of class, x0, y0, x1, y1")
+    for row in reader:
+        cells = {name: row[place].strip() if place < len(row) else "" for name, place in places.items()}
+        if any(cells.values()):
+            yield reader.line_num, cells
+
+
+def decoded_text(content: bytes) -> str:
+    """Text as spreadsheet programs save it: UTF-8, UTF-16 with its mark, or else Windows' own."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", errors="replace")
+
+
+def extended(truth: Truth, cells: dict[str, str]) -> Truth:
+    """What is known of an image with one more line of a table. Raises ExplainError, without the line."""
+    name = cells.get("class", "")
+    if name and truth.name and class_key(name) != class_key(truth.name):
+        raise ExplainError(f"class {brief(name)}, and {brief(truth.name)} on a line before")
+    texts = [cells.get(side, "") for side in SIDES]
+    if not any(texts):
+        return Truth(name or truth.name, truth.boxes)
+    try:
+        box = tuple(float(text.replace(",", ".")) for text in texts)  # decimal commas go with semicolons
+    except ValueError as error:
+        raise ExplainError(f"{', '.join(SIDES)} are {brief(', '.join(texts))}, not four numbers") from error
+    if not (all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]):
+        raise ExplainError(f"{', '.join(SIDES)} are {', '.join(texts)}, not x0 < x1 and y0 < y1")
+    return Truth(name or truth.name, (*truth.boxes, box))
+
+
+def told_truth(job: Job, class_names: Sequence[str]) -> tuple[Job, str]:
+    """A job that knows its true class, of its table or its folders; and the table's word that is no class."""
+    word = job.truth.name
+    if word.isdecimal() and int(word) < len(class_names):
+        name = class_names[int(word)]
+    else:
+        name = named_class(word, class_names) if word else folder_class(job.image, class_names)
+    told = dataclasses.replace(job.truth, name=name)
+    return dataclasses.replace(job, truth=told), "" if name else word
+
+
+def boxes_in_shares(boxes: Sequence[Region], width: int, height: int) -> tuple[list[Region], list[str]]:
+    """Boxes in shares of the image's sides, cut at its edges, and notes on those that reach outside."""
+    shares, notes = [], []
+    for x0, y0, x1, y1 in boxes:
+        cut = max(0, x0), max(0, y0), min(width, x1), min(height, y1)
+        if cut[0] < cut[2] and cut[1] < cut[3]:
+            shares.append((cut[0] / width, cut[1] / height, cut[2] / width, cut[3] / height))
+        if cut != (x0, y0, x1, y1):
+            place = f"the box {x0:g}, {y0:g}, {x1:g}, {y1:g}"
+            notes.append(f"{place} reaches outside the image of {width} x {height} pixels: only what is inside counts")
+    return shares, notes
 
 
 # ------------------------------------------------------------------------------------------
 # Outputs: names and files
 # ------------------------------------------------------------------------------------------
 
-TABLE_NAME = "summary.csv"
-SHEET_STEM = "summary"  # of the contact sheet's name, which ends as the figures' do
 MAX_STEM_BYTES = 210  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
 ZIP_DIRECTORY_BYTES = 1_000_000  # holds that of 10,000 tensors
 PROBE_BYTES = 4_000_000  # room that an output folder must have: the figures of one image
@@ -3754,18 +3491,7 @@ def check_output_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(PROBE_BYTES))
     except OSError as error:
-        if folder.exists() and not folder.is_dir():
-            raise refusal(folder, "a file, not a folder", "choose another place with --output-dir") from error
         raise unwritable(folder, error) from error
-
-
-def check_temporary_folder() -> None:
-    """Raise ExplainError where torch and matplotlib would find no folder for what they keep during a run."""
-    try:
-        tempfile.gettempdir()
-    except OSError as error:
-        cause = "no folder for temporary files can be written"
-        raise ExplainError(f"{cause}; set TMPDIR to one that can") from error
 
 
 def unwritable(path: Path, error: OSError) -> ExplainError:
@@ -3788,6 +3514,36 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# Names
+
+
+def display_names(labels: Sequence[str]) -> list[str]:
+    """What figures and console call images: their names; with the folder where two have the same one."""
+    paths = [Path(label) for label in labels]
+    times = Counter(path.name for path in paths)
+    folders = [path.absolute().parent.name for path in paths]
+    return numbered(
+        f"{folder}/{path.name}" if times[path.name] > 1 else path.name for path, folder in zip(paths, folders)
+    )
+
+
+def numbered(labels: Iterable[str]) -> list[str]:
+    """The labels, with a number behind each that came before."""
+    times: Counter[str] = Counter()
+    told = []
+    for label in labels:
+        times[label] += 1
+        told.append(f"{label}_{times[label]}" if times[label] > 1 else label)
+    return told
+
+
+def content_label(image: Path) -> str:
+    """A name that says nothing about whom the image shows: the start of its content's SHA-256."""
+    with contextlib.suppress(ExplainError):
+        return file_digest(image)[:8]
+    return hashlib.sha256(os.fsencode(image)).hexdigest()[:8]  # what is wrong is said when it is read
 
 
 def short_stem(stem: str) -> str:
@@ -3813,11 +3569,32 @@ def output_stems(labels: Sequence[str]) -> list[str]:
     for path in paths:
         folder = path.absolute().parent.name if counts[path.stem.casefold()] > 1 else ""
         wanted = short_stem(f"{folder}_{path.stem}" if folder else path.stem)
-        numbered = (f"{wanted}_{number}" for number in itertools.count(2))
-        names = itertools.chain([wanted], numbered)
+        names = itertools.chain([wanted], (f"{wanted}_{number}" for number in itertools.count(2)))
         stems.append(next(stem for stem in names if stem.casefold() not in taken))
         taken.add(stems[-1].casefold())
     return stems
+
+
+def prefix_of(kind: str, method: str, key: str = "") -> str:
+    """How the name of an output begins; Grad-CAM, which came first, is not named."""
+    return "_".join(filter(None, (kind, "" if method == "gradcam" else method, key)))
+
+
+def page_prefixes(keys: Sequence[str], methods: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """How the names of an image's figures begin, and which of its explanations each shows."""
+    made = list(itertools.product(keys, methods))  # in the order in which they are explained
+    pages = {f"{method}_{key}": (index,) for index, (key, method) in enumerate(made)}
+    if len(keys) > 1:
+        for method in methods:
+            shown_here = tuple(index for index, pair in enumerate(made) if pair[1] == method)
+            pages[prefix_of("comparison", method)] = shown_here
+    if len(methods) > 1:
+        for key in keys:
+            pages[f"methods_{key}"] = tuple(index for index, pair in enumerate(made) if pair[0] == key)
+    return pages
+
+
+# Jobs
 
 
 def file_mark(path: Path) -> str:
@@ -3835,6 +3612,11 @@ def file_mark(path: Path) -> str:
     return ""
 
 
+def digest_of(*parts: object) -> str:
+    """A short checksum of values that have a repr of their own."""
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 def make_jobs(
     images: Sequence[Path], labels: Sequence[str], keys: Sequence[str], methods: Sequence[str],
     folder: Path, kinds: Sequence[str], ending: str, asked: object,
@@ -3845,70 +3627,58 @@ def make_jobs(
 
     Raises ExplainError where an output would replace one of the images, or another output.
     """
-    shown_by = page_prefixes(keys, methods) if "figures" in kinds else {}
     made = list(itertools.product(keys, methods))
-    map_prefixes = [prefix_of("map", method, key) for key, method in made if "maps" in kinds]
+    shown_by = page_prefixes(keys, methods) if "figures" in kinds else {}
+    map_prefixes = [prefix_of("map", method, key) for key, method in made] if "maps" in kinds else []
     bare = [prefix_of(kind, method, key) for key, method in made for kind in ("heatmap", "overlay")]
+    panel_prefixes = ["radiograph", *bare] if "panels" in kinds else []
     jobs = [
         Job(
-            image,
-            label,
-            tuple(Page(folder / f"{prefix}_{stem}.{ending}", shows) for prefix, shows in shown_by.items()),
-            tuple(folder / f"{prefix}_{stem}.npy" for prefix in map_prefixes),
-            digest_of(asked, file_mark(image)),
-            tuple(folder / f"{prefix}_{stem}.png" for prefix in ("radiograph", *bare) if "panels" in kinds),
+            image=image,
+            label=label,
+            name=name,
+            pages=tuple(Page(folder / f"{prefix}_{stem}.{ending}", shows) for prefix, shows in shown_by.items()),
+            maps=tuple(folder / f"{prefix}_{stem}.npy" for prefix in map_prefixes),
+            panels=tuple(folder / f"{prefix}_{stem}.png" for prefix in panel_prefixes),
+            digest=digest_of(asked, file_mark(image)),
         )
-        for image, label, stem in zip(images, labels, output_stems(labels))
+        for image, label, name, stem in zip(images, labels, display_names(labels), output_stems(labels))
     ]
+    check_outputs_apart(jobs, images, folder)
+    return jobs
+
+
+def check_outputs_apart(jobs: Sequence[Job], images: Sequence[Path], folder: Path) -> None:
+    """Raise ExplainError where an output would replace an image, or another output."""
     inputs = {os.path.realpath(image) for image in images}
     times = Counter(path for job in jobs for path in job.outputs)
-    for path in (folder / TABLE_NAME, folder / f"{SHEET_STEM}.{ending}", *times):
+    for path in (folder / TABLE_NAME, *times):
         if os.path.realpath(path) in inputs:
             cause = "is an input of this run and would be replaced"
             raise refusal(path, cause, "choose another --output-dir")
         if times[path] > 1:  # comparison_ig_x: of x by Integrated Gradients, or of ig_x by Grad-CAM
             raise refusal(path, "two results of this run would have this name", "run one --method at a time")
-    return jobs
 
 
-def prefix_of(kind: str, method: str, key: str = "") -> str:
-    """How the name of an output begins; Grad-CAM, which came first, is not named."""
-    return "_".join(filter(None, (kind, method if method != "gradcam" else "", key)))
+def is_finished(job: Job) -> bool:
+    """Whether every file that a job would write is there, and came of the same job."""
+    return all(digest_in(path) in (job.digest, "") for path in job.outputs)
 
 
-def page_prefixes(keys: Sequence[str], methods: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """How the names of an image's figures begin, and which of its explanations each shows."""
-    made = list(itertools.product(keys, methods))  # in the order in which they are explained
-    pages = {f"{method}_{key}": (index,) for index, (key, method) in enumerate(made)}
-    for method in methods if len(keys) > 1 else ():
-        pages[prefix_of("comparison", method)] = tuple(
-            index for index, pair in enumerate(made) if pair[1] == method
-        )
-    for key in keys if len(methods) > 1 else ():
-        pages[f"methods_{key}"] = tuple(index for index, pair in enumerate(made) if pair[0] == key)
-    return pages
+def digest_in(path: Path) -> str | None:
+    """The digest of the job that wrote a file; "" where it holds none, None where it is not whole."""
+    try:
+        with open_regular(path) as file:
+            if path.suffix == ".json":
+                return json.load(file)["digest"]
+            if path.suffix in DIGEST_PLACES:
+                return DIGEST_PLACES[path.suffix].search(file.read())[1].decode()
+            return ""
+    except (ExplainError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def content_label(image: Path) -> str:
-    """A name that says nothing about whom the image shows: the start of its content's SHA-256."""
-    with contextlib.suppress(ExplainError):
-        return file_digest(image)[:8]
-    return hashlib.sha256(os.fsencode(image)).hexdigest()[:8]  # what is wrong is said when it is read
-
-
-def numbered(labels: Iterable[str]) -> list[str]:
-    """The labels, with a number behind each that came before."""
-    times: Counter[str] = Counter()
-    told = []
-    for label in labels:
-        times[label] += 1
-        told.append(f"{label}_{times[label]}" if times[label] > 1 else label)
-    return told
-
-
-def digest_of(*parts: object) -> str:
-    """A short checksum of values that have a repr of their own."""
-    return hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+# Figures, pictures and maps as files
 
 
 def page_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
@@ -3918,15 +3688,13 @@ def page_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
     if explanations[0].method == explanations[1].method:
         return comparison_figure(view, explanations, map_agreement(explanations))
     passes = [METHODS[each.method].passes for each in explanations]
-    return methods_figure(
-        view, explanations, [f"{count} {'passes' if count > 1 else 'pass'}" for count in passes]
-    )
+    return methods_figure(view, explanations, ["1 pass" if count == 1 else f"{count} passes" for count in passes])
 
 
 def write_page(result: Result, page: Page, style: FigureStyle) -> None:
     """Draw one figure of a job and write it. Raises ExplainError where it cannot be written."""
     explanations = [result.explanations[index] for index in page.shows]
-    view = View(result.picture, result.job.name, style, (result.box,) if result.box else ())
+    view = View(result.picture, result.job.name, style, result.boxes)
     try:
         content = figure_bytes(page_figure(view, explanations), style, result.job.digest)
     except MemoryError as error:
@@ -3942,27 +3710,11 @@ def write_panels(result: Result, style: FigureStyle) -> None:
     pictures = [pixels]
     for explanation in result.explanations:
         pictures.append(heatmap_pixels(explanation, *pixels.shape[:2], style))
-        pictures.append(bare_overlay(pixels, explanation, style))
+        pictures.append(overlay_pixels(pixels, explanation, style))
     for path, picture in zip(result.job.panels, pictures):
         content = png(picture, style.dpi, result.job.digest)
         with replacing(path) as file:
             file.write(content)
-
-
-def write_contact_sheet(
-    path: Path, rows: Sequence[dict[str, str]], highlights: Highlights, style: FigureStyle
-) -> None:
-    """The contact sheet of a run. Raises ExplainError where it cannot be written."""
-    sheet = summary_figure(rows, highlights.models, highlights.mean_maps, highlights.seen, style)
-    content = figure_bytes(sheet, style, rows_digest(rows))
-    with replacing(path) as file:
-        file.write(content)
-
-
-def rows_digest(rows: Sequence[dict[str, str]]) -> str:
-    """What tells the contact sheet of these rows from that of others."""
-    told = ("file", "true_class", "digest", "error")
-    return digest_of(sorted([row.get(name, "") for name in told] for row in rows))
 
 
 def write_maps(result: Result) -> None:
@@ -3976,7 +3728,7 @@ def write_maps(result: Result) -> None:
 
 
 def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
-    """Everything that a raw map depends on, and what it must sum to."""
+    """Everything that a raw map depends on, and what was found about it."""
     model, method = explanation.model, METHODS[explanation.method]
     return {
         "image": shown(Path(job.label)),
@@ -3998,7 +3750,7 @@ def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
         "preprocessing": dataclasses.asdict(model.preprocessing),
         "checks": {finding.check: told_finding(finding) for finding in explanation.findings},
         "true_box": explanation.pointing and dataclasses.asdict(explanation.pointing),
-        "versions": {name: version(name) for name in ("torch", "timm", "numpy", "pillow")},
+        "versions": {name: version(name) for name in LIBRARIES},
         "digest": job.digest,
     }
 
@@ -4019,33 +3771,15 @@ def file_digest(path: Path) -> str:
         raise refusal(path, "changed or removed during the run", "run again") from error
 
 
-def is_finished(job: Job) -> bool:
-    """Whether every file that a job would write is there, and came of the same job."""
-    return all(digest_in(path) in (job.digest, "") for path in job.outputs)
-
-
-def digest_in(path: Path) -> str | None:
-    """The digest of the job that wrote a file; "" where it holds none, None where it is not whole."""
-    try:
-        with open_regular(path) as file:
-            if path.suffix == ".json":
-                return json.load(file)["digest"]
-            if path.suffix in DIGEST_PLACES:
-                return DIGEST_PLACES[path.suffix].search(file.read())[1].decode()
-            return ""
-    except (ExplainError, OSError, SyntaxError, ValueError, KeyError, TypeError):
-        return None
-
-
 # ------------------------------------------------------------------------------------------
-# The table of results
+# The table of results: a row for each image explained into the folder
 # ------------------------------------------------------------------------------------------
 
-
-def true_class(image: Path, class_names: Sequence[str]) -> str:
-    """The class that the image's folder names (simple_fracture, Simple Fracture ...), or nothing."""
-    folder = class_key(Path(os.path.abspath(image)).parent.name)
-    return next((name for name in class_names if class_key(name) == folder), "")
+TABLE_NAME = "summary.csv"
+LOCK_NAME = ".summary.lock"
+TEXT_CODING = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+BYTE_ORDER_MARK = "\ufeff"  # tells spreadsheet programs that it is UTF-8
+FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?$)[=+@-]")  # what spreadsheet programs would compute; not -0.5
 
 
 def yes_or_no(value: bool) -> str:
@@ -4053,8 +3787,8 @@ def yes_or_no(value: bool) -> str:
 
 
 def flags_text(explanation: Explanation) -> str:
-    """The keys of the flagged checks of a map; low confidence has a column of its own."""
-    return ", ".join(each.check for each in flagged_findings(explanation.findings, "map", "verify"))
+    """The keys of the flagged checks of an explanation."""
+    return ", ".join(each.check for each in explanation.findings if each.is_flagged)
 
 
 def value_text(explanation: Explanation, check: str) -> str:
@@ -4071,6 +3805,8 @@ def box_text(pointed: Pointing | None, name: str) -> str:
     return yes_or_no(value) if name == "is_inside" else f"{value:.6f}"
 
 
+FIRST_COLUMNS = ("predicted", "confidence", "correct", "flags")  # of each model; the rest stand behind
+
 MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from explanation and true class
     "predicted": lambda explanation, truth: explanation.prediction,
     "confidence": lambda explanation, truth: f"{explanation.confidence:.6f}",
@@ -4086,9 +3822,9 @@ MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from
 
 
 MAP_COLUMNS: dict[str, Callable[[Explanation], str]] = {  # by name: from explanation
+    "flags": flags_text,
     "raw_peak": lambda explanation: f"{explanation.raw_map.max():.6g}",
     "blank_map": lambda explanation: yes_or_no(not explanation.heatmap.any()),
-    "flags": flags_text,
     **{
         key: lambda explanation, key=key: value_text(explanation, key)
         for key, check in CHECKS.items()
@@ -4104,17 +3840,6 @@ MAP_COLUMNS: dict[str, Callable[[Explanation], str]] = {  # by name: from explan
 SUM_COLUMNS = ("sum", "sum_owed", "negative_share")  # of methods that compare with a reference
 
 
-def table_columns(models: Sequence[Model], methods: Sequence[str] = ("gradcam",)) -> list[str]:
-    columns = ["file", "true_class"]
-    for model in models:
-        columns += [f"{model.family.key}_{name}" for name in MODEL_COLUMNS]
-        columns += [
-            f"{model.family.key}_{name}" for key in methods for name in map_columns(key, key == methods[0])
-        ]
-        columns += [f"{model.family.key}_p_{name}" for name in model.class_names]
-    return [*columns, "agree", AGREEMENT, "notes", "digest", "outputs", "error"]
-
-
 def map_columns(method: str, is_first: bool) -> dict[str, Callable[[Explanation], str]]:
     """What the table says of each map by a method; the first method's columns go without its name."""
     has_sum = METHODS[method].compares
@@ -4122,16 +3847,28 @@ def map_columns(method: str, is_first: bool) -> dict[str, Callable[[Explanation]
     return {name if is_first else f"{method}_{name}": text_of for name, text_of in wanted.items()}
 
 
+def table_columns(models: Sequence[Model], methods: Sequence[str] = ("gradcam",)) -> list[str]:
+    """All columns that the rows of a run may fill, in the order of need."""
+    maps = [name for method in methods for name in map_columns(method, method == methods[0])]
+    first = [f"{model.family.key}_{name}" for model in models for name in FIRST_COLUMNS]
+    rest = [
+        f"{model.family.key}_{name}"
+        for model in models
+        for name in (*MODEL_COLUMNS, *maps, *(f"p_{name}" for name in model.class_names))
+        if name not in FIRST_COLUMNS
+    ]
+    return ["file", "true_class", *first, "agree", AGREEMENT, "pair_flags", "error", "notes", *rest, "digest", "outputs"]
+
+
 def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
     """One image's results, as text: yes, no, or empty where it cannot be said."""
-    job, truth = result.job, true_class(result.job.image, models[0].class_names)
+    job, truth = result.job, result.job.truth.name
     row = {"file": job.label, "true_class": truth, "notes": "; ".join(result.notes), "error": result.error}
     if result.error:
         return row
     for explanation in result.explanations:
-        for name, text_of in map_columns(
-            explanation.method, explanation.method == result.explanations[0].method
-        ).items():
+        is_first = explanation.method == result.explanations[0].method
+        for name, text_of in map_columns(explanation.method, is_first).items():
             row[f"{explanation.model.family.key}_{name}"] = text_of(explanation)
     for explanation in result.opinions:
         model = explanation.model
@@ -4141,10 +3878,11 @@ def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
             row[f"{model.family.key}_p_{name}"] = f"{probability:.6f}"
     if len(models) > 1:
         row["agree"] = yes_or_no(agree(result.opinions))
-        overlap = map_agreement(result.opinions)
-        row[AGREEMENT] = f"{overlap.value:.6f}" if overlap else ""
+        if overlap := map_agreement(result.opinions):
+            row[AGREEMENT] = f"{overlap.value:.6f}"
+            row["pair_flags"] = AGREEMENT if overlap.is_flagged else ""
     files = [path.name for path in job.outputs if path.suffix != ".json"]
-    return row | {"digest": job.digest, "outputs": ";".join(files)}
+    return row | {"digest": job.digest, "outputs": json.dumps(files, ensure_ascii=False)}
 
 
 def is_right(explanation: Explanation, truth: str) -> bool:
@@ -4156,64 +3894,117 @@ def row_key(file: str) -> str:
     return os.path.abspath(file)
 
 
-def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The whole rows of an earlier run's table, by `row_key`.
+# The file. Other runs may write to it at the same time: each row goes in under a lock.
 
-    Raises ExplainError where the table cannot be read or has other columns than this run's.
-    """
+
+@contextlib.contextmanager
+def table_alone(folder: Path) -> Iterator[Path]:
+    """A folder's table, held against other runs where the system can. Raises ExplainError."""
     path = folder / TABLE_NAME
     try:
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames not in (None, columns):
-                other = "another --model or --method, other classes, or another version of this tool"
-                cause = f"its columns are not those of this run ({other})"
-                raise refusal(path, cause, "move it away, or choose another --output-dir")
-            return {row_key(row["file"]): row for row in reader if None not in (*row, *row.values())}
-    except FileNotFoundError:
-        return {}
-    except (OSError, csv.Error) as error:
-        raise refusal(path, f"cannot be read ({error})", "move it away") from error
-
-
-def keep_table(folder: Path) -> list[str]:
-    """Rename an earlier run's table, so that none is ever lost; what to say of it."""
-    path = folder / TABLE_NAME
-    names = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(1))
-    try:
-        if not path.exists():
-            return []
-        other = next(name for name in names if not os.path.lexists(name))
-        os.rename(path, other)
-        return [f"ℹ️  {shown(path)}: the table of an earlier run, kept as {other.name}"]
+        with open(folder / LOCK_NAME, "w") as lock:
+            if fcntl:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+            yield path
     except OSError as error:
         raise unwritable(path, error) from error
 
 
-@contextlib.contextmanager
-def open_table(
-    folder: Path, columns: Sequence[str], kept: Iterable[dict[str, str]]
-) -> Iterator[Callable[[dict[str, str]], None]]:
-    """Write summary.csv row by row, each out of this process's hands before the next, after the kept rows."""
-    path = folder / TABLE_NAME
+def drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a crash left without its end, and say so."""
+    with open(path, "rb+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+                warn(f"ℹ️  {shown(path)}: its last line was torn, as a crash leaves it, and is dropped")
+
+
+def table_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]] | None:
+    """The rows of a table, with all columns; none of a missing one, None of one with other columns."""
+    if not path.exists():
+        return []
+    drop_torn_line(path)
+    with open(path, **TEXT_CODING) as file:
+        reader = csv.DictReader([line.removeprefix(BYTE_ORDER_MARK) for line in file])
+    try:
+        if not set(reader.fieldnames or ()) <= set(columns):
+            return None
+        return [{name: plain_text(row.get(name) or "") for name in columns} for row in reader]
+    except csv.Error:  # a line longer than any that is written here
+        return None
+
+
+def own_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of the table that this run writes. Raises ExplainError where another run has replaced it."""
+    rows = table_rows(path, columns)
+    if rows is None:
+        cause = "another run made it anew, with other columns"
+        raise refusal(path, cause, "give each --model and --method an --output-dir of its own")
+    return rows
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, str]], columns: Sequence[str]) -> None:
+    """A whole table anew."""
     with replacing(path) as file:
-        coding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-        text = io.TextIOWrapper(file, write_through=True, **coding)
-        writer = csv.DictWriter(text, columns, restval="")
-        writer.writeheader()
-        writer.writerows(kept)
-        text.detach()
-    with open(path, "a", **coding) as text:
-        writer = csv.DictWriter(text, columns, restval="")
+        with io.TextIOWrapper(file, **TEXT_CODING) as text:
+            text.write(BYTE_ORDER_MARK)
+            writer = csv.writer(text)
+            writer.writerow(columns)
+            writer.writerows([cell_text(row.get(name, "")) for name in columns] for row in rows)
 
-        def append(row: dict[str, str]) -> None:
-            try:
-                writer.writerow(row)
-                text.flush()
-            except OSError as error:
-                raise unwritable(path, error) from error
 
-        yield append
+def cell_text(text: str) -> str:
+    """A text that no spreadsheet program takes for a formula."""
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def plain_text(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell[1:]) else cell
+
+
+def add_row(folder: Path, row: dict[str, str], columns: Sequence[str]) -> None:
+    """Append one row to a folder's table. Raises ExplainError where that cannot be done."""
+    filled = {name for name, text in row.items() if text}
+    with table_alone(folder) as path:
+        header = header_of(path)
+        if filled <= set(header):
+            with open(path, "a", **TEXT_CODING) as file:
+                csv.writer(file).writerow([cell_text(row.get(name, "")) for name in header])
+        else:  # it is new, or left out columns that were empty so far
+            write_rows(path, [*own_rows(path, columns), row], columns)
+
+
+def header_of(path: Path) -> list[str]:
+    """The columns of a table; none where there is no table."""
+    if not path.exists():
+        return []
+    drop_torn_line(path)
+    with open(path, **TEXT_CODING) as file:
+        return next(csv.reader([file.readline().removeprefix(BYTE_ORDER_MARK)]), [])
+
+
+def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The last row of each image in a folder's table, by `row_key`; a table of another kind is renamed."""
+    with table_alone(folder) as path:
+        rows = table_rows(path, columns)
+        if rows is None:
+            names = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(1))
+            other = next(name for name in names if not os.path.lexists(name))
+            os.rename(path, other)
+            warn(f"ℹ️  {shown(path)}: the table of an earlier run with other columns, kept as {other.name}")
+    return {row_key(row["file"]): row for row in rows or ()}
+
+
+def fold_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Keep the last row of each image and the columns that say something; the rows."""
+    with table_alone(folder) as path:
+        last = {row_key(row["file"]): row for row in own_rows(path, columns)}
+        rows = sorted(last.values(), key=lambda row: row["file"])
+        write_rows(path, rows, [name for name in columns if any(row[name] for row in rows)])
+    return rows
 
 
 # ------------------------------------------------------------------------------------------
@@ -4221,41 +4012,16 @@ def open_table(
 # ------------------------------------------------------------------------------------------
 
 RULE = "=" * 80
+MOST_NAMED = 5  # files of a kind; the rest are in the table
 
 
 def say(*lines: str) -> None:
-    """Print to standard output, at once. Raises ExplainError where that cannot be written."""
-    with writing_output():
-        print(*lines, sep="\n", flush=True)
-
-
-@contextlib.contextmanager
-def writing_output() -> Iterator[None]:
-    """Turn a full disk behind standard output into an ExplainError; a reader that has gone stays that."""
-    try:
-        yield
-    except OSError as error:
-        discard(sys.stdout)
-        if isinstance(error, BrokenPipeError):
-            raise
-        cause = f"cannot be written ({error.strerror})"
-        raise ExplainError(f"standard output: {cause}; free space, or send it elsewhere") from error
-
-
-def discard(stream: TextIO) -> None:
-    """Let what is left in a stream that cannot be written go nowhere, or Python complains of it at exit."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    print(*lines, sep="\n", flush=True)
 
 
 def warn(*lines: str) -> None:
-    """Print to standard error; where that cannot be written, nothing can be said."""
-    try:
-        for line in lines:
-            print(line, file=sys.stderr, flush=True)
-    except OSError:
-        discard(sys.stderr)
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
 
 
 def note_lines(file: Path | str, notes: Sequence[str]) -> list[str]:
@@ -4269,10 +4035,12 @@ def demo_lines(checkpoints: Sequence[Path]) -> list[str]:
 
 
 def opening_lines(jobs: Sequence[Job], is_single: bool, is_random: bool, models: int) -> list[str]:
-    lines = ["🎲 No image specified. Using random test image:", f"   {shown(Path(jobs[0].label))}", ""]
+    lines = []
+    if is_random:
+        lines = ["🎲 No image specified. Using random test image:", f"   {shown(Path(jobs[0].label))}", ""]
     what = f": {printable(jobs[0].name)}" if is_single else f" {len(jobs)} images"
     verb = "Comparing" if models > 1 else "Analyzing"
-    return [*(lines if is_random else []), f"🔍 {verb} explainability for{what}", RULE]
+    return [*lines, f"🔍 {verb} explainability for{what}", RULE]
 
 
 # One image alone
@@ -4281,9 +4049,9 @@ def opening_lines(jobs: Sequence[Job], is_single: bool, is_random: bool, models:
 def single_lines(result: Result) -> list[str]:
     """What became of the one image of a run."""
     lines = [line for page in result.job.pages for line in page_lines(result, page)]
-    lines += [f"✅ Picture saved: {shown(path)}" for path in result.job.panels]
-    lines += [f"✅ Map saved: {shown(path)}" for path in result.job.maps]
-    return lines + [""] * bool(result.job.panels or result.job.maps)
+    files = [f"✅ Picture saved: {shown(path)}" for path in result.job.panels]
+    files += [f"✅ Map saved: {shown(path)}" for path in result.job.maps]
+    return [*lines, *files, ""] if files else lines
 
 
 def page_lines(result: Result, page: Page) -> list[str]:
@@ -4304,29 +4072,27 @@ def summary_lines(result: Result) -> list[str]:
     lines = [RULE, "📊 COMPARISON SUMMARY", RULE]
     for explanations in by_model:
         lines += [*prediction_lines(explanations), ""]
-    verdict = f"{agreement_text(result.opinions)}{verdict_text(result)}"
-    overlap = map_agreement(result.opinions)
-    return [*lines, f"{verdict_mark(result)} {verdict}", *([marked_text(overlap)] if overlap else [])]
+    is_good = not result.wrong if result.job.truth.name else agree(result.opinions)
+    lines.append(f"{'✅' if is_good else '⚠️ '} {agreement_text(result.opinions)}{verdict_text(result)}")
+    if overlap := map_agreement(result.opinions):
+        lines.append(marked_text(overlap))
+    return lines
 
 
 def prediction_lines(explanations: Sequence[Explanation]) -> list[str]:
     """What one model says, and what is to be known of its maps."""
     first = explanations[0]
-    lines = [
-        f"{first.model.title}:",
-        f"  Prediction: {first.prediction}",
-        f"  Confidence: {first.confidence:.2%}",
-    ]
+    lines = [f"Prediction: {first.prediction}", f"Confidence: {first.confidence:.2%}"]
     if first.explained != first.predicted:
-        lines.append(f"  Explained class: {first.explained_class}")
-    lines += [f"  {proof_text(each)}" for each in explanations if METHODS[each.method].compares]
-    titles = {
-        each.method: f"{METHODS[each.method].title}: " * (len(explanations) > 1) for each in explanations
-    }
-    lines += [f"  {line}" for each in explanations for line in map_lines(each, titles[each.method])]
-    lines += [f"  {line}" for line in network_lines(first, titles[first.method])]
-    warnings_due = [remark for each in explanations for remark in each.remarks]
-    return lines + [f"  ⚠️  {text}" for text in dict.fromkeys(warnings_due)]
+        lines.append(f"Explained class: {first.explained_class}")
+    lines += [proof_text(each) for each in explanations if METHODS[each.method].compares]
+    titles = ["" if len(explanations) == 1 else f"{METHODS[each.method].title}: " for each in explanations]
+    for explanation, title in zip(explanations, titles):
+        lines += map_lines(explanation, title)
+    lines += network_lines(first, titles[0])
+    remarks = dict.fromkeys(remark for each in explanations for remark in each.remarks)
+    lines += [f"⚠️  {text}" for text in remarks]
+    return [f"{first.model.title}:", *(f"  {line}" for line in lines)]
 
 
 def proof_text(explanation: Explanation) -> str:
@@ -4338,63 +4104,69 @@ def proof_text(explanation: Explanation) -> str:
 
 
 def map_lines(explanation: Explanation, title: str) -> list[str]:
-    """What the checks say of one map, and how it compares with the true box."""
-    mark = "⚠️  " * bool(flagged_findings(explanation.findings, "map"))
-    lines = [f"{mark}{title}{checks_text(explanation.findings)}"] if explanation.findings else []
-    return lines + ([title + pointing_text(explanation.pointing)] if explanation.pointing else [])
+    """What the checks say of one map, and how it compares with the true boxes."""
+    lines = []
+    if explanation.findings:
+        mark = "⚠️  " if flagged_findings(explanation.findings, "map") else ""
+        lines.append(f"{mark}{title}{checks_text(explanation.findings)}")
+    if explanation.pointing:
+        lines.append(title + pointing_text(explanation.pointing))
+    return lines
 
 
 def network_lines(explanation: Explanation, title: str) -> list[str]:
     """What the checks say of the network: low confidence, and all that --verify asked about this map."""
     about = {each: CHECKS[each.check].about for each in explanation.findings}
-    told = [
-        each for each in about
-        if about[each] == "verify" or (about[each] == "prediction" and each.is_flagged)
-    ]  # fmt: skip
-    passes = [f"{title}Verified with {explanation.passes} more forward passes"] * bool(explanation.passes)
-    return [*map(marked_text, told), *passes]
-
-
-def verdict_mark(result: Result) -> str:
-    """A tick for being right where the folder names the true class, else for agreeing."""
-    return "✅" if (not result.wrong if result.truth else agree(result.opinions)) else "⚠️ "
+    lines = [marked_text(each) for each in about if about[each] == "verify"]
+    lines += [marked_text(each) for each in about if about[each] == "prediction" and each.is_flagged]
+    if explanation.passes:
+        lines.append(f"{title}Verified with {explanation.passes} more forward passes")
+    return lines
 
 
 def verdict_text(result: Result) -> str:
-    """Which models contradict the folder's name, in words; empty where none does."""
+    """Which models contradict the true class, in words; empty where none does."""
     wrong = [each.model.title for each in result.wrong]
-    return f"; wrong, the folder says {result.truth}: {', '.join(wrong)}" if wrong else ""
+    return f"; wrong, the truth is {result.job.truth.name}: {', '.join(wrong)}" if wrong else ""
 
 
 # Many images
 
 
 def result_line(result: Result) -> str:
-    """One image of many in one line of a terminal."""
-    verdicts = ", ".join(
-        f"{short_class(each.prediction, each.model.class_names)} {each.confidence:.1%}"
-        f"{' (blank map)' if not each.heatmap.any() else ''}"
+    """One image of many in one line of a terminal; a tick only where nothing is wrong or flagged."""
+    verdicts = [
+        f"{each.model.title} {short_class(each.prediction, each.model.class_names)} {each.confidence:.1%}"
         for each in result.opinions
-    )
-    wrong = len(result.wrong)
-    words = [f"{wrong} wrong" if len(result.opinions) > 1 else "wrong"] * bool(wrong)
-    words += ["disagree"] * (not agree(result.opinions))
-    flags = ((each.model.title, flags_text(each)) for each in result.opinions)
-    words += [f"{title} flagged: {text}" for title, text in flags if text]
-    words += [NOTHING_TO_SEE] * (NOTHING_TO_SEE in result.notes)
+    ]
+    words = [f"wrong: {each.model.title}" for each in result.wrong]
+    if not agree(result.opinions):
+        words.append("models disagree")
+    words += flag_words(result)
+    if NOTHING_TO_SEE in result.notes:
+        words.append(NOTHING_TO_SEE)
     words += [sum_remark(each) for each in result.explanations if each.sum_error > MAX_SUM_ERROR]
-    return f"{verdict_mark(result)} {printable(result.job.name)}: {'; '.join([verdicts, *words])}"
+    mark = "⚠️ " if words else "✅"
+    return f"{mark} {printable(result.job.name)}: {'; '.join([', '.join(verdicts), *words])}"
 
 
-def short_class(name: str, names: Sequence[str]) -> str:
-    """A class's name without the words that every class has, such as Fracture."""
-    common = set.intersection(*(set(each.split()) for each in names))
-    return " ".join(word for word in name.split() if word not in common) or name
+def flag_words(result: Result) -> list[str]:
+    """The flagged checks of each explanation, and of the pair."""
+    words = []
+    has_methods = len(result.explanations) > len(result.opinions)
+    for each in result.explanations:
+        whose = f"{each.model.title}, {METHODS[each.method].title}" if has_methods else each.model.title
+        if keys := flags_text(each):
+            words.append(f"{whose} flagged: {keys}")
+    overlap = map_agreement(result.opinions)
+    if overlap and overlap.is_flagged:
+        words.append(overlap.text)
+    return words
 
 
 def run_lines(
-    rows: Sequence[dict[str, str]], models: Sequence[Model], observations: dict[str, list[Observation]],
-    fresh: int, seconds: float,
+    rows: Sequence[dict[str, str]], models: Sequence[Model], methods: Sequence[str],
+    observations: dict[str, list[Observation]], fresh: int, seconds: float,
 ) -> list[str]:  # fmt: skip
     """What a run over many images found: speed, accuracy, confusion, the images to look at.
 
@@ -4403,28 +4175,37 @@ def run_lines(
     failed = [row for row in rows if row["error"]]
     done = [row for row in rows if not row["error"]]
     lines = [RULE, "📊 RUN SUMMARY", RULE, f"Images: {len(done)} done, {len(failed)} failed"]
-    lines += [f"  Failed: {shown(Path(row['file']))}" for row in failed]
+    lines += named_lines("Failed", failed)
     if fresh:
         lines.append(f"Speed: {fresh / seconds:.2f} images per second ({fresh} images in {seconds:.1f} s)")
     for model in models:
         seen = observations.get(model.family.key, ())
-        told = [*box_lines(done, model), flags_line(done, model)]
-        told += [f"Of the {len(seen)} images explained now:"] * (0 < len(seen) < len(done))
-        lines += ["", *accuracy_lines(done, model), *(f"  {line}" for line in told + audit_lines(seen))]
+        told = [*box_lines(done, model), *flags_lines(done, model, methods)]
+        if 0 < len(seen) < len(done):
+            told.append(f"Of the {len(seen)} images explained now:")
+        told += audit_lines(seen)
+        lines += ["", f"{model.title}:", *(f"  {line}" for line in [*accuracy_lines(done, model), *told])]
     if len(models) > 1 and done:
         differ = [row for row in done if row["agree"] == "no"]
         lines += ["", f"Models agree on {len(done) - len(differ)} of {len(done)} images"]
-        lines += [f"  Disagree: {shown(Path(row['file']))}" for row in differ]
-        lines += overlap_lines(done)
+        lines += [*named_lines("Disagree", differ), *overlap_lines(done)]
+    return lines
+
+
+def named_lines(what: str, rows: Sequence[dict[str, str]]) -> list[str]:
+    """The first files of a kind, and how many more there are."""
+    lines = [f"  {what}: {shown(Path(row['file']))}" for row in rows[:MOST_NAMED]]
+    if len(rows) > MOST_NAMED:
+        lines.append(f"  {what}: {len(rows) - MOST_NAMED} more, in {TABLE_NAME}")
     return lines
 
 
 def overlap_lines(rows: Sequence[dict[str, str]]) -> list[str]:
     """How far the two models' maps agree over a run, which is another thing than the same class."""
-    shares = [float(row[AGREEMENT]) for row in rows if row[AGREEMENT]]
+    shares = [float(row[AGREEMENT]) for row in rows if row.get(AGREEMENT)]
     if not shares:
         return []
-    few = sum(share < AGREEMENT_LIMIT for share in shares)
+    few = sum(row.get("pair_flags", "") != "" for row in rows)
     mean = percent(np.mean(shares))
     return [f"Maps share {mean} of their heat on average, in {few} of {len(shares)} images too little"]
 
@@ -4432,40 +4213,44 @@ def overlap_lines(rows: Sequence[dict[str, str]]) -> list[str]:
 def box_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
     """How one model's maps compare with the true boxes, over the images that have one."""
     key = model.family.key
-    known = [row for row in rows if row[f"{key}_in_box"]]
+    known = [row for row in rows if row.get(f"{key}_in_box")]
     if not known:
         return []
     inside = sum(row[f"{key}_in_box"] == "yes" for row in known)
-    heat, area = (np.mean([float(row[f"{key}_{name}"]) for row in known]) for name in ("heat_in_box", "box_area"))
+    heat = np.mean([float(row[f"{key}_heat_in_box"]) for row in known])
+    area = np.mean([float(row[f"{key}_box_area"]) for row in known])
     share = f"{inside / len(known):.1%} ({inside} of {len(known)})"
     return [f"True fracture: maximum inside {share}, heat inside {heat:.1%}, chance {area:.1%}"]
 
 
-def flags_line(rows: Sequence[dict[str, str]], model: Model) -> str:
-    """How many maps the map checks flag, and which how often."""
-    flags = [row[f"{model.family.key}_flags"].split(", ") for row in rows]
-    found = [[key for key in each if key in CHECKS and CHECKS[key].about == "map"] for each in flags]
-    counts = Counter(itertools.chain(*found))
-    which = ": " + ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key]) if counts else ""
-    return f"Map checks: {sum(map(bool, found))} of {len(rows)} maps flagged{which}"
+def flags_lines(rows: Sequence[dict[str, str]], model: Model, methods: Sequence[str]) -> list[str]:
+    """How many images have something flagged by each method, and what how often."""
+    lines = []
+    for method in methods:
+        column = "flags" if method == methods[0] else f"{method}_flags"
+        flags = [row.get(f"{model.family.key}_{column}", "") for row in rows]
+        counts = Counter(key for text in flags if text for key in text.split(", "))
+        which = ": " + ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key]) if counts else ""
+        title = "Flagged" if len(methods) == 1 else f"{METHODS[method].title}, flagged"
+        lines.append(f"{title}: {sum(map(bool, flags))} of {len(rows)} images{which}")
+    return lines
 
 
 def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
-    """Accuracy, confusion counts and misclassified files of one model, against the folder names."""
+    """Accuracy, confusion counts and misclassified files of one model, where the truth is known."""
     key, names = model.family.key, model.class_names
-    known = [row for row in rows if row["true_class"]]
+    known = [row for row in rows if row.get("true_class")]
     if not known:
-        return [f"{model.title}:", "  Accuracy: unknown, no folder is named after a class"]
+        words = " or ".join(f'"{short_class(name, names).casefold()}"' for name in names)
+        return [f"Accuracy: unknown; a folder above the images whose name holds {words}, or --truth, would tell"]
     wrong = [row for row in known if row[f"{key}_correct"] == "no"]
     right = len(known) - len(wrong)
-    share = f"{right / len(known):.2%} ({right} of {len(known)} images in folders named after a class)"
-    lines = [f"{model.title}:", f"  Accuracy: {share}"]
+    lines = [f"Accuracy: {right / len(known):.2%} ({right} of {len(known)} images whose class is known)"]
     counts = Counter((class_key(row["true_class"]), class_key(row[f"{key}_predicted"])) for row in known)
     for truth in names:
         counted = ", ".join(f"{counts[class_key(truth), class_key(name)]} as {name}" for name in names)
-        lines.append(f"  {truth}: {counted}")
-    files = [(shown(Path(row["file"])), printable(row[f"{key}_predicted"])) for row in wrong]
-    return lines + [f"  Misclassified: {file} as {predicted}" for file, predicted in files]
+        lines.append(f"{truth}: {counted}")
+    return [*lines, *(line.strip() for line in named_lines("Misclassified", wrong))]
 
 
 # ------------------------------------------------------------------------------------------
@@ -4475,9 +4260,37 @@ def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
 MAX_DRAWING_PROCESSES = 8
 LONG_PASSES = 10  # an image: from here on a bar counts them
 MAX_WAITING_RESULTS = 24  # explained images whose figures are not drawn yet
-
+GRACE = 1.0  # seconds that a run has to notice by itself that a drawing process has ended
 
 Submit = Callable[..., "Future[None]"]  # of a function and its arguments, as an executor has it
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the arguments come to, checked as far as the file system can tell."""
+
+    jobs: tuple[Job, ...]
+    is_single: bool  # one image, named by itself or drawn: no table, and the console is about it alone
+    checkpoints: tuple[tuple[Family, Path], ...]
+    methods: tuple[str, ...]
+    style: FigureStyle
+    notes: tuple[str, ...] = ()  # lines to say beside what was asked
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How images are explained."""
+
+    classifiers: Sequence[Classifier]
+    targets: Sequence[int | None]  # of each classifier: the class to explain, or None for the predicted one
+    methods: Sequence[str]
+    batch: int  # images at once
+    style: FigureStyle
+    is_verified: bool
+
+    @property
+    def models(self) -> list[Model]:
+        return [classifier.model for classifier in self.classifiers]
 
 
 def load_classifiers(
@@ -4499,37 +4312,40 @@ def load_classifiers(
     return classifiers
 
 
-def panel_picture(radiograph: Radiograph, style: FigureStyle) -> np.ndarray:
-    return fitted(radiograph.pixels, style.dpi)
+# From jobs to results
 
 
 def read_result(job: Job, models: Sequence[Model], style: FigureStyle) -> Result:
     """Read and reduce a job's image: its size does not matter for the memory that a batch takes."""
     try:
         radiograph = load_radiograph(job.image)
-        height, width = radiograph.pixels.shape[:2]
-        box = job.box and box_in_shares(job.box, width, height)
     except ExplainError as error:
         return Result(job, error=str(error).replace(shown(job.image), shown(Path(job.label))))
-    inputs = tuple(network_input(radiograph, model.preprocessing) for model in models)
-    landmarks = landmarks_of(radiograph)
-    picture, notes = panel_picture(radiograph, style), radiograph.notes
-    return Result(job, picture, inputs, notes=notes, landmarks=landmarks, box=box)
+    height, width = radiograph.pixels.shape[:2]
+    boxes, box_notes = boxes_in_shares(job.truth.boxes, width, height)
+    return Result(
+        job,
+        picture=fitted(radiograph.pixels, style.dpi),
+        inputs=tuple(network_input(radiograph, model.preprocessing) for model in models),
+        notes=(*radiograph.notes, *box_notes),
+        landmarks=landmarks_of(radiograph),
+        boxes=tuple(boxes),
+    )
 
 
-def explained_results(
-    results: Sequence[Result], index: int, classifier: Classifier, target: int | None,
-    methods: Sequence[str], at_once: int, is_verified: bool,
-) -> list[Result]:  # fmt: skip
-    """A batch of results with the explanations of one more classifier, whose inputs have this index."""
+def explained_results(results: Sequence[Result], index: int, plan: Plan) -> list[Result]:
+    """A batch of results with the explanations of one more classifier, the one of this index."""
+    classifier, target, methods = plan.classifiers[index], plan.targets[index], plan.methods
     inputs = [result.inputs[index] for result in results if not result.error]
-    fresh = iter(explain_batch(classifier, inputs, target, methods, at_once) if inputs else ())
+    fresh = iter(explain_batch(classifier, inputs, target, methods, plan.batch) if inputs else ())
     explained = []
     for result in results:
         if not result.error:
             explanations = [next(fresh) for _ in methods]
-            asked = classifier, result.inputs[index], explanations[0], result.landmarks, at_once
-            result = with_explanations(result, explanations, tried(*asked) if is_verified else None)
+            trial = None
+            if plan.is_verified:
+                trial = tried(classifier, result.inputs[index], explanations[0], result.landmarks, plan.batch)
+            result = with_explanations(result, explanations, trial)
         explained.append(result)
     return explained
 
@@ -4541,45 +4357,52 @@ def with_explanations(
 
     The trial is of the network, and of the first map.
     """
-    warning = (NOTHING_TO_SEE,) * (NOTHING_TO_SEE in result.notes)
-    trials = [trial, *[None] * (len(explanations) - 1)]
-    checked = tuple(
-        dataclasses.replace(
-            each,
-            remarks=warning + each.remarks,
-            findings=findings_of(Evidence(each, result.landmarks, tested)) if result.landmarks else (),
-            pointing=pointing(each.raw_map, result.box) if result.box else None,
-            passes=tested.passes if tested else 0,
+    checked = []
+    for explanation in explanations:
+        remarks = explanation.remarks
+        if NOTHING_TO_SEE in result.notes:
+            remarks = (NOTHING_TO_SEE, *remarks)
+        checked.append(
+            dataclasses.replace(
+                explanation,
+                remarks=remarks,
+                findings=findings_of(Evidence(explanation, result.landmarks, trial)),
+                pointing=pointing(explanation, result.boxes) if result.boxes else None,
+                passes=trial.passes if trial else 0,
+            )
         )
-        for each, tested in zip(explanations, trials)
-    )
+        trial = None
     return dataclasses.replace(result, explanations=(*result.explanations, *checked))
 
 
 def explain_jobs(
-    jobs: Sequence[Job], classifiers: Sequence[Classifier], targets: Sequence[int | None],
-    methods: Sequence[str], batch: int, style: FigureStyle, submit: Submit, is_verified: bool = False,
-) -> Iterator[tuple[Result, list[Future[None]]]]:  # fmt: skip
+    jobs: Sequence[Job], plan: Plan, submit: Submit
+) -> Iterator[tuple[Result, list[Future[None]]]]:
     """Explain images, a batch at a time: each one's result, and its figures as they are being drawn.
 
     A figure is begun as soon as the models that it shows have spoken. An image that cannot be read
     does not stop the others.
     """
-    models = [classifier.model for classifier in classifiers]
-    for start in range(0, len(jobs), batch):
-        results = [read_result(job, models, style) for job in jobs[start : start + batch]]
+    for start in range(0, len(jobs), plan.batch):
+        results = [read_result(job, plan.models, plan.style) for job in jobs[start : start + plan.batch]]
         drawings: list[list[Future[None]]] = [[] for _ in results]
-        for index, (classifier, target) in enumerate(zip(classifiers, targets)):
-            before = index * len(methods)
-            results = explained_results(results, index, classifier, target, methods, batch, is_verified)
+        for index in range(len(plan.classifiers)):
+            results = explained_results(results, index, plan)
             for result, begun in zip(results, drawings):
-                told = dataclasses.replace(result, inputs=())
-                pages = () if result.error else result.job.pages
-                ready = [page for page in pages if before <= max(page.shows) < before + len(methods)]
-                begun += [submit(write_page, told, page, style) for page in ready]
-                if index == len(classifiers) - 1 and result.job.panels and not result.error:
-                    begun.append(submit(write_panels, told, style))
+                if not result.error:
+                    begun += begun_drawings(result, index, plan, submit)
         yield from zip(results, drawings)
+
+
+def begun_drawings(result: Result, index: int, plan: Plan, submit: Submit) -> list[Future[None]]:
+    """Begin what can be drawn now that the model of this index has spoken, and not before."""
+    told = dataclasses.replace(result, inputs=())
+    known = len(result.explanations)
+    pages = [page for page in result.job.pages if known - len(plan.methods) <= max(page.shows) < known]
+    begun = [submit(write_page, told, page, plan.style) for page in pages]
+    if result.job.panels and index == len(plan.classifiers) - 1:
+        begun.append(submit(write_panels, told, plan.style))
+    return begun
 
 
 def written_results(explanations: Iterable[tuple[Result, list[Future[None]]]]) -> Iterator[Result]:
@@ -4590,14 +4413,10 @@ def written_results(explanations: Iterable[tuple[Result, list[Future[None]]]]) -
     waiting: deque[tuple[Result, list[Future[None]]]] = deque()
     for each in explanations:
         waiting.append(each)
-        while waiting and (len(waiting) > MAX_WAITING_RESULTS or are_done(waiting[0][1])):
+        while waiting and (len(waiting) > MAX_WAITING_RESULTS or all(each.done() for each in waiting[0][1])):
             yield written(*waiting.popleft())
     for result, drawings in waiting:
         yield written(result, drawings)
-
-
-def are_done(drawings: Sequence[Future[None]]) -> bool:
-    return all(drawing.done() for drawing in drawings)
 
 
 def written(result: Result, drawings: Sequence[Future[None]]) -> Result:
@@ -4612,38 +4431,7 @@ def written(result: Result, drawings: Sequence[Future[None]]) -> Result:
     return result
 
 
-@dataclass
-class Highlights:
-    """What the summary of a run takes from its results, no more than it can show."""
-
-    models: Sequence[Model]
-    heat: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # sum of the heatmaps, by family
-    seen: dict[str, tuple[np.ndarray, Explanation]] = dataclasses.field(default_factory=dict)  # by label
-    observations: dict[str, list[Observation]] = dataclasses.field(default_factory=lambda: defaultdict(list))
-
-    @property
-    def mean_maps(self) -> dict[str, np.ndarray]:
-        return {key: normalised(heat) for key, heat in self.heat.items()}
-
-    def add(self, result: Result, rows: Sequence[dict[str, str]]) -> None:
-        """Count a result in, and forget the pictures of those that others push from the sheet."""
-        if result.error:
-            return
-        for explanation in result.opinions:
-            key = explanation.model.family.key
-            self.heat[key] = self.heat.get(key, 0) + explanation.heatmap
-            self.observations[key].append(observation(explanation, result.landmarks))
-        self.look_at(result)
-        if len(self.seen) > 2 * MAX_THUMBNAILS:
-            first = looked_at_first(rows, self.models)
-            self.seen = {row["file"]: self.seen[row["file"]] for row in first if row["file"] in self.seen}
-
-    def look_at(self, result: Result) -> None:
-        """Keep the picture of a result, with the surest wrong explanation or else the first."""
-        picture = Image.fromarray(result.picture)
-        picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-        shown_one = max(result.wrong or result.explanations[:1], key=lambda each: each.confidence)
-        self.seen[result.job.label] = np.asarray(picture), shown_one
+# Processes that draw
 
 
 def done_here(function: Callable[..., None], *arguments: object) -> Future[None]:
@@ -4656,86 +4444,73 @@ def done_here(function: Callable[..., None], *arguments: object) -> Future[None]
     return future
 
 
-def can_be_imported() -> bool:
-    """Whether a new process finds this code: not where it came through a pipe, an archive or exec()."""
-    module = sys.modules.get(__name__)
-    is_readable = SCRIPT.is_file() and os.access(SCRIPT, os.R_OK)
-    return is_readable and getattr(module, "can_be_imported", None) is can_be_imported
-
-
 def prepare_drawing() -> None:
-    """Run first in a drawing process: end with the parent, whatever ended that."""
+    """Run first in a drawing process: it ends when it has nothing to do, or with its parent."""
 
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
+    for name in ("SIGINT", "SIGHUP"):  # the parent heeds them
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")
 
 
-@contextlib.contextmanager
-def holding_signals() -> Iterator[None]:
-    """Let signals that end a run wait; processes that are started inside never get them.
+def warm_up(style: FigureStyle) -> None:
+    """Draw a page of each kind, so that fonts and the usual words are ready when the first map is."""
+    raw_map = np.eye(CELLS, dtype=np.float32)
+    models = [Model(family, family.full_size, Path(), "", CLASS_NAMES, Preprocessing()) for family in FAMILIES.values()]
+    explanations = [Explanation(model, np.float32([0.6, 0.4]), 0, raw_map, raw_map) for model in models]
+    view = View(np.zeros((8, 8, 3), np.uint8), "", style)
+    for explained in (explanations[:1], explanations):
+        figure_bytes(page_figure(view, explained), style)
 
-    What these have begun they finish; what waits is dropped.
+
+@contextlib.contextmanager
+def drawing_pool(processes: int, style: FigureStyle) -> Iterator[Submit]:
+    """What draws figures: processes, which import matplotlib and never torch, or this one for none.
+
+    Raises ExplainError, within seconds, where one of them is killed.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
+    if not processes:
+        yield done_here
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
+    for _ in range(processes):
+        pool.submit(warm_up, style)  # so they start now, while the networks are loaded
+    is_over, is_killed = threading.Event(), threading.Event()
+    watcher = threading.Thread(target=watch, args=(multiprocessing.active_children(), is_over, is_killed))
+    watcher.start()
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def started_pool(processes: int) -> ProcessPoolExecutor:
-    """Processes that draw figures; they import matplotlib and never torch.
-
-    Raises OSError and others where the system starts none.
-    """
-    if not can_be_imported():
-        raise OSError("they could not import this script")
-    with holding_signals():  # for the process that Python adds, too; it lets Ctrl-C through again, so:
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
-    try:
-        with holding_signals():
-            for _ in range(processes):
-                pool.submit(text_strip, "", 9, False, 150)  # so they start now, while the networks are loaded
-        return pool
-    except Exception:
-        for process in multiprocessing.active_children():
-            process.kill()
-        raise
-
-
-@contextlib.contextmanager
-def drawing_pool(processes: int, is_told: bool) -> Iterator[Submit]:
-    """What draws figures: processes, or this one where none is asked for or none can be started.
-
-    Raises ExplainError where one of them is killed.
-    """
-    try:
-        pool = started_pool(processes) if processes else None
-    except Exception as error:  # no semaphores, no shared memory, no more processes, threads or files
-        why = printable(str(getattr(error, "strerror", None) or error))
-        told = f"ℹ️  Without drawing processes ({why}), figures are drawn one after another: slower"
-        warn(*[told] * is_told)
-        pool = None
-    try:
-        yield pool.submit if pool else done_here
-    except BrokenExecutor as error:
+        yield pool.submit
+    except (BrokenExecutor, SystemExit) as error:
+        if isinstance(error, SystemExit) and not is_killed.is_set():
+            raise
         remedy = "free some memory, then go on with --skip-existing"
         raise ExplainError(f"drawing: a process that draws figures was killed; {remedy}") from error
     finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
+        is_over.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def watch(
+    processes: Sequence[multiprocessing.Process], is_over: threading.Event, is_killed: threading.Event
+) -> None:
+    """Interrupt a run when one of its drawing processes ends before it."""
+    multiprocessing.connection.wait([process.sentinel for process in processes])
+    if not is_over.wait(GRACE):
+        is_killed.set()
+        _thread.interrupt_main(signal.SIGTERM)
+
+
+# What is seen of a run
 
 
 @contextlib.contextmanager
 def progress_bar(
-    request: Request, classifiers: Sequence[Classifier], images: int, is_quiet: bool, asks_again: bool
+    plan: Plan, images: int, is_single: bool, is_quiet: bool
 ) -> Iterator[tuple[tqdm, Callable[[], None]]]:
     """A bar on a terminal, and what counts an image; elsewhere only the lines written through it.
 
@@ -4743,11 +4518,13 @@ def progress_bar(
     """
     from tqdm import tqdm
 
-    passes = passes_of(request.methods) + asks_again * MOST_TRIALS
+    passes = passes_of(plan.methods)
+    if plan.is_verified:
+        passes += MOST_TRIALS
     is_long = passes >= LONG_PASSES
-    is_shown = not is_quiet and sys.stderr.isatty() and (is_long or not request.is_single)
-    each = passes * len(classifiers) if is_long else 1
-    counted = [classifier.network for classifier in classifiers if is_long]
+    is_shown = not is_quiet and sys.stderr.isatty() and (is_long or not is_single)
+    each = passes * len(plan.classifiers) if is_long else 1
+    counted = [classifier.network for classifier in plan.classifiers if is_long]
     done = itertools.count(1)
     with tqdm(total=images * each, unit="pass" if is_long else "image", disable=not is_shown) as bar:
         with counted_inputs(counted, bar.update):
@@ -4770,130 +4547,123 @@ def counted_inputs(networks: Sequence[torch.nn.Module], count: Callable[[int], o
             handle.remove()
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the arguments come to, checked as far as the file system can tell."""
+def tell_result(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
+    """Say what became of an image, beside the bar."""
+    if not is_quiet:
+        for line in note_lines(result.job.label, result.notes):
+            bar.write(line, file=sys.stderr)
+    if result.error:
+        bar.write(f"❌ {result.error}", file=sys.stderr)
+        return
+    for line in single_lines(result) if is_single else [result_line(result)]:
+        bar.write(line, file=sys.stdout)
+    sys.stdout.flush()
 
-    jobs: tuple[Job, ...]
-    is_single: bool  # one image, named by itself or drawn: no table, and the console is about it alone
-    checkpoints: tuple[tuple[Family, Path], ...]
-    methods: tuple[str, ...]
-    style: FigureStyle
-    notes: tuple[str, ...] = ()  # lines to say beside what was asked
+
+# The whole
 
 
 def run(args: argparse.Namespace, request: Request) -> int:
     """Do what is asked; the exit status."""
-    nowhere = open(os.devnull, "w", encoding="utf-8", errors="replace")
     job = request.jobs[0]
     if request.is_single and args.skip_existing and job.outputs and is_finished(job):
         lines, status = [f"⏭️  Finished earlier, left alone: {shown(Path(job.label))}"], 0
     else:
-        with nowhere, contextlib.redirect_stdout(nowhere) if args.quiet else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if args.quiet:
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
             lines, status = explain_all(args, request)
     say(*lines, *demo_lines([path for _, path in request.checkpoints]))
     return status
+
+
+def drawing_processes(request: Request) -> int:
+    """One for one image, which a second would not serve; one a core for many."""
+    if not request.jobs[0].pages:
+        return 0
+    return min(MAX_DRAWING_PROCESSES, 1 if request.is_single else os.cpu_count() or 1)
 
 
 def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], int]:
     """Explain every image; returns what to say last, and the exit status. One image is a run of one."""
     # Read when torch is imported: its threads then sleep while they wait, and leave the cores to the drawing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    pages = sum(len(job.pages) for job in request.jobs)
-    processes = min(MAX_DRAWING_PROCESSES, os.cpu_count() or 1, pages)
-    with drawing_pool(processes, is_told=not (args.quiet or request.is_single)) as submit:
+    with drawing_pool(drawing_processes(request), request.style) as submit:
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
         classifiers = load_classifiers(request.checkpoints, args.device, args.class_names, args.quiet)
-        models = [classifier.model for classifier in classifiers]
-        targets = [target_index(args.target_class, model.class_names) for model in models]
-        batch = args.batch_size or DEFAULT_BATCH[classifiers[0].device.type]
-        asked = classifiers, targets, request.methods, batch, request.style, submit, args.verify
-        highlights = Highlights(models)
-        with (
-            results_table(request, models, args.output_dir, args.skip_existing) as (rows, jobs, append),
-            progress_bar(request, classifiers, len(jobs), args.quiet, args.verify) as (bar, count_image),
-        ):
-            started, finished = time.monotonic(), len(rows)
-            for result in written_results(explain_jobs(jobs, *asked)):
-                rows.append(table_row(result, models))
-                append(rows[-1])
-                highlights.add(result, rows)
-                report(bar, result, request.is_single, args.quiet)
-                count_image()
-        spent = time.monotonic() - started
-        sheet = args.output_dir / f"{SHEET_STEM}.{args.format}"
-        is_there = not jobs and digest_in(sheet) == rows_digest(rows)
-        if not (request.is_single or args.no_figures or is_there):
-            make_sheet(sheet, request, rows, highlights, asked)
-    status = int(any(row["error"] for row in rows))
-    if request.is_single:
-        return [] if status else summary_lines(result), status
-    fresh = sum(not row["error"] for row in rows[finished:])
-    files = [args.output_dir / TABLE_NAME, *[sheet] * (not args.no_figures)]
-    told = [f"{what}: {shown(path)}" for what, path in zip(("Table", "Contact sheet"), files)]
-    return [*run_lines(rows, models, highlights.observations, fresh, spent), *told], status
-
-
-def make_sheet(
-    path: Path, request: Request, rows: Sequence[dict[str, str]], highlights: Highlights, asked: tuple[Any, ...]
-) -> None:
-    """Write the contact sheet; what it shows of an earlier run is explained once more."""
-    classifiers, targets, methods, batch, style, submit, _ = asked
-    first = {row["file"] for row in looked_at_first(rows, highlights.models)} - set(highlights.seen)
-    again = [Job(job.image, job.label, (), (), "") for job in request.jobs if job.label in first]
-    for result, _ in explain_jobs(again, classifiers, targets, methods[:1], batch, style, submit):
-        if not result.error:
-            highlights.look_at(result)
-    submit(write_contact_sheet, path, rows, highlights, style).result()
-
-
-def report(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
-    """Say what became of an image, beside the bar."""
-    notes = [] if is_quiet else note_lines(result.job.label, result.notes)
-    for line in [*notes, *[f"❌ {result.error}"] * bool(result.error)]:
-        bar.write(line, file=sys.stderr)
-    if not result.error:
-        with writing_output():
-            for line in single_lines(result) if is_single else [result_line(result)]:
-                bar.write(line, file=sys.stdout)
-            sys.stdout.flush()
-
-
-@contextlib.contextmanager
-def results_table(
-    request: Request, models: Sequence[Model], folder: Path, goes_on: bool
-) -> Iterator[tuple[list[dict[str, str]], list[Job], Callable[[dict[str, str]], None]]]:
-    """Rows of finished images, the jobs that are left, and what adds a row to summary.csv.
-
-    One image has no table. A table goes on where an earlier run left it, or starts anew.
-    """
-    if request.is_single:
-        yield [], list(request.jobs), lambda row: None
-        return
-    columns = table_columns(models, request.methods)
-    earlier = earlier_rows(folder, columns) if goes_on else {}
-    known = ((earlier.get(row_key(job.label)), job) for job in request.jobs)
-    rows = [row for row, job in known if row and is_row_of(row, job, models[0].class_names)]
-    finished = {row_key(row["file"]) for row in rows}
-    jobs = [job for job in request.jobs if row_key(job.label) not in finished]
-    if finished:
-        say(f"⏭️  Finished earlier, left alone: {len(finished)} images", "")
-    if not goes_on:
-        warn(*keep_table(folder))
-    for job in jobs:
-        earlier.pop(row_key(job.label), None)
-    with open_table(folder, columns, earlier.values()) as append:
+        names = [classifier.model.class_names for classifier in classifiers]
+        plan = Plan(
+            classifiers=classifiers,
+            targets=[target_index(args.target_class, each) for each in names],
+            methods=request.methods,
+            batch=args.batch_size or DEFAULT_BATCH[classifiers[0].device.type],
+            style=request.style,
+            is_verified=args.verify,
+        )
+        jobs = with_truth(request.jobs, names[0])
+        if request.is_single:
+            return explain_one(jobs, plan, submit, args.quiet)
         try:
-            yield rows, jobs, append
+            return explain_many(jobs, plan, submit, args)
         except KeyboardInterrupt:
             warn("⏹️  Interrupted; --skip-existing goes on from here")
             raise
 
 
-def is_row_of(row: dict[str, str], job: Job, class_names: Sequence[str]) -> bool:
+def with_truth(jobs: Sequence[Job], class_names: Sequence[str]) -> list[Job]:
+    """Jobs that know their true classes; says which words of the table are no class."""
+    told = [told_truth(job, class_names) for job in jobs]
+    unknown = sorted({printable(word) for _, word in told if word})
+    if unknown:
+        warn(f"ℹ️  --truth: {listed(unknown)} named there, not one of {', '.join(class_names)}: taken as unknown")
+    return [job for job, _ in told]
+
+
+def explain_one(jobs: Sequence[Job], plan: Plan, submit: Submit, is_quiet: bool) -> tuple[list[str], int]:
+    with progress_bar(plan, len(jobs), True, is_quiet) as (bar, count_image):
+        (result,) = written_results(explain_jobs(jobs, plan, submit))
+        tell_result(bar, result, True, is_quiet)
+        count_image()
+    return ([], 1) if result.error else (summary_lines(result), 0)
+
+
+def explain_many(
+    jobs: Sequence[Job], plan: Plan, submit: Submit, args: argparse.Namespace
+) -> tuple[list[str], int]:
+    """Explain the images that no earlier run has finished; each one's row goes into the table at once."""
+    folder, columns = args.output_dir, table_columns(plan.models, plan.methods)
+    earlier = earlier_rows(folder, columns)
+    rows = []
+    if args.skip_existing:
+        known = ((earlier.get(row_key(job.label)), job) for job in jobs)
+        rows = [row for row, job in known if row and is_row_of(row, job)]
+    finished = {row_key(row["file"]) for row in rows}
+    left = [job for job in jobs if row_key(job.label) not in finished]
+    if finished:
+        say(f"⏭️  Finished earlier, left alone: {len(finished)} images", "")
+    observations: dict[str, list[Observation]] = defaultdict(list)
+    started = time.monotonic()
+    with progress_bar(plan, len(left), False, args.quiet) as (bar, count_image):
+        for result in written_results(explain_jobs(left, plan, submit)):
+            rows.append(dict.fromkeys(columns, "") | table_row(result, plan.models))
+            add_row(folder, rows[-1], columns)
+            for explanation in () if result.error else result.opinions:
+                observations[explanation.model.family.key].append(observation(explanation, result.landmarks))
+            tell_result(bar, result, False, args.quiet)
+            count_image()
+    spent = time.monotonic() - started
+    fold_table(folder, columns)
+    fresh = sum(not row["error"] for row in rows[len(finished) :])
+    lines = run_lines(rows, plan.models, plan.methods, observations, fresh, spent)
+    status = 1 if any(row["error"] for row in rows) else 0
+    return [*lines, f"Table: {shown(folder / TABLE_NAME)}"], status
+
+
+def is_row_of(row: dict[str, str], job: Job) -> bool:
     """Whether a row of an earlier run's table is what this job would give."""
-    is_same = row["digest"] == job.digest and row["true_class"] == true_class(job.image, class_names)
+    is_same = row["digest"] == job.digest and row["true_class"] == job.truth.name
     return is_same and not row["error"] and is_finished(job)
 
 
@@ -4901,6 +4671,7 @@ def is_row_of(row: dict[str, str], job: Job, class_names: Sequence[str]) -> bool
 # Command line
 # ------------------------------------------------------------------------------------------
 
+VERSION = "1.0"
 EXAMPLES = """examples:
   python3 explainability.py
   python3 explainability.py --image path/to/xray.jpg
@@ -4910,6 +4681,13 @@ EXAMPLES = """examples:
   python3 explainability.py --image data_original/test --skip-existing
   for img in data_original/test/*/*.jpg; do python3 explainability.py --image "$img"; done
 """
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"❌ {message}; --help lists the options\n")
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -4926,10 +4704,9 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 def colormap_name(text: str) -> str:
     """An argparse type: a colormap of matplotlib, which is imported only for other names than jet."""
-    if text != "jet":
-        if text not in plain_matplotlib().colormaps:
-            some = "viridis, magma, gray ... are there"
-            raise argparse.ArgumentTypeError(f"matplotlib has no colormap {text!r}; {some}")
+    if text != "jet" and text not in plain_matplotlib().colormaps:
+        some = "viridis, magma, gray ... are there"
+        raise argparse.ArgumentTypeError(f"matplotlib has no colormap {text!r}; {some}")
     return text
 
 
@@ -4941,89 +4718,121 @@ def class_list(text: str) -> tuple[str, ...]:
     return names
 
 
-# By heading in --help and name: its help, and how it is read.
-OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
-    "what to explain": {
-        "--image": ("X-ray images, folders or quoted patterns (default: a random test image)",
-            {"nargs": "+", "action": "extend", "metavar": "PATH"}),
-        "--model": ("which model to analyze (default: both)",
-            {"choices": [*FAMILIES, "both"], "default": "both"}),
-        "--compare": ("both models and their comparison, whatever --model says", {"action": "store_true"}),
-        "--method": (f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)",
-            {"nargs": "+", "action": "extend", "choices": METHODS, "metavar": "METHOD"}),
-        "--target-class": ("name or index of the class to explain (default: the predicted class)",
-            {"metavar": "CLASS"}),
-        "--seed": ("repeat the choice of the random test image",
-            {"type": whole_number(0, 2**63), "metavar": "N"}),
-    },
-    "networks": {
-        **{
-            f"--{key}-checkpoint": (f"default: checkpoints/{key}*", {"type": Path, "metavar": "FILE"})
-            for key in FAMILIES
-        },
-        "--class-names": ("classes in the order of the outputs, for checkpoints that record none",
-            {"type": class_list, "metavar": "A,B"}),
-        "--device": ("where to compute (default: auto)",
-            {"choices": ("auto", "cpu", "cuda", "mps"), "default": "auto"}),
-        "--batch-size": ("images computed at once (default: 4, on a GPU 32)",
-            {"type": whole_number(1, 4096), "metavar": "N"}),
-    },
-    "checks": {
-        "--verify": ("ask the networks again, markers covered or added, hot areas erased: up to 19 passes each",
-            {"action": "store_true"}),
-        "--boxes": ("table file,class,x0,y0,x1,y1 of true fractures (default: the test images' own)",
-            {"type": Path, "metavar": "CSV"}),
-    },
-    "outputs": {
-        "--output-dir": ("where results go (default: explainability_outputs)",
-            {"type": Path, "metavar": "DIR"}),
-        "--colormap": ("any matplotlib colormap (default: jet; viridis is perceptually uniform)",
-            {"type": colormap_name, "default": "jet", "metavar": "NAME"}),
-        "--signed": ("draw evidence for and against the class, not the first alone", {"action": "store_true"}),
-        "--dpi": ("resolution of the figures (default: 150)",
-            {"type": whole_number(30, 1200), "default": 150, "metavar": "N"}),
-        "--format": ("kind of the figures' files; pdf and svg for print (default: png)",
-            {"choices": ("png", "pdf", "svg"), "default": "png"}),
-        "--contours": ("lines of equal heat over the radiograph, not colours", {"action": "store_true"}),
-        "--save-panels": ("also write radiograph, heatmap and overlay as bare pictures of the radiograph's size",
-            {"action": "store_true"}),
-        "--no-figures": ("numbers alone", {"action": "store_true"}),
-        "--save-maps": ("also write the raw maps, before the ReLU, as .npy with a .json beside each",
-            {"action": "store_true"}),
-        "--anonymous": ("name images by their content's checksum, not by their files' names",
-            {"action": "store_true"}),
-        "--skip-existing": ("leave images alone that an earlier run finished", {"action": "store_true"}),
-        "--quiet": ("print only the final summary, warnings and errors", {"action": "store_true"}),
-    },
-}  # fmt: skip
+def method_list(text: str) -> list[str]:
+    """An argparse type: one method, or more between commas."""
+    keys = [key for key in text.split(",") if key]
+    for key in keys:
+        if key not in METHODS:
+            near = near_text(difflib.get_close_matches(key, METHODS, 1))
+            raise argparse.ArgumentTypeError(f"{brief(key)} is none of {', '.join(METHODS)}{near}")
+    return keys
+
+
+def device_name(text: str) -> str:
+    """An argparse type: auto, cpu, mps, cuda, or one of several GPUs as cuda:1."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{brief(text)} is none of auto, cpu, cuda, cuda:1 ..., mps")
+    return text
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Show where bone-fracture classifiers look, with Grad-CAM.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
-    for heading, options in OPTIONS.items():
-        group = parser.add_argument_group(heading)
-        for name, (what, how) in options.items():
-            group.add_argument(name, help=what, **how)
-    parser.set_defaults(output_dir=OUTPUT_FOLDER)
-    return parser
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the versions of this tool and its libraries")
+
+    group = parser.add_argument_group("what to explain")
+    group.add_argument("--image", nargs="+", action="extend", metavar="PATH",
+                       help="X-ray images, folders or quoted patterns (default: a random test image)")
+    group.add_argument("--model", choices=[*FAMILIES, "both"], default="both",
+                       help="which model to analyze (default: both)")
+    group.add_argument("--compare", action="store_true",
+                       help="both models and their comparison, whatever --model says")
+    group.add_argument("--method", nargs="+", action="extend", type=method_list, metavar="METHOD",
+                       help=f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)")
+    group.add_argument("--target-class", metavar="CLASS",
+                       help="name or index of the class to explain (default: the predicted class)")
+    group.add_argument("--seed", type=whole_number(0, 2**63), metavar="N",
+                       help="repeat the choice of the random test image")
+
+    group = parser.add_argument_group("networks")
+    for key in FAMILIES:
+        group.add_argument(f"--{key}-checkpoint", type=Path, metavar="FILE", help=f"default: checkpoints/{key}*")
+    group.add_argument("--class-names", type=class_list, metavar="A,B",
+                       help="classes in the order of the outputs, for checkpoints that record none")
+    group.add_argument("--device", type=device_name, default="auto",
+                       help="where to compute: auto, cpu, cuda, cuda:1 ..., mps (default: auto)")
+    group.add_argument("--batch-size", type=whole_number(1, 4096), metavar="N",
+                       help="images computed at once (default: 4, on a GPU 32)")
+
+    group = parser.add_argument_group("checks")
+    group.add_argument("--verify", action="store_true",
+                       help=f"ask the networks again, markers covered or added, hot areas erased: "
+                            f"up to {MOST_TRIALS} passes each")
+    group.add_argument("--truth", "--boxes", type=Path, metavar="CSV",
+                       help="table of true classes and fractures: file and any of class,x0,y0,x1,y1 "
+                            "(default: folders' names, and the test images' own)")
+
+    group = parser.add_argument_group("outputs")
+    group.add_argument("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR",
+                       help="where results go (default: explainability_outputs)")
+    group.add_argument("--colormap", type=colormap_name, default="jet", metavar="NAME",
+                       help="any matplotlib colormap (default: jet; viridis is perceptually uniform)")
+    group.add_argument("--signed", action="store_true",
+                       help="draw evidence for and against the class, not the first alone")
+    group.add_argument("--dpi", type=whole_number(30, 1200), default=150, metavar="N",
+                       help="resolution of the figures (default: 150)")
+    group.add_argument("--format", choices=("png", "pdf", "svg"), default="png",
+                       help="kind of the figures' files; pdf and svg for print (default: png)")
+    group.add_argument("--contours", action="store_true",
+                       help="lines of equal heat over the radiograph, not colours")
+    group.add_argument("--save-panels", action="store_true",
+                       help="also write radiograph, heatmap and overlay as bare pictures of the radiograph's size")
+    group.add_argument("--no-figures", action="store_true", help="numbers alone")
+    group.add_argument("--save-maps", action="store_true",
+                       help="also write the raw maps, before the ReLU, as .npy with a .json beside each")
+    group.add_argument("--anonymous", action="store_true",
+                       help="name images by their content's checksum, not by their files' names")
+    group.add_argument("--skip-existing", action="store_true",
+                       help="leave images alone that an earlier run finished")
+    group.add_argument("--quiet", action="store_true", help="print only the final summary, warnings and errors")
+    return parser  # fmt: skip
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; ends with 2 where they are wrong."""
-    parser, told = argument_parser(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(told):  # argparse would not say that --help could not be written
-            args, unknown = parser.parse_known_args(argv)
-    finally:
-        if told.getvalue():
-            say(told.getvalue().rstrip())
+    parser = argument_parser()
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
-        hint = "" if unknown[0].startswith("-") else f"; did you mean --image {printable(unknown[0])}?"
-        parser.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}{hint}")
+        word = printable(unknown[0])
+        near = [f"--image {word}"]
+        if word.startswith("-"):
+            near = near_options(word.partition("=")[0], parser.format_help())
+        parser.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}{near_text(near)}")
     return args
+
+
+def near_options(word: str, help_text: str) -> list[str]:
+    """The options that a mistaken one may stand for: it is part of them, or spelled nearly alike."""
+    options = sorted(set(re.findall(r"--[a-z-]+", help_text)))
+    name = word.lstrip("-")
+    held = [each for each in options if each.startswith(f"--{name}") or (len(name) > 3 and name in each)]
+    return held or difflib.get_close_matches(f"--{name}", options, 1)
+
+
+def near_text(near: Sequence[str]) -> str:
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def versions_text() -> str:
+    told = [f"explainability.py {VERSION}", f"Python {platform.python_version()}"]
+    return "\n".join([*told, *(f"{name} {version(name)}" for name in LIBRARIES)])
+
+
+# Images
 
 
 def images_below(folder: Path) -> list[Path]:
@@ -5036,17 +4845,15 @@ def images_below(folder: Path) -> list[Path]:
         cause = f"cannot be searched ({error.strerror})"
         raise refusal(Path(error.filename), cause, "change its mode, or name the other folders")
 
-    paths, searched = [], set(map(str, Path(os.path.realpath(folder)).parents))  # a link there would never end
-    starts = [str(folder)]
-    for start in starts:  # links last, so that what they lead to keeps its own path where it has one
-        for parent, folders, names in os.walk(start, onerror=refuse):
-            if (real := os.path.realpath(parent)) in searched:
-                folders.clear()
-                continue
-            searched.add(real)
-            paths += [Path(parent, name) for name in names]
-            below = (os.path.join(parent, name) for name in sorted(folders))
-            starts += [path for path in below if os.path.islink(path)]
+    paths, searched = [], set(map(str, Path(os.path.realpath(folder)).parents))
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in searched:  # a link there would come round again
+            folders.clear()
+            continue
+        searched.add(real)
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        paths += [Path(parent, name) for name in names]
     return sorted(path for path in paths if is_dicom(path) or path.suffix.lower() in IMAGE_SUFFIXES)
 
 
@@ -5061,15 +4868,6 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
-def is_output(path: Path, searched: Path, outputs: Path) -> bool:
-    """Whether a file found below a searched folder lies among the results: right there, or below it.
-
-    Both folders are real paths.
-    """
-    folder = Path(os.path.realpath(path)).parent
-    return folder == outputs or (searched in outputs.parents and outputs in folder.parents)
-
-
 def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
     """The images that --image names, each once: files as they are, folders and patterns sorted.
 
@@ -5079,28 +4877,29 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
     outputs = Path(os.path.realpath(output_folder))
     images: list[Path] = []
     for text in arguments:
-        if not text:
+        if not text:  # as from a variable of the shell that is not set
             raise ExplainError("--image: an empty path; name an image or a folder")
         if re.match(r"[a-z]+://", text, re.IGNORECASE):
             raise ExplainError(f"{printable(text)}: URLs are not read; download the image and name its file")
         if os.path.isdir(text):
-            folder = Path(os.path.realpath(text))
-            found = [each for each in images_below(Path(text)) if not is_output(each, folder, outputs)]
-            if not found and folder == outputs:
-                cause = "is the folder for results, whose own files are not read"
-                raise refusal(Path(text), cause, "choose another --output-dir")
+            found = [path for path in images_below(Path(text)) if not is_output(path, Path(text), outputs)]
         elif glob.has_magic(text) and not os.path.lexists(text):
             found = sorted(Path(each) for each in glob.glob(text, recursive=True) if os.path.isfile(each))
         else:
             found = [Path(text)]
         if not found:
             suffixes = ", ".join(IMAGE_SUFFIXES)
-            raise refusal(Path(text), "no image found there", f"files end in {suffixes}")
+            cause = "no image found there, beside this tool's own results"
+            raise refusal(Path(text), cause, f"name a folder or pattern with files that end in {suffixes}")
         images += found
-    once: dict[str, Path] = {}
-    for image in images:
-        once.setdefault(row_key(str(image)), image)
-    return list(once.values())
+    return list({row_key(str(image)): image for image in reversed(images)}.values())[::-1]
+
+
+def is_output(path: Path, searched: Path, outputs: Path) -> bool:
+    """Whether a file found below a searched folder lies among the results: right there, or below it."""
+    folder = Path(os.path.realpath(path)).parent
+    is_below = outputs in folder.parents and Path(os.path.realpath(searched)) in outputs.parents
+    return folder == outputs or is_below
 
 
 def random_test_image(seed: int | None) -> Path:
@@ -5112,6 +4911,9 @@ def random_test_image(seed: int | None) -> Path:
     if not paths:
         raise refusal(TEST_IMAGES, "no test images there", "give one with --image")
     return random.Random(seed).choice(paths)
+
+
+# Checkpoints
 
 
 def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Path]], list[str]]:
@@ -5154,56 +4956,25 @@ def checked_request(args: argparse.Namespace) -> Request:
         check_image_path(images[0])
     checkpoints, notes = chosen_checkpoints(args)
     check_output_folder(args.output_dir)
-    check_temporary_folder()
     style = FigureStyle(args.colormap, args.dpi, args.format, args.contours, args.signed)
-    labels = numbered(map(content_label, images)) if args.anonymous else list(map(str, images))
-    marks = [(family.key, file_mark(path)) for family, path in checkpoints]
-    methods = tuple(dict.fromkeys(args.method or ["gradcam"]))
-    boxes, table, told = known_boxes(args.boxes, images, args.anonymous)
     if args.signed and args.colormap != "jet":
-        told.append(f"ℹ️  --colormap {args.colormap}: not used, as --signed has colours of its own")
+        notes.append(f"ℹ️  --colormap {args.colormap}: not used, as --signed has colours of its own")
+    labels = numbered(map(content_label, images)) if args.anonymous else list(map(str, images))
+    methods = tuple(dict.fromkeys(itertools.chain(*(args.method or [["gradcam"]]))))
+    truths, table, told = known_truth(args.truth, images, args.anonymous)
+    marks = [(family.key, file_mark(path)) for family, path in checkpoints]
     asked = marks, args.target_class, args.class_names, methods, style, args.verify, table
-    keys = [family.key for family, _ in checkpoints]
     wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
     kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
-    jobs = make_jobs(images, labels, keys, methods, args.output_dir, kinds, args.format, asked)
-    jobs = [dataclasses.replace(job, box=boxes.get(os.path.realpath(job.image))) for job in jobs]
+    keys = [family.key for family, _ in checkpoints]
+    jobs = [
+        dataclasses.replace(job, truth=truths.get(os.path.realpath(job.image), Truth()))
+        for job in make_jobs(images, labels, keys, methods, args.output_dir, kinds, args.format, asked)
+    ]
     return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, (*notes, *told))
 
 
-def hold_streams() -> None:
-    """Open the null device in place of closed standard streams: no other file must get their numbers.
-
-    Raises ExplainError where standard output is closed.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)
-    if sys.stdout is None:
-        raise ExplainError("standard output: closed; send it somewhere, such as to /dev/null")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an emoji that the terminal lacks becomes "?"
-
-
-def check_working_folder(args: argparse.Namespace) -> None:
-    """Leave a working directory that is gone. Raises ExplainError where a path starts from it."""
-    try:
-        os.getcwd()
-    except OSError as error:
-        checkpoints = (path for key in FAMILIES if (path := vars(args)[f"{key}_checkpoint"]))
-        for path in (args.output_dir, *map(Path, args.image or ()), *checkpoints):
-            if not path.is_absolute():
-                raise working_folder_gone() from error
-        os.chdir(os.sep)
-
-
-def working_folder_gone() -> ExplainError:
-    return ExplainError("the working directory: gone; change to another, or give whole paths from there")
+# The end
 
 
 def end_on_signal(number: int, _: Any) -> None:
@@ -5211,31 +4982,18 @@ def end_on_signal(number: int, _: Any) -> None:
     sys.exit(128 + number)
 
 
-def fault_text(error: Exception) -> str:
-    """One line for an error that nothing has worded yet: of what surrounds the tool, or of a fault in it."""
-    if lacks_memory(error):
-        return "memory: not enough; close other programs, or choose a smaller --batch-size or --dpi"
-    if isinstance(error, ImportError):
-        what = printable(error.name or "a library")
-        return f"{what}: cannot be imported ({brief(str(error))}); pip install -r requirements.txt"
-    try:
-        os.getcwd()
-    except OSError:
-        return str(working_folder_gone())
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    place = f"{Path(frame.f_code.co_filename).name}:{line}"
-    cause = f"{type(error).__name__} {brief(str(error))} at {place}"
-    return f"{cause}; look at the settings that this names, or report it"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: returns the exit status."""
+    """The command line: returns the exit status. What nobody foresaw is a fault and shows its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an emoji that the terminal lacks becomes "?"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of libraries, for their programmers
-            hold_streams()
             args = parsed(argv)
-            check_working_folder(args)
+            if args.version:
+                say(versions_text())
+                return 0
             return run(args, checked_request(args))
     except ExplainError as error:
         warn(f"❌ {error}")
@@ -5245,8 +5003,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     except Exception as error:
-        warn(f"❌ {fault_text(error)}")
+        if lacks_memory(error):
+            warn("❌ memory: not enough; close other programs, or choose a smaller --batch-size or --dpi")
+        elif isinstance(error, ImportError):
+            what = printable(error.name or "a library")
+            warn(f"❌ {what}: cannot be imported ({brief(str(error))}); pip install -r requirements.txt")
+        else:
+            raise
         return 1
+
+
+def leave(status: int) -> NoReturn:
+    """End at once: what is written is written, and Python's own way out of torch takes half a second."""
+    with contextlib.suppress(OSError):  # a reader that has gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
@@ -5254,4 +5026,7 @@ if __name__ == "__main__":
     for ending in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; under nohup it is ignored, and stays so
         if hasattr(signal, ending) and signal.getsignal(getattr(signal, ending)) == signal.SIG_DFL:
             signal.signal(getattr(signal, ending), end_on_signal)
-    raise SystemExit(main())
+    try:
+        leave(main())
+    except SystemExit as ended:
+        leave(ended.code)

@@ -50,9 +50,7 @@ def target_layer(classifier: Classifier) -> torch.nn.Module:
     return classifier.network.get_submodule(classifier.model.family.target_layer)
 
 
-# ------------------------------------------------------------------------------------------
 # Arithmetic by hand
-# ------------------------------------------------------------------------------------------
 
 
 def test_raw_map_is_the_sum_of_activations_weighted_by_mean_gradients():
@@ -88,9 +86,7 @@ def test_map_without_positive_values_stays_blank():
     assert not normalised(np.zeros((2, 2), np.float32)).any()
 
 
-# ------------------------------------------------------------------------------------------
 # Independent implementations
-# ------------------------------------------------------------------------------------------
 
 
 def map_of_grad_cam_package(classifier: Classifier, pixels: torch.Tensor, target: int) -> np.ndarray:
@@ -148,9 +144,7 @@ def test_full_size_networks_give_the_maps_of_pytorch_grad_cam_and_captum(tmp_pat
     path.unlink()  # 350 MB
 
 
-# ------------------------------------------------------------------------------------------
 # Maps that say nothing
-# ------------------------------------------------------------------------------------------
 
 
 def test_blank_map_stays_blank_and_is_named():
@@ -177,14 +171,7 @@ def test_rounding_noise_is_not_stretched_to_a_heatmap():
     assert not grad_cam(activations, gradients).any()
 
 
-def test_rounding_noise_of_many_channels_is_not_stretched_to_a_heatmap():
-    half = torch.randn((1, 640, 1, 1), generator=torch.Generator().manual_seed(0))
-    gradients = torch.cat([half, -half.flip(1)], dim=1).expand(1, 1280, 7, 7)
-    activations = torch.full((1, 1280, 7, 7), 0.7)
-    assert not grad_cam(activations, gradients).any()
-
-
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_rounding_noise_behind_a_layer_norm_is_not_stretched_to_a_heatmap(seed):
     torch.manual_seed(seed)
     activations = torch.randn((1, 64, 1, 1)).expand(1, 64, 7, 7).clone().requires_grad_()
@@ -198,16 +185,7 @@ def test_small_evidence_is_kept():
     assert grad_cam(activations, activations).min() > 0
 
 
-# ------------------------------------------------------------------------------------------
 # Hooks and gradients
-# ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("key", FAMILIES)
-def test_hook_is_gone_after_an_explanation(tiny_classifiers, key):
-    explain(tiny_classifiers[key], [noise(1)])
-    modules = list(tiny_classifiers[key].network.modules())
-    assert not any(module._forward_hooks or module._backward_hooks for module in modules)
 
 
 @pytest.mark.parametrize("failing", ("conv_head", "classifier"))
@@ -221,14 +199,6 @@ def test_hook_is_gone_after_an_exception_in_the_network(tiny_classifiers, monkey
     with pytest.raises(RuntimeError, match="broken layer"):
         explain(tiny_classifiers["efficientnet"], [noise(1)])
     assert not network.conv_head._forward_hooks
-
-
-def test_hook_is_there_while_captured():
-    layer = torch.nn.Identity()
-    with pytest.raises(KeyError), explainability.captured_activations(layer):
-        assert layer._forward_hooks
-        raise KeyError
-    assert not layer._forward_hooks
 
 
 @pytest.mark.parametrize("key", FAMILIES)
@@ -248,9 +218,7 @@ def test_explanations_work_inside_no_grad(tiny_classifiers):
     assert np.isfinite(explanation.raw_map).all()
 
 
-# ------------------------------------------------------------------------------------------
 # Same input, same map
-# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", FAMILIES)
@@ -281,9 +249,7 @@ def test_cuda_gives_the_maps_of_the_cpu(tiny_classifiers, tiny_checkpoints, key)
     np.testing.assert_allclose(cuda.raw_map, cpu.raw_map, rtol=0, atol=1e-3 * np.abs(cpu.raw_map).max())
 
 
-# ------------------------------------------------------------------------------------------
 # Which class, and networks that cannot be explained
-# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
