@@ -33,6 +33,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import datetime
 import difflib
 import functools
 import gc
@@ -47,13 +48,11 @@ import multiprocessing
 import multiprocessing.connection
 import operator
 import os
-import pickletools
 import platform
 import random
 import re
 import secrets
 import signal
-import stat
 import statistics
 import struct
 import sys
@@ -68,8 +67,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 try:
     import fcntl
@@ -77,7 +76,7 @@ except ImportError:  # Windows
     fcntl = None
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # torch and timm take seconds to import and matplotlib nearly one. The functions that need them
 # import them on their first line, so that --help and a wrong path are answered at once.
@@ -361,52 +360,54 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".g
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may decode; never EPS
 MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 million
 HEAD_BYTES = 1024  # enough to tell what a file is
-DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
+DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg, or export it uncompressed"
 COPY_AGAIN = "copy it again from where it came"
+LFS_POINTER = "a Git LFS pointer: the repository was cloned without Git LFS"
 NOTHING_TO_SEE = "every pixel is the same: there is nothing to see"
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
 BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
-LFS_POINTER = "a Git LFS pointer: the repository was cloned without Git LFS"
-SPECIAL_FILES = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+MISREAD = {("L", (8,), (2,)): np.int8, ("I", (32,), (1,)): np.uint32}  # by mode, bits and sample format
 
 
-@dataclass(frozen=True)
-class FileKind:
+class FileKind(NamedTuple):
     """What a file is by its first bytes."""
 
-    start: re.Pattern[bytes]
+    start: bytes  # regular expression
     what: str
     use: str = ""  # image, dicom, or the container of a checkpoint: zip, pickle, safetensors
     remedy: str = ""  # where another than "give an image" or "give a checkpoint" helps
 
 
-FILE_KINDS = tuple(  # the first that fits counts
-    FileKind(re.compile(start, re.DOTALL), *rest)
-    for start, *rest in (
-        (rb".{128}DICM", "a DICOM file", "dicom"),
-        (rb"\x89PNG\r\n", "a PNG image", "image"),
-        (rb"\xff\xd8\xff", "a JPEG image", "image"),
-        (rb"II[*+]\0|MM\0[*+]", "a TIFF image", "image"),
-        (rb"GIF8", "a GIF image", "image"),
-        (rb"RIFF.{4}WEBP", "a WebP image", "image"),
-        (rb"BM", "a BMP image", "image"),
-        (rb"PK\x03\x04", "a zip archive", "zip"),
-        (rb"\x80[\x00-\x05]", "a pickle", "pickle"),  # what torch.save wrote before version 1.6
-        # The length of the header, which safetensors limits to 100 MB, then a JSON object.
-        (rb".{3}[\x00-\x05]\0{4}\{", "a safetensors file", "safetensors"),
-        (rb"version https://git-lfs", LFS_POINTER, "", "run git lfs pull"),
-        (rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", "", "convert it to PNG or JPEG"),
-        (rb"%PDF-", "a PDF document", "", "export its page as PNG"),
-        (rb"\x89HDF\r\n", "an HDF5 file, as Keras writes", "", "this tool explains networks of PyTorch"),
-        (rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", "", "export it again"),
-    )
-)
+FILE_KINDS = (  # the first that fits counts
+    FileKind(rb".{128}DICM", "a DICOM file", "dicom"),
+    FileKind(rb"\x89PNG\r\n", "a PNG image", "image"),
+    FileKind(rb"\xff\xd8\xff", "a JPEG image", "image"),
+    FileKind(rb"II[*+]\0|MM\0[*+]", "a TIFF image", "image"),
+    FileKind(rb"GIF8", "a GIF image", "image"),
+    FileKind(rb"RIFF.{4}WEBP", "a WebP image", "image"),
+    FileKind(rb"BM", "a BMP image", "image"),
+    FileKind(rb"PK\x03\x04", "a zip archive", "zip"),
+    FileKind(rb"\x80[\x00-\x05]", "a pickle", "pickle"),  # what torch.save wrote before version 1.6
+    FileKind(rb".{3}[\x00-\x05]\0{4}\{", "a safetensors file", "safetensors"),  # length of the header, header
+    FileKind(rb"version https://git-lfs", LFS_POINTER, remedy="run git lfs pull"),
+    FileKind(rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", remedy="convert it to PNG or JPEG"),
+    FileKind(rb"%PDF-", "a PDF document", remedy="export its page as PNG"),
+    FileKind(rb"\x89HDF\r\n", "an HDF5 file, as Keras writes", remedy="this tool explains networks of PyTorch"),
+    FileKind(rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", remedy="export it again"),
+    FileKind(rb"\Z", "an empty file", remedy=COPY_AGAIN),
+    FileKind(rb"[^\x00-\x08\x0e-\x1f]+\Z|\xff\xfe|\xfe\xff", "a text file"),
+    FileKind(rb"", "a file of an unknown kind"),
+)  # fmt: skip
+
+
+WANTED = {  # which of the uses count, what they are together, and what to do without one
+    "image": (
+        ("image", "dicom"), "an image that can be read here", "give a radiograph, or convert it to PNG",
+    ),
+    "checkpoint": (
+        ("zip", "pickle", "safetensors"), "a checkpoint", "give a file that torch.save wrote, or a .safetensors file",
+    ),
+}  # fmt: skip
 
 
 def printable(text: str) -> str:
@@ -453,7 +454,8 @@ def naming(path: Path) -> Iterator[None]:
     # On broken files Pillow and pydicom let out nearly every type of exception there is, with
     # texts that may quote the file; so the type is not asked and the text not repeated.
     except Exception as error:
-        raise refusal(path, "damaged or cut short", f"{COPY_AGAIN}, or export it as PNG") from error
+        cause = "damaged, cut short, or of a kind that cannot be read here"
+        raise refusal(path, cause, f"{COPY_AGAIN}, or export it as PNG") from error
 
 
 @contextlib.contextmanager
@@ -470,74 +472,44 @@ def silenced() -> Iterator[None]:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading, without waiting on a pipe or a device.
-
-    Raises ExplainError, without the path, for everything else.
-    """
+    """Open a file for reading. Raises ExplainError, without the path, where that cannot be done."""
     try:
-        check_regular(os.stat(path).st_mode)
-        # A pipe that takes the file's place after the check must not block the opening.
-        waiting_never = getattr(os, "O_NONBLOCK", 0)
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | waiting_never))
-        check_regular(os.fstat(file.fileno()).st_mode)
-        return file
+        if path.exists() and not path.is_file():  # a named pipe would keep the run waiting
+            what = "a directory" if path.is_dir() else "a pipe or a device"
+            raise ExplainError(f"{what}, not a file; give one file")
+        return open(path, "rb")
     except FileNotFoundError as error:
-        cause = "a link to a file that is not there" if os.path.islink(path) else "no such file"
-        raise ExplainError(f"{cause}; check the path") from error
+        raise ExplainError("no such file; check the path") from error
     except PermissionError as error:
         raise ExplainError("no permission to read it; change its mode or copy it") from error
     except OSError as error:
         raise ExplainError(f"cannot be opened ({error.strerror}); check the path") from error
-    except ValueError as error:  # a NUL byte in the path
-        raise ExplainError("not a path that a file can have; check it") from error
-
-
-def check_regular(mode: int) -> None:
-    """Raise ExplainError unless a file's st_mode is that of a regular file."""
-    if not stat.S_ISREG(mode):
-        raise ExplainError(f"{SPECIAL_FILES.get(stat.S_IFMT(mode), 'a special file')}; give one file")
 
 
 def kind_of(head: bytes) -> FileKind:
     """What a file is that starts with `head`."""
-    if not head:
-        return FileKind(re.compile(b""), "an empty file", remedy=COPY_AGAIN)
-    found = next((kind for kind in FILE_KINDS if kind.start.match(head)), None)
-    return found or FileKind(re.compile(b""), "a text file" if is_text(head) else "a file of an unknown kind")
+    return next(kind for kind in FILE_KINDS if re.match(kind.start, head, re.DOTALL))
 
 
-def read_kind(file: BinaryIO, uses: Sequence[str], wanted: str, remedy: str) -> FileKind:
-    """What an open file is by its first bytes; rewinds it.
+@contextlib.contextmanager
+def opened(path: Path, wanted: str) -> Iterator[tuple[BinaryIO, str]]:
+    """A file open for reading, and its use by its first bytes. `wanted`: image or checkpoint.
 
-    Raises ExplainError, without the path, where it has none of the uses.
+    Raises ExplainError, without the path, where it is something else.
     """
-    kind = kind_of(file.read(HEAD_BYTES))
-    file.seek(0)
-    if kind.use not in uses:
-        raise ExplainError(f"{kind.what}, not {wanted}; {kind.remedy or remedy}")
-    return kind
-
-
-def is_text(head: bytes) -> bool:
-    """Whether the start of a file is UTF-16 with its mark, or UTF-8 without control characters."""
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return True
-    content = head.removeprefix(b"\xef\xbb\xbf")
-    text = content.decode("utf-8", errors="ignore")
-    lost = len(content) - len(text.encode())  # a character cut at the end of the head may miss three bytes
-    is_whole = lost <= 3 * (len(head) == HEAD_BYTES)
-    return is_whole and all(sign.isprintable() or sign.isspace() for sign in text)
-
-
-def read_image_kind(file: BinaryIO) -> FileKind:
-    remedy = "give a radiograph, or convert it to PNG"
-    return read_kind(file, ("image", "dicom"), "an image that can be read here", remedy)
+    uses, what, remedy = WANTED[wanted]
+    with open_regular(path) as file:
+        kind = kind_of(file.read(HEAD_BYTES))
+        file.seek(0)
+        if kind.use not in uses:
+            raise ExplainError(f"{kind.what}, not {what}; {kind.remedy or remedy}")
+        yield file, kind.use
 
 
 def check_image_path(path: Path) -> None:
     """Raise ExplainError unless `path` is a file whose first bytes are those of an image."""
-    with naming(path), open_regular(path) as file:
-        read_image_kind(file)
+    with naming(path), opened(path, "image"):
+        pass
 
 
 def load_radiograph(path: Path) -> Radiograph:
@@ -548,9 +520,8 @@ def load_radiograph(path: Path) -> Radiograph:
 
     Raises ExplainError where the file is not an image that can be decoded whole.
     """
-    with naming(path), open_regular(path) as file:
-        read = read_dicom if read_image_kind(file).use == "dicom" else read_picture
-        pixels, notes = read(file)
+    with naming(path), opened(path, "image") as (file, use):
+        pixels, notes = read_dicom(file) if use == "dicom" else read_picture(file)
         if pixels.ndim == 2:
             pixels = np.repeat(pixels[:, :, None], 3, axis=2)
     if pixels.min() == pixels.max():
@@ -562,6 +533,10 @@ def check_size(width: int, height: int) -> None:
     """Raise ExplainError for more pixels than a radiograph has, before they are decoded."""
     if width * height > MAX_PIXELS:
         raise ExplainError(f"{width} x {height} pixels, more than {MAX_PIXELS:,} in all; reduce it")
+
+
+def frame_notes(frames: int) -> list[str]:
+    return [f"first of {frames} frames"] if frames > 1 else []
 
 
 # From deep values to 8 bits
@@ -611,70 +586,52 @@ def to_grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
 def read_picture(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
     """The first frame of an image file: (H, W) or (H, W, 3) uint8, upright, and notes.
 
-    Raises ExplainError, without the path, for kinds that cannot be shown right; and whatever
-    Pillow raises on damaged files.
+    Raises ExplainError, without the path, for what cannot be shown right; and what Pillow does.
     """
     with open_picture(file) as image:
         check_size(*image.size)
-        frames = getattr(image, "n_frames", 1)
-        notes = [f"first of {frames} frames"] if frames > 1 else []
+        notes = frame_notes(getattr(image, "n_frames", 1))
         tags = dict(getattr(image, "tag_v2", {}))  # of TIFF; gone after loading
-        deep_colour = holds_deep_colour(image, tags)
+        if tags.get(PLANAR) == 2 and max(tags.get(BITS, (8,))) > 8:  # Pillow mixes their bytes up
+            raise ExplainError("16-bit colour in separate planes; save it as PNG")
+        deep_colour = image.mode not in DEEP_MODES and any(";16" in str(tile.args) for tile in image.tile)
         image.load()
         upright = ImageOps.exif_transpose(image)
-        values = grey_values(upright, tags)
-        if values is None:
-            pixels = colours(upright)
-            if deep_colour and pixels.max() < 64:  # Pillow keeps only the upper 8 of 16 bits
-                raise ExplainError("16-bit colour that uses only its lower bits; save it as 16-bit grey")
-            return pixels, notes
-    hidden = values == upright.info.get("transparency", np.nan)  # the one value that a PNG may hide
-    pixels, scaling = to_8_bits(values, hidden)
+    values = grey_values(upright, tags)
+    if values is None:
+        pixels = colours(upright)
+        if deep_colour and pixels.max() < 64:  # Pillow keeps only the upper 8 of 16 bits
+            raise ExplainError("16-bit colour that uses only its lower bits; save it as 16-bit grey")
+        return pixels, notes
+    pixels, scaling = to_8_bits(values)
     if tags.get(PHOTOMETRIC) == 0:  # white is zero; Pillow inverts 8 bits and fewer only
         pixels = 255 - pixels
-    return np.where(hidden, np.uint8(0), pixels), notes + scaling
+    return pixels, notes + scaling
 
 
 def open_picture(file: BinaryIO) -> Image.Image:
-    """Read an image file's header. Raises ExplainError, without the path."""
+    """Read an image file's header. Raises ExplainError, without the path, and what Pillow does."""
     try:
         image = Image.open(file, formats=IMAGE_FORMATS)
-        # Pillow has read up to the scan. Without an end mark behind it (a copy that broke off and
-        # was filled with zeros), the decoder would invent the rest in grey.
-        if image.format == "JPEG" and b"\xff\xd9" not in file.read():
-            raise ExplainError(f"cut short; {COPY_AGAIN}")
-        return image
-    except UnidentifiedImageError as error:
-        cause = "its start is damaged, or not of a kind that can be read here"
-        raise ExplainError(f"{cause}; convert it to PNG") from error
     except Image.DecompressionBombError as error:
         raise ExplainError(f"more than {MAX_PIXELS:,} pixels; reduce it") from error
-
-
-def holds_deep_colour(image: Image.Image, tags: dict[int, Any]) -> bool:
-    """Whether a file not yet loaded has more than 8 bits a colour.
-
-    Raises ExplainError for the one kind of these that Pillow decodes wrongly.
-    """
-    if tags.get(PLANAR) == 2 and max(tags.get(BITS, (8,))) > 8:
-        raise ExplainError("16-bit colour in separate planes; save it as PNG")
-    return image.mode not in DEEP_MODES and any(";16" in str(tile.args) for tile in image.tile)
+    # Pillow has read up to the scan. Without an end mark behind it (a copy that broke off and
+    # was filled with zeros), the decoder would invent the rest in grey.
+    if image.format == "JPEG" and b"\xff\xd9" not in file.read():
+        raise ExplainError(f"cut short; {COPY_AGAIN}")
+    return image
 
 
 def grey_values(image: Image.Image, tags: dict[int, Any]) -> np.ndarray | None:
     """(H, W) values that 8 unsigned bits cannot hold, or None where there are none."""
-    sample_format = tags.get(SAMPLE_FORMAT, (1,))[0]
-    if image.mode == "L" and sample_format == 2:
-        return np.asarray(image).view(np.int8)  # Pillow reads the sign as 128
-    if image.mode == "I" and tags.get(BITS) == (32,) and sample_format == 1:
-        return np.asarray(image).view(np.uint32)  # Pillow reads the highest bit as a sign
+    stored = image.mode, tags.get(BITS), tags.get(SAMPLE_FORMAT, (1,))
+    if stored in MISREAD:
+        return np.asarray(image).view(MISREAD[stored])
     return np.asarray(image) if image.mode in DEEP_MODES else None
 
 
 def colours(image: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8 of an image of at most 8 bits a colour, transparent parts over black."""
-    if image.mode == "La":
-        image = image.convert("LA")  # Pillow goes no other way from here
     if not image.has_transparency_data:
         return np.asarray(image.convert("RGB"))
     premultiplied = image.convert("RGBA").convert("RGBa")  # colour * opacity is what black lets through
@@ -687,7 +644,7 @@ def colours(image: Image.Image) -> np.ndarray:
 def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
     """The first frame of a DICOM file: (H, W) or (H, W, 3) uint8, and notes.
 
-    Raises ExplainError, without the path; and whatever pydicom raises on damaged files.
+    Raises ExplainError, without the path, and what pydicom does.
     """
     try:
         import pydicom
@@ -698,30 +655,21 @@ def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
         raise ExplainError("a DICOM file without an image in it; give one that holds the radiograph")
     check_size(dataset.Columns, dataset.Rows)
     stored = decoded(dataset)
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    notes = [f"first of {frames} frames"] if frames > 1 else []
     pixels, scaling = dicom_grey(dataset, stored) if dataset.SamplesPerPixel == 1 else to_8_bits(stored)
-    return pixels, notes + scaling
+    return pixels, frame_notes(int(dataset.get("NumberOfFrames") or 1)) + scaling
 
 
 def decoded(dataset: Dataset) -> np.ndarray:
     """Stored values of the first frame, (H, W), or RGB (H, W, 3).
 
-    Raises ExplainError, without the path, where no decoder for its compression is installed.
+    Raises ExplainError, without the path, where its compression cannot be undone.
     """
-    from pydicom.pixels import get_decoder, pixel_array
+    from pydicom.pixels import pixel_array
 
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError as error:
-        cause = "compressed in a way that pydicom does not know"
-        raise ExplainError(f"{cause}; export it uncompressed") from error
-    if not decoder.is_available:
-        raise ExplainError(f"compressed as {syntax.name}, which needs a decoder; {DICOM_DECODERS}")
-    try:
         return pixel_array(dataset, index=0)
-    except RuntimeError as error:
+    except (NotImplementedError, RuntimeError) as error:
         if not syntax.is_encapsulated:
             raise
         cause = f"compressed as {syntax.name}, and damaged or in need of another decoder"
@@ -753,8 +701,9 @@ def modality_values(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
     slope, intercept = first_number(dataset, "RescaleSlope"), first_number(dataset, "RescaleIntercept")
     if None not in (slope, intercept) and (slope, intercept) != (1, 0):
         return stored * slope + intercept
-    deep = np.promote_types(stored.dtype, np.int16)
-    return stored if dataset.get("BitsStored") == 8 else stored.astype(deep)
+    if dataset.get("BitsStored") == 8:
+        return stored
+    return stored.astype(np.promote_types(stored.dtype, np.int16))
 
 
 def padding_mask(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
@@ -762,9 +711,8 @@ def padding_mask(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
     value = dataset.get("PixelPaddingValue")
     if value is None:
         return np.zeros(stored.shape, bool)
-    limit = dataset.get("PixelPaddingRangeLimit")
-    ends = sorted((value, value if limit is None else limit))
-    return (stored >= ends[0]) & (stored <= ends[1])
+    low, high = sorted((value, dataset.get("PixelPaddingRangeLimit", value)))
+    return (stored >= low) & (stored <= high)
 
 
 def windowed(dataset: Dataset, values: np.ndarray) -> tuple[np.ndarray, list[str]] | None:
@@ -778,13 +726,13 @@ def windowed(dataset: Dataset, values: np.ndarray) -> tuple[np.ndarray, list[str
         return (to_grey(through, low, high), ["shown through its VOI LUT"]) if low < high else None
     centre, width = first_number(dataset, "WindowCenter"), first_number(dataset, "WindowWidth")
     shape = dataset.get("VOILUTFunction") or "LINEAR"
-    if centre is None or width is None or not width > (shape == "LINEAR"):
+    if centre is None or width is None or width <= 0 or (shape == "LINEAR" and width <= 1):
         return None
     notes = [f"shown through its window, centre {centre:g} and width {width:g}"]
     if shape == "LINEAR":  # PS3.3 C.11.2.1.2.1; the others have neither shift
         centre, width = centre - 0.5, width - 1
     low, high = centre - width / 2, centre + width / 2
-    if not (np.isfinite(width) and low < values.max() and high > values.min()):
+    if not (low < values.max() and high > values.min()):
         return None  # beside all values; or a value is NaN, which to_8_bits refuses
     if shape == "SIGMOID":
         return to_grey(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1), notes
@@ -831,36 +779,11 @@ INPUT_SIZES = range(64, 1025)  # pixels a side that are accepted
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net")  # where trainers put the weights, in order
 EMA_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema")  # the same, averaged over the training
-STRUCTURE_BYTES = 64_000_000  # of a checkpoint without its tensors; a gigabyte of weights needs a hundredth
-STRUCTURE_STEPS = 1_000_000  # of unpickling it; a second or two
-STRUCTURE_WEIGHT = 100_000_000  # parts and characters, each counted as often as it is put into something
-STRUCTURE_WIDTH = 200_000  # parts that wait to be put together
-STRUCTURE_DEPTH = 200  # containers in containers
-CALL_WEIGHT = 20  # times what a call is given: it may hash and copy it
-LONG_WEIGHT = 5_000  # of a number beyond 32 bits; as keys, they can be chosen to make a dictionary take hours
-OLD_PICKLES = 5  # of the container before PyTorch 1.6: mark, version, system, contents, keys of storages
-ATOMS = ("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "EMPTY_TUPLE")
-TEXTS = ("BINUNICODE", "SHORT_BINSTRING", "GLOBAL")
-ABOVE_THE_MARK = -1
-TAKING_STEPS = {  # how many parts the other steps take that torch knows
-    **{"EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "LONG1": 0, "STOP": 1, "BINPERSID": 1},
-    **{"REDUCE": 2, "NEWOBJ": 2},
-    **{"TUPLE": ABOVE_THE_MARK, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1},
-    **{"APPENDS": ABOVE_THE_MARK, "SETITEMS": ABOVE_THE_MARK},
-}
-FILLING_STEPS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # into the part below what they take
-CALLING_STEPS = ("REDUCE", "NEWOBJ")
-CHECKPOINT_CALLS = re.compile(  # what a checkpoint may call: none gives much more than it is given
-    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode"
-    r"|torch (Size|device)"
-    r"|numpy dtype|numpy\._?core\.multiarray scalar|argparse Namespace"
-    r"|torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?|qtensor|meta_tensor_no_storage)"
-)
-NUMBER_KINDS = ("float32", "float16", "bfloat16", "float64", "int64")  # int64: counters of batches
+AGAIN = "copy or download the checkpoint again"
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 COUNTER = "num_batches_tracked"  # end of the keys of those counters, which inference never reads
 MAX_CLASSES = 100
 MAX_NAME = 200  # characters of a class name
-UNFOLDING = "its structure unfolds to more than a network's checkpoint holds; save its state_dict() alone"
 TAG = r"(?:\.[a-z0-9_]{1,60})?"  # of timm's names: what the weights were trained on
 
 
@@ -936,41 +859,25 @@ def check_not_mixed(checkpoints: Sequence[Path]) -> None:
 
 
 def brief(value: object) -> str:
-    """An untrusted value for a message: short, on one line, whatever it is."""
-    if isinstance(value, int) and value.bit_length() > 64:  # Python cannot print every one of them
-        return "a number of more than 19 digits"
+    """An untrusted value for a message: short and on one line."""
     if isinstance(value, (str, int, float)):
-        return printable(repr(value[:80] if isinstance(value, str) else value))
+        return printable(repr(value)[:82])
     return f"a {type(value).__name__}"
 
 
 def listed(items: Sequence[str]) -> str:
     """How many, and the first three."""
-    first = ", ".join(printable(item[:160]) for item in items[:3])
-    return f"{len(items)} ({first}{', …' if len(items) > 3 else ''})"
-
-
-def open_checkpoint(path: Path) -> tuple[BinaryIO, FileKind]:
-    """A checkpoint file open for reading, and its kind, as far as can be told without torch.
-
-    Raises ExplainError, without the path, where it cannot be a checkpoint, and says what it is instead.
-    """
-    file = open_regular(path)
-    try:
-        remedy = "give a file that torch.save wrote, or a .safetensors file"
-        kind = read_kind(file, ("zip", "pickle", "safetensors"), "a checkpoint", remedy)
-        if kind.use == "zip":
-            check_archive(file)
-        return file, kind
-    except BaseException:
-        file.close()
-        raise
+    first = [printable(item[:160]) for item in items[:3]]
+    if len(items) > 3:
+        first.append("…")
+    return f"{len(items)} ({', '.join(first)})"
 
 
 def check_checkpoint_path(path: Path) -> None:
-    """Raise ExplainError where a file cannot be a checkpoint."""
-    with naming(path):
-        open_checkpoint(path)[0].close()
+    """Raise ExplainError where a file cannot be a checkpoint, as far as can be told without torch."""
+    with naming(path), opened(path, "checkpoint") as (file, use):
+        if use == "zip":
+            check_archive(file)
 
 
 def check_archive(file: BinaryIO) -> None:
@@ -978,221 +885,95 @@ def check_archive(file: BinaryIO) -> None:
     try:
         entries = zipfile.ZipFile(file).infolist()
     except Exception as error:  # zipfile lets out more than BadZipFile on damaged archives
-        cause = "an incomplete or damaged archive"
-        raise ExplainError(f"{cause}; copy or download the checkpoint again") from error
+        raise ExplainError(f"an incomplete or damaged archive; {AGAIN}") from error
     names = {entry.filename.partition("/")[2] for entry in entries}
     if "constants.pkl" in names:
         cause = "a TorchScript archive, which holds code"
         raise ExplainError(f"{cause}; save the network's state_dict() with torch.save instead")
     if "data.pkl" not in names:
-        remedy = "give a file that torch.save wrote, or a .safetensors file"
-        raise ExplainError(f"a zip archive without weights; {remedy}")
-    structures = [entry.file_size for entry in entries if entry.filename.lower().endswith("/data.pkl")]
-    if max(structures) > STRUCTURE_BYTES:
-        raise ExplainError(UNFOLDING)
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could unpack to any size
-        cause = "a compressed archive, which torch.save never writes"
-        raise ExplainError(f"{cause}; save the checkpoint again with torch.save")
+        raise ExplainError(f"a zip archive without weights; {WANTED['checkpoint'][2]}")
 
 
-def read_checkpoint(path: Path) -> tuple[dict[Any, Any], list[str]]:
-    """Load a checkpoint file without running code from it: its contents, and what was done.
+def read_checkpoint(path: Path) -> dict[Any, Any]:
+    """What a checkpoint file holds; no code from it is run.
 
     Raises ExplainError where it is not a checkpoint or holds more than tensors and plain values.
     """
+    check_checkpoint_path(path)
     try:
-        with silenced():  # torch warns of tensors that are refused below
-            contents, notes = read_contents(path)
-    except ExplainError as error:
-        raise ExplainError(f"{shown(path)}: {error}") from error
+        with silenced(), opened(path, "checkpoint") as (_, use):
+            contents = read_safetensors(path) if use == "safetensors" else read_torch(path, use == "zip")
     except Exception as error:  # torch lets out KeyError, EOFError, UnpicklingError; damaged files anything
         raise refusal(path, *why_unreadable(error)) from error
     if not isinstance(contents, dict):
         cause = f"holds {brief(contents)}, not a dictionary of weights"
         raise refusal(path, cause, "save the network's state_dict()")
-    return contents, notes
+    return contents
 
 
 def why_unreadable(error: Exception) -> tuple[str, str]:
     """Cause and remedy for a file that torch rejects; not in its words, which advise to run the code."""
     if lacks_memory(error):
         return "too large for the memory of this computer", "close other programs"
-    if isinstance(error, UnicodeEncodeError):
-        return "its name is not valid Unicode, so that torch cannot open it", "rename it"
     found = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
     if not found:
-        cause = f"damaged, or not written by torch.save ({type(error).__name__})"
-        return cause, "copy or download the checkpoint again"
+        return f"damaged, or not written by torch.save ({type(error).__name__})", AGAIN
     cause = f"holds an object ({found.group(1)}) that only code from the file could restore, and none is run"
     return cause, "save it again with state_dict() and plain values only"
 
 
-def read_contents(path: Path) -> tuple[Any, list[str]]:
-    """What a checkpoint file holds, and notes. Raises ExplainError, without the path, and what torch does."""
-    file, kind = open_checkpoint(path)
-    with file:
-        if kind.use == "safetensors":
-            return read_safetensors(path)
-        return read_torch(path, pickled_part(file, kind), is_mapped=kind.use == "zip")
-
-
-def read_torch(path: Path, pickled: bytes, is_mapped: bool) -> tuple[Any, list[str]]:
+def read_torch(path: Path, is_mapped: bool) -> Any:
     """What torch.save wrote; memory-mapped where it can be, so that the optimizer's state is never read."""
     import torch
 
-    origins = set()
-
-    def on_cpu(storage: Any, origin: str) -> Any:
-        origins.add(origin)
-        return storage
-
-    check_structure(pickled, 1 if is_mapped else OLD_PICKLES)
-    with torch.serialization.safe_globals(HARMLESS_TYPES):
-        contents = torch.load(path, map_location=on_cpu, weights_only=True, mmap=is_mapped)
-    notes = [] if is_mapped else ["container of PyTorch before 1.6 read whole"]
-    elsewhere = sorted(printable(origin) for origin in origins if origin != "cpu")
-    return contents, notes + [f"tensors saved on {origin} read on the CPU" for origin in elsewhere[:3]]
+    with torch.serialization.safe_globals(harmless_types()):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
 
 
-def pickled_part(file: BinaryIO, kind: FileKind) -> bytes:
-    """The bytes that hold the structure of what torch.save wrote; the older container does not part them."""
-    import torch
+def harmless_types() -> list[tuple[Any, str]]:
+    """What trainers save beside tensors and plain values, each with the name that files know it by.
 
-    file.seek(0)  # from behind the archive's list of contents
-    if kind.use == "pickle":
-        return file.read(STRUCTURE_BYTES)
-    # By torch's own reader: in a crafted archive, another might see another structure.
-    return torch._C.PyTorchFileReader(file).get_record("data.pkl")
-
-
-def check_structure(pickled: bytes, count: int) -> None:
-    """Raise ExplainError, without the path, where unpickling takes far more than the file's own size.
-
-    `count` pickles follow each other.
+    None runs code. Paths may come from another system, and defaultdicts become dicts.
     """
-    file, walk = io.BytesIO(pickled), StructureWalk()
-    for _ in range(count):
-        walk.follow(file)
+    array = np.zeros(0).__reduce__()[0]
+    named = [(np.dtype, "numpy.dtype"), (np.ndarray, "numpy.ndarray"), (argparse.Namespace, "argparse.Namespace")]
+    for core in ("numpy.core", "numpy._core"):  # before and from NumPy 2
+        named += [(plain_number, f"{core}.multiarray.scalar"), (array, f"{core}.multiarray._reconstruct")]
+    for kind in {type(np.dtype(code)) for code in "?bhilqBHILQefdU"}:
+        named.append((kind, f"numpy.dtypes.{kind.__name__}"))
+    for module in ("pathlib", "pathlib._local"):  # the second is Python 3.13's
+        for path in (PurePosixPath, PureWindowsPath):
+            named += [(path, f"{module}.{path.__name__}"), (path, f"{module}.{path.__name__[4:]}")]
+    for each in (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone):
+        named.append((each, f"datetime.{each.__name__}"))
+    return [*named, (plain_dict, "collections.defaultdict"), (list, "builtins.list")]
 
 
-@dataclass(slots=True)
-class Part:
-    """Something that a pickle would make."""
-
-    weight: int = 1  # parts and characters in it
-    depth: int = 0  # containers in it, one in the other
-    told: str = ""  # a text, the name of what may be called, or the second part of a tuple
-    is_used: bool = False  # it is in another part
+def plain_number(kind: np.dtype[Any], content: bytes) -> float:
+    """Stands in for what makes a NumPy number of its bytes."""
+    return np.frombuffer(content, kind)[0].item()
 
 
-ATOM = Part()  # a number, a truth value, nothing
+def plain_dict(factory: object = None) -> dict[Any, Any]:
+    """Stands in for collections.defaultdict."""
+    return {}
 
 
-class StructureWalk:
-    """Adds up what it would take to make what pickles describe, without making it.
-
-    A few bytes can stand for hours and gigabytes: a pair of the same pair of the same pair ..., hashed
-    as a key; calls that double what they are given. So each step pays for all that it puts together,
-    as often as that is done.
-    """
-
-    def __init__(self) -> None:
-        self.steps = self.weight = 0
-
-    def follow(self, pickles: BinaryIO) -> None:
-        """Go through the next pickle. Raises ExplainError, without the path, where it is too much."""
-        stack: list[Part] = []
-        marks: list[int] = []  # heights of the stack
-        memo: dict[int, Part] = {}
-        for opcode, argument, _ in pickletools.genops(pickles):
-            self.steps += 1
-            if self.steps > STRUCTURE_STEPS or len(stack) > STRUCTURE_WIDTH or len(marks) > STRUCTURE_DEPTH:
-                raise ExplainError(UNFOLDING)
-            if opcode.name in ATOMS:
-                stack.append(ATOM)
-            elif opcode.name == "MARK":
-                marks.append(len(stack))
-            elif opcode.name in ("BINPUT", "LONG_BINPUT"):
-                memo[argument] = stack[-1]
-            elif opcode.name in ("BINGET", "LONG_BINGET"):
-                stack.append(memo[argument])
-            elif opcode.name in TEXTS:
-                stack.append(Part(len(argument), told=argument))
-            elif opcode.name != "PROTO":
-                taken = TAKING_STEPS[opcode.name]
-                height = marks.pop() if taken is ABOVE_THE_MARK else len(stack) - taken
-                items = stack[height:]
-                del stack[height:]
-                self.put_together(opcode.name, items, stack)
-
-    def put_together(self, step: str, items: list[Part], stack: list[Part]) -> None:
-        """Items from the stack become a new part on it, or go into the one that is there."""
-        weight = sum(item.weight for item in items)
-        depth = max((item.depth for item in items), default=-1) + 1
-        if step in CALLING_STEPS:
-            check_call(*items)
-        self.steps += 3  # beside its own: containers take more time and memory than numbers
-        self.weight += weight * (CALL_WEIGHT if step in CALLING_STEPS else 1)
-        if step not in FILLING_STEPS:
-            named = {"TUPLE": items[1:2], "TUPLE2": items[1:], "BINPERSID": items}.get(step)
-            told = named[0].told if named else ""
-            stack.append(Part(LONG_WEIGHT if step == "LONG1" else 1, told=told))
-        whole = stack[-1]
-        whole.weight, whole.depth = whole.weight + weight, max(whole.depth, depth)
-        # A part that is filled when it is in another already could come to hold itself.
-        if self.weight > STRUCTURE_WEIGHT or depth > STRUCTURE_DEPTH or (whole.is_used and items):
-            raise ExplainError(UNFOLDING)
-        for item in items:
-            item.is_used = True
-
-
-def check_call(function: Part, arguments: Part) -> None:
-    """Raise ValueError, in torch's words, for a call that no checkpoint of a network makes."""
-    if re.search("_sparse_|_get_layout", function.told):  # checked for as long as their indices claim
-        cause = "not the floats of a network: sparse tensors"
-        raise ExplainError(f"{cause}; save the trained weights as dense floats")
-    is_known = CHECKPOINT_CALLS.fullmatch(function.told)
-    if not is_known or (function.told == "_codecs encode" and arguments.told != "latin1"):
-        raise ValueError(f"GLOBAL {function.told.replace(' ', '.')}")
-
-
-class NumberType:
-    """Stands in for numpy.dtype in a checkpoint's pickle: it keeps the type's code and does nothing."""
-
-    def __init__(self, code: str, *options: object) -> None:
-        self.code = code
-
-    def __setstate__(self, state: object) -> None:
-        """Byte order and the like, which NumPy writes for every number alike."""
-
-
-def plain_number(number_type: NumberType, content: bytes) -> float:
-    """Stands in for the function that restores a NumPy number: val_acc, as some trainers save it."""
-    layouts = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i"}
-    return struct.unpack(layouts[number_type.code], content)[0]
-
-
-HARMLESS_TYPES = [
-    argparse.Namespace,  # the options that timm's own trainer saves
-    (NumberType, "numpy.dtype"),
-    *((plain_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-]
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Any], list[str]]:
+def read_safetensors(path: Path) -> dict[str, Any]:
     """Weights from a .safetensors file, with its metadata (texts; JSON where they are that)."""
     from safetensors import safe_open
 
-    def plain(text: str) -> Any:
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            return text
-
     with safe_open(path, framework="pt", device="cpu") as file:
         weights = {key: file.get_tensor(key) for key in file.keys()}
-        metadata = {key: plain(text) for key, text in (file.metadata() or {}).items()}
-    return {**metadata, MODEL_KEYS[0]: weights}, ["weights read from a safetensors file"]
+        metadata = {key: json_or_text(text) for key, text in (file.metadata() or {}).items()}
+    return {**metadata, MODEL_KEYS[0]: weights}
+
+
+def json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def recorded(contents: dict[Any, Any], *names: str) -> Any:
@@ -1204,47 +985,30 @@ def recorded(contents: dict[Any, Any], *names: str) -> Any:
 
 
 def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The network's tensors from wherever trainers put them, and what was done to get them.
-
-    Raises ExplainError where there are none.
-    """
-    import torch
-
-    def tensors(value: object) -> dict[str, torch.Tensor]:
-        items = value.items() if isinstance(value, dict) else ()
-        return {key: item for key, item in items if isinstance(key, str) and isinstance(item, torch.Tensor)}
-
-    places = {key: tensors(contents.get(key)) for key in MODEL_KEYS}
-    places["the top level"] = tensors(contents)
-    places |= {key: tensors(contents.get(key)) for key in EMA_KEYS}
+    """The network's tensors from wherever trainers put them, and notes. Raises ExplainError without any."""
+    places = {key: tensors_in(contents.get(key)) for key in MODEL_KEYS}
+    places["the top level"] = tensors_in(contents)
+    places |= {key: tensors_in(contents.get(key)) for key in EMA_KEYS}
     filled = [key for key, weights in places.items() if weights]
     if not filled:
         cause = f"holds no weights under {', '.join(MODEL_KEYS)} or at its top level"
         raise refusal(path, cause, "save the network's state_dict()")
     taken, *others = filled
-    notes = [] if taken == MODEL_KEYS[0] else [f"weights taken from {taken}"]
-    if taken in EMA_KEYS:
-        notes = [f"EMA weights taken from {taken}: the only ones in the file"]
-    notes += [f"EMA weights beside them ({key}) not used" for key in others if key in EMA_KEYS]
-    notes += [f"other weights beside them ({key}) not used" for key in others if key in MODEL_KEYS]
+    notes = [f"EMA weights taken from {taken}: the only ones in the file"] if taken in EMA_KEYS else []
+    beside = [key for key in others if key in MODEL_KEYS + EMA_KEYS]
+    if beside:
+        notes.append(f"weights taken from {taken}; others beside them ({', '.join(beside)}) not used")
     return places[taken], notes
 
 
-def check_numbers(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise ExplainError where weights share their numbers: a few could stand for gigabytes."""
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-    try:
-        length = path.stat().st_size
-    except OSError as error:
-        raise refusal(path, "changed or removed during the run", "run again") from error
-    if claimed > length:
-        cause = f"its weights are {claimed:,} bytes of numbers, and the file holds fewer numbers"
-        raise refusal(path, cause, "save each weight with its own numbers (tensor.clone())")
+def tensors_in(value: object) -> dict[str, torch.Tensor]:
+    import torch
+
+    items = value.items() if isinstance(value, dict) else ()
+    return {key: item for key, item in items if isinstance(key, str) and isinstance(item, torch.Tensor)}
 
 
-def without_prefix(
-    family: Family, weights: dict[str, torch.Tensor], path: Path
-) -> tuple[dict[str, torch.Tensor], list[str]]:
+def without_prefix(family: Family, weights: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
     """Keys as the network names them, without what wrappers put before all of them (module., model. ...).
 
     Raises ExplainError where the family's landmark is there more than once, or another family's is.
@@ -1257,11 +1021,9 @@ def without_prefix(
         if not found and prefixes_of(other, weights):
             cause = f"holds weights of the {other.key} family (key {other.landmark}), not of {family.key}"
             raise refusal(path, cause, f"give it to --{other.key}-checkpoint")
-    prefix = "".join(found)
-    bare = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
+    bare = {key.removeprefix("".join(found)): tensor for key, tensor in weights.items()}
     bare.pop("n_averaged", None)  # the counter that torch.optim.swa_utils.AveragedModel keeps
-    count = sum(key.startswith(prefix) for key in weights)
-    return bare, [f"prefix {printable(prefix[:80])} removed from {count} keys"] if prefix else []
+    return bare
 
 
 def prefixes_of(family: Family, weights: dict[str, torch.Tensor]) -> list[str]:
@@ -1379,6 +1141,8 @@ def accuracy_text(contents: dict[Any, Any]) -> str:
     """
     for key, label in (("test_acc", "Test accuracy"), ("val_acc", "Validation accuracy")):
         value = contents.get(key)
+        if getattr(value, "ndim", None) == 0:  # a tensor
+            value = value.item()
         if type(value) in (int, float) and 0 <= value <= 100:
             return f"{label}: {value:.2f}%" if value > 1 else f"{label}: {value:.4g} as recorded"
     return "Accuracy: not recorded in the checkpoint"
@@ -1390,19 +1154,21 @@ def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], name: 
     `name` says which network that is and why.
     """
     expected = network.state_dict()
-    found = {key: number_kind(tensor) for key, tensor in weights.items()}
-    kinds = [f"{key} is {kind}" for key, kind in found.items() if kind not in NUMBER_KINDS]
-    floats = [key for key, tensor in expected.items() if tensor.is_floating_point()]
-    kinds += [f"{key} is int64" for key in floats if found.get(key) == "int64"]
+    present = [(key, tensor, weights[key]) for key, tensor in expected.items() if key in weights]
+    kinds = [
+        f"{key} is {number_kind(found)}"
+        for key, tensor, found in present
+        if number_kind(found) not in (FLOATS if tensor.is_floating_point() else ("int64",))
+    ]
     if kinds:
         cause = f"not the floats of a network: {listed(kinds)}"
         raise refusal(path, cause, "save the trained weights as dense floats")
     missing = [key for key in expected if key not in weights and not key.endswith(COUNTER)]
     unexpected = [key for key in weights if key not in expected]
     shapes = [
-        f"{key} is {shape_text(weights[key])} in the file, {shape_text(tensor)} in the network"
-        for key, tensor in expected.items()
-        if key in weights and weights[key].shape != tensor.shape
+        f"{key} is {shape_text(found)} in the file, {shape_text(tensor)} in the network"
+        for key, tensor, found in present
+        if found.shape != tensor.shape
     ]
     faults = (("keys missing", missing), ("keys not in the network", unexpected), ("other shapes", shapes))
     told = [f"{what} {listed(items)}" for what, items in faults if items]
@@ -1417,12 +1183,10 @@ def shape_text(tensor: torch.Tensor) -> str:
 
 def number_kind(tensor: torch.Tensor) -> str:
     """The type of a tensor's numbers, and what else keeps it from being a plain array."""
-    import torch
-
     dtype = str(tensor.dtype).removeprefix("torch.")
-    is_sparse = tensor.layout != torch.strided
-    words = {"meta": tensor.is_meta, "sparse": is_sparse, "quantised": tensor.is_quantized}
-    return " ".join([*(word for word, holds in words.items() if holds), dtype])
+    if tensor.is_quantized:
+        return f"quantised {dtype}"
+    return f"{dtype} of layout {tensor.layout}" if "strided" not in str(tensor.layout) else dtype
 
 
 def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -1460,30 +1224,30 @@ def load_classifier(
 
     Raises ExplainError where the file is no checkpoint of this family.
     """
-    contents, file_notes = read_checkpoint(path)
-    weights, place_notes = weights_of(contents, path)
-    weights, prefix_notes = without_prefix(family, weights, path)
+    contents = read_checkpoint(path)
+    weights, notes = weights_of(contents, path)
+    weights = without_prefix(family, weights, path)
     architecture, why = architecture_of(family, contents, weights, path)
     class_names, class_notes = class_names_of(family, contents, weights, class_names, path)
     preprocessing, preprocessing_notes = preprocessing_of(contents, path)
     try:
         network, type_notes = network_of(family, architecture, why, len(class_names), weights, path)
+        network.to(device)
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        raise refusal(path, "not enough memory for its network", "close other programs") from error
-    return Classifier(
-        Model(
-            family=family,
-            architecture=architecture,
-            checkpoint=path,
-            accuracy=accuracy_text(contents),
-            class_names=class_names,
-            preprocessing=preprocessing,
-            notes=(*file_notes, *place_notes, *prefix_notes, *class_notes, *type_notes, *preprocessing_notes),
-        ),
-        moved(network, device, path),
+        remedy = "close other programs, or choose --device cpu"
+        raise refusal(path, f"not enough memory for its network on {device}", remedy) from error
+    model = Model(
+        family=family,
+        architecture=architecture,
+        checkpoint=path,
+        accuracy=accuracy_text(contents),
+        class_names=class_names,
+        preprocessing=preprocessing,
+        notes=(*notes, *class_notes, *type_notes, *preprocessing_notes),
     )
+    return Classifier(model, network)
 
 
 def network_of(
@@ -1493,35 +1257,19 @@ def network_of(
 
     Raises ExplainError where they do not fit or are not finite.
     """
+    import torch
+
     network = build_network(architecture, classes)
     if family.landmark not in weights:
         fitting = " or ".join(each.names.pattern.partition("(")[0] + "*" for each in FAMILIES.values())
         cause = f"holds another network, without the key {family.landmark}"
         raise refusal(path, cause, f"give one of timm's {fitting}: this tool explains no others")
     check_fit(network, weights, f"{architecture} ({why})", path)
-    check_numbers(weights, path)
     weights, notes = in_float32(weights, path)
-    counters = [key for key in network.state_dict() if key not in weights]
-    network.load_state_dict(weights | {key: zero_counter() for key in counters}, strict=True, assign=True)
-    if counters:
-        notes.append(f"{len(counters)} counters of batches missing, which only training needs")
+    counters = [key for key in network.state_dict() if key not in weights]  # which only training needs
+    weights |= {key: torch.tensor(0) for key in counters}
+    network.load_state_dict(weights, strict=True, assign=True)
     return network.eval().requires_grad_(False), notes
-
-
-def zero_counter() -> torch.Tensor:
-    import torch
-
-    return torch.tensor(0)
-
-
-def moved(network: torch.nn.Module, device: str, path: Path) -> torch.nn.Module:
-    """The network on `device`. Raises ExplainError where it has no room there."""
-    try:
-        return network.to(device)
-    except (MemoryError, RuntimeError) as error:
-        why = "not enough memory" if lacks_memory(error) else type(error).__name__
-        cause = f"cannot be put on {device} ({why})"
-        raise refusal(path, cause, "free memory, or choose --device cpu") from error
 
 
 def choose_device(wanted: str) -> str:
