@@ -315,14 +315,14 @@ def verified(markers=((10, 10, 30, 30),), explained=0, **changed):
     ],
 )
 def test_covering_the_markers_counts_beyond_covering_elsewhere(covered, elsewhere, fall, is_flagged):
-    found = verified(covered=odds(covered, elsewhere))["covering"]
+    found = verified(explained=1, covered=odds(covered, elsewhere))["covering"]  # of the predicted class all the same
     assert found.value == pytest.approx(fall) and found.is_flagged == is_flagged
     change = f"{'lowers' if covered < 0.95 else 'takes'} Comminuted Fracture from 95 % to {100 * covered:.0f} %"
     assert found.text == f"covering the side marker {change}; covering as much elsewhere, {100 * elsewhere:.0f} %"
 
 
 def test_a_marker_that_is_added_must_not_count():
-    found = verified(added=odds(0.25, 0.94))["adding"]
+    found = verified(explained=1, added=odds(0.25, 0.94))["adding"]
     assert found.value == pytest.approx(0.70) and found.is_flagged
     assert found.text == "a letter set in a corner lowers Comminuted Fracture from 95 % to 25 %"
     calm = verified(added=odds(0.95, 0.93))["adding"]
@@ -597,6 +597,15 @@ def test_a_box_outside_its_image_is_named(tmp_path: Path) -> None:
 def test_pointing_counts_half_a_cell_round_the_box(raw_map, is_inside):
     found = pointing(an_explanation(raw_map=raw_map), (3 / 7, 3 / 7, 4 / 7, 4 / 7))  # cell (3, 3)
     assert found.is_inside == is_inside and found.area == pytest.approx(4 / 49)
+
+
+def test_a_box_and_a_map_that_are_not_square_point_alike():
+    raw_map = np.zeros((4, 8), np.float32)
+    raw_map[0, 6] = 1  # at 0.81 of the width, 0.125 of the height
+    boxes = (0.7, 0.05, 0.8, 0.3), (0.05, 0.7, 0.3, 0.8)
+    assert [pointing(an_explanation(raw_map=raw_map), box).is_inside for box in boxes] == [True, False]
+    wide = pointing(an_explanation(raw_map=raw_map), boxes[0])
+    assert wide.area == pytest.approx((0.1 + 1 / 8) * (0.3 + 1 / 8)) and wide.heat > 0.5
 
 
 def test_heat_inside_the_box_is_a_share_and_chance_is_its_area():
