@@ -2376,7 +2376,7 @@ def class_scores(classifier: Classifier, images: np.ndarray, batch_size: int) ->
     import torch
 
     batches = torch.from_numpy(images).split(batch_size)
-    with torch.inference_mode():
+    with torch.no_grad():
         scores = [classifier.network(batch.to(classifier.device)).cpu().numpy() for batch in batches]
     return np.concatenate(scores).astype(np.float64)
 
