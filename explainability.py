@@ -24,6 +24,21 @@ Glossary
 
 Exit status: 0 done; 1 something named could not be used, with one line on stderr; 2 the command
 line is wrong; 129 terminal closed; 130 interrupted; 141 standard output closed; 143 terminated.
+
+The file, from top to bottom; each section uses only what stands above it
+    Records              what is handed on: Radiograph, Model, Explanation, Finding, Job, Result ...
+    Inputs               a file -> a Radiograph -> a network's input. A new image format: FILE_KINDS, IMAGE_SUFFIXES
+    Models               a checkpoint -> a Classifier. A new family: FAMILIES; a place where trainers keep
+                         weights or names: the tables at the section's start
+    Methods              a batch -> signed maps. A new method: one function and one entry of METHODS
+    Checks               a map -> Findings. A new check: one function and one entry of CHECKS
+    Panels and figures   Explanations -> a Sheet -> PNG, PDF or SVG. A new panel: one draw_ function
+    Truth                what folders' names and --truth tell of an image
+    Outputs              names, jobs, files
+    The table            summary.csv. A new column: one entry of MODEL_COLUMNS or MAP_COLUMNS
+    Console text         lines for one image, and for a run over many
+    Runs                 jobs -> read -> explained in batches -> drawn and written -> row, lines
+    Command line         options, and what they come to. A new option: argument_parser, then checked_request
 """
 
 from __future__ import annotations
@@ -1276,11 +1291,15 @@ def choose_device(wanted: str) -> str:
     """The device to run on. Raises ExplainError where the wanted one is not there."""
     import torch
 
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    present = ["cpu"]
+    if torch.backends.mps.is_available():
+        present.insert(0, "mps")
+    if torch.cuda.is_available():
+        present = ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count())), *present]
     if wanted == "auto":
-        return next(name for name in ("cuda", "mps", "cpu") if present[name])
-    if not present[wanted]:
-        raise ExplainError(f"--device {wanted}: not available here; use --device cpu")
+        return present[0]
+    if wanted not in present:
+        raise ExplainError(f"--device {wanted}: not available here; use --device {' or '.join(present)}")
     return wanted
 
 
