@@ -2586,6 +2586,7 @@ READERS_CHECK = "☐ Clinical features match: for the reader to judge"
 @functools.cache
 def plain_matplotlib() -> Any:
     """matplotlib as it comes, whatever style the user's own settings ask for."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook leaves its own, which may not be importable from here
     with silenced():
         import matplotlib
         from matplotlib import font_manager  # noqa: F401  which says how long it looks for fonts
