@@ -4580,6 +4580,30 @@ def tell_result(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> N
     sys.stdout.flush()
 
 
+# From Python: one radiograph, without a command line
+
+
+def explain(
+    classifier: Classifier, radiograph: Radiograph, method: str = "gradcam", target: int | None = None
+) -> Explanation:
+    """What a classifier says of a radiograph and where that comes from, checked.
+
+    Explains class `target`, or the predicted one. Raises ExplainError as `explain_batch` does.
+    """
+    inputs = network_input(radiograph, classifier.model.preprocessing)
+    (explanation,) = explain_batch(classifier, [inputs], target, [method])
+    evidence = Evidence(explanation, landmarks_of(radiograph))
+    return dataclasses.replace(explanation, findings=findings_of(evidence))
+
+
+def draw(
+    explanation: Explanation, radiograph: Radiograph, name: str = "", style: FigureStyle = FigureStyle()
+) -> bytes:
+    """The 4-panel figure of an explanation as a file of the style's format, PNG unless it says another."""
+    view = View(fitted(radiograph.pixels, style.dpi), name, style)
+    return figure_bytes(explanation_figure(view, explanation), style)
+
+
 # The whole
 
 
