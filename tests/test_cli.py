@@ -57,9 +57,7 @@ def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------
 # Answered at once
-# ------------------------------------------------------------------------------------------
 
 
 def test_help_names_every_option_and_imports_nothing_heavy():
@@ -118,9 +116,7 @@ def test_interruption_ends_with_130_and_no_traceback(checkpoints, xray, monkeypa
     assert "Traceback" not in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------
 # The random test image
-# ------------------------------------------------------------------------------------------
 
 
 def test_random_image_is_one_of_the_test_images(checkpoints, test_images, requests):
@@ -145,9 +141,7 @@ def test_without_test_images_the_message_names_the_option(checkpoints, tmp_path,
     assert "--image" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------
 # Which networks
-# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -277,9 +271,7 @@ def test_without_checkpoints_the_message_names_folder_and_option(checkpoints, xr
     assert str(checkpoints) in error
 
 
-# ------------------------------------------------------------------------------------------
 # Paths and terminals
-# ------------------------------------------------------------------------------------------
 
 
 def test_defaults_are_relative_to_the_script():
