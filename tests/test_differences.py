@@ -31,8 +31,8 @@ OWN = {  # what each checkpoint says of itself
 }
 NAMES = {"convnext": [COMMINUTED, SIMPLE], "efficientnet": [SIMPLE, COMMINUTED]}  # as both are shown
 SIZES = {"a": (150, 260), "b": (300, 200), "c": (224, 224), "d": (260, 140)}  # width, height
-TRUTH = {"a": ("simple", ""), "b": ("1", "30,20,200,90"), "c": ("", "-20,60,100,160"), "d": ("comminuted", "120,10,400,60")}
-CLASSES = {"a": SIMPLE, "b": SIMPLE, "c": "", "d": COMMINUTED}  # 1 is the first network's second output
+TRUTH = {"a": ("simple", ""), "b": ("1", "30,20,200,90"), "c": ("greenstick", "-20,60,100,160"), "d": ("comminuted", "120,10,400,60")}
+CLASSES = {"a": SIMPLE, "b": SIMPLE, "c": "", "d": COMMINUTED}  # 1 is the first network's second output; greenstick is no class
 
 
 def radiograph(name: str) -> Image.Image:
@@ -278,6 +278,7 @@ def test_each_line_of_an_image_tells_its_own_verdicts_and_flags(told):
             for method, called in zip(METHODS, ("Grad-CAM", "LRP")):
                 found = flags(told.alone[name, key, method])
                 assert (f"{title}, {called} flagged: {found}; " in f"{line}; ") if found else (f"{title}, {called}" not in line)
+    assert "--truth: 1 (greenstick) named there" in told.err
     for key, own in OWN.items():
         (note,) = (line for line in told.err.splitlines() if f"{key}.pth: preprocessing as the checkpoint says" in line)
         assert f"{own['img_size']} pixels a side" in note
