@@ -120,18 +120,6 @@ def test_two_runs_write_the_same_bytes_whatever_ran_between_them(xray, tiny_argu
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
-@pytest.mark.slow
-def test_two_processes_write_the_same_bytes(xray, tiny_arguments, tmp_path):
-    arguments = [*tiny_arguments, "--image", str(xray), "--model=efficientnet"]
-    figure = tmp_path / "figures" / "gradcam_efficientnet_xray.png"
-    written = []
-    for hash_seed in ("1", "2"):
-        in_new_process("explainability.py", *arguments, PYTHONHASHSEED=hash_seed)
-        written.append(figure.read_bytes())
-        figure.unlink()
-    assert written[0] == written[1]
-
-
 def test_accuracy_is_called_what_the_checkpoint_calls_it(xray, tiny_arguments, tmp_path, capsys):
     path = save({**users_checkpoint(TINY["efficientnet"]), "test_acc": 99.159}, tmp_path / "efficientnet.pth")
     asked = ["--image", str(xray), f"--efficientnet-checkpoint={path}", "--no-figures"]

@@ -174,12 +174,13 @@ def test_a_fault_shows_where_it_is(tiny_checkpoints, tmp_path, images):
 
 
 def test_foreign_settings_change_no_pixel(command, images, tmp_path):
-    """A matplotlibrc in the working directory, a notebook's backend, another locale, a fresh HOME."""
+    """A matplotlibrc in the working directory, a notebook's backend, another locale, a fresh HOME, another order of hashes."""
     (tmp_path / "matplotlibrc").write_text("font.size: 30\nfont.family: monospace\nfigure.dpi: 300\ntext.antialiased: False\n")
     environment = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "LC_ALL": "C", "HOME": str(tmp_path), "PYTHONWARNINGS": "error"}
     written = []
-    for folder, settings in ((ROOT, {}), (tmp_path, environment)):
-        done = subprocess.run([*command, f"--image={images / '000.png'}"], cwd=folder, env={**os.environ, **settings}, capture_output=True)
+    for number, (folder, settings) in enumerate(((ROOT, {}), (tmp_path, environment))):
+        settings = {**os.environ, **settings, "PYTHONHASHSEED": str(number)}
+        done = subprocess.run([*command, f"--image={images / '000.png'}"], cwd=folder, env=settings, capture_output=True)
         assert done.returncode == 0, done.stderr
         written.append((tmp_path / "out" / "gradcam_convnext_000.png").read_bytes())
     assert written[0] == written[1]

@@ -131,9 +131,12 @@ def test_an_empty_folder_or_a_pattern_without_match_is_one_line(explain, tmp_pat
         assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_pattern_finds_sorted_images_and_repeats_count_once(explain, folder, tmp_path):
-    assert explain("--image", folder / "*/a.png", folder / "simple_fracture/a.png", "--model", "convnext", "--no-figures") == 0
-    assert [Path(row["file"]).parent.name for row in table(tmp_path)] == ["comminuted_fracture", "simple_fracture"]
+def test_a_pattern_finds_sorted_images_and_repeats_count_once(folder, tmp_path, monkeypatch):
+    asked = [str(folder / "*/a.png"), str(folder / "simple_fracture/a.png")]
+    assert tool.found_images(asked, tmp_path / "out") == [folder / FILES[0], folder / FILES[2]]
+    monkeypatch.chdir(folder / "simple_fracture")
+    asked = ["c.png", str(folder / "simple_fracture/c.png"), "a.png"]
+    assert tool.found_images(asked, tmp_path / "out") == [Path("c.png"), Path("a.png")]
 
 
 def test_results_are_not_taken_for_images(folder, tmp_path):
@@ -154,11 +157,6 @@ def test_linked_folders_are_searched_once(folder, tmp_path):
     for name in ("a", "z"):
         (folder / name).symlink_to(folder / "simple_fracture")
     assert {path.parent.name for path in tool.found_images([str(folder)], tmp_path / "out")} == {"comminuted_fracture", "simple_fracture"}
-
-
-def test_an_image_named_in_two_ways_is_one(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(folder / "simple_fracture")
-    assert tool.found_images(["c.png", str(folder / "simple_fracture/c.png"), "a.png"], tmp_path / "out") == [Path("c.png"), Path("a.png")]
 
 
 def test_quiet_prints_the_summary_alone(explain, folder, capsys):
@@ -271,24 +269,21 @@ def test_a_cell_that_a_spreadsheet_would_compute_is_a_text(explain, folder, tmp_
     assert [tool.plain_text(tool.cell_text(text)) for text in texts] == texts
 
 
-def test_a_change_in_the_middle_of_a_file_is_another_file(tmp_path):
-    path = tmp_path / "radiograph.tif"
-    path.write_bytes(bytes(3_000_000))
-    before = tool.file_mark(path)
-    path.write_bytes(bytes(1_500_000) + b"x" + bytes(1_499_999))
-    assert tool.file_mark(path) != before and tool.file_mark(tmp_path / "none.tif") == ""
-
-
-def test_a_retrained_head_is_another_checkpoint(tmp_path):
+def test_a_change_in_the_middle_of_a_file_and_a_retrained_head_make_another_mark(tmp_path):
     import torch
     from safetensors.torch import save_file
 
-    for name, write in (("a.pth", torch.save), ("a.safetensors", save_file)):
+    def two_marks(name: str, write: Callable[[object, Path], object], *contents: object) -> set[str]:
         marks = set()
-        for head in (torch.zeros(2, 8), torch.ones(2, 8)):
-            write({"first": torch.zeros(700_000), "head": head, "last": torch.zeros(700_000)}, tmp_path / name)
+        for content in contents:
+            write(content, tmp_path / name)
             marks.add(tool.file_mark(tmp_path / name))
-        assert len(marks) == 2
+        return marks
+
+    heads = [{"first": torch.zeros(700_000), "head": torch.full((2, 8), value), "last": torch.zeros(700_000)} for value in (0.0, 1.0)]
+    assert len(two_marks("a.tif", lambda content, path: path.write_bytes(content), bytes(3_000_000), bytes(1_500_000) + b"x" + bytes(1_499_999))) == 2
+    assert len(two_marks("a.pth", torch.save, *heads)) == len(two_marks("a.safetensors", save_file, *heads)) == 2
+    assert tool.file_mark(tmp_path / "none.tif") == ""
 
 
 def test_skip_existing_keeps_twins_apart_when_names_are_hidden(explain, folder, tmp_path, capsys):
