@@ -4787,8 +4787,14 @@ def argument_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the versions of this tool and its libraries")
+    add_questions(parser.add_argument_group("what to explain"))
+    add_networks(parser.add_argument_group("networks"))
+    add_checks(parser.add_argument_group("checks"))
+    add_outputs(parser.add_argument_group("outputs"))
+    return parser
 
-    group = parser.add_argument_group("what to explain")
+
+def add_questions(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--image", nargs="+", action="extend", metavar="PATH",
                        help="X-ray images, folders or quoted patterns (default: a random test image)")
     group.add_argument("--model", choices=[*FAMILIES, "both"], default="both",
@@ -4800,9 +4806,10 @@ def argument_parser() -> argparse.ArgumentParser:
     group.add_argument("--target-class", metavar="CLASS",
                        help="name or index of the class to explain (default: the predicted class)")
     group.add_argument("--seed", type=whole_number(0, 2**63), metavar="N",
-                       help="repeat the choice of the random test image")
+                       help="repeat the choice of the random test image")  # fmt: skip
 
-    group = parser.add_argument_group("networks")
+
+def add_networks(group: argparse._ArgumentGroup) -> None:
     for key in FAMILIES:
         group.add_argument(f"--{key}-checkpoint", type=Path, metavar="FILE", help=f"default: checkpoints/{key}*")
     group.add_argument("--class-names", type=class_list, metavar="A,B",
@@ -4810,17 +4817,19 @@ def argument_parser() -> argparse.ArgumentParser:
     group.add_argument("--device", type=device_name, default="auto",
                        help="where to compute: auto, cpu, cuda, cuda:1 ..., mps (default: auto)")
     group.add_argument("--batch-size", type=whole_number(1, 4096), metavar="N",
-                       help="images computed at once (default: 4, on a GPU 32)")
+                       help="images computed at once (default: 4, on a GPU 32)")  # fmt: skip
 
-    group = parser.add_argument_group("checks")
+
+def add_checks(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--verify", action="store_true",
-                       help=f"ask the networks again, markers covered or added, hot areas erased: "
+                       help="ask the networks again, markers covered or added, hot areas erased: "
                             f"up to {MOST_TRIALS} passes each")
     group.add_argument("--truth", "--boxes", type=Path, metavar="CSV",
                        help="table of true classes and fractures: file and any of class,x0,y0,x1,y1 "
-                            "(default: folders' names, and the test images' own)")
+                            "(default: folders' names, and the test images' own)")  # fmt: skip
 
-    group = parser.add_argument_group("outputs")
+
+def add_outputs(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR",
                        help="where results go (default: explainability_outputs)")
     group.add_argument("--colormap", type=colormap_name, default="jet", metavar="NAME",
@@ -4842,8 +4851,8 @@ def argument_parser() -> argparse.ArgumentParser:
                        help="name images by their content's checksum, not by their files' names")
     group.add_argument("--skip-existing", action="store_true",
                        help="leave images alone that an earlier run finished")
-    group.add_argument("--quiet", action="store_true", help="print only the final summary, warnings and errors")
-    return parser  # fmt: skip
+    group.add_argument("--quiet", action="store_true",
+                       help="print only the final summary, warnings and errors")  # fmt: skip
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
