@@ -24,6 +24,21 @@ Glossary
 
 Exit status: 0 done; 1 something named could not be used, with one line on stderr; 2 the command
 line is wrong; 129 terminal closed; 130 interrupted; 141 standard output closed; 143 terminated.
+
+The file, from top to bottom; each section uses only what stands above it
+    Records              what is handed on: Radiograph, Model, Explanation, Finding, Job, Result ...
+    Inputs               a file -> a Radiograph -> a network's input. A new image format: FILE_KINDS, IMAGE_SUFFIXES
+    Models               a checkpoint -> a Classifier. A new family: FAMILIES; a place where trainers keep
+                         weights or names: the tables at the section's start
+    Methods              a batch -> signed maps. A new method: one function and one entry of METHODS
+    Checks               a map -> Findings. A new check: one function and one entry of CHECKS
+    Panels and figures   Explanations -> a Sheet -> PNG, PDF or SVG. A new panel: one draw_ function
+    Truth                what folders' names and --truth tell of an image
+    Outputs              names, jobs, files
+    The table            summary.csv. A new column: one entry of MODEL_COLUMNS or MAP_COLUMNS
+    Console text         lines for one image, and for a run over many
+    Runs                 jobs -> read -> explained in batches -> drawn and written -> row, lines
+    Command line         options, and what they come to. A new option: argument_parser, then checked_request
 """
 
 from __future__ import annotations
@@ -1566,11 +1581,15 @@ def choose_device(wanted: str) -> str:
     """The device to run on. Raises ExplainError where the wanted one is not there."""
     import torch
 
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    present = ["cpu"]
+    if torch.backends.mps.is_available():
+        present.insert(0, "mps")
+    if torch.cuda.is_available():
+        present = ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count())), *present]
     if wanted == "auto":
-        return next(name for name in ("cuda", "mps", "cpu") if present[name])
-    if not present[wanted]:
-        raise ExplainError(f"--device {wanted}: not available here; use --device cpu")
+        return present[0]
+    if wanted not in present:
+        raise ExplainError(f"--device {wanted}: not available here; use --device {' or '.join(present)}")
     return wanted
 
 
@@ -2666,7 +2685,7 @@ def class_scores(classifier: Classifier, images: np.ndarray, batch_size: int) ->
     import torch
 
     batches = torch.from_numpy(images).split(batch_size)
-    with torch.inference_mode():
+    with torch.no_grad():
         scores = [classifier.network(batch.to(classifier.device)).cpu().numpy() for batch in batches]
     return np.concatenate(scores).astype(np.float64)
 
@@ -2857,6 +2876,7 @@ READERS_CHECK = "☐ Clinical features match: for the reader to judge"
 @functools.cache
 def plain_matplotlib() -> Any:
     """matplotlib as it comes, whatever style the user's own settings ask for."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook leaves its own, which may not be importable from here
     with silenced():
         import matplotlib
         from matplotlib import font_manager  # noqa: F401  which says how long it looks for fonts
@@ -4850,6 +4870,30 @@ def tell_result(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> N
     sys.stdout.flush()
 
 
+# From Python: one radiograph, without a command line
+
+
+def explain(
+    classifier: Classifier, radiograph: Radiograph, method: str = "gradcam", target: int | None = None
+) -> Explanation:
+    """What a classifier says of a radiograph and where that comes from, checked.
+
+    Explains class `target`, or the predicted one. Raises ExplainError as `explain_batch` does.
+    """
+    inputs = network_input(radiograph, classifier.model.preprocessing)
+    (explanation,) = explain_batch(classifier, [inputs], target, [method])
+    evidence = Evidence(explanation, landmarks_of(radiograph))
+    return dataclasses.replace(explanation, findings=findings_of(evidence))
+
+
+def draw(
+    explanation: Explanation, radiograph: Radiograph, name: str = "", style: FigureStyle = FigureStyle()
+) -> bytes:
+    """The 4-panel figure of an explanation as a file of the style's format, PNG unless it says another."""
+    view = View(fitted(radiograph.pixels, style.dpi), name, style)
+    return figure_bytes(explanation_figure(view, explanation), style)
+
+
 # The whole
 
 
@@ -5033,8 +5077,14 @@ def argument_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the versions of this tool and its libraries")
+    add_questions(parser.add_argument_group("what to explain"))
+    add_networks(parser.add_argument_group("networks"))
+    add_checks(parser.add_argument_group("checks"))
+    add_outputs(parser.add_argument_group("outputs"))
+    return parser
 
-    group = parser.add_argument_group("what to explain")
+
+def add_questions(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--image", nargs="+", action="extend", metavar="PATH",
                        help="X-ray images, folders or quoted patterns (default: a random test image)")
     group.add_argument("--model", choices=[*FAMILIES, "both"], default="both",
@@ -5046,9 +5096,10 @@ def argument_parser() -> argparse.ArgumentParser:
     group.add_argument("--target-class", metavar="CLASS",
                        help="name or index of the class to explain (default: the predicted class)")
     group.add_argument("--seed", type=whole_number(0, 2**63), metavar="N",
-                       help="repeat the choice of the random test image")
+                       help="repeat the choice of the random test image")  # fmt: skip
 
-    group = parser.add_argument_group("networks")
+
+def add_networks(group: argparse._ArgumentGroup) -> None:
     for key in FAMILIES:
         group.add_argument(f"--{key}-checkpoint", type=Path, metavar="FILE", help=f"default: checkpoints/{key}*")
     group.add_argument("--class-names", type=class_list, metavar="A,B",
@@ -5056,17 +5107,19 @@ def argument_parser() -> argparse.ArgumentParser:
     group.add_argument("--device", type=device_name, default="auto",
                        help="where to compute: auto, cpu, cuda, cuda:1 ..., mps (default: auto)")
     group.add_argument("--batch-size", type=whole_number(1, 4096), metavar="N",
-                       help="images computed at once (default: 4, on a GPU 32)")
+                       help="images computed at once (default: 4, on a GPU 32)")  # fmt: skip
 
-    group = parser.add_argument_group("checks")
+
+def add_checks(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--verify", action="store_true",
-                       help=f"ask the networks again, markers covered or added, hot areas erased: "
+                       help="ask the networks again, markers covered or added, hot areas erased: "
                             f"up to {MOST_TRIALS} passes each")
     group.add_argument("--truth", "--boxes", type=Path, metavar="CSV",
                        help="table of true classes and fractures: file and any of class,x0,y0,x1,y1 "
-                            "(default: folders' names, and the test images' own)")
+                            "(default: folders' names, and the test images' own)")  # fmt: skip
 
-    group = parser.add_argument_group("outputs")
+
+def add_outputs(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR",
                        help="where results go (default: explainability_outputs)")
     group.add_argument("--colormap", type=colormap_name, default="jet", metavar="NAME",
@@ -5088,8 +5141,8 @@ def argument_parser() -> argparse.ArgumentParser:
                        help="name images by their content's checksum, not by their files' names")
     group.add_argument("--skip-existing", action="store_true",
                        help="leave images alone that an earlier run finished")
-    group.add_argument("--quiet", action="store_true", help="print only the final summary, warnings and errors")
-    return parser  # fmt: skip
+    group.add_argument("--quiet", action="store_true",
+                       help="print only the final summary, warnings and errors")  # fmt: skip
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
