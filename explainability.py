@@ -413,7 +413,7 @@ FILE_KINDS = (  # the first that fits counts
     FileKind(rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", remedy="convert it to PNG or JPEG"),
     FileKind(rb"%PDF-", "a PDF document", remedy="export its page as PNG"),
     FileKind(rb"\x89HDF\r\n", "an HDF5 file, as Keras writes", remedy="this tool explains networks of PyTorch"),
-    FileKind(rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", remedy="export it again"),
+    FileKind(rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", "dicom"),
     FileKind(rb"\Z", "an empty file", remedy=COPY_AGAIN),
     FileKind(rb"[^\x00-\x08\x0e-\x1f]+\Z|\xff\xfe|\xfe\xff", "a text file"),
     FileKind(rb"", "a file of an unknown kind"),
@@ -670,13 +670,40 @@ def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
         import pydicom
     except ImportError as error:
         raise ExplainError("a DICOM file, which needs pydicom; pip install pydicom") from error
-    dataset = pydicom.dcmread(file)
+    dataset = pydicom.dcmread(file, force=True)  # also without preamble and file meta information
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        dataset.file_meta.TransferSyntaxUID = uncompressed(dataset)
     if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise ExplainError("a DICOM file without an image in it; give one that holds the radiograph")
     check_size(dataset.Columns, dataset.Rows)
     stored = decoded(dataset)
     pixels, scaling = dicom_grey(dataset, stored) if dataset.SamplesPerPixel == 1 else to_8_bits(stored)
     return pixels, frame_notes(int(dataset.get("NumberOfFrames") or 1)) + scaling
+
+
+def uncompressed(dataset: Dataset) -> str:
+    """The transfer syntax by which pydicom read a file that does not tell its own."""
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    is_implicit, is_little = dataset.original_encoding
+    if is_implicit:
+        return ImplicitVRLittleEndian
+    return ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
+
+
+def is_no_radiograph(path: Path) -> bool:
+    """Whether a file from a folder is none, whatever its name: of macOS, or DICOM without pixels."""
+    if path.name.startswith("._") or "__MACOSX" in path.parts:
+        return True
+    try:
+        with naming(path), opened(path, "image") as (file, use):
+            import pydicom
+
+            if use != "dicom":
+                return False
+            return "Rows" not in pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=["Rows"])
+    except ExplainError:
+        return False  # what is wrong with it is said when it is read
 
 
 def decoded(dataset: Dataset) -> np.ndarray:
@@ -699,8 +726,8 @@ def decoded(dataset: Dataset) -> np.ndarray:
 def dicom_grey(dataset: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Stored values of one sample a pixel as they are meant to be seen: uint8, and notes.
 
-    Modality LUT, then VOI LUT or first window, then MONOCHROME1 inverted (PS3.3 C.7.6.3, C.11.1
-    and C.11.2); padding black. Without a usable LUT or window the rule of `to_8_bits`.
+    Modality LUT, then VOI LUT or first window, then MONOCHROME1 or INVERSE inverted, once
+    (PS3.3 C.7.6.3, C.11.1, C.11.2 and C.11.6); padding black. Without a usable LUT or window the rule of `to_8_bits`.
     """
     from pydicom.pixels import apply_color_lut
 
@@ -709,7 +736,7 @@ def dicom_grey(dataset: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[s
     padding = padding_mask(dataset, stored)
     values = modality_values(dataset, stored)
     pixels, notes = windowed(dataset, values) or to_8_bits(values, padding)
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
+    if dataset.PhotometricInterpretation == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE":
         pixels = 255 - pixels
     return np.where(padding, np.uint8(0), pixels), notes
 
@@ -2051,8 +2078,9 @@ def target_index(target_class: str | None, class_names: Sequence[str]) -> int | 
     if target_class is None:
         return None
     names = [class_key(name) for name in class_names]
-    if class_key(target_class) in names:
-        return names.index(class_key(target_class))
+    for name in (target_class, *usual_names([target_class])):  # simple is Simple Fracture
+        if class_key(name) in names:
+            return names.index(class_key(name))
     if target_class.strip() in map(str, range(len(names))):
         return int(target_class)
     choices = ", ".join(f"{index} = {printable(name)}" for index, name in enumerate(class_names))
@@ -4604,14 +4632,18 @@ class Plan:
 
 
 def load_classifiers(
-    checkpoints: Sequence[tuple[Family, Path]], device: str, class_names: Sequence[str] | None, quiet: bool
+    checkpoints: Sequence[tuple[Family, Path]],
+    device: str,
+    class_names: Sequence[str] | None,
+    weights: str,
+    quiet: bool,
 ) -> list[Classifier]:
     """Load every model, and say so. Raises ExplainError where one cannot be used."""
     use_exact_float32()
     present, classifiers = choose_device(device), []
     for family, path in checkpoints:
         say(f"📦 Loading {family.key.upper()} model...")
-        classifier = load_classifier(family, path, present, class_names)
+        classifier = load_classifier(family, path, present, class_names, weights)
         if not (quiet or is_demo(path)):  # what the demo files are, the README says
             warn(*note_lines(path, classifier.model.notes))
         say(f"✅ Model loaded: {classifier.model.architecture}", f"   {classifier.model.accuracy}", "")
@@ -4926,7 +4958,9 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
     with drawing_pool(drawing_processes(request), request.style) as submit:
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
-        classifiers = load_classifiers(request.checkpoints, args.device, args.class_names, args.quiet)
+        classifiers = load_classifiers(
+            request.checkpoints, args.device, args.class_names, args.weights, args.quiet
+        )
         names = [classifier.model.class_names for classifier in classifiers]
         plan = Plan(
             classifiers=classifiers,
@@ -5101,9 +5135,12 @@ def add_questions(group: argparse._ArgumentGroup) -> None:
 
 def add_networks(group: argparse._ArgumentGroup) -> None:
     for key in FAMILIES:
-        group.add_argument(f"--{key}-checkpoint", type=Path, metavar="FILE", help=f"default: checkpoints/{key}*")
+        group.add_argument(f"--{key}-checkpoint", type=Path, metavar="FILE",
+                           help=f"or a folder with config.json (default: checkpoints/{key}*)")
     group.add_argument("--class-names", type=class_list, metavar="A,B",
                        help="classes in the order of the outputs, for checkpoints that record none")
+    group.add_argument("--weights", choices=("ema", "plain"), default="ema",
+                       help="which to take where averaged and plain ones lie side by side (default: ema)")
     group.add_argument("--device", type=device_name, default="auto",
                        help="where to compute: auto, cpu, cuda, cuda:1 ..., mps (default: auto)")
     group.add_argument("--batch-size", type=whole_number(1, 4096), metavar="N",
@@ -5238,6 +5275,19 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
     return list({row_key(str(image)): image for image in reversed(images)}.values())[::-1]
 
 
+def without_other_files(images: list[Path], named: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Images less what lies beside them in folders and is none, unless named by itself; and a line that counts it.
+
+    Raises ExplainError where nothing is left.
+    """
+    others = [path for path in images if str(path) not in named and is_no_radiograph(path)]
+    if others and len(others) == len(images):
+        raise refusal(others[0].parent, f"no radiograph there, only {listed([path.name for path in others])}", "name others")
+    left = [path for path in images if path not in others]
+    names = listed([path.name for path in others])
+    return left, [f"ℹ️  passed over, as no radiographs: {names}"] if others else []
+
+
 def is_output(path: Path, searched: Path, outputs: Path) -> bool:
     """Whether a file found below a searched folder lies among the results: right there, or below it."""
     folder = Path(os.path.realpath(path)).parent
@@ -5266,7 +5316,7 @@ def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Pat
     Raises ExplainError where one is missing or cannot be a checkpoint.
     """
     keys = list(FAMILIES) if args.compare or args.model == "both" else [args.model]
-    named = {key: path for key in keys if (path := vars(args)[f"{key}_checkpoint"])}
+    named = {key: weights_file(path) for key in keys if (path := vars(args)[f"{key}_checkpoint"])}
     for path in named.values():
         check_checkpoint_path(path)
     lone = lone_family(keys, named) if not args.compare else None
@@ -5294,10 +5344,12 @@ def lone_family(keys: Sequence[str], named: dict[str, Path]) -> list[str] | None
 def checked_request(args: argparse.Namespace) -> Request:
     """What the arguments ask for. Raises ExplainError for all that files alone can tell."""
     images = found_images(args.image, args.output_dir) if args.image else [random_test_image(args.seed)]
+    images, told = without_other_files(images, args.image or [])
     is_single = not args.image or (len(args.image) == 1 and images == [Path(args.image[0])])
     if is_single:
         check_image_path(images[0])
     checkpoints, notes = chosen_checkpoints(args)
+    notes += told
     check_output_folder(args.output_dir)
     style = FigureStyle(args.colormap, args.dpi, args.format, args.contours, args.signed)
     if args.signed and args.colormap != "jet":
@@ -5305,8 +5357,10 @@ def checked_request(args: argparse.Namespace) -> Request:
     labels = numbered(map(content_label, images)) if args.anonymous else list(map(str, images))
     methods = tuple(dict.fromkeys(itertools.chain(*(args.method or [["gradcam"]]))))
     truths, table, told = known_truth(args.truth, images, args.anonymous)
-    marks = [(family.key, file_mark(path)) for family, path in checkpoints]
-    asked = marks, args.target_class, args.class_names, methods, style, args.verify, table
+    marks = [
+        (family.key, file_mark(path), file_mark(path.with_name("config.json"))) for family, path in checkpoints
+    ]
+    asked = marks, args.weights, args.target_class, args.class_names, methods, style, args.verify, table
     wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
     kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
     keys = [family.key for family, _ in checkpoints]
