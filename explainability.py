@@ -412,7 +412,7 @@ FILE_KINDS = (  # the first that fits counts
     FileKind(rb"version https://git-lfs", LFS_POINTER, remedy="run git lfs pull"),
     FileKind(rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", remedy="convert it to PNG or JPEG"),
     FileKind(rb"%PDF-", "a PDF document", remedy="export its page as PNG"),
-    FileKind(rb"\x89HDF\r\n", "an HDF5 file, as Keras writes", remedy="networks of PyTorch are explained here"),
+    FileKind(rb"\x89HDF\r\n", "an HDF5 file, as of Keras", remedy="networks of PyTorch are explained here"),
     FileKind(rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", "dicom"),
     FileKind(rb"\Z", "an empty file", remedy=COPY_AGAIN),
     FileKind(rb"[^\x00-\x08\x0e-\x1f]+\Z|\xff\xfe|\xfe\xff", "a text file"),
@@ -421,9 +421,9 @@ FILE_KINDS = (  # the first that fits counts
 
 
 WANTED = {  # which of the uses count, what they are together, and what to do without one
-    "image": (("image", "dicom"), "an image that can be read here", "give a radiograph, or convert it to PNG"),
-    "checkpoint": (("zip", "pickle", "safetensors"), "a checkpoint", "give what torch.save wrote, or .safetensors"),
-}
+    "image": (("image", "dicom"), "an image that can be read here", "give a radiograph or convert it to PNG"),
+    "checkpoint": (("zip", "pickle", "safetensors"), "a checkpoint", "give a file of torch.save or safetensors"),
+}  # fmt: skip
 
 
 def printable(text: str) -> str:
@@ -823,7 +823,6 @@ TEACHERS = {"teacher", "momentum", "target"}  # and of networks beside the one t
 BESIDE = re.compile(r"loss|criterion|metric")  # in keys that are no part of any network
 OPS = re.compile(r"(.*\.)?(total_ops|total_params|n_averaged)")  # counters that tools put among the weights
 COUNTER = "num_batches_tracked"  # end of the keys of counters of batches, which inference never reads
-FLOATS = ("float32", "float16", "bfloat16", "float64")
 GREY_OF_RGB = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision turn colour into grey
 MAX_CLASSES = 100
 TAG = r"(?:\.[a-z0-9_]{1,60})?"  # of timm's names: what the weights were trained on
@@ -845,38 +844,20 @@ AGAIN = "copy or download the checkpoint again"
 PLAIN = "torch.save(model.state_dict(), PATH)"
 ZERO = "run the zero_to_fp32.py that lies in its folder"
 FOREIGN = (  # by the name of a file, class or key: what it is, and what makes a plain state dict of it
-    (
-        r"\b(lora|ia3|hada|lokr|oft|boft|vera)_|\.base_layer\.|adapter_(model|config)|^peft\b",
-        "LoRA or another adapter of PEFT",
-        f"merge it with model = model.merge_and_unload(), then {PLAIN}",
-    ),
-    (
-        r"^(bf16_)?zero_pp_rank|^ds_(config|version)$|^deepspeed\b|^zero_to_fp32",
-        "a part of what DeepSpeed saved",
-        ZERO,
-    ),
-    (
-        r"\.distcp$|^\.metadata$|ShardedTensor|DTensor",
-        "a part of what FSDP saved",
-        "gather its full state dict: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER PATH",
-    ),
+    (r"\b(lora|ia3|hada|lokr|oft|boft|vera)_|\.base_layer\.|adapter_(model|config)|^peft\b",
+     "an adapter of PEFT, as LoRA", f"merge it with model = model.merge_and_unload(), then {PLAIN}"),
+    (r"^(bf16_)?zero_pp_rank|^ds_(config|version)$|^deepspeed\b|^zero_to_fp32",
+     "a part of what DeepSpeed saved", ZERO),
+    (r"\.distcp$|^\.metadata$|ShardedTensor|DTensor", "a part of what FSDP saved",
+     "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER PATH makes it whole"),
     (r"^fastai\b|^fastcore\b", "a Learner of fastai", "torch.save(learn.model.state_dict(), PATH)"),
-    (
-        r"_packed_params|\.zero_point$|\.absmax$|quantize|torchao|bitsandbytes",
-        "a quantised network",
-        f"{PLAIN} before it is quantised",
-    ),
-    (
-        r"\.weight_(orig|mask|[gv])$|\.parametrizations\.",
-        "a pruned or parametrized network",
-        f"torch.nn.utils.prune.remove or parametrize.remove_parametrizations, then {PLAIN}",
-    ),
-    (
-        r"^(pytorch_)?lightning\b",
-        "objects of Lightning's trainer",
-        "torch.save({'state_dict': checkpoint['state_dict']}, PATH)",
-    ),
-)
+    (r"_packed_params|\.zero_point$|\.absmax$|quantize|torchao|bitsandbytes", "a quantised network",
+     f"{PLAIN} before it is quantised"),
+    (r"\.weight_(orig|mask|[gv])$|\.parametrizations\.", "a pruned or parametrized network",
+     f"torch.nn.utils.prune.remove or parametrize.remove_parametrizations, then {PLAIN}"),
+    (r"^(pytorch_)?lightning\b", "objects of Lightning's trainer",
+     "torch.save({'state_dict': checkpoint['state_dict']}, PATH)"),
+)  # fmt: skip
 
 
 FAMILIES = {
@@ -1116,16 +1097,11 @@ def with_config_beside(family: Family, contents: dict[Any, Any], path: Path) -> 
     if not beside.is_file():
         return contents
     config = json_or_text(beside.read_text(encoding="utf-8", errors="replace"))
-    if path.name in HUB_FILES and not isinstance(config, dict):
+    if not isinstance(config, dict):
         raise refusal(beside, "not what a hub or Trainer writes", "correct it, or take it away")
-    own, other = (architecture_in(each) for each in (contents, config if isinstance(config, dict) else {}))
+    own, other = (str(recorded(each, *ARCHITECTURES)).partition(".")[0] for each in (contents, config))
     belongs = path.name in HUB_FILES or family.names.fullmatch(other)
     return {**contents, "config.json": config} if belongs and own in ("None", other) else contents
-
-
-def architecture_in(contents: dict[Any, Any]) -> str:
-    """The recorded timm name without its tag; else None, as text."""
-    return str(recorded(contents, *ARCHITECTURES)).partition(".")[0]
 
 
 def records(contents: dict[Any, Any]) -> list[dict[Any, Any]]:
@@ -1144,11 +1120,7 @@ def records(contents: dict[Any, Any]) -> list[dict[Any, Any]]:
 def recorded(contents: dict[Any, Any], *names: str) -> Any:
     """The first that a checkpoint records under these names; else None."""
     found = (record.get(name) for name in names for record in records(contents))
-    return next((value for value in found if value is not None and not is_empty_text(value)), None)
-
-
-def is_empty_text(value: object) -> bool:
-    return isinstance(value, str) and not value
+    return next((value for value in found if str(value) not in ("None", "")), None)
 
 
 # The network's weights among all else
@@ -1165,13 +1137,9 @@ class Source(NamedTuple):
     def name(self) -> str:
         return printable(f"{self.place}, {self.prefix}*" if self.prefix else self.place)
 
-    @property
-    def words(self) -> set[str]:
-        return words(f"{self.place}.{self.prefix}")
-
 
 def words(key: str) -> set[str]:
-    return set(re.split(r"[._]", key.lower()))
+    return set(re.split(r"[\W_]+", key.lower()))
 
 
 def dictionaries(
@@ -1207,8 +1175,8 @@ def chosen_source(
     found = sources(family, contents)
     if not found:
         raise without_network(family, contents, path)
-    students = [source for source in found if not source.words & TEACHERS] or found
-    averaged = [source for source in students if source.words & AVERAGED]
+    students = [source for source in found if not words(source.name) & TEACHERS] or found
+    averaged = [source for source in students if words(source.name) & AVERAGED]
     plain = [source for source in students if source not in averaged]
     pool = (averaged if wanted == "ema" else plain) or averaged or plain
     usual = [[source for source in pool if source.place == place] for place in MODEL_KEYS]
@@ -1223,15 +1191,11 @@ def chosen_source(
 def source_note(taken: Source, found: list[Source], averaged: list[Source]) -> list[str]:
     """What to say where a file holds averaged weights, or more than one set."""
     others = ", ".join(source.name for source in found if source is not taken)
-    if not (others or averaged):
-        return []
     kind = "averaged (EMA) weights" if taken in averaged else "plain weights" if averaged else "weights"
     if not others:
-        return [f"{kind} taken from {taken.name}, the only ones in the file"]
-    if not averaged:
-        return [f"{kind} taken from {taken.name}, not from {others}"]
-    other = "plain" if taken in averaged else "ema"
-    return [f"{kind} taken from {taken.name}, not from {others}; --weights {other} takes others"]
+        return [f"{kind} taken from {taken.name}, the only ones in the file"] if averaged else []
+    other = f"; --weights {'plain' if taken in averaged else 'ema'} takes others" if averaged else ""
+    return [f"{kind} taken from {taken.name}, not from {others}{other}"]
 
 
 def without_network(family: Family, contents: dict[Any, Any], path: Path) -> ExplainError:
@@ -1285,7 +1249,7 @@ def lone_layer(family: Family, source: Source, rest: dict[str, torch.Tensor], pa
     Raises ExplainError where there is none, or where it is not alone.
     """
     inputs = len(source.tensors.get(f"{source.prefix}{family.width}", ()))
-    beside = (AVERAGED | TEACHERS) - source.words
+    beside = (AVERAGED | TEACHERS) - words(source.name)
     layers = {
         key.removesuffix(".weight"): tensor
         for key, tensor in rest.items()
@@ -1500,13 +1464,8 @@ def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], why: s
 
 
 def described(tensor: torch.Tensor) -> str:
-    """Shape and kind of number: dense floats of all precisions are alike."""
-    kind = str(tensor.dtype).removeprefix("torch.")
-    if kind in FLOATS:
-        kind = "floats"
-    if tensor.is_quantized or "strided" not in str(tensor.layout):
-        kind = f"quantised or sparse {kind}"
-    return f"{'x'.join(map(str, tensor.shape)) or 'one'} {kind}"
+    """Shape and kind of number."""
+    return f"{'x'.join(map(str, tensor.shape)) or 'one'} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -1524,13 +1483,6 @@ def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Exact, and ten times faster than isfinite alone, which decides only where a sum overflows."""
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def for_colour(weights: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
-    """Weights of a network for one grey channel as those of one that takes the grey of RGB."""
-    import torch
-
-    return {**weights, family.stem: weights[family.stem] * torch.tensor(GREY_OF_RGB).view(1, 3, 1, 1)}
 
 
 def for_two_classes(weights: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
@@ -1560,8 +1512,8 @@ def network_of(
     import torch
 
     weights, notes = in_float32(weights, path)
-    if takes_grey(family, weights):
-        weights = for_colour(weights, family)
+    if takes_grey(family, weights):  # of RGB, the sum that is its grey
+        weights[family.stem] = weights[family.stem] * torch.tensor(GREY_OF_RGB).view(1, 3, 1, 1)
     if len(weights[f"{family.head}.weight"]) == 1:
         weights = for_two_classes(weights, family)
     network = build_network(architecture, len(weights[f"{family.head}.weight"]))

@@ -550,7 +550,7 @@ def test_missing_and_unexpected_keys_are_named_and_counted(checkpoint: dict[str,
 def test_other_shape_is_named_with_both_sides(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     checkpoint["model_state_dict"]["stem.0.weight"] = torch.zeros(40, 2, 4, 4)
     path = save(checkpoint, tmp_path / "grey.pth")
-    refused(path, "of another kind 1 (stem.0.weight is 40x2x4x4 floats in the file, 40x3x4x4 floats in the network)")
+    refused(path, "of another kind 1 (stem.0.weight is 40x2x4x4 float32 in the file, 40x3x4x4 float32 in the network)")
 
 
 def test_size_that_differs_from_config_is_refused(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
@@ -617,8 +617,7 @@ def test_weights_that_are_not_finite_are_refused(checkpoint: dict[str, Any], tmp
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "quantised"),
-        (lambda tensor: tensor.to_sparse(), "sparse"),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "2x320 qint8 in the file"),
         (lambda tensor: tensor.to(torch.complex64), "complex64"),
         (lambda tensor: tensor.to(torch.int32), "int32"),
         (lambda tensor: tensor.to(torch.int64), "int64"),
@@ -627,7 +626,7 @@ def test_weights_that_are_not_finite_are_refused(checkpoint: dict[str, Any], tmp
 def test_tensors_of_other_kinds_are_refused(checkpoint: dict[str, Any], tmp_path: Path, change: Callable, word: str) -> None:
     weights = checkpoint["model_state_dict"]
     weights["head.fc.weight"] = change(weights["head.fc.weight"])
-    refused(save(checkpoint, tmp_path / "kind.pth"), word, "of another kind 1 (head.fc.weight", "floats in the network")
+    refused(save(checkpoint, tmp_path / "kind.pth"), word, "of another kind 1 (head.fc.weight", "2x320 float32 in the network")
 
 
 class Bomb:
@@ -785,7 +784,6 @@ def test_a_config_beside_counts_only_for_its_own_network(key: str, pristine: dic
     (folder / "config.json").write_text(json.dumps({**TRANSFORMERS, "architecture": TINY[key]}))
     assert load(folder / "x.pth", key).model.class_names == tool.CLASS_NAMES[::-1]
     (folder / "config.json").write_text("{")
-    assert load(folder / "x.pth", key).model.class_names == tool.CLASS_NAMES
     with pytest.raises(tool.ExplainError, match=r"config\.json: not what a hub or Trainer writes"):
         load(folder, key)
 
