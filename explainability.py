@@ -814,7 +814,7 @@ def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.nd
 # ------------------------------------------------------------------------------------------
 
 INPUT_SIZES = range(64, 1025)  # pixels a side that are accepted
-CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")  # timm's trainer: .pth.tar
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder beside its config.json
 TOP = "the top level"
 MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net", TOP)  # where trainers put weights, in order
@@ -1028,7 +1028,7 @@ def why_unreadable(error: Exception) -> tuple[str, str]:
         return "too large for the memory of this computer", "close other programs"
     found = re.search(r"(?<=GLOBAL )[\w.]{1,80}|DTensor", str(error))
     if not found:
-        return f"damaged, or not written by torch.save ({type(error).__name__})", AGAIN
+        return f"damaged, or not written by torch.save ({type(error).__name__})", f"{AGAIN}, or {PLAIN}"
     cause = f"holds a whole network or another object ({found[0]}), for which code from the file would run"
     return foreign_kind([found[0]]) or (f"{cause}, and none is run", f"{PLAIN} where it was trained")
 
@@ -1151,7 +1151,7 @@ def dictionaries(
     tensors = {key: value for key, value in inside.items() if isinstance(value, torch.Tensor)}
     yield place, {key: tensor for key, tensor in tensors.items() if isinstance(key, str)}
     for key, value in inside.items():
-        if isinstance(value, dict) and levels > 1:
+        if isinstance(value, dict) and levels > 1 and not str(key).startswith("optim"):  # momenta have names too
             yield from dictionaries(value, f"{place}.{key}".removeprefix(f"{TOP}."), levels - 1)
 
 
@@ -1185,6 +1185,9 @@ def chosen_source(
         names = " and ".join(source.name for source in first[:3])
         raise refusal(path, f"holds weights more than once ({names})", f"save one set alone: {PLAIN}")
     taken = first[0]
+    lists = [str(key) for key, value in contents.items() if isinstance(value, dict) and words(str(key)) & AVERAGED]
+    if lists and not averaged:  # without keys, as torch_ema saves them
+        return taken, [f"what averaged weights lie under {', '.join(lists)} cannot be told and is not used"]
     return taken, source_note(taken, found, averaged)
 
 
