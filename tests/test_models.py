@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import re
 import socket
 import zipfile
 from collections import Counter, defaultdict
@@ -130,25 +131,42 @@ def test_loads_users_checkpoint_exactly(key: str, pristine: dict[str, Any], tmp_
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "net.backbone.", "timm_model."])
-def test_wrapper_prefixes_are_removed(key: str, pristine: dict[str, Any], tmp_path: Path, prefix: str) -> None:
+def test_wrapper_prefixes_are_removed(key: str, pristine: dict[str, Any], prefix: str) -> None:
     weights = pristine[key]["model_state_dict"]
-    wrapped = {prefix + name: torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    found, notes = taken({"model_state_dict": {prefix + name: tensor for name, tensor in weights.items()}}, key)
+    assert are_same(found, weights) and notes == []
+
+
+def test_parameters_of_a_parallel_network_load(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
+    weights = pristine[key]["model_state_dict"]
+    wrapped = {f"module.{name}": torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     classifier = load(save({**pristine[key], "model_state_dict": wrapped}, tmp_path / "p.pth"), key)
     assert_same_weights(classifier, weights)
     assert told(classifier) == ()
+
+
+def taken(contents: dict[Any, Any], key: str = "convnext", wanted: str = "ema") -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Weights and notes from the contents of a file, without one: for what is found before a network is built."""
+    source, notes = tool.chosen_source(tool.FAMILIES[key], contents, wanted, Path("x.pth"))
+    weights, more = tool.weights_of(tool.FAMILIES[key], source, Path("x.pth"))
+    return weights, notes + more
+
+
+def are_same(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 AVERAGED = ["state_dict_ema", "model_ema", "ema_state_dict", "ema", "swa_model", "averaged_model"]
 
 
 @pytest.mark.parametrize("place", ["state_dict", "model", "net", "module", "weights", "the top level", *AVERAGED])
-def test_weights_are_found_wherever_trainers_put_them(checkpoint: dict[str, Any], tmp_path: Path, place: str) -> None:
+def test_weights_are_found_wherever_trainers_put_them(checkpoint: dict[str, Any], place: str) -> None:
     weights = checkpoint.pop("model_state_dict")
     inside = weights if place == "the top level" else {place: weights}
-    classifier = load(save({"model": "convnextv2_atto", **checkpoint, **inside, "epoch": 3}, tmp_path / "w.pth"))
-    assert_same_weights(classifier, weights)
+    found, notes = taken({"model": "convnextv2_atto", **checkpoint, **inside, "epoch": 3})
+    assert are_same(found, weights)
     only = f"averaged (EMA) weights taken from {place}, the only ones in the file"
-    assert told(classifier) == ((only,) if place in AVERAGED else ())
+    assert notes == ([only] if place in AVERAGED else [])
 
 
 def shifted(weights: dict[str, torch.Tensor], by: float = 1) -> dict[str, torch.Tensor]:
@@ -157,14 +175,13 @@ def shifted(weights: dict[str, torch.Tensor], by: float = 1) -> dict[str, torch.
 
 @pytest.mark.parametrize(("place", "inner"), [*((place, "") for place in AVERAGED), ("ema", "state_dict"), ("callbacks", "EMA")])
 @pytest.mark.parametrize("wanted", ["ema", "plain"])
-def test_averaged_weights_go_before_plain_ones(checkpoint: dict[str, Any], tmp_path: Path, place: str, inner: str, wanted: str) -> None:
+def test_averaged_weights_go_before_plain_ones(checkpoint: dict[str, Any], place: str, inner: str, wanted: str) -> None:
     plain = checkpoint["model_state_dict"]
     averaged = {f"module.{name}": tensor for name, tensor in shifted(plain).items()}
-    path = save({place: {inner: averaged} if inner else averaged, **checkpoint}, tmp_path / "ema.pth")
-    classifier = tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", weights=wanted)
-    assert_same_weights(classifier, plain if wanted == "plain" else shifted(plain))
+    weights, notes = taken({place: {inner: averaged} if inner else averaged, **checkpoint}, wanted=wanted)
+    assert are_same(weights, plain if wanted == "plain" else shifted(plain))
     name = f"{place}.{inner}" if inner else place
-    assert told(classifier)[0] == (
+    assert notes[0] == (
         f"plain weights taken from model_state_dict, not from {name}, module.*; --weights ema takes others" if wanted == "plain"
         else f"averaged (EMA) weights taken from {name}, module.*, not from model_state_dict; --weights plain takes others"
     )  # fmt: skip
@@ -180,11 +197,21 @@ def test_averaged_weights_beside_plain_ones_in_one_dictionary(checkpoint: dict[s
     assert "--weights" in told(classifier)[0]
 
 
-def test_averaged_weights_without_keys_are_told(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+def test_the_command_line_names_folders_and_chooses_weights(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    plain = checkpoint["model_state_dict"]
+    path = save({**checkpoint, "state_dict_ema": shifted(plain)}, tmp_path / "best.pth.tar")
+    args = tool.parsed(["--model=convnext", f"--convnext-checkpoint={tmp_path}"])
+    checkpoints, _ = tool.chosen_checkpoints(args)
+    assert args.weights == "ema" and checkpoints == [(tool.FAMILIES["convnext"], path)]
+    for wanted in ("ema", "plain"):
+        (classifier,) = tool.load_classifiers(checkpoints, "cpu", None, wanted, quiet=True)
+        assert_same_weights(classifier, plain if wanted == "plain" else shifted(plain))
+
+
+def test_averaged_weights_without_keys_are_told(checkpoint: dict[str, Any]) -> None:
     weights = checkpoint["model_state_dict"]
-    classifier = load(save({**checkpoint, "ema": {"decay": 0.9, "shadow_params": [*weights.values()]}}, tmp_path / "x.pth"))
-    assert_same_weights(classifier, weights)
-    assert told(classifier) == ("what averaged weights lie under ema cannot be told and is not used",)
+    found, notes = taken({**checkpoint, "ema": {"decay": 0.9, "shadow_params": [*weights.values()]}})
+    assert are_same(found, weights) and notes == ["what averaged weights lie under ema cannot be told and is not used"]
 
 
 def test_of_several_sets_of_weights_the_usual_place_counts_else_none(checkpoint: dict[str, Any], tmp_path: Path) -> None:
@@ -192,9 +219,12 @@ def test_of_several_sets_of_weights_the_usual_place_counts_else_none(checkpoint:
     classifier = load(save({"net": shifted(weights), "last": shifted(weights), **checkpoint}, tmp_path / "x.pth"))
     assert_same_weights(classifier, weights)
     assert told(classifier) == ("weights taken from model_state_dict, not from net, last",)
-    refused(save({"first": weights, "second": shifted(weights)}, tmp_path / "x.pth"), "more than once (first and second)")
-    both = {**weights, **{f"model.{name}": tensor for name, tensor in shifted(weights).items()}}
-    refused(save(both, tmp_path / "x.pth"), "more than once", "the top level, model.*")
+    for contents, words in (
+        ({"first": weights, "second": shifted(weights)}, "more than once \\(first and second\\)"),
+        ({**weights, **{f"model.{name}": tensor for name, tensor in weights.items()}}, "more than once .*the top level, model"),
+    ):
+        with pytest.raises(tool.ExplainError, match=words):
+            taken(contents)
 
 
 BESIDE = {
@@ -227,7 +257,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_single_linear_layer_that_is_left_over_is_the_head(key: str, pristine: dict[str, Any], tmp_path: Path, kind: str) -> None:
+def test_a_single_linear_layer_that_is_left_over_is_the_head(key: str, pristine: dict[str, Any], kind: str) -> None:
     weights = pristine[key]["model_state_dict"]
     head = tool.FAMILIES[key].head
     layer = HEADS[kind][head]
@@ -237,9 +267,9 @@ def test_a_single_linear_layer_that_is_left_over_is_the_head(key: str, pristine:
     if "Sequential(network" in kind:  # without a bias
         del moved["2.bias"]
         weights = {**weights, f"{head}.bias": torch.zeros(2)}
-    classifier = load(save({"state_dict": moved}, tmp_path / "head.pth"), key)
-    assert_same_weights(classifier, weights)
-    assert told(classifier) == (f"its linear layer {layer.removeprefix('../')} taken for {head}",)
+    found, notes = taken({"state_dict": moved}, key)
+    assert are_same(found, weights)
+    assert notes == [f"its linear layer {layer.removeprefix('../')} taken for {head}"]
 
 
 @pytest.mark.parametrize(
@@ -252,10 +282,11 @@ def test_a_single_linear_layer_that_is_left_over_is_the_head(key: str, pristine:
         ({}, "holds no head: neither head.fc nor another linear layer of 320 inputs"),
     ],
 )
-def test_a_head_of_other_layers_is_refused(checkpoint: dict[str, Any], tmp_path: Path, layers: dict[str, tuple[int, ...]], words: str) -> None:
+def test_a_head_of_other_layers_is_refused(checkpoint: dict[str, Any], layers: dict[str, tuple[int, ...]], words: str) -> None:
     weights = {name: tensor for name, tensor in checkpoint["model_state_dict"].items() if not name.startswith("head.fc.")}
     weights |= {f"{name}.weight": torch.ones(shape) for name, shape in layers.items()}
-    refused(save(weights, tmp_path / "head.pth"), words)
+    with pytest.raises(tool.ExplainError, match=re.escape(words)):
+        taken(weights)
 
 
 def test_layers_inside_the_network_are_never_left_out(checkpoint: dict[str, Any], tmp_path: Path) -> None:
