@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import base64
 import contextlib
 import csv
 import dataclasses
@@ -84,6 +85,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
+from urllib.parse import quote
 
 try:
     import fcntl
@@ -4592,6 +4594,343 @@ def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------
+# The report: every image in the table, on a page to browse
+# ------------------------------------------------------------------------------------------
+
+REPORT_NAME = "report.html"
+SURE = 0.95  # confidence from which a wrong prediction is looked at first
+NORMAL_95 = 1.96  # standard deviations to each side that hold 95 % of a normal distribution
+HEAT_COLUMNS = {"border": "on border", "dark": "on dark", "markers": "on markers", "heat_in_box": "in box"}
+REPORT = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none'; form-action 'none';
+ img-src 'self' file: data:; style-src {style-hash}; script-src {script-hash}">
+<meta name="viewport" content="width=device-width">
+<title>Explainability report</title>
+<style>
+:root { color-scheme: light dark; --ink: #1a1a1a; --muted: #5f5f5f; --page: #fff; --panel: #f4f6f8;
+  --line: #d5d9de; --bar: #3b6ea5; --bad: #a33b00; font: 15px/1.45 system-ui, sans-serif }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --muted: #a3a8ae; --page: #14171a;
+  --panel: #1e2327; --line: #3a4148; --bar: #7fb0e6; --bad: #ff9a5c } }
+* { box-sizing: border-box; min-width: 0 }
+body { margin: 8px clamp(10px, 2vw, 32px); color: var(--ink); background: var(--page) }
+p { overflow-wrap: anywhere } h1, h2, p, figure { margin: 4px 0 }
+p:empty, div:empty { display: none } .name, summary { font-weight: 600 }
+.muted, caption, figcaption { color: var(--muted); text-align: left } .bad { color: var(--bad) }
+section, article { padding: 12px; background: var(--panel); border: 1px solid var(--line); border-radius: 8px }
+.models, .cards { display: grid; gap: 14px }
+.models { grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
+.cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)) }
+.graphs { display: flex; flex-wrap: wrap; gap: 8px 24px } .wide { overflow-x: auto; margin: 14px 0 }
+table { border-collapse: collapse; overflow-wrap: normal } a, path { color: var(--bar); fill: var(--bar) }
+td, th { border: 1px solid var(--line); padding: 4px 9px; text-align: left; vertical-align: top }
+td { background: color-mix(in srgb, var(--bar) calc(var(--share, 0) * 75%), transparent) }
+figure { width: 240px } svg { width: 100%; height: 130px; border: solid var(--ink); border-width: 0 0 1px 1px }
+line { stroke: var(--ink); vector-effect: non-scaling-stroke }
+form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 6px; padding: 8px 0;
+  background: var(--page); border-block: 1px solid var(--line) }
+select, input, button, label { font: inherit; color: inherit; background: var(--panel); padding: 3px 10px;
+  border: 1px solid var(--line); border-radius: 6px; max-width: 100% }
+label:has(:checked) { background: var(--bar); color: var(--page) }
+article { content-visibility: auto; contain-intrinsic-size: auto 440px }
+article button { width: 100%; padding: 0; background: #fff; cursor: zoom-in }
+article img { display: block; width: 100%; aspect-ratio: 1.2; object-fit: contain }
+dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0; color: inherit;
+  background: var(--page) } dialog[open] { display: flex; flex-direction: column; gap: 8px }
+#frame { flex: 1; overflow: auto; text-align: center; cursor: zoom-in }
+#frame:not(.whole) img { max-width: 100%; max-height: 100% }
+@media (max-width: 700px) { form { position: static } }
+@media print { form, summary { display: none } .cards { grid-template-columns: 1fr 1fr }
+  article { content-visibility: visible } article, section { break-inside: avoid } }
+</style>
+<header id="about"></header>
+<form id="filters" aria-label="Filters"></form>
+<main><p id="count" role="status"></p><div id="images"></div></main>
+<footer id="notice" class="muted"></footer>
+<dialog id="large" aria-label="One image, large">
+<div><button id="before" aria-label="Image before">←</button>
+<button id="after" aria-label="Image after">→</button>
+<button id="close" aria-label="Close">✕</button> <span id="caption"></span></div>
+<div id="frame"></div><div id="links"></div></dialog>
+<script type="application/json" id="data">{data}</script>
+<script>
+"use strict";
+const at = id => document.getElementById(id), form = at("filters"), large = at("large");
+const {places, rows} = JSON.parse(at("data").textContent);
+const isPictured = rows.some(row => row.isDrawn);  // else the images are the lines of a table
+let left = rows, opened = null;  // what the filters leave, in order; the row that is shown large
+
+// A node is a text or [tag, attributes, ...children]. Texts stay texts, whatever stands in a name.
+function build(part, space = "http://www.w3.org/1999/xhtml") {
+  if (!Array.isArray(part)) return document.createTextNode(part);
+  const [tag, attributes, ...children] = part, inner = tag === "svg" ? "http://www.w3.org/2000/svg" : space;
+  const node = document.createElementNS(inner, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  if (attributes.share) node.style.setProperty("--share", attributes.share);
+  node.append(...children.map(child => build(child, inner)));
+  return node;
+}
+const fill = (id, ...parts) => at(id).replaceChildren(...parts.map(part => build(part)));
+function card(row) {
+  const [outer, inner] = isPictured ? ["article", "div"] : ["tr", "td"];
+  return build([outer, {}, ...row.cells.map(cell => [inner, {}, ...cell])]);
+}
+
+// All filters that are chosen hold for each image that is left. The address keeps them, and the image
+// that is open, so that it can be sent to a colleague.
+const chosen = () => new URLSearchParams([...new FormData(form)].filter(([, value]) => value));
+function passes(row, asked) {
+  const kinds = asked.has("model") ? row.kinds[asked.get("model")] : Object.values(row.kinds).flat();
+  return asked.getAll("only").every(kind => kinds.includes(kind))
+    && row.file.toLowerCase().includes((asked.get("name") ?? "").toLowerCase());
+}
+function show() {
+  const asked = chosen(), by = asked.get("order");
+  left = rows.filter(row => passes(row, asked));
+  if (by === "file") left.sort((a, b) => a.file.localeCompare(b.file, "en", {numeric: true}));
+  else if (by) left.sort((a, b) => a[by] - b[by]);
+  at("list").replaceChildren(...left.map(row => row.node ??= card(row)));
+  at("count").textContent = `${left.length} of ${rows.length} images`;
+  remember();
+}
+function remember() {
+  const asked = chosen();
+  if (opened) asked.set("image", opened.file);
+  history.replaceState(null, "", `#${asked}`);
+}
+function recall() {
+  const asked = new URLSearchParams(location.hash.slice(1)), only = asked.getAll("only");
+  for (const field of form.elements) {
+    if (field.type === "checkbox") field.checked = only.includes(field.value);
+    else field.value = asked.get(field.name) ?? "";
+  }
+  show();
+  open(rows.find(row => row.file === asked.get("image")));
+}
+
+// One image, large
+function open(row) {
+  if (!row?.picture) return;
+  opened = row;
+  at("caption").textContent = `${left.indexOf(row) + 1} of ${left.length}: ${row.caption}`;
+  fill("frame", ["img", {src: row.picture, alt: `Figure of ${row.caption}`}]);
+  fill("links", ...row.links);
+  if (!large.open) large.showModal();
+  remember();
+}
+function step(by) {
+  const seen = left.filter(row => row.picture);
+  open(seen[seen.indexOf(opened) + by]);
+}
+at("before").onclick = () => step(-1);
+at("after").onclick = () => step(1);
+at("close").onclick = () => large.close();
+at("frame").onclick = () => at("frame").classList.toggle("whole");
+large.onkeydown = event => step({ArrowRight: 1, ArrowLeft: -1}[event.key]);
+large.onclose = () => { opened = null; remember(); };
+at("images").onclick = event => open(left.find(row => row.node.contains(event.target.closest("button"))));
+
+for (const [id, parts] of Object.entries(places)) fill(id, ...parts);
+fill("images", isPictured ? ["div", {class: "cards", id: "list"}] : ["table", {id: "list"}]);
+form.oninput = show;
+form.onsubmit = event => event.preventDefault();
+onhashchange = recall;
+onbeforeprint = () => document.querySelectorAll("img").forEach(image => { image.loading = "eager"; });
+recall();
+</script>
+</html>
+"""
+
+Node = list[Any]  # of the page: [tag, attributes, *children], where children are nodes and texts
+
+
+def said_in(row: dict[str, str], model: Model, column: str) -> str:
+    """What a row says in one of a model's columns; empty where there is no such column."""
+    return row.get(f"{model.family.key}_{column}", "")
+
+
+def kinds_of(row: dict[str, str], model: Model) -> list[str]:
+    """What filters find of an image as one model saw it: its faults, its flags by any method, its class."""
+    columns = [name for name in row if re.fullmatch(rf"({model.family.key}_(\S+_)?|pair_)flags", name)]
+    flags = [key for name in columns for key in row[name].split(", ") if key]
+    answers = {"wrong": said_in(row, model, "correct"), "disagree": row.get("agree")}
+    faults = [kind for kind, answer in answers.items() if answer == "no"]
+    if row.get("error"):
+        faults.append("failed")
+    named = row.get("true_class") or said_in(row, model, "predicted")
+    return [*faults, *dict.fromkeys(flags), class_key(named)]
+
+
+def line_node(text: str) -> Node:
+    """A line of text, coloured where it begins with a warning."""
+    return ["p", {"class": "bad" if text.startswith(("✗", "⚠", "🚩")) else ""}, text]
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """Where a share lies with 95 % confidence (E. B. Wilson, JASA 22, 1927)."""
+    share, square = right / count, NORMAL_95**2 / count
+    half = NORMAL_95 * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    return (share + square / 2 - half) / (1 + square), (share + square / 2 + half) / (1 + square)
+
+
+def confidence_node(rows: Sequence[dict[str, str]], model: Model, is_known: bool) -> Node:
+    """A reliability diagram with the expected calibration error (Guo et al., ICML 2017, eq. 3).
+
+    Where no class is known: how many images there are in each tenth of confidence.
+    """
+    steps: dict[int, list[tuple[float, bool]]] = defaultdict(list)
+    for row in rows:
+        confidence = float(said_in(row, model, "confidence"))
+        steps[min(int(10 * confidence), 9)].append((confidence, said_in(row, model, "correct") == "yes"))
+    most, error, bars = max(map(len, steps.values())), 0.0, ""
+    for place, step in sorted(steps.items()):
+        confidence, right = np.mean(step, axis=0)
+        error += len(step) / len(rows) * abs(confidence - right)
+        height = 100 * (right if is_known else len(step) / most)
+        bars += f"M{10 * place} 100v{-height:.1f}h9v{height:.1f}z"
+    told, drawn = f"Images by confidence, 0 to 100 %; the highest bar is {most}", [["path", {"d": bars}]]
+    if is_known:
+        told = f"Share right by confidence, both 0 to 100 %; calibration error {error:.3f}"
+        drawn.append(["line", {"x1": 0, "y1": 100, "x2": 100, "y2": 0}])  # where confidence is right
+    box = {"viewBox": "0 0 100 100", "preserveAspectRatio": "none", "role": "img", "aria-label": told}
+    return ["figure", {}, ["figcaption", {}, told], ["svg", box, *drawn]]
+
+
+def model_node(rows: Sequence[dict[str, str]], model: Model, observations: Sequence[Observation]) -> Node:
+    """How one model did, over the images that it was asked about."""
+    rows = [row for row in rows if said_in(row, model, "predicted")]
+    known = [row for row in rows if row.get("true_class")]
+    told, graphs = "No true class is known", []
+    if known:
+        right = sum(said_in(row, model, "correct") == "yes" for row in known)
+        low, high = wilson_interval(right, len(known))
+        told = f"{right / len(known):.1%} of {len(known)} right (95 % interval {low:.1%} to {high:.1%})"
+    if rows:
+        graphs.append(confidence_node(known or rows, model, bool(known)))
+    if observations:
+        heat = resized(normalised(np.mean([each.heat for each in observations], axis=0)), 130, 130)
+        pixels = png(colour_table("jet")[(heat * 255).round().astype(np.uint8)], 96)
+        caption = f"Mean of the {len(observations)} maps made last"
+        image = ["img", {"src": f"data:image/png;base64,{base64.b64encode(pixels).decode()}", "alt": caption}]
+        graphs.append(["figure", {}, ["figcaption", {}, caption], image])
+    where = f"{model.architecture}, {printable(model.checkpoint.name)}; {model.accuracy}"
+    lines = map(line_node, [told, where, *audit_lines(observations)])
+    return ["section", {}, ["h2", {}, model.title], *lines, ["div", {"class": "graphs"}, *graphs]]
+
+
+def classes_node(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> Node:
+    """Class by class: predictions (the confusion matrix, shaded), flags, and where the heat lies."""
+    names = models[0].class_names
+    found = {kind for row in rows for model in models for kind in kinds_of(row, model)}
+    flags = [key for key in CHECKS if key in found]
+    head = ["Model", "Class", "Images", *(f"as {name}" for name in names), *(f"⚠ {key}" for key in flags)]
+    lines = [["tr", {}, *(["th", {"scope": "col"}, text] for text in [*head, *HEAT_COLUMNS.values()])]]
+    for model, name in itertools.product(models, names):
+        mine = [row for row in rows if class_key(name) in kinds_of(row, model)]
+        said = Counter(class_key(said_in(row, model, "predicted")) for row in mine)
+        counts = [said[class_key(other)] for other in names]
+        cells = [["td", {"share": count / max(len(mine), 1)}, f"{count}"] for count in counts]
+        texts = [f"{sum(key in kinds_of(row, model) for row in mine)}" for key in flags]
+        for column in HEAT_COLUMNS:
+            shares = [float(said_in(row, model, column)) for row in mine if said_in(row, model, column)]
+            texts.append(percent(np.mean(shares)) if shares else "–")
+        first = [["th", {"scope": "row"}, model.title], ["td", {}, name], ["td", {}, f"{len(mine)}"]]
+        lines.append(["tr", {}, *first, *cells, *(["td", {}, text] for text in texts)])
+    caption = "By true class, or by the predicted one where that is not known"
+    return ["section", {"class": "wide"}, ["table", {}, ["caption", {}, caption], *lines]]
+
+
+def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[str, Any]:
+    """What the page's script takes of an image: its card, and what filters and orders ask for."""
+    links = {file: quote(os.fsencode(file), safe="") for file in json.loads(row.get("outputs") or "[]")}
+    pages = [file for file in links if not re.match(r"radiograph_|heatmap_|overlay_|.*\.npy$", file)]
+    page = next((file for file in pages if file.startswith("comparison")), pages[0] if pages else "")
+    kinds = {model.family.key: kinds_of(row, model) for model in models}
+    said, flags, sure, wrong = [], [], [], [0.0]
+    for model in models:
+        found = kinds[model.family.key]
+        flags += [f"⚠ {model.title}: {CHECKS[key].title or key}" for key in found if key in CHECKS]
+        if predicted := said_in(row, model, "predicted"):
+            sure.append(float(said_in(row, model, "confidence")))
+            said.append(f"{model.title}: {predicted}, {sure[-1]:.1%}")
+            if "wrong" in found:
+                said[-1] = f"✗ {said[-1]}, wrong"
+                wrong.append(sure[-1])
+    every = set(itertools.chain(*kinds.values()))
+    steps = max(wrong) >= SURE, "disagree" in every, len(wrong) > 1, bool(flags), "failed" not in every, True
+    picture = "" if page.endswith(".pdf") else links.get(page, "")
+    image = ["img", {"src": picture, "alt": f"Figure of {name}", "loading": "lazy"}]
+    heading = [["button", {"aria-label": f"Open {name}"}, image]] if picture else []
+    heading.append(["p", {"class": "name"}, ["a", {"href": links[page]}, name] if page else name])
+    if row.get("true_class"):
+        heading.append(line_node(f"true: {row['true_class']}"))
+    notes = [f"✗ {row['error']}" if row.get("error") else "", row.get("notes", "")]
+    return {
+        "file": printable(row["file"]),
+        "kinds": kinds,
+        "first": (steps.index(True), -max(wrong)),
+        "confidence": min(sure, default=2),
+        "agreement": float(row.get(AGREEMENT) or 2),
+        "isDrawn": page != "",
+        "picture": picture,
+        "caption": " · ".join([name, *said]),
+        "links": [["a", {"href": link}, f"{printable(file)} "] for file, link in links.items()],
+        "cells": [heading, *([line_node(text) for text in texts] for texts in (said, flags, notes))],
+    }
+
+
+def filter_nodes(counts: Counter[str], models: Sequence[Model]) -> list[Node]:
+    """What chooses among the images, and how many each choice has."""
+    texts = {"wrong": "wrong", "disagree": "models disagree", "failed": "failed"}
+    texts |= {key: f"⚠ {check.title or key}" for key, check in CHECKS.items()}
+    texts |= {class_key(name): name for name in models[0].class_names}
+    boxes = {kind: ["input", {"type": "checkbox", "name": "only", "value": kind}] for kind in texts}
+    chips = [["label", {}, boxes[kind], f" {text} {counts[kind]}"] for kind, text in texts.items() if counts[kind]]
+    seen = {"": "as any model saw it"} | {model.family.key: f"as {model.title} saw it" for model in models}
+    orders = {"": "to look at first", "confidence": "least sure", "agreement": "maps least alike", "file": "by name"}
+    for name, choices in (("model", seen), ("order", orders)):
+        options = [["option", {"value": value}, text] for value, text in choices.items()]
+        chips.append(["select", {"name": name, "aria-label": name}, *options])
+    return [*chips, ["input", {"type": "search", "name": "name", "placeholder": "search names"}]]
+
+
+def report_page(
+    rows: Sequence[dict[str, str]], models: Sequence[Model], observations: dict[str, list[Observation]],
+    told: Sequence[str],
+) -> str:  # fmt: skip
+    """The page of these rows of the table.
+
+    The observations, by family, are of the maps made last, which need not be all; `told` is what else
+    its reader must know of the run.
+    """
+    names = Counter(Path(row["file"]).name for row in rows)
+    cards = []
+    for row in rows:
+        name = Path(row["file"]).name
+        cards.append(row_data(row, printable(name if names[name] == 1 else row["file"]), models))
+    cards.sort(key=lambda card: (card["first"], card["file"]))
+    counts = Counter(kind for card in cards for kind in set(itertools.chain(*card["kinds"].values())))
+    done = [row for row in rows if not row.get("error")]
+    facts = [f"{len(done)} explained, {counts['failed']} failed", *told]
+    if len(models) > 1 and done:
+        facts.append(f"The models agree on {len(done) - counts['disagree']} of {len(done)} images")
+        facts += overlap_lines(done)
+    sections = [model_node(rows, model, observations.get(model.family.key, ())) for model in models]
+    about = [["h1", {}, f"Explainability of {len(rows)} images"], *map(line_node, facts)]
+    about.append(["details", {"open": ""}, ["summary", {}, "The models"], ["div", {"class": "models"}, *sections]])
+    about[-1].append(classes_node(done, models))
+    notice = f"Demo networks: {DEMO_NOTICE}." if is_demo(models[0].checkpoint) else "Not for diagnosis."
+    places = {"about": about, "filters": filter_nodes(counts, models), "notice": [notice]}
+    page = REPORT
+    for kind in ("style", "script"):
+        content = re.search(rf"<{kind}>(.*?)</{kind}>", REPORT, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        page = page.replace(f"{{{kind}-hash}}", f"'sha256-{digest}'")
+    return page.replace("{data}", json.dumps({"places": places, "rows": cards}).replace("<", "\\u003c"))
+
+
+# ------------------------------------------------------------------------------------------
 # Runs: jobs -> read -> explained in batches -> figures and maps written -> row, lines
 # ------------------------------------------------------------------------------------------
 
@@ -5022,11 +5361,15 @@ def explain_many(
             tell_result(bar, result, False, args.quiet)
             count_image()
     spent = time.monotonic() - started
-    fold_table(folder, columns)
+    kept = fold_table(folder, columns)
+    told = [options_text(args), versions_text().replace("\n", ", ")]
+    with replacing(folder / REPORT_NAME) as file:
+        file.write(report_page(kept, plan.models, observations, told).encode())
     fresh = sum(not row["error"] for row in rows[len(finished) :])
     lines = run_lines(rows, plan.models, plan.methods, observations, fresh, spent)
     status = 1 if any(row["error"] for row in rows) else 0
-    return [*lines, f"Table: {shown(folder / TABLE_NAME)}"], status
+    files = [f"Table: {shown(folder / TABLE_NAME)}", f"Report: {shown(folder / REPORT_NAME)}"]
+    return [*lines, *files], status
 
 
 def is_row_of(row: dict[str, str], job: Job) -> bool:
@@ -5205,6 +5548,15 @@ def near_options(word: str, help_text: str) -> list[str]:
 
 def near_text(near: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def options_text(args: argparse.Namespace) -> str:
+    """What was asked of the networks and the figures, beside images, files and what is the default."""
+    usual, told = vars(argument_parser().parse_args([])), [f"method {' '.join(args.method or ['gradcam'])}"]
+    for name in ("target_class", "weights", "verify", "signed", "contours", "colormap", "format"):
+        if vars(args).get(name) != usual.get(name):
+            told.append(f"{name.replace('_', ' ')} {vars(args)[name]}")
+    return ", ".join(told)
 
 
 def versions_text() -> str:
