@@ -4573,7 +4573,7 @@ dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0
 const at = id => document.getElementById(id), form = at("filters"), large = at("large");
 const {places, rows} = JSON.parse(at("data").textContent);
 const isPictured = rows.some(row => row.isDrawn);  // else the images are the lines of a table
-let left = rows, opened = null;  // what the filters leave, in order; the row that is shown large
+let left = rows, opened = null, later;  // what the filters leave, in order; the row that is shown large
 
 // A node is a text or [tag, attributes, ...children]. Texts stay texts, whatever stands in a name.
 function build(part, space = "http://www.w3.org/1999/xhtml") {
@@ -4604,9 +4604,15 @@ function show() {
   left = rows.filter(row => passes(row, asked));
   if (by === "file") left.sort((a, b) => a.file.localeCompare(b.file, "en", {numeric: true}));
   else if (by) left.sort((a, b) => a[by] - b[by]);
-  at("list").replaceChildren(...left.map(row => row.node ??= card(row)));
+  at("list").replaceChildren();
+  clearTimeout(later);
+  add(0);
   at("count").textContent = `${left.length} of ${rows.length} images`;
   remember();
+}
+function add(start) {  // a part of the cards at a time, so that the page answers meanwhile
+  at("list").append(...left.slice(start, start + 200).map(row => row.node ??= card(row)));
+  if (start + 200 < left.length) later = setTimeout(add, 0, start + 200);
 }
 function remember() {
   const asked = chosen();
@@ -4643,7 +4649,7 @@ at("close").onclick = () => large.close();
 at("frame").onclick = () => at("frame").classList.toggle("whole");
 large.onkeydown = event => step({ArrowRight: 1, ArrowLeft: -1}[event.key]);
 large.onclose = () => { opened = null; remember(); };
-at("images").onclick = event => open(left.find(row => row.node.contains(event.target.closest("button"))));
+at("images").onclick = event => open(left.find(row => row.node?.contains(event.target.closest("button"))));
 
 for (const [id, parts] of Object.entries(places)) fill(id, ...parts);
 fill("images", isPictured ? ["div", {class: "cards", id: "list"}] : ["table", {id: "list"}]);
@@ -4735,19 +4741,19 @@ def model_node(rows: Sequence[dict[str, str]], model: Model, observations: Seque
 
 def classes_node(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> Node:
     """Class by class: predictions (the confusion matrix, shaded), flags, and where the heat lies."""
-    names = models[0].class_names
-    found = {kind for row in rows for model in models for kind in kinds_of(row, model)}
+    names, kinds = models[0].class_names, [[kinds_of(row, model) for row in rows] for model in models]
+    found = set(itertools.chain(*itertools.chain(*kinds)))
     flags = [key for key in CHECKS if key in found]
     head = ["Model", "Class", "Images", *(f"as {name}" for name in names), *(f"⚠ {key}" for key in flags)]
     lines = [["tr", {}, *(["th", {"scope": "col"}, text] for text in [*head, *HEAT_COLUMNS.values()])]]
-    for model, name in itertools.product(models, names):
-        mine = [row for row in rows if class_key(name) in kinds_of(row, model)]
-        said = Counter(class_key(said_in(row, model, "predicted")) for row in mine)
+    for (model, its_kinds), name in itertools.product(zip(models, kinds), names):
+        mine = [(row, each) for row, each in zip(rows, its_kinds) if class_key(name) in each]
+        said = Counter(class_key(said_in(row, model, "predicted")) for row, _ in mine)
         counts = [said[class_key(other)] for other in names]
         cells = [["td", {"share": count / max(len(mine), 1)}, f"{count}"] for count in counts]
-        texts = [f"{sum(key in kinds_of(row, model) for row in mine)}" for key in flags]
+        texts = [f"{sum(key in each for _, each in mine)}" for key in flags]
         for column in HEAT_COLUMNS:
-            shares = [float(said_in(row, model, column)) for row in mine if said_in(row, model, column)]
+            shares = [float(text) for row, _ in mine if (text := said_in(row, model, column))]
             texts.append(percent(np.mean(shares)) if shares else "–")
         first = [["th", {"scope": "row"}, model.title], ["td", {}, name], ["td", {}, f"{len(mine)}"]]
         lines.append(["tr", {}, *first, *cells, *(["td", {}, text] for text in texts)])
