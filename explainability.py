@@ -4529,10 +4529,10 @@ REPORT = """<!doctype html>
   --panel: #1e2327; --line: #3a4148; --bar: #7fb0e6; --bad: #ff9a5c } }
 * { box-sizing: border-box; min-width: 0 }
 body { margin: 8px clamp(10px, 2vw, 32px); color: var(--ink); background: var(--page) }
-p { overflow-wrap: anywhere } h1, h2, p, figure { margin: 4px 0 }
+p, #links { overflow-wrap: anywhere } h1, h2, p, figure { margin: 4px 0 }
 p:empty, div:empty { display: none } .name, summary { font-weight: 600 }
 .muted, caption, figcaption { color: var(--muted); text-align: left } .bad { color: var(--bad) }
-section, article { padding: 12px; background: var(--panel); border: 1px solid var(--line); border-radius: 8px }
+section, article { padding: 12px; background: var(--panel); border: 1px solid var(--line) }
 .models, .cards { display: grid; gap: 14px }
 .models { grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
 .cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)) }
@@ -4540,8 +4540,8 @@ section, article { padding: 12px; background: var(--panel); border: 1px solid va
 table { border-collapse: collapse; overflow-wrap: normal } a, path { color: var(--bar); fill: var(--bar) }
 td, th { border: 1px solid var(--line); padding: 4px 9px; text-align: left; vertical-align: top }
 td { background: color-mix(in srgb, var(--bar) calc(var(--share, 0) * 75%), transparent) }
-figure { width: 240px } svg { width: 100%; height: 130px; border: solid var(--ink); border-width: 0 0 1px 1px }
-line { stroke: var(--ink); vector-effect: non-scaling-stroke }
+figure { width: 240px } line { stroke: var(--ink); vector-effect: non-scaling-stroke }
+svg { width: 100%; height: 130px; border: solid var(--ink); border-width: 0 0 1px 1px }
 form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 6px; padding: 8px 0;
   background: var(--page); border-block: 1px solid var(--line) }
 select, input, button, label { font: inherit; color: inherit; background: var(--panel); padding: 3px 10px;
@@ -4555,7 +4555,7 @@ dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0
 #frame { flex: 1; overflow: auto; text-align: center; cursor: zoom-in }
 #frame:not(.whole) img { max-width: 100%; max-height: 100% }
 @media (max-width: 700px) { form { position: static } }
-@media print { form, summary { display: none } .cards { grid-template-columns: 1fr 1fr }
+@media print { :root { font-size: 9px } .cards { grid-template-columns: 1fr 1fr 1fr } form, summary { display: none }
   article { content-visibility: visible } article, section { break-inside: avoid } }
 </style>
 <header id="about"></header>
@@ -4744,8 +4744,9 @@ def classes_node(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> Nod
     names, kinds = models[0].class_names, [[kinds_of(row, model) for row in rows] for model in models]
     found = set(itertools.chain(*itertools.chain(*kinds)))
     flags = [key for key in CHECKS if key in found]
-    head = ["Model", "Class", "Images", *(f"as {name}" for name in names), *(f"⚠ {key}" for key in flags)]
-    lines = [["tr", {}, *(["th", {"scope": "col"}, text] for text in [*head, *HEAT_COLUMNS.values()])]]
+    head = ["Model", "Class", "Images", *(f"as {name}" for name in names)]
+    head += [*(f"⚠ {key}".replace("_", " ") for key in flags), *HEAT_COLUMNS.values()]
+    lines = [["tr", {}, *(["th", {"scope": "col"}, text] for text in head)]]
     for (model, its_kinds), name in itertools.product(zip(models, kinds), names):
         mine = [(row, each) for row, each in zip(rows, its_kinds) if class_key(name) in each]
         said = Counter(class_key(said_in(row, model, "predicted")) for row, _ in mine)
@@ -4766,11 +4767,14 @@ def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[st
     links = {file: quote(os.fsencode(file), safe="") for file in json.loads(row.get("outputs") or "[]")}
     pages = [file for file in links if not re.match(r"radiograph_|heatmap_|overlay_|.*\.npy$", file)]
     page = next((file for file in pages if file.startswith("comparison")), pages[0] if pages else "")
+    picture = "" if page.endswith(".pdf") else links.get(page, "")
     kinds = {model.family.key: kinds_of(row, model) for model in models}
-    said, flags, sure, wrong = [], [], [], [0.0]
+    said, flags, sure, wrong = [], {}, [], [0.0]
     for model in models:
         found = kinds[model.family.key]
-        flags += [f"⚠ {model.title}: {CHECKS[key].title or key}" for key in found if key in CHECKS]
+        for check in (CHECKS[key] for key in found if key in CHECKS):
+            owner = "" if check.about == "pair" else f"{model.title}: "
+            flags[f"⚠ {owner}{check.title or check.key}"] = check
         if predicted := said_in(row, model, "predicted"):
             sure.append(float(said_in(row, model, "confidence")))
             said.append(f"{model.title}: {predicted}, {sure[-1]:.1%}")
@@ -4779,13 +4783,11 @@ def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[st
                 wrong.append(sure[-1])
     every = set(itertools.chain(*kinds.values()))
     steps = max(wrong) >= SURE, "disagree" in every, len(wrong) > 1, bool(flags), "failed" not in every, True
-    picture = "" if page.endswith(".pdf") else links.get(page, "")
+    truth = [f"true: {row['true_class']}"] if row.get("true_class") else []
+    notes = [f"✗ {row['error']}" if row.get("error") else "", row.get("notes", "")]
     image = ["img", {"src": picture, "alt": f"Figure of {name}", "loading": "lazy"}]
     heading = [["button", {"aria-label": f"Open {name}"}, image]] if picture else []
     heading.append(["p", {"class": "name"}, ["a", {"href": links[page]}, name] if page else name])
-    if row.get("true_class"):
-        heading.append(line_node(f"true: {row['true_class']}"))
-    notes = [f"✗ {row['error']}" if row.get("error") else "", row.get("notes", "")]
     return {
         "file": printable(row["file"]),
         "kinds": kinds,
@@ -4794,9 +4796,9 @@ def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[st
         "agreement": float(row.get(AGREEMENT) or 2),
         "isDrawn": page != "",
         "picture": picture,
-        "caption": " · ".join([name, *said]),
-        "links": [["a", {"href": link}, f"{printable(file)} "] for file, link in links.items()],
-        "cells": [heading, *([line_node(text) for text in texts] for texts in (said, flags, notes))],
+        "caption": " · ".join([name, *truth, *said]),
+        "links": [["div", {}, ["a", {"href": link}, printable(file)]] for file, link in links.items()],
+        "cells": [heading, *([line_node(text) for text in texts] for texts in (truth + said, flags, notes))],
     }
 
 
@@ -4805,10 +4807,13 @@ def filter_nodes(counts: Counter[str], models: Sequence[Model]) -> list[Node]:
     texts = {"wrong": "wrong", "disagree": "models disagree", "failed": "failed"}
     texts |= {key: f"⚠ {check.title or key}" for key, check in CHECKS.items()}
     texts |= {class_key(name): name for name in models[0].class_names}
-    boxes = {kind: ["input", {"type": "checkbox", "name": "only", "value": kind}] for kind in texts}
-    chips = [["label", {}, boxes[kind], f" {text} {counts[kind]}"] for kind, text in texts.items() if counts[kind]]
+    chips = []
+    for kind, text in texts.items():
+        if counts[kind]:
+            box = ["input", {"type": "checkbox", "name": "only", "value": kind}]
+            chips.append(["label", {}, box, f" {text} {counts[kind]}"])
     seen = {"": "as any model saw it"} | {model.family.key: f"as {model.title} saw it" for model in models}
-    orders = {"": "to look at first", "confidence": "least sure", "agreement": "maps least alike", "file": "by name"}
+    orders = {"": "to look at first", "confidence": "least sure", "agreement": "maps least alike", "file": "name"}
     for name, choices in (("model", seen), ("order", orders)):
         options = [["option", {"value": value}, text] for value, text in choices.items()]
         chips.append(["select", {"name": name, "aria-label": name}, *options])
@@ -4838,8 +4843,8 @@ def report_page(
         facts += overlap_lines(done)
     sections = [model_node(rows, model, observations.get(model.family.key, ())) for model in models]
     about = [["h1", {}, f"Explainability of {len(rows)} images"], *map(line_node, facts)]
-    about.append(["details", {"open": ""}, ["summary", {}, "The models"], ["div", {"class": "models"}, *sections]])
-    about[-1].append(classes_node(done, models))
+    sections = ["div", {"class": "models"}, *sections]
+    about.append(["details", {"open": ""}, ["summary", {}, "The models"], sections, classes_node(done, models)])
     notice = f"Demo networks: {DEMO_NOTICE}." if is_demo(models[0].checkpoint) else "Not for diagnosis."
     places = {"about": about, "filters": filter_nodes(counts, models), "notice": [notice]}
     page = REPORT

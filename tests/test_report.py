@@ -334,7 +334,7 @@ def test_opening_going_on_escape_and_the_address(opened, sixty):
     click(opened, "models disagree")
     opened.find_elements("css selector", "article button")[1].click()
     dialog, caption = opened.find_element("id", "large"), opened.find_element("id", "caption")
-    assert caption.text.startswith("2 of 4: 201.png · ConvNeXt V2: Simple Fracture, 80.0%")
+    assert caption.text.startswith("2 of 4: 201.png · true: Simple Fracture · ConvNeXt V2: Simple Fracture, 80.0%")
     press(opened, "ARROW_RIGHT")
     assert caption.text.startswith("3 of 4: 202.png")
     assert opened.find_element("css selector", "#frame img").get_attribute("src").endswith("comparison_202.png")
