@@ -24,6 +24,21 @@ Glossary
 
 Exit status: 0 done; 1 something named could not be used, with one line on stderr; 2 the command
 line is wrong; 129 terminal closed; 130 interrupted; 141 standard output closed; 143 terminated.
+
+The file, from top to bottom; each section uses only what stands above it
+    Records              what is handed on: Radiograph, Model, Explanation, Finding, Job, Result ...
+    Inputs               a file -> a Radiograph -> a network's input. A new image format: FILE_KINDS, IMAGE_SUFFIXES
+    Models               a checkpoint -> a Classifier. A new family: FAMILIES; a place where trainers keep
+                         weights or names: the tables at the section's start
+    Methods              a batch -> signed maps. A new method: one function and one entry of METHODS
+    Checks               a map -> Findings. A new check: one function and one entry of CHECKS
+    Panels and figures   Explanations -> a Sheet -> PNG, PDF or SVG. A new panel: one draw_ function
+    Truth                what folders' names and --truth tell of an image
+    Outputs              names, jobs, files
+    The table            summary.csv. A new column: one entry of MODEL_COLUMNS or MAP_COLUMNS
+    Console text         lines for one image, and for a run over many
+    Runs                 jobs -> read -> explained in batches -> drawn and written -> row, lines
+    Command line         options, and what they come to. A new option: argument_parser, then checked_request
 """
 
 from __future__ import annotations
@@ -34,6 +49,7 @@ import base64
 import contextlib
 import csv
 import dataclasses
+import datetime
 import difflib
 import functools
 import gc
@@ -48,13 +64,11 @@ import multiprocessing
 import multiprocessing.connection
 import operator
 import os
-import pickletools
 import platform
 import random
 import re
 import secrets
 import signal
-import stat
 import statistics
 import struct
 import sys
@@ -69,8 +83,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 from urllib.parse import quote
 
 try:
@@ -79,7 +93,7 @@ except ImportError:  # Windows
     fcntl = None
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # torch and timm take seconds to import and matplotlib nearly one. The functions that need them
 # import them on their first line, so that --help and a wrong path are answered at once.
@@ -124,8 +138,11 @@ class Family:
     title: str  # {size} stands for the size in the architecture's name
     full_size: str  # timm name of what a checkpoint holds where neither name nor shapes tell
     names: re.Pattern[str]  # timm names accepted from a checkpoint; group 1 is the size
-    sizes: dict[tuple[int, int], str]  # other sizes' timm names, by count of weights and inputs of the head
+    sizes: dict[tuple[int, int], str]  # other sizes' timm names, by count of (C, c, h, w) weights and `width`
     landmark: str  # a key that weights of this family have and of others have not
+    stem: str  # key of the first convolution
+    body: tuple[str, ...]  # starts of the keys of all but the head
+    width: str  # a key of as many numbers as the head has inputs
     head: str  # dotted path of the last layer, one output a class
     target_layer: str  # dotted path for torch.nn.Module.get_submodule
     finer_layer: str  # the last one whose grid has twice as many cells a side
@@ -138,14 +155,14 @@ class Radiograph:
 
     pixels: np.ndarray  # (H, W, 3) uint8, upright RGB
     notes: tuple[str, ...] = ()  # what was done to the file's values that its reader should know
-    small: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, compare=False)  # by `squashed`
+    small: dict[tuple[int, str], np.ndarray] = dataclasses.field(default_factory=dict, compare=False)
 
-    def squashed(self, side: int) -> np.ndarray:
-        """(side, side, 3) uint8, bilinear and antialiased: what networks and checks see, made once."""
-        if side not in self.small:
-            image = Image.fromarray(self.pixels).resize((side, side), Image.Resampling.BILINEAR)
-            self.small[side] = np.asarray(image)
-        return self.small[side]
+    def squashed(self, side: int, interpolation: str = "bilinear") -> np.ndarray:
+        """(side, side, 3) uint8, antialiased: what networks and checks see, made once."""
+        if (side, interpolation) not in self.small:
+            image = Image.fromarray(self.pixels).resize((side, side), Image.Resampling[interpolation.upper()])
+            self.small[side, interpolation] = np.asarray(image)
+        return self.small[side, interpolation]
 
 
 @dataclass(frozen=True)
@@ -155,6 +172,7 @@ class Preprocessing:
     size: int = INPUT_SIZE  # pixels a side
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bilinear"  # Pillow's filter, antialiased
 
 
 @dataclass(frozen=True)
@@ -167,6 +185,7 @@ class Model:
     accuracy: str  # what the checkpoint records, in words
     class_names: tuple[str, ...]  # K, printable
     preprocessing: Preprocessing
+    score_scale: float = 1.0  # of maps; 2 where one logit z speaks for two classes, which score -z/2 and z/2
     notes: tuple[str, ...] = ()  # what was done in loading, beyond the ordinary
 
     @property
@@ -363,52 +382,54 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".g
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may decode; never EPS
 MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 million
 HEAD_BYTES = 1024  # enough to tell what a file is
-DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
+DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg, or export it uncompressed"
 COPY_AGAIN = "copy it again from where it came"
+LFS_POINTER = "a Git LFS pointer: the repository was cloned without Git LFS"
 NOTHING_TO_SEE = "every pixel is the same: there is nothing to see"
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
 BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
-LFS_POINTER = "a Git LFS pointer: the repository was cloned without Git LFS"
-SPECIAL_FILES = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+MISREAD = {("L", (8,), (2,)): np.int8, ("I", (32,), (1,)): np.uint32}  # by mode, bits and sample format
 
 
-@dataclass(frozen=True)
-class FileKind:
+class FileKind(NamedTuple):
     """What a file is by its first bytes."""
 
-    start: re.Pattern[bytes]
+    start: bytes  # regular expression
     what: str
     use: str = ""  # image, dicom, or the container of a checkpoint: zip, pickle, safetensors
     remedy: str = ""  # where another than "give an image" or "give a checkpoint" helps
 
 
-FILE_KINDS = tuple(  # the first that fits counts
-    FileKind(re.compile(start, re.DOTALL), *rest)
-    for start, *rest in (
-        (rb".{128}DICM", "a DICOM file", "dicom"),
-        (rb"\x89PNG\r\n", "a PNG image", "image"),
-        (rb"\xff\xd8\xff", "a JPEG image", "image"),
-        (rb"II[*+]\0|MM\0[*+]", "a TIFF image", "image"),
-        (rb"GIF8", "a GIF image", "image"),
-        (rb"RIFF.{4}WEBP", "a WebP image", "image"),
-        (rb"BM", "a BMP image", "image"),
-        (rb"PK\x03\x04", "a zip archive", "zip"),
-        (rb"\x80[\x00-\x05]", "a pickle", "pickle"),  # what torch.save wrote before version 1.6
-        # The length of the header, which safetensors limits to 100 MB, then a JSON object.
-        (rb".{3}[\x00-\x05]\0{4}\{", "a safetensors file", "safetensors"),
-        (rb"version https://git-lfs", LFS_POINTER, "", "run git lfs pull"),
-        (rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", "", "convert it to PNG or JPEG"),
-        (rb"%PDF-", "a PDF document", "", "export its page as PNG"),
-        (rb"\x89HDF\r\n", "an HDF5 file, as Keras writes", "", "this tool explains networks of PyTorch"),
-        (rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", "", "export it again"),
-    )
-)
+FILE_KINDS = (  # the first that fits counts
+    FileKind(rb".{128}DICM", "a DICOM file", "dicom"),
+    FileKind(rb"\x89PNG\r\n", "a PNG image", "image"),
+    FileKind(rb"\xff\xd8\xff", "a JPEG image", "image"),
+    FileKind(rb"II[*+]\0|MM\0[*+]", "a TIFF image", "image"),
+    FileKind(rb"GIF8", "a GIF image", "image"),
+    FileKind(rb"RIFF.{4}WEBP", "a WebP image", "image"),
+    FileKind(rb"BM", "a BMP image", "image"),
+    FileKind(rb"PK\x03\x04", "a zip archive", "zip"),
+    FileKind(rb"\x80[\x00-\x05]", "a pickle", "pickle"),  # what torch.save wrote before version 1.6
+    FileKind(rb".{3}[\x00-\x05]\0{4}\{", "a safetensors file", "safetensors"),  # length of the header, header
+    FileKind(rb"version https://git-lfs", LFS_POINTER, remedy="run git lfs pull"),
+    FileKind(rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", remedy="convert it to PNG or JPEG"),
+    FileKind(rb"%PDF-", "a PDF document", remedy="export its page as PNG"),
+    FileKind(rb"\x89HDF\r\n", "an HDF5 file, as Keras writes", remedy="this tool explains networks of PyTorch"),
+    FileKind(rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", "dicom"),
+    FileKind(rb"\Z", "an empty file", remedy=COPY_AGAIN),
+    FileKind(rb"[^\x00-\x08\x0e-\x1f]+\Z|\xff\xfe|\xfe\xff", "a text file"),
+    FileKind(rb"", "a file of an unknown kind"),
+)  # fmt: skip
+
+
+WANTED = {  # which of the uses count, what they are together, and what to do without one
+    "image": (
+        ("image", "dicom"), "an image that can be read here", "give a radiograph, or convert it to PNG",
+    ),
+    "checkpoint": (
+        ("zip", "pickle", "safetensors"), "a checkpoint", "give a file that torch.save wrote, or a .safetensors file",
+    ),
+}  # fmt: skip
 
 
 def printable(text: str) -> str:
@@ -455,7 +476,8 @@ def naming(path: Path) -> Iterator[None]:
     # On broken files Pillow and pydicom let out nearly every type of exception there is, with
     # texts that may quote the file; so the type is not asked and the text not repeated.
     except Exception as error:
-        raise refusal(path, "damaged or cut short", f"{COPY_AGAIN}, or export it as PNG") from error
+        cause = "damaged, cut short, or of a kind that cannot be read here"
+        raise refusal(path, cause, f"{COPY_AGAIN}, or export it as PNG") from error
 
 
 @contextlib.contextmanager
@@ -472,74 +494,44 @@ def silenced() -> Iterator[None]:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading, without waiting on a pipe or a device.
-
-    Raises ExplainError, without the path, for everything else.
-    """
+    """Open a file for reading. Raises ExplainError, without the path, where that cannot be done."""
     try:
-        check_regular(os.stat(path).st_mode)
-        # A pipe that takes the file's place after the check must not block the opening.
-        waiting_never = getattr(os, "O_NONBLOCK", 0)
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | waiting_never))
-        check_regular(os.fstat(file.fileno()).st_mode)
-        return file
+        if path.exists() and not path.is_file():  # a named pipe would keep the run waiting
+            what = "a directory" if path.is_dir() else "a pipe or a device"
+            raise ExplainError(f"{what}, not a file; give one file")
+        return open(path, "rb")
     except FileNotFoundError as error:
-        cause = "a link to a file that is not there" if os.path.islink(path) else "no such file"
-        raise ExplainError(f"{cause}; check the path") from error
+        raise ExplainError("no such file; check the path") from error
     except PermissionError as error:
         raise ExplainError("no permission to read it; change its mode or copy it") from error
     except OSError as error:
         raise ExplainError(f"cannot be opened ({error.strerror}); check the path") from error
-    except ValueError as error:  # a NUL byte in the path
-        raise ExplainError("not a path that a file can have; check it") from error
-
-
-def check_regular(mode: int) -> None:
-    """Raise ExplainError unless a file's st_mode is that of a regular file."""
-    if not stat.S_ISREG(mode):
-        raise ExplainError(f"{SPECIAL_FILES.get(stat.S_IFMT(mode), 'a special file')}; give one file")
 
 
 def kind_of(head: bytes) -> FileKind:
     """What a file is that starts with `head`."""
-    if not head:
-        return FileKind(re.compile(b""), "an empty file", remedy=COPY_AGAIN)
-    found = next((kind for kind in FILE_KINDS if kind.start.match(head)), None)
-    return found or FileKind(re.compile(b""), "a text file" if is_text(head) else "a file of an unknown kind")
+    return next(kind for kind in FILE_KINDS if re.match(kind.start, head, re.DOTALL))
 
 
-def read_kind(file: BinaryIO, uses: Sequence[str], wanted: str, remedy: str) -> FileKind:
-    """What an open file is by its first bytes; rewinds it.
+@contextlib.contextmanager
+def opened(path: Path, wanted: str) -> Iterator[tuple[BinaryIO, str]]:
+    """A file open for reading, and its use by its first bytes. `wanted`: image or checkpoint.
 
-    Raises ExplainError, without the path, where it has none of the uses.
+    Raises ExplainError, without the path, where it is something else.
     """
-    kind = kind_of(file.read(HEAD_BYTES))
-    file.seek(0)
-    if kind.use not in uses:
-        raise ExplainError(f"{kind.what}, not {wanted}; {kind.remedy or remedy}")
-    return kind
-
-
-def is_text(head: bytes) -> bool:
-    """Whether the start of a file is UTF-16 with its mark, or UTF-8 without control characters."""
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return True
-    content = head.removeprefix(b"\xef\xbb\xbf")
-    text = content.decode("utf-8", errors="ignore")
-    lost = len(content) - len(text.encode())  # a character cut at the end of the head may miss three bytes
-    is_whole = lost <= 3 * (len(head) == HEAD_BYTES)
-    return is_whole and all(sign.isprintable() or sign.isspace() for sign in text)
-
-
-def read_image_kind(file: BinaryIO) -> FileKind:
-    remedy = "give a radiograph, or convert it to PNG"
-    return read_kind(file, ("image", "dicom"), "an image that can be read here", remedy)
+    uses, what, remedy = WANTED[wanted]
+    with open_regular(path) as file:
+        kind = kind_of(file.read(HEAD_BYTES))
+        file.seek(0)
+        if kind.use not in uses:
+            raise ExplainError(f"{kind.what}, not {what}; {kind.remedy or remedy}")
+        yield file, kind.use
 
 
 def check_image_path(path: Path) -> None:
     """Raise ExplainError unless `path` is a file whose first bytes are those of an image."""
-    with naming(path), open_regular(path) as file:
-        read_image_kind(file)
+    with naming(path), opened(path, "image"):
+        pass
 
 
 def load_radiograph(path: Path) -> Radiograph:
@@ -550,9 +542,8 @@ def load_radiograph(path: Path) -> Radiograph:
 
     Raises ExplainError where the file is not an image that can be decoded whole.
     """
-    with naming(path), open_regular(path) as file:
-        read = read_dicom if read_image_kind(file).use == "dicom" else read_picture
-        pixels, notes = read(file)
+    with naming(path), opened(path, "image") as (file, use):
+        pixels, notes = read_dicom(file) if use == "dicom" else read_picture(file)
         if pixels.ndim == 2:
             pixels = np.repeat(pixels[:, :, None], 3, axis=2)
     if pixels.min() == pixels.max():
@@ -564,6 +555,10 @@ def check_size(width: int, height: int) -> None:
     """Raise ExplainError for more pixels than a radiograph has, before they are decoded."""
     if width * height > MAX_PIXELS:
         raise ExplainError(f"{width} x {height} pixels, more than {MAX_PIXELS:,} in all; reduce it")
+
+
+def frame_notes(frames: int) -> list[str]:
+    return [f"first of {frames} frames"] if frames > 1 else []
 
 
 # From deep values to 8 bits
@@ -613,70 +608,52 @@ def to_grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
 def read_picture(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
     """The first frame of an image file: (H, W) or (H, W, 3) uint8, upright, and notes.
 
-    Raises ExplainError, without the path, for kinds that cannot be shown right; and whatever
-    Pillow raises on damaged files.
+    Raises ExplainError, without the path, for what cannot be shown right; and what Pillow does.
     """
     with open_picture(file) as image:
         check_size(*image.size)
-        frames = getattr(image, "n_frames", 1)
-        notes = [f"first of {frames} frames"] if frames > 1 else []
+        notes = frame_notes(getattr(image, "n_frames", 1))
         tags = dict(getattr(image, "tag_v2", {}))  # of TIFF; gone after loading
-        deep_colour = holds_deep_colour(image, tags)
+        if tags.get(PLANAR) == 2 and max(tags.get(BITS, (8,))) > 8:  # Pillow mixes their bytes up
+            raise ExplainError("16-bit colour in separate planes; save it as PNG")
+        deep_colour = image.mode not in DEEP_MODES and any(";16" in str(tile.args) for tile in image.tile)
         image.load()
         upright = ImageOps.exif_transpose(image)
-        values = grey_values(upright, tags)
-        if values is None:
-            pixels = colours(upright)
-            if deep_colour and pixels.max() < 64:  # Pillow keeps only the upper 8 of 16 bits
-                raise ExplainError("16-bit colour that uses only its lower bits; save it as 16-bit grey")
-            return pixels, notes
-    hidden = values == upright.info.get("transparency", np.nan)  # the one value that a PNG may hide
-    pixels, scaling = to_8_bits(values, hidden)
+    values = grey_values(upright, tags)
+    if values is None:
+        pixels = colours(upright)
+        if deep_colour and pixels.max() < 64:  # Pillow keeps only the upper 8 of 16 bits
+            raise ExplainError("16-bit colour that uses only its lower bits; save it as 16-bit grey")
+        return pixels, notes
+    pixels, scaling = to_8_bits(values)
     if tags.get(PHOTOMETRIC) == 0:  # white is zero; Pillow inverts 8 bits and fewer only
         pixels = 255 - pixels
-    return np.where(hidden, np.uint8(0), pixels), notes + scaling
+    return pixels, notes + scaling
 
 
 def open_picture(file: BinaryIO) -> Image.Image:
-    """Read an image file's header. Raises ExplainError, without the path."""
+    """Read an image file's header. Raises ExplainError, without the path, and what Pillow does."""
     try:
         image = Image.open(file, formats=IMAGE_FORMATS)
-        # Pillow has read up to the scan. Without an end mark behind it (a copy that broke off and
-        # was filled with zeros), the decoder would invent the rest in grey.
-        if image.format == "JPEG" and b"\xff\xd9" not in file.read():
-            raise ExplainError(f"cut short; {COPY_AGAIN}")
-        return image
-    except UnidentifiedImageError as error:
-        cause = "its start is damaged, or not of a kind that can be read here"
-        raise ExplainError(f"{cause}; convert it to PNG") from error
     except Image.DecompressionBombError as error:
         raise ExplainError(f"more than {MAX_PIXELS:,} pixels; reduce it") from error
-
-
-def holds_deep_colour(image: Image.Image, tags: dict[int, Any]) -> bool:
-    """Whether a file not yet loaded has more than 8 bits a colour.
-
-    Raises ExplainError for the one kind of these that Pillow decodes wrongly.
-    """
-    if tags.get(PLANAR) == 2 and max(tags.get(BITS, (8,))) > 8:
-        raise ExplainError("16-bit colour in separate planes; save it as PNG")
-    return image.mode not in DEEP_MODES and any(";16" in str(tile.args) for tile in image.tile)
+    # Pillow has read up to the scan. Without an end mark behind it (a copy that broke off and
+    # was filled with zeros), the decoder would invent the rest in grey.
+    if image.format == "JPEG" and b"\xff\xd9" not in file.read():
+        raise ExplainError(f"cut short; {COPY_AGAIN}")
+    return image
 
 
 def grey_values(image: Image.Image, tags: dict[int, Any]) -> np.ndarray | None:
     """(H, W) values that 8 unsigned bits cannot hold, or None where there are none."""
-    sample_format = tags.get(SAMPLE_FORMAT, (1,))[0]
-    if image.mode == "L" and sample_format == 2:
-        return np.asarray(image).view(np.int8)  # Pillow reads the sign as 128
-    if image.mode == "I" and tags.get(BITS) == (32,) and sample_format == 1:
-        return np.asarray(image).view(np.uint32)  # Pillow reads the highest bit as a sign
+    stored = image.mode, tags.get(BITS), tags.get(SAMPLE_FORMAT, (1,))
+    if stored in MISREAD:
+        return np.asarray(image).view(MISREAD[stored])
     return np.asarray(image) if image.mode in DEEP_MODES else None
 
 
 def colours(image: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8 of an image of at most 8 bits a colour, transparent parts over black."""
-    if image.mode == "La":
-        image = image.convert("LA")  # Pillow goes no other way from here
     if not image.has_transparency_data:
         return np.asarray(image.convert("RGB"))
     premultiplied = image.convert("RGBA").convert("RGBa")  # colour * opacity is what black lets through
@@ -689,41 +666,59 @@ def colours(image: Image.Image) -> np.ndarray:
 def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
     """The first frame of a DICOM file: (H, W) or (H, W, 3) uint8, and notes.
 
-    Raises ExplainError, without the path; and whatever pydicom raises on damaged files.
+    Raises ExplainError, without the path, and what pydicom does.
     """
     try:
         import pydicom
     except ImportError as error:
         raise ExplainError("a DICOM file, which needs pydicom; pip install pydicom") from error
-    dataset = pydicom.dcmread(file)
+    dataset = pydicom.dcmread(file, force=True)  # also without preamble and file meta information
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        dataset.file_meta.TransferSyntaxUID = uncompressed(dataset)
     if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise ExplainError("a DICOM file without an image in it; give one that holds the radiograph")
     check_size(dataset.Columns, dataset.Rows)
     stored = decoded(dataset)
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    notes = [f"first of {frames} frames"] if frames > 1 else []
     pixels, scaling = dicom_grey(dataset, stored) if dataset.SamplesPerPixel == 1 else to_8_bits(stored)
-    return pixels, notes + scaling
+    return pixels, frame_notes(int(dataset.get("NumberOfFrames") or 1)) + scaling
+
+
+def uncompressed(dataset: Dataset) -> str:
+    """The transfer syntax by which pydicom read a file that does not tell its own."""
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    is_implicit, is_little = dataset.original_encoding
+    if is_implicit:
+        return ImplicitVRLittleEndian
+    return ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
+
+
+def is_no_radiograph(path: Path) -> bool:
+    """Whether a file from a folder is none, whatever its name: of macOS, or DICOM without pixels."""
+    if path.name.startswith("._") or "__MACOSX" in path.parts:
+        return True
+    try:
+        with naming(path), opened(path, "image") as (file, use):
+            import pydicom
+
+            if use != "dicom":
+                return False
+            return "Rows" not in pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=["Rows"])
+    except ExplainError:
+        return False  # what is wrong with it is said when it is read
 
 
 def decoded(dataset: Dataset) -> np.ndarray:
     """Stored values of the first frame, (H, W), or RGB (H, W, 3).
 
-    Raises ExplainError, without the path, where no decoder for its compression is installed.
+    Raises ExplainError, without the path, where its compression cannot be undone.
     """
-    from pydicom.pixels import get_decoder, pixel_array
+    from pydicom.pixels import pixel_array
 
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError as error:
-        cause = "compressed in a way that pydicom does not know"
-        raise ExplainError(f"{cause}; export it uncompressed") from error
-    if not decoder.is_available:
-        raise ExplainError(f"compressed as {syntax.name}, which needs a decoder; {DICOM_DECODERS}")
-    try:
         return pixel_array(dataset, index=0)
-    except RuntimeError as error:
+    except (NotImplementedError, RuntimeError) as error:
         if not syntax.is_encapsulated:
             raise
         cause = f"compressed as {syntax.name}, and damaged or in need of another decoder"
@@ -733,8 +728,8 @@ def decoded(dataset: Dataset) -> np.ndarray:
 def dicom_grey(dataset: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Stored values of one sample a pixel as they are meant to be seen: uint8, and notes.
 
-    Modality LUT, then VOI LUT or first window, then MONOCHROME1 inverted (PS3.3 C.7.6.3, C.11.1
-    and C.11.2); padding black. Without a usable LUT or window the rule of `to_8_bits`.
+    Modality LUT, then VOI LUT or first window, then MONOCHROME1 or INVERSE inverted, once
+    (PS3.3 C.7.6.3, C.11.1, C.11.2 and C.11.6); padding black. Without a usable LUT or window the rule of `to_8_bits`.
     """
     from pydicom.pixels import apply_color_lut
 
@@ -743,7 +738,7 @@ def dicom_grey(dataset: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[s
     padding = padding_mask(dataset, stored)
     values = modality_values(dataset, stored)
     pixels, notes = windowed(dataset, values) or to_8_bits(values, padding)
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
+    if dataset.PhotometricInterpretation == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE":
         pixels = 255 - pixels
     return np.where(padding, np.uint8(0), pixels), notes
 
@@ -755,8 +750,9 @@ def modality_values(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
     slope, intercept = first_number(dataset, "RescaleSlope"), first_number(dataset, "RescaleIntercept")
     if None not in (slope, intercept) and (slope, intercept) != (1, 0):
         return stored * slope + intercept
-    deep = np.promote_types(stored.dtype, np.int16)
-    return stored if dataset.get("BitsStored") == 8 else stored.astype(deep)
+    if dataset.get("BitsStored") == 8:
+        return stored
+    return stored.astype(np.promote_types(stored.dtype, np.int16))
 
 
 def padding_mask(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
@@ -764,9 +760,8 @@ def padding_mask(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
     value = dataset.get("PixelPaddingValue")
     if value is None:
         return np.zeros(stored.shape, bool)
-    limit = dataset.get("PixelPaddingRangeLimit")
-    ends = sorted((value, value if limit is None else limit))
-    return (stored >= ends[0]) & (stored <= ends[1])
+    low, high = sorted((value, dataset.get("PixelPaddingRangeLimit", value)))
+    return (stored >= low) & (stored <= high)
 
 
 def windowed(dataset: Dataset, values: np.ndarray) -> tuple[np.ndarray, list[str]] | None:
@@ -780,13 +775,13 @@ def windowed(dataset: Dataset, values: np.ndarray) -> tuple[np.ndarray, list[str
         return (to_grey(through, low, high), ["shown through its VOI LUT"]) if low < high else None
     centre, width = first_number(dataset, "WindowCenter"), first_number(dataset, "WindowWidth")
     shape = dataset.get("VOILUTFunction") or "LINEAR"
-    if centre is None or width is None or not width > (shape == "LINEAR"):
+    if centre is None or width is None or width <= 0 or (shape == "LINEAR" and width <= 1):
         return None
     notes = [f"shown through its window, centre {centre:g} and width {width:g}"]
     if shape == "LINEAR":  # PS3.3 C.11.2.1.2.1; the others have neither shift
         centre, width = centre - 0.5, width - 1
     low, high = centre - width / 2, centre + width / 2
-    if not (np.isfinite(width) and low < values.max() and high > values.min()):
+    if not (low < values.max() and high > values.min()):
         return None  # beside all values; or a value is NaN, which to_8_bits refuses
     if shape == "SIGMOID":
         return to_grey(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1), notes
@@ -820,7 +815,8 @@ def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.nd
 
     Equals torchvision's Resize((size, size)) + ToTensor + Normalize(mean, std).
     """
-    values = radiograph.squashed(preprocessing.size).astype(np.float32) / np.float32(255)
+    squashed = radiograph.squashed(preprocessing.size, preprocessing.interpolation)
+    values = squashed.astype(np.float32) / np.float32(255)
     mean, std = np.float32(preprocessing.mean), np.float32(preprocessing.std)
     return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1))
 
@@ -830,40 +826,51 @@ def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.nd
 # ------------------------------------------------------------------------------------------
 
 INPUT_SIZES = range(64, 1025)  # pixels a side that are accepted
-CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
-MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net")  # where trainers put the weights, in order
-EMA_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema")  # the same, averaged over the training
-STRUCTURE_BYTES = 64_000_000  # of a checkpoint without its tensors; a gigabyte of weights needs a hundredth
-STRUCTURE_STEPS = 1_000_000  # of unpickling it; a second or two
-STRUCTURE_WEIGHT = 100_000_000  # parts and characters, each counted as often as it is put into something
-STRUCTURE_WIDTH = 200_000  # parts that wait to be put together
-STRUCTURE_DEPTH = 200  # containers in containers
-CALL_WEIGHT = 20  # times what a call is given: it may hash and copy it
-LONG_WEIGHT = 5_000  # of a number beyond 32 bits; as keys, they can be chosen to make a dictionary take hours
-OLD_PICKLES = 5  # of the container before PyTorch 1.6: mark, version, system, contents, keys of storages
-ATOMS = ("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "EMPTY_TUPLE")
-TEXTS = ("BINUNICODE", "SHORT_BINSTRING", "GLOBAL")
-ABOVE_THE_MARK = -1
-TAKING_STEPS = {  # how many parts the other steps take that torch knows
-    **{"EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "LONG1": 0, "STOP": 1, "BINPERSID": 1},
-    **{"REDUCE": 2, "NEWOBJ": 2},
-    **{"TUPLE": ABOVE_THE_MARK, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1},
-    **{"APPENDS": ABOVE_THE_MARK, "SETITEMS": ABOVE_THE_MARK},
-}
-FILLING_STEPS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # into the part below what they take
-CALLING_STEPS = ("REDUCE", "NEWOBJ")
-CHECKPOINT_CALLS = re.compile(  # what a checkpoint may call: none gives much more than it is given
-    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode"
-    r"|torch (Size|device)"
-    r"|numpy dtype|numpy\._?core\.multiarray scalar|argparse Namespace"
-    r"|torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?|qtensor|meta_tensor_no_storage)"
-)
-NUMBER_KINDS = ("float32", "float16", "bfloat16", "float64", "int64")  # int64: counters of batches
-COUNTER = "num_batches_tracked"  # end of the keys of those counters, which inference never reads
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder beside its config.json
+TOP = "the top level"
+MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net", TOP)  # where trainers put weights, in order
+AVERAGED = {"ema", "swa", "averaged", "average", "avg"}  # words in the names of weights averaged in training
+TEACHERS = {"teacher", "momentum", "target"}  # and of networks beside the one that is trained
+BESIDE = re.compile(r"loss|criterion|metric")  # in keys that are no part of any network
+OPS = re.compile(r"(.*\.)?(total_ops|total_params|n_averaged)")  # counters that tools put among the weights
+COUNTER = "num_batches_tracked"  # end of the keys of counters of batches, which inference never reads
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+GREY_OF_RGB = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision turn colour into grey
 MAX_CLASSES = 100
 MAX_NAME = 200  # characters of a class name
-UNFOLDING = "its structure unfolds to more than a network's checkpoint holds; save its state_dict() alone"
 TAG = r"(?:\.[a-z0-9_]{1,60})?"  # of timm's names: what the weights were trained on
+
+# Where files say something of themselves (also one in another), and under which names
+RECORDS = (
+    "config", "args", "hyper_parameters", "hparams", "datamodule_hyper_parameters", "meta", "dataset_meta",
+    "config.json", "pretrained_cfg",
+)  # fmt: skip
+ARCHITECTURES = ("model_name", "arch", "architecture")
+SIDE_KEYS = ("img_size", "image_size", "input_size")
+NAME_KEYS = (  # lists in the order of the outputs, or dictionaries from name to index or back
+    "class_names", "classes", "class_to_idx", "idx_to_class", "id2label", "label2id", "label_names", "labels",
+    "names",
+)  # fmt: skip
+PREPARATION = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+AGAIN = "copy or download the checkpoint again"
+PLAIN = "torch.save(model.state_dict(), PATH)"
+ZERO = "run the zero_to_fp32.py that lies in its folder"
+FOREIGN = (  # by the name of a file, class or key: what it is, and what makes a plain state dict of it
+    (r"\blora_|adapter_(model|config)|^base_model\.model\.|^peft\b", "LoRA or another adapter of PEFT",
+     f"merge it with model = model.merge_and_unload(), then {PLAIN}"),
+    (r"^(bf16_)?zero_pp_rank|^ds_(config|version)$|^deepspeed\b|^zero_to_fp32", "a part of what DeepSpeed saved", ZERO),
+    (r"\.distcp$|^\.metadata$|ShardedTensor|DTensor", "a part of what FSDP saved",
+     "gather its full state dict, or python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER PATH"),
+    (r"^fastai\b|^fastcore\b", "a Learner of fastai", "torch.save(learn.model.state_dict(), PATH)"),
+    (r"_packed_params|\.zero_point$|\.absmax$|quantize|torchao|bitsandbytes", "a quantised network",
+     f"{PLAIN} before it is quantised"),
+    (r"\.weight_(orig|mask|[gv])$|\.parametrizations\.", "a pruned or parametrized network",
+     f"torch.nn.utils.prune.remove or parametrize.remove_parametrizations, then {PLAIN}"),
+    (r"^(pytorch_)?lightning\b", "objects of Lightning's trainer",
+     "torch.save({'state_dict': checkpoint['state_dict']}, PATH)"),
+)  # fmt: skip
 
 
 FAMILIES = {
@@ -875,11 +882,14 @@ FAMILIES = {
             full_size="convnextv2_base.fcmae_ft_in22k_in1k",
             names=re.compile(rf"convnextv2_(atto|femto|pico|nano|tiny|small|base|large|huge){TAG}"),
             sizes={
-                (140, 320): "convnextv2_atto", (140, 384): "convnextv2_femto", (140, 512): "convnextv2_pico",
-                (160, 640): "convnextv2_nano", (200, 768): "convnextv2_tiny", (380, 768): "convnextv2_small",
-                (380, 1536): "convnextv2_large", (380, 2816): "convnextv2_huge",
+                (40, 320): "convnextv2_atto", (40, 384): "convnextv2_femto", (40, 512): "convnextv2_pico",
+                (46, 640): "convnextv2_nano", (22, 768): "convnextv2_tiny", (40, 768): "convnextv2_small",
+                (40, 1536): "convnextv2_large", (40, 2816): "convnextv2_huge",
             },  # fmt: skip
             landmark="stages.0.blocks.0.mlp.grn.weight",
+            stem="stem.0.weight",
+            body=("stem.", "stages.", "head.norm."),
+            width="stages.3.blocks.0.norm.weight",
             head="head.fc",
             target_layer="stages.3",  # the last stage
             finer_layer="stages.2",
@@ -891,12 +901,15 @@ FAMILIES = {
             full_size="tf_efficientnetv2_s.in21k_ft_in1k",
             names=re.compile(rf"tf_efficientnetv2_(s|m|l|xl|b[0-3]){TAG}"),
             sizes={
-                (361, 1280): "tf_efficientnetv2_b0", (443, 1280): "tf_efficientnetv2_b1",
-                (462, 1408): "tf_efficientnetv2_b2", (538, 1536): "tf_efficientnetv2_b3",
-                (963, 1280): "tf_efficientnetv2_m", (1331, 1280): "tf_efficientnetv2_l",
-                (1712, 1280): "tf_efficientnetv2_xl",
+                (91, 1280): "tf_efficientnetv2_b0", (111, 1280): "tf_efficientnetv2_b1",
+                (116, 1408): "tf_efficientnetv2_b2", (136, 1536): "tf_efficientnetv2_b3",
+                (245, 1280): "tf_efficientnetv2_m", (339, 1280): "tf_efficientnetv2_l",
+                (438, 1280): "tf_efficientnetv2_xl",
             },  # fmt: skip
             landmark="conv_stem.weight",
+            stem="conv_stem.weight",
+            body=("conv_stem.", "bn1.", "blocks.", "conv_head.", "bn2."),
+            width="bn2.weight",
             head="classifier",
             target_layer="conv_head",
             finer_layer="blocks.4",
@@ -912,7 +925,9 @@ def is_demo(checkpoint: Path) -> bool:
 
 def candidates(family: Family, folder: Path) -> list[Path]:
     """The checkpoints of a family in a folder; demos only where there are no others."""
-    found = sorted(path for path in folder.glob(f"{family.key}*") if path.suffix in CHECKPOINT_SUFFIXES)
+    found = sorted(
+        path for path in folder.glob(f"{family.key}*") if path.suffix in CHECKPOINT_SUFFIXES or hub_files(path)
+    )
     return [path for path in found if not is_demo(path)] or found
 
 
@@ -924,7 +939,23 @@ def find_checkpoint(family: Family, folder: Path) -> Path:
     if len(found) > 1:
         names = ", ".join(printable(path.name) for path in found)
         raise refusal(folder, f"more than one {family.key} checkpoint ({names})", f"choose with {option}")
-    return found[0]
+    return weights_file(found[0])
+
+
+def hub_files(folder: Path) -> list[Path]:
+    return [folder / name for name in HUB_FILES if (folder / name).is_file()]
+
+
+def weights_file(path: Path) -> Path:
+    """The file of weights that a path names: itself, or the one in a folder. Raises ExplainError without."""
+    if not path.is_dir():
+        return path
+    names = sorted(os.listdir(path))
+    check_not_foreign(names, path)
+    found = [path / name for name in names if name.endswith(CHECKPOINT_SUFFIXES)]
+    if len(found) != 1 and not hub_files(path):
+        raise refusal(path, f"a folder with {len(found)} files of weights", "name the file")
+    return (hub_files(path) or found)[0]
 
 
 def check_not_mixed(checkpoints: Sequence[Path]) -> None:
@@ -938,41 +969,29 @@ def check_not_mixed(checkpoints: Sequence[Path]) -> None:
 
 
 def brief(value: object) -> str:
-    """An untrusted value for a message: short, on one line, whatever it is."""
-    if isinstance(value, int) and value.bit_length() > 64:  # Python cannot print every one of them
-        return "a number of more than 19 digits"
+    """An untrusted value for a message: short and on one line."""
     if isinstance(value, (str, int, float)):
-        return printable(repr(value[:80] if isinstance(value, str) else value))
+        return printable(repr(value)[:82])
     return f"a {type(value).__name__}"
 
 
 def listed(items: Sequence[str]) -> str:
     """How many, and the first three."""
-    first = ", ".join(printable(item[:160]) for item in items[:3])
-    return f"{len(items)} ({first}{', …' if len(items) > 3 else ''})"
+    first = [printable(item[:160]) for item in items[:3]]
+    if len(items) > 3:
+        first.append("…")
+    return f"{len(items)} ({', '.join(first)})"
 
 
-def open_checkpoint(path: Path) -> tuple[BinaryIO, FileKind]:
-    """A checkpoint file open for reading, and its kind, as far as can be told without torch.
-
-    Raises ExplainError, without the path, where it cannot be a checkpoint, and says what it is instead.
-    """
-    file = open_regular(path)
-    try:
-        remedy = "give a file that torch.save wrote, or a .safetensors file"
-        kind = read_kind(file, ("zip", "pickle", "safetensors"), "a checkpoint", remedy)
-        if kind.use == "zip":
-            check_archive(file)
-        return file, kind
-    except BaseException:
-        file.close()
-        raise
+# Files
 
 
 def check_checkpoint_path(path: Path) -> None:
-    """Raise ExplainError where a file cannot be a checkpoint."""
-    with naming(path):
-        open_checkpoint(path)[0].close()
+    """Raise ExplainError where a file cannot be a checkpoint, as far as can be told without torch."""
+    check_not_foreign([path.name], path)
+    with naming(path), opened(path, "checkpoint") as (file, use):
+        if use == "zip":
+            check_archive(file)
 
 
 def check_archive(file: BinaryIO) -> None:
@@ -980,296 +999,291 @@ def check_archive(file: BinaryIO) -> None:
     try:
         entries = zipfile.ZipFile(file).infolist()
     except Exception as error:  # zipfile lets out more than BadZipFile on damaged archives
-        cause = "an incomplete or damaged archive"
-        raise ExplainError(f"{cause}; copy or download the checkpoint again") from error
-    names = {entry.filename.partition("/")[2] for entry in entries}
+        raise ExplainError(f"an incomplete or damaged archive; {AGAIN}") from error
+    names = {entry.filename.rpartition("/")[2] for entry in entries}
     if "constants.pkl" in names:
-        cause = "a TorchScript archive, which holds code"
-        raise ExplainError(f"{cause}; save the network's state_dict() with torch.save instead")
+        raise ExplainError(f"a TorchScript archive, which holds code; {PLAIN} of the network itself")
     if "data.pkl" not in names:
-        remedy = "give a file that torch.save wrote, or a .safetensors file"
-        raise ExplainError(f"a zip archive without weights; {remedy}")
-    structures = [entry.file_size for entry in entries if entry.filename.lower().endswith("/data.pkl")]
-    if max(structures) > STRUCTURE_BYTES:
-        raise ExplainError(UNFOLDING)
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could unpack to any size
-        cause = "a compressed archive, which torch.save never writes"
-        raise ExplainError(f"{cause}; save the checkpoint again with torch.save")
+        what = "an archive of Keras" if "model.weights.h5" in names else "a zip archive without weights"
+        raise ExplainError(f"{what}; {WANTED['checkpoint'][2]}")
 
 
-def read_checkpoint(path: Path) -> tuple[dict[Any, Any], list[str]]:
-    """Load a checkpoint file without running code from it: its contents, and what was done.
+def foreign_kind(names: Iterable[str]) -> tuple[str, str] | None:
+    """What else than a plain state dict these names of files, classes or keys tell of, and the remedy."""
+    text = "\n".join(names)
+    found = (kind for kind in FOREIGN if re.search(kind[0], text, re.MULTILINE))
+    return next(((f"holds {what}", remedy) for _, what, remedy in found), None)
+
+
+def check_not_foreign(names: Iterable[str], path: Path) -> None:
+    if kind := foreign_kind(names):
+        raise refusal(path, *kind)
+
+
+def read_checkpoint(path: Path) -> dict[Any, Any]:
+    """What a checkpoint file holds; no code from it is run.
 
     Raises ExplainError where it is not a checkpoint or holds more than tensors and plain values.
     """
+    check_checkpoint_path(path)
     try:
-        with silenced():  # torch warns of tensors that are refused below
-            contents, notes = read_contents(path)
-    except ExplainError as error:
-        raise ExplainError(f"{shown(path)}: {error}") from error
+        with silenced(), opened(path, "checkpoint") as (_, use):
+            contents = read_safetensors(path) if use == "safetensors" else read_torch(path, use == "zip")
     except Exception as error:  # torch lets out KeyError, EOFError, UnpicklingError; damaged files anything
         raise refusal(path, *why_unreadable(error)) from error
     if not isinstance(contents, dict):
-        cause = f"holds {brief(contents)}, not a dictionary of weights"
-        raise refusal(path, cause, "save the network's state_dict()")
-    return contents, notes
+        raise refusal(path, f"holds {brief(contents)}, not a dictionary of weights", PLAIN)
+    return contents
 
 
 def why_unreadable(error: Exception) -> tuple[str, str]:
     """Cause and remedy for a file that torch rejects; not in its words, which advise to run the code."""
     if lacks_memory(error):
         return "too large for the memory of this computer", "close other programs"
-    if isinstance(error, UnicodeEncodeError):
-        return "its name is not valid Unicode, so that torch cannot open it", "rename it"
-    found = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
+    found = re.search(r"(?<=GLOBAL )[\w.]{1,80}|DTensor", str(error))
     if not found:
-        cause = f"damaged, or not written by torch.save ({type(error).__name__})"
-        return cause, "copy or download the checkpoint again"
-    cause = f"holds an object ({found.group(1)}) that only code from the file could restore, and none is run"
-    return cause, "save it again with state_dict() and plain values only"
+        return f"damaged, or not written by torch.save ({type(error).__name__})", AGAIN
+    cause = f"holds a whole network or another object ({found[0]}), for which code from the file would run"
+    return foreign_kind([found[0]]) or (f"{cause}, and none is run", f"{PLAIN} where it was trained")
 
 
-def read_contents(path: Path) -> tuple[Any, list[str]]:
-    """What a checkpoint file holds, and notes. Raises ExplainError, without the path, and what torch does."""
-    file, kind = open_checkpoint(path)
-    with file:
-        if kind.use == "safetensors":
-            return read_safetensors(path)
-        return read_torch(path, pickled_part(file, kind), is_mapped=kind.use == "zip")
-
-
-def read_torch(path: Path, pickled: bytes, is_mapped: bool) -> tuple[Any, list[str]]:
+def read_torch(path: Path, is_mapped: bool) -> Any:
     """What torch.save wrote; memory-mapped where it can be, so that the optimizer's state is never read."""
     import torch
 
-    origins = set()
-
-    def on_cpu(storage: Any, origin: str) -> Any:
-        origins.add(origin)
-        return storage
-
-    check_structure(pickled, 1 if is_mapped else OLD_PICKLES)
-    with torch.serialization.safe_globals(HARMLESS_TYPES):
-        contents = torch.load(path, map_location=on_cpu, weights_only=True, mmap=is_mapped)
-    notes = [] if is_mapped else ["container of PyTorch before 1.6 read whole"]
-    elsewhere = sorted(printable(origin) for origin in origins if origin != "cpu")
-    return contents, notes + [f"tensors saved on {origin} read on the CPU" for origin in elsewhere[:3]]
+    with torch.serialization.safe_globals(harmless_types()):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
 
 
-def pickled_part(file: BinaryIO, kind: FileKind) -> bytes:
-    """The bytes that hold the structure of what torch.save wrote; the older container does not part them."""
-    import torch
+def harmless_types() -> list[tuple[Any, str]]:
+    """What trainers save beside tensors and plain values, each with the name that files know it by.
 
-    file.seek(0)  # from behind the archive's list of contents
-    if kind.use == "pickle":
-        return file.read(STRUCTURE_BYTES)
-    # By torch's own reader: in a crafted archive, another might see another structure.
-    return torch._C.PyTorchFileReader(file).get_record("data.pkl")
-
-
-def check_structure(pickled: bytes, count: int) -> None:
-    """Raise ExplainError, without the path, where unpickling takes far more than the file's own size.
-
-    `count` pickles follow each other.
+    None runs code. Paths may come from another system, and defaultdicts become dicts.
     """
-    file, walk = io.BytesIO(pickled), StructureWalk()
-    for _ in range(count):
-        walk.follow(file)
+    array = np.zeros(0).__reduce__()[0]
+    named = [(np.dtype, "numpy.dtype"), (np.ndarray, "numpy.ndarray"), (argparse.Namespace, "argparse.Namespace")]
+    for core in ("numpy.core", "numpy._core"):  # before and from NumPy 2
+        named += [(plain_number, f"{core}.multiarray.scalar"), (array, f"{core}.multiarray._reconstruct")]
+    for kind in {type(np.dtype(code)) for code in "?bhilqBHILQefdU"}:
+        named.append((kind, f"numpy.dtypes.{kind.__name__}"))
+    for module in ("pathlib", "pathlib._local"):  # the second is Python 3.13's
+        for path in (PurePosixPath, PureWindowsPath):
+            named += [(path, f"{module}.{path.__name__}"), (path, f"{module}.{path.__name__[4:]}")]
+    for each in (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone):
+        named.append((each, f"datetime.{each.__name__}"))
+    return [*named, (plain_dict, "collections.defaultdict"), (list, "builtins.list")]
 
 
-@dataclass(slots=True)
-class Part:
-    """Something that a pickle would make."""
-
-    weight: int = 1  # parts and characters in it
-    depth: int = 0  # containers in it, one in the other
-    told: str = ""  # a text, the name of what may be called, or the second part of a tuple
-    is_used: bool = False  # it is in another part
+def plain_number(kind: np.dtype[Any], content: bytes) -> float:
+    """Stands in for what makes a NumPy number of its bytes."""
+    return np.frombuffer(content, kind)[0].item()
 
 
-ATOM = Part()  # a number, a truth value, nothing
+def plain_dict(factory: object = None) -> dict[Any, Any]:
+    """Stands in for collections.defaultdict."""
+    return {}
 
 
-class StructureWalk:
-    """Adds up what it would take to make what pickles describe, without making it.
-
-    A few bytes can stand for hours and gigabytes: a pair of the same pair of the same pair ..., hashed
-    as a key; calls that double what they are given. So each step pays for all that it puts together,
-    as often as that is done.
-    """
-
-    def __init__(self) -> None:
-        self.steps = self.weight = 0
-
-    def follow(self, pickles: BinaryIO) -> None:
-        """Go through the next pickle. Raises ExplainError, without the path, where it is too much."""
-        stack: list[Part] = []
-        marks: list[int] = []  # heights of the stack
-        memo: dict[int, Part] = {}
-        for opcode, argument, _ in pickletools.genops(pickles):
-            self.steps += 1
-            if self.steps > STRUCTURE_STEPS or len(stack) > STRUCTURE_WIDTH or len(marks) > STRUCTURE_DEPTH:
-                raise ExplainError(UNFOLDING)
-            if opcode.name in ATOMS:
-                stack.append(ATOM)
-            elif opcode.name == "MARK":
-                marks.append(len(stack))
-            elif opcode.name in ("BINPUT", "LONG_BINPUT"):
-                memo[argument] = stack[-1]
-            elif opcode.name in ("BINGET", "LONG_BINGET"):
-                stack.append(memo[argument])
-            elif opcode.name in TEXTS:
-                stack.append(Part(len(argument), told=argument))
-            elif opcode.name != "PROTO":
-                taken = TAKING_STEPS[opcode.name]
-                height = marks.pop() if taken is ABOVE_THE_MARK else len(stack) - taken
-                items = stack[height:]
-                del stack[height:]
-                self.put_together(opcode.name, items, stack)
-
-    def put_together(self, step: str, items: list[Part], stack: list[Part]) -> None:
-        """Items from the stack become a new part on it, or go into the one that is there."""
-        weight = sum(item.weight for item in items)
-        depth = max((item.depth for item in items), default=-1) + 1
-        if step in CALLING_STEPS:
-            check_call(*items)
-        self.steps += 3  # beside its own: containers take more time and memory than numbers
-        self.weight += weight * (CALL_WEIGHT if step in CALLING_STEPS else 1)
-        if step not in FILLING_STEPS:
-            named = {"TUPLE": items[1:2], "TUPLE2": items[1:], "BINPERSID": items}.get(step)
-            told = named[0].told if named else ""
-            stack.append(Part(LONG_WEIGHT if step == "LONG1" else 1, told=told))
-        whole = stack[-1]
-        whole.weight, whole.depth = whole.weight + weight, max(whole.depth, depth)
-        # A part that is filled when it is in another already could come to hold itself.
-        if self.weight > STRUCTURE_WEIGHT or depth > STRUCTURE_DEPTH or (whole.is_used and items):
-            raise ExplainError(UNFOLDING)
-        for item in items:
-            item.is_used = True
-
-
-def check_call(function: Part, arguments: Part) -> None:
-    """Raise ValueError, in torch's words, for a call that no checkpoint of a network makes."""
-    if re.search("_sparse_|_get_layout", function.told):  # checked for as long as their indices claim
-        cause = "not the floats of a network: sparse tensors"
-        raise ExplainError(f"{cause}; save the trained weights as dense floats")
-    is_known = CHECKPOINT_CALLS.fullmatch(function.told)
-    if not is_known or (function.told == "_codecs encode" and arguments.told != "latin1"):
-        raise ValueError(f"GLOBAL {function.told.replace(' ', '.')}")
-
-
-class NumberType:
-    """Stands in for numpy.dtype in a checkpoint's pickle: it keeps the type's code and does nothing."""
-
-    def __init__(self, code: str, *options: object) -> None:
-        self.code = code
-
-    def __setstate__(self, state: object) -> None:
-        """Byte order and the like, which NumPy writes for every number alike."""
-
-
-def plain_number(number_type: NumberType, content: bytes) -> float:
-    """Stands in for the function that restores a NumPy number: val_acc, as some trainers save it."""
-    layouts = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i"}
-    return struct.unpack(layouts[number_type.code], content)[0]
-
-
-HARMLESS_TYPES = [
-    argparse.Namespace,  # the options that timm's own trainer saves
-    (NumberType, "numpy.dtype"),
-    *((plain_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-]
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Any], list[str]]:
+def read_safetensors(path: Path) -> dict[str, Any]:
     """Weights from a .safetensors file, with its metadata (texts; JSON where they are that)."""
     from safetensors import safe_open
 
-    def plain(text: str) -> Any:
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            return text
-
     with safe_open(path, framework="pt", device="cpu") as file:
         weights = {key: file.get_tensor(key) for key in file.keys()}
-        metadata = {key: plain(text) for key, text in (file.metadata() or {}).items()}
-    return {**metadata, MODEL_KEYS[0]: weights}, ["weights read from a safetensors file"]
+        metadata = {key: json_or_text(text) for key, text in (file.metadata() or {}).items()}
+    return {**metadata, MODEL_KEYS[0]: weights}
+
+
+def json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def with_config_beside(family: Family, contents: dict[Any, Any], path: Path) -> dict[Any, Any]:
+    """Contents and what a config.json beside the file says, where that is of this network.
+
+    Raises ExplainError where it is not JSON.
+    """
+    beside = path.with_name("config.json")
+    if not beside.is_file():
+        return contents
+    config = json_or_text(beside.read_text(encoding="utf-8", errors="replace"))
+    if not isinstance(config, dict):
+        raise refusal(beside, "not what a hub or Trainer writes", "correct it, or take it away")
+    own, other = recorded(contents, *ARCHITECTURES), str(config.get("architecture"))
+    belongs = path.name in HUB_FILES or family.names.fullmatch(other)
+    return {**contents, "config.json": config} if belongs and own in (None, other) else contents
+
+
+def records(contents: dict[Any, Any]) -> list[dict[Any, Any]]:
+    """The dictionaries in which a file says something of itself: the whole, and those within."""
+    found = [contents]
+    for record in found:
+        for name in RECORDS:
+            inner = record.get(name)
+            if isinstance(inner, argparse.Namespace):
+                inner = vars(inner)
+            if isinstance(inner, dict):  # timm's pretrained_cfg tells of other weights' classes
+                found.append({**inner, "num_classes": None} if name == "pretrained_cfg" else inner)
+    return found
 
 
 def recorded(contents: dict[Any, Any], *names: str) -> Any:
-    """The first that a checkpoint records under these names, itself or in its options; else None."""
-    options = [contents.get("config"), contents.get("args")]
-    places = [contents, *(vars(each) if isinstance(each, argparse.Namespace) else each for each in options)]
-    found = (place.get(name) for name in names for place in places if isinstance(place, dict))
-    return next((value for value in found if value is not None), None)
+    """The first that a checkpoint records under these names; else None."""
+    found = (record.get(name) for name in names for record in records(contents))
+    return next((value for value in found if not (value is None or isinstance(value, str) and not value)), None)
 
 
-def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The network's tensors from wherever trainers put them, and what was done to get them.
+# The network's weights among all else
 
-    Raises ExplainError where there are none.
-    """
+
+class Source(NamedTuple):
+    """A whole set of a family's weights in a file."""
+
+    place: str  # of the dictionary in the file
+    prefix: str  # that wrappers put before the keys (module., model. ...)
+    tensors: dict[str, torch.Tensor]  # all of the dictionary
+
+    @property
+    def name(self) -> str:
+        return printable(f"{self.place}, {self.prefix}*" if self.prefix else self.place)
+
+    @property
+    def words(self) -> set[str]:
+        return words(f"{self.place}.{self.prefix}")
+
+
+def words(key: str) -> set[str]:
+    return set(re.split(r"[._]", key.lower()))
+
+
+def dictionaries(
+    inside: dict[Any, Any], place: str = TOP, levels: int = 3
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Each dictionary in a file, down to the third level: its place, and its tensors with text keys."""
     import torch
 
-    def tensors(value: object) -> dict[str, torch.Tensor]:
-        items = value.items() if isinstance(value, dict) else ()
-        return {key: item for key, item in items if isinstance(key, str) and isinstance(item, torch.Tensor)}
-
-    places = {key: tensors(contents.get(key)) for key in MODEL_KEYS}
-    places["the top level"] = tensors(contents)
-    places |= {key: tensors(contents.get(key)) for key in EMA_KEYS}
-    filled = [key for key, weights in places.items() if weights]
-    if not filled:
-        cause = f"holds no weights under {', '.join(MODEL_KEYS)} or at its top level"
-        raise refusal(path, cause, "save the network's state_dict()")
-    taken, *others = filled
-    notes = [] if taken == MODEL_KEYS[0] else [f"weights taken from {taken}"]
-    if taken in EMA_KEYS:
-        notes = [f"EMA weights taken from {taken}: the only ones in the file"]
-    notes += [f"EMA weights beside them ({key}) not used" for key in others if key in EMA_KEYS]
-    notes += [f"other weights beside them ({key}) not used" for key in others if key in MODEL_KEYS]
-    return places[taken], notes
+    yield place, {key: value for key, value in inside.items() if isinstance(value, torch.Tensor) and type(key) is str}
+    for key, value in inside.items():
+        if isinstance(value, dict) and levels > 1:
+            yield from dictionaries(value, f"{place}.{key}".removeprefix(f"{TOP}."), levels - 1)
 
 
-def check_numbers(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise ExplainError where weights share their numbers: a few could stand for gigabytes."""
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-    try:
-        length = path.stat().st_size
-    except OSError as error:
-        raise refusal(path, "changed or removed during the run", "run again") from error
-    if claimed > length:
-        cause = f"its weights are {claimed:,} bytes of numbers, and the file holds fewer numbers"
-        raise refusal(path, cause, "save each weight with its own numbers (tensor.clone())")
+def sources(family: Family, contents: dict[Any, Any]) -> list[Source]:
+    """Where a file holds weights of a family: wherever its landmark is among the keys."""
+    return [
+        Source(place, key.removesuffix(family.landmark), tensors)
+        for place, tensors in dictionaries(contents)
+        for key in tensors
+        if f".{key}".endswith(f".{family.landmark}")
+    ]
 
 
-def without_prefix(
-    family: Family, weights: dict[str, torch.Tensor], path: Path
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Keys as the network names them, without what wrappers put before all of them (module., model. ...).
+def chosen_source(family: Family, contents: dict[Any, Any], wanted: str, path: Path) -> tuple[Source, list[str]]:
+    """The weights to take, averaged ones first unless `wanted` is plain; and notes.
 
-    Raises ExplainError where the family's landmark is there more than once, or another family's is.
+    Raises ExplainError where there are none of this family, or several and nothing tells which.
     """
-    found = prefixes_of(family, weights)
-    if len(found) > 1:
-        names = " and ".join(printable(prefix[:80]) or "no prefix" for prefix in found[:3])
-        raise refusal(path, f"holds weights twice, with {names}", "save one state_dict() alone")
+    found = sources(family, contents)
+    if not found:
+        raise without_network(family, contents, path)
+    students = [source for source in found if not source.words & TEACHERS] or found
+    averaged = [source for source in students if source.words & AVERAGED]
+    plain = [source for source in students if source not in averaged]
+    pool = (averaged if wanted == "ema" else plain) or averaged or plain
+    ranks = [MODEL_KEYS.index(source.place) if source.place in MODEL_KEYS else len(MODEL_KEYS) for source in pool]
+    if ranks.count(min(ranks)) > 1:
+        names = " and ".join(source.name for source in pool[:3])
+        raise refusal(path, f"holds weights more than once ({names})", f"choose with {PLAIN}")
+    taken = pool[ranks.index(min(ranks))]
+    return taken, source_notes(taken, averaged, plain, found)
+
+
+def source_notes(
+    taken: Source, averaged: list[Source], plain: list[Source], found: list[Source]
+) -> list[str]:
+    """What to say where a file holds more than one set of weights, or averaged ones alone."""
+    if averaged and taken in plain:
+        return [f"plain weights taken from {taken.name}; --weights ema takes those of {averaged[0].name}"]
+    if averaged:
+        told = f"not {plain[0].name}; --weights plain takes those" if plain else "the only ones in the file"
+        return [f"averaged (EMA) weights taken from {taken.name}, {told}"]
+    others = ", ".join(source.name for source in found if source != taken)
+    return [f"weights taken from {taken.name}; others ({others}) not used"] if others else []
+
+
+def without_network(family: Family, contents: dict[Any, Any], path: Path) -> ExplainError:
+    """The refusal of a file that holds no weights of a family, by what it holds instead."""
     for other in FAMILIES.values():
-        if not found and prefixes_of(other, weights):
+        if sources(other, contents):
             cause = f"holds weights of the {other.key} family (key {other.landmark}), not of {family.key}"
-            raise refusal(path, cause, f"give it to --{other.key}-checkpoint")
-    prefix = "".join(found)
-    bare = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
-    bare.pop("n_averaged", None)  # the counter that torch.optim.swa_utils.AveragedModel keeps
-    count = sum(key.startswith(prefix) for key in weights)
-    return bare, [f"prefix {printable(prefix[:80])} removed from {count} keys"] if prefix else []
+            return refusal(path, cause, f"give it to --{other.key}-checkpoint")
+    keys = [key for _, tensors in dictionaries(contents) for key in tensors]
+    check_not_foreign([*keys, *map(str, contents)], path)
+    if not keys:
+        cause = f"holds no weights under {', '.join(MODEL_KEYS[:4])} or at its top level"
+        return refusal(path, cause, PLAIN)
+    fitting = " or ".join(each.names.pattern.partition("(")[0] + "*" for each in FAMILIES.values())
+    cause = f"holds another network, without the key {family.landmark}"
+    return refusal(path, cause, f"give one of timm's {fitting}: this tool explains no others")
 
 
-def prefixes_of(family: Family, weights: dict[str, torch.Tensor]) -> list[str]:
-    """What stands before a family's landmark, wherever that is among the keys."""
-    ends = [key.removesuffix(family.landmark) for key in weights if key.endswith(family.landmark)]
-    return sorted(prefix for prefix in ends if not prefix or prefix.endswith("."))
+def weights_of(family: Family, source: Source, path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The network's tensors by its own keys, and notes on what lies beside them.
+
+    Raises ExplainError where that is a part of the network as well.
+    """
+    check_not_foreign([*source.tensors, *{type(tensor).__name__ for tensor in source.tensors.values()}], path)
+    if not source.tensors[f"{source.prefix}{family.landmark}"].numel():
+        raise refusal(path, "holds the places of weights alone, as DeepSpeed saves them", ZERO)
+    ends = [f"{family.head}.weight", f"{family.head}.bias"]
+    copies = {copy.prefix for copy in sources(family, {"": source.tensors})} - {source.prefix, ""}
+    weights, rest = {}, {}
+    for name, tensor in source.tensors.items():
+        key = name.removeprefix(source.prefix)
+        if name.startswith(source.prefix) and key.startswith((*family.body, *ends)) and not OPS.fullmatch(key):
+            weights[key] = tensor
+        elif not name.startswith(tuple(copies)):
+            rest[name] = tensor
+    notes = []
+    if ends[0] not in weights:
+        layer = lone_layer(family, source, rest, path)
+        weights |= {end: rest.pop(layer + end.removeprefix(family.head)) for end in ends}
+        notes.append(f"its linear layer {printable(layer)} taken for {family.head}")
+    if rest:
+        notes.append(f"left out, as no part of the network: {listed(list(rest))}")
+    return weights, notes
+
+
+def lone_layer(family: Family, source: Source, rest: dict[str, torch.Tensor], path: Path) -> str:
+    """The one linear layer that is left over for a head, nearest to the network's other weights.
+
+    Raises ExplainError where there is none, or where it is not alone.
+    """
+    inputs = len(source.tensors.get(f"{source.prefix}{family.width}", ()))
+    beside = (AVERAGED | TEACHERS) - source.words
+    layers = {
+        key.removesuffix(".weight"): tensor
+        for key, tensor in rest.items()
+        if key.endswith(".weight") and (tensor.ndim > 1 or len(tensor) == inputs)  # linear ones, convolutions, norms
+        if not BESIDE.search(key) and not words(key) & beside
+    }
+    parents = source.prefix.split(".")[:-1]
+    for count in range(len(parents), -1, -1):  # from the network's own modules to the whole
+        start = "".join(f"{name}." for name in parents[:count])
+        near = {name: tensor for name, tensor in layers.items() if name.startswith(start)}
+        if [tensor.shape[1:] for tensor in near.values()] == [(inputs,)]:
+            return next(iter(near))
+        if near:
+            cause = f"its head has other layers than a single linear one, {listed(list(near))}"
+            raise refusal(path, cause, "train it with one linear layer behind the pooling: no other can be explained")
+    cause = f"holds no head: neither {family.head} nor another linear layer of {inputs} inputs"
+    raise refusal(path, cause, f"{PLAIN} of the whole network")
+
+
+# What a file says of its network
 
 
 def architecture_of(
@@ -1279,12 +1293,11 @@ def architecture_of(
 
     The name is checked against the family's own: a foreign one could send timm to the network.
     """
-    name = recorded(contents, "model_name", "arch")
+    name = recorded(contents, *ARCHITECTURES)
     if name is None:
-        head = weights.get(f"{family.head}.weight")
-        inputs = head.shape[-1] if head is not None and head.ndim else 0
-        count = sum(not key.endswith(COUNTER) for key in weights)
-        return family.sizes.get((count, inputs), family.full_size), "assumed, as its config names none"
+        depth = sum(tensor.ndim == 4 for tensor in weights.values())
+        width = len(weights.get(family.width, ()))
+        return family.sizes.get((depth, width), family.full_size), "assumed, as its config names none"
     if not isinstance(name, str) or not family.names.fullmatch(name):
         cause = f"records the network {brief(name)}, which is not of the family of {family.full_size}"
         raise refusal(path, cause, "give it to the option of its own family")
@@ -1292,40 +1305,74 @@ def architecture_of(
 
 
 def class_names_of(
-    family: Family, contents: dict[Any, Any], weights: dict[str, Any], given: Sequence[str] | None, path: Path
+    contents: dict[Any, Any], outputs: int, given: Sequence[str] | None, path: Path
 ) -> tuple[tuple[str, ...], list[str]]:
-    """The names of the classes, one for each output of the network's head, and notes.
+    """The names of the classes in the order of the outputs, of one output those of both its sides; and notes.
 
     `given` are the user's, for files that record none. Raises ExplainError where names, head and
-    config do not agree. The head alone tells the number of outputs; none is built from config.
+    records do not agree.
     """
-    names, notes = recorded(contents, "class_names"), []
-    if names is None:
-        names = given or CLASS_NAMES
-        order = ", ".join(f"{index} = {printable(name)}" for index, name in enumerate(names))
-        notes = [] if given else [f"class order assumed: {order}; --class-names says another"]
-    elif not are_class_names(names):
-        wanted = f"a list of 2 to {MAX_CLASSES} different names of at most {MAX_NAME} characters"
-        cause = f"class_names is {brief(names)}, not {wanted}"
-        raise refusal(path, cause, "correct class_names in the checkpoint")
-    elif given and [*map(class_key, names)] != [*map(class_key, given)]:
+    found = class_lists(contents, path)
+    fitting = [key for key, names in found.items() if len(names) == max(2, outputs)] or list(found)
+    orders = {tuple(map(class_key, found[key])): key for key in fitting}
+    if len(orders) > 1:
+        told = " and ".join(f"{key} says {', '.join(found[key])}" for key in orders.values())
+        raise refusal(path, f"contradicts itself on the order of its classes: {told}", "correct it in the file")
+    names = found[fitting[0]] if fitting else usual_names(given or CLASS_NAMES)
+    if given and [*map(class_key, names)] != [*map(class_key, usual_names(given))]:
         raise refusal(path, f"records its own class names, {listed(names)}", "leave --class-names out")
-    head = weights.get(f"{family.head}.weight")
-    if head is None or head.ndim != 2:
-        return CLASS_NAMES, []  # the comparison with the network names what is missing
-    check_outputs(family, head.shape[0], recorded(contents, "num_classes"), names, path)
-    usual = {class_key(name): name for name in CLASS_NAMES}
-    return tuple(usual.get(class_key(name), printable(name)) for name in names), notes
+    check_outputs(outputs, recorded(contents, "num_classes"), names, path)
+    if fitting or given:
+        return names, []
+    order = ", ".join(f"{index} = {name}" for index, name in enumerate(names))
+    return names, [f"class order assumed: {order}; --class-names says another"]
 
 
-def check_outputs(family: Family, outputs: int, claimed: object, names: Sequence[str], path: Path) -> None:
-    """Raise ExplainError unless the head has an output for each name, as many as the file claims."""
-    head = f"its head ({family.head}) has {outputs} outputs"
-    if claimed is not None and (type(claimed) is not int or claimed != outputs):
-        raise refusal(
-            path, f"records num_classes {brief(claimed)}, but {head}", "correct num_classes in the checkpoint"
-        )
-    if outputs != len(names):
+def class_lists(contents: dict[Any, Any], path: Path) -> dict[str, tuple[str, ...]]:
+    """All that a file says of the order of its classes, by its own name for that.
+
+    Raises ExplainError where class_names is unusable; other names may stand for other things.
+    """
+    found = {}
+    for key, value in ((key, record[key]) for record in records(contents) for key in NAME_KEYS if key in record):
+        names = in_order(value)
+        if are_class_names(names):
+            if not all(re.fullmatch(r"(label|class)?[_ ]*\d+", name, re.IGNORECASE) for name in names):
+                found.setdefault(key, usual_names(names))  # LABEL_0, LABEL_1 say nothing
+        elif key == "class_names" and value is not None:
+            wanted = f"a list of 2 to {MAX_CLASSES} different names of at most {MAX_NAME} characters"
+            raise refusal(path, f"class_names is {brief(value)}, not {wanted}", "correct class_names in the checkpoint")
+    return found
+
+
+def in_order(value: object) -> object:
+    """Names in the order of the outputs, from a list or from a dictionary of names and indices."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if not isinstance(value, dict):
+        return value
+    if all(type(index) is int for index in value.values()):  # from name to index
+        value = {index: name for name, index in value.items()}
+    return [value[index] for index in sorted(value, key=str)] if {*map(str, value)} == {*map(str, range(len(value)))} else None
+
+
+def usual_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names as they are shown: simple_fracture and simple are Simple Fracture, where no other is that too."""
+    meant = {class_key(short): usual for usual in CLASS_NAMES for short in (usual, usual.split()[0])}
+    usual = tuple(meant.get(class_key(name), printable(name)) for name in names)
+    return usual if len(set(usual)) == len(names) else tuple(map(printable, names))
+
+
+def check_outputs(outputs: int, claimed: object, names: Sequence[str], path: Path) -> None:
+    """Raise ExplainError unless the head has an output for each name, as many as the file claims.
+
+    One output speaks for two classes.
+    """
+    head = f"its head has {outputs} outputs"
+    if claimed is not None and (type(claimed) is not int or claimed not in (outputs, max(2, outputs))):
+        cause = f"records num_classes {brief(claimed)}, but {head}"
+        raise refusal(path, cause, "correct num_classes in the checkpoint")
+    if max(2, outputs) != len(names):
         remedy = "name them with --class-names, or save class_names in the checkpoint"
         raise refusal(path, f"{head}, but the class names are {listed(names)}", remedy)
 
@@ -1339,34 +1386,46 @@ def are_class_names(value: object) -> bool:
     return len({class_key(name) for name in value} - {""}) == len(value)
 
 
-def preprocessing_of(contents: dict[Any, Any], path: Path) -> tuple[Preprocessing, list[str]]:
-    """How the checkpoint says images are prepared, else as both networks were trained.
+def preprocessing_of(contents: dict[Any, Any], channels: int, path: Path) -> tuple[Preprocessing, list[str]]:
+    """How the checkpoint says images are prepared, else as both networks were trained; and notes.
 
     Raises ExplainError where it says something unusable.
     """
-    side = recorded(contents, "img_size")
-    sides = side if isinstance(side, (list, tuple)) else [INPUT_SIZE if side is None else side] * 2
+    side = recorded(contents, *SIDE_KEYS)
+    sides = list(side[-2:]) if isinstance(side, (list, tuple)) else [INPUT_SIZE if side is None else side] * 2
     are_numbers = all(type(each) is int and each in INPUT_SIZES for each in sides)
     if not are_numbers or len(sides) != 2 or sides[0] != sides[1]:
         wanted = f"one number of pixels from {INPUT_SIZES[0]} to {INPUT_SIZES[-1]}"
-        cause = f"img_size is {brief(side)}, not {wanted}"
-        raise refusal(path, cause, "correct img_size in the checkpoint")
+        raise refusal(path, f"img_size is {brief(side)}, not {wanted}", "correct img_size in the checkpoint")
     mean = channel_values(contents, "mean", IMAGENET_MEAN, 0, path)
     std = channel_values(contents, "std", IMAGENET_STD, 0.001, path)
-    preprocessing = Preprocessing(sides[0], mean, std)
-    if preprocessing == Preprocessing():
-        return preprocessing, []
-    told = f"{sides[0]} pixels a side, mean {mean}, std {std}"
-    return preprocessing, [f"preprocessing as the checkpoint says: {told}"]
+    if channels == 1:
+        mean, std = ((round(sum(values) / 3, 6),) * 3 for values in (mean, std))
+    preprocessing = Preprocessing(sides[0], mean, std, interpolation_of(contents))
+    notes = []
+    if preprocessing != Preprocessing():
+        told = f"{sides[0]} pixels a side, mean {mean}, std {std}, {preprocessing.interpolation}"
+        notes.append(f"preprocessing as the checkpoint says: {told}")
+    crop, mode = recorded(contents, "crop_pct"), recorded(contents, "crop_mode")
+    if (isinstance(crop, float) and crop < 1) or mode in ("center", "border"):
+        notes.append(f"its crop of images (crop_pct {brief(crop)}) is not made: the whole radiograph is squashed")
+    return preprocessing, notes
+
+
+def interpolation_of(contents: dict[Any, Any]) -> str:
+    """The name of Pillow's filter for resizing, where the checkpoint says one; else bilinear."""
+    name = str(recorded(contents, "interpolation")).lower()
+    return name if name.upper() in Image.Resampling.__members__ else "bilinear"
 
 
 def channel_values(
     contents: dict[Any, Any], name: str, default: tuple[float, ...], least: float, path: Path
 ) -> tuple[float, ...]:
-    """Three numbers, one for each of RGB in [0, 1]. Raises ExplainError for anything else."""
+    """Three numbers, one for each of RGB in [0, 1]; one stands for all. Raises ExplainError for anything else."""
     values = recorded(contents, name)
     if values is None:
         return default
+    values = list(values) * (3 // len(values)) if isinstance(values, (list, tuple)) and len(values) == 1 else values
     is_list = isinstance(values, (list, tuple)) and len(values) == 3
     if not is_list or not all(type(value) in (int, float) and least <= value <= 1 for value in values):
         cause = f"{name} is {brief(values)}, not three numbers from {least} to 1 for pixels in [0, 1]"
@@ -1381,50 +1440,47 @@ def accuracy_text(contents: dict[Any, Any]) -> str:
     """
     for key, label in (("test_acc", "Test accuracy"), ("val_acc", "Validation accuracy")):
         value = contents.get(key)
+        if getattr(value, "ndim", None) == 0:  # a tensor
+            value = value.item()
         if type(value) in (int, float) and 0 <= value <= 100:
             return f"{label}: {value:.2f}%" if value > 1 else f"{label}: {value:.4g} as recorded"
     return "Accuracy: not recorded in the checkpoint"
 
 
-def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], name: str, path: Path) -> None:
+# Into the network
+
+
+def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], why: str, path: Path) -> None:
     """Raise ExplainError unless the weights have the network's keys, shapes and kinds of number.
 
-    `name` says which network that is and why.
+    `why` says which network that is and how that is known.
     """
     expected = network.state_dict()
-    found = {key: number_kind(tensor) for key, tensor in weights.items()}
-    kinds = [f"{key} is {kind}" for key, kind in found.items() if kind not in NUMBER_KINDS]
-    floats = [key for key, tensor in expected.items() if tensor.is_floating_point()]
-    kinds += [f"{key} is int64" for key in floats if found.get(key) == "int64"]
-    if kinds:
-        cause = f"not the floats of a network: {listed(kinds)}"
-        raise refusal(path, cause, "save the trained weights as dense floats")
     missing = [key for key in expected if key not in weights and not key.endswith(COUNTER)]
     unexpected = [key for key in weights if key not in expected]
-    shapes = [
-        f"{key} is {shape_text(weights[key])} in the file, {shape_text(tensor)} in the network"
+    others = [
+        f"{key} is {described(weights[key])} in the file, {described(tensor)} in the network"
         for key, tensor in expected.items()
-        if key in weights and weights[key].shape != tensor.shape
+        if key in weights and described(weights[key]) != described(tensor)
     ]
-    faults = (("keys missing", missing), ("keys not in the network", unexpected), ("other shapes", shapes))
+    faults = (("keys missing", missing), ("keys not in the network", unexpected), ("of another kind", others))
     told = [f"{what} {listed(items)}" for what, items in faults if items]
     if told:
-        cause = f"its {len(weights)} weights do not fit the {len(expected)} of {name}: {', '.join(told)}"
-        raise refusal(path, cause, "record the timm name of the trained network as model_name in its config")
+        cause = f"its {len(weights)} weights do not fit the {len(expected)} of {why}: {', '.join(told)}"
+        remedy = "give the file that was trained with that network, or correct the name in its config"
+        if "assumed" in why:
+            remedy = "record the timm name of the trained network as model_name in its config"
+        raise refusal(path, cause, remedy)
 
 
-def shape_text(tensor: torch.Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "one number"
-
-
-def number_kind(tensor: torch.Tensor) -> str:
-    """The type of a tensor's numbers, and what else keeps it from being a plain array."""
-    import torch
-
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    is_sparse = tensor.layout != torch.strided
-    words = {"meta": tensor.is_meta, "sparse": is_sparse, "quantised": tensor.is_quantized}
-    return " ".join([*(word for word, holds in words.items() if holds), dtype])
+def described(tensor: torch.Tensor) -> str:
+    """Shape and kind of number: dense floats of all precisions are alike."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if kind in FLOATS:
+        kind = "floats"
+    if tensor.is_quantized or "strided" not in str(tensor.layout):
+        kind = f"quantised or sparse {kind}"
+    return f"{'x'.join(map(str, tensor.shape)) or 'one'} {kind}"
 
 
 def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -1437,7 +1493,7 @@ def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, 
     if bad:
         cause = f"NaN or infinite weights in {listed(bad)}"
         raise refusal(path, cause, "use a checkpoint from before the training diverged")
-    kinds = {number_kind(tensor) for tensor in weights.values()} - {"float32", "int64"}
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()} - {"float32", "int64"}
     return ready, [f"{kind} weights computed in float32" for kind in sorted(kinds)]
 
 
@@ -1446,95 +1502,123 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def build_network(architecture: str, classes: int) -> torch.nn.Module:
+def for_all(family: Family, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights for one grey channel or one output as those for RGB and two classes, which give the same.
+
+    The first convolution sums to the grey of its input. One output z becomes -z / 2 and z / 2, whose
+    softmax is 1 - p and p = sigmoid(z).
+    """
+    import torch
+
+    ends = [f"{family.head}.weight", f"{family.head}.bias"]
+    stem, halves = weights[family.stem], {end: weights[end] / 2 for end in ends}
+    if stem.shape[1] == 1:
+        weights = {**weights, family.stem: stem * torch.tensor(GREY_OF_RGB).view(1, 3, 1, 1)}
+    if len(weights[ends[0]]) == 1:
+        weights = weights | {end: torch.cat([-half, half]) for end, half in halves.items()}
+    return weights
+
+
+def build_network(architecture: str, outputs: int, channels: int = 3) -> torch.nn.Module:
     """The timm network without memory for its weights, so without random initialisation."""
     import timm
     import torch
 
     with torch.device("meta"):
-        return timm.create_model(architecture.partition(".")[0], pretrained=False, num_classes=classes)
-
-
-def load_classifier(
-    family: Family, path: Path, device: str, class_names: Sequence[str] | None = None
-) -> Classifier:
-    """Read a checkpoint into a classifier on `device`; `class_names` where the file records none.
-
-    Raises ExplainError where the file is no checkpoint of this family.
-    """
-    contents, file_notes = read_checkpoint(path)
-    weights, place_notes = weights_of(contents, path)
-    weights, prefix_notes = without_prefix(family, weights, path)
-    architecture, why = architecture_of(family, contents, weights, path)
-    class_names, class_notes = class_names_of(family, contents, weights, class_names, path)
-    preprocessing, preprocessing_notes = preprocessing_of(contents, path)
-    try:
-        network, type_notes = network_of(family, architecture, why, len(class_names), weights, path)
-    except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
-            raise
-        raise refusal(path, "not enough memory for its network", "close other programs") from error
-    return Classifier(
-        Model(
-            family=family,
-            architecture=architecture,
-            checkpoint=path,
-            accuracy=accuracy_text(contents),
-            class_names=class_names,
-            preprocessing=preprocessing,
-            notes=(*file_notes, *place_notes, *prefix_notes, *class_notes, *type_notes, *preprocessing_notes),
-        ),
-        moved(network, device, path),
-    )
+        name = architecture.partition(".")[0]
+        return timm.create_model(name, pretrained=False, num_classes=outputs, in_chans=channels)
 
 
 def network_of(
-    family: Family, architecture: str, why: str, classes: int, weights: dict[str, torch.Tensor], path: Path
+    family: Family, architecture: str, why: str, weights: dict[str, torch.Tensor], path: Path
 ) -> tuple[torch.nn.Module, list[str]]:
-    """The network with these weights on the CPU, in eval mode, and notes.
+    """The network with these weights on the CPU, for RGB and two or more classes, in eval mode; and notes.
 
     Raises ExplainError where they do not fit or are not finite.
     """
-    network = build_network(architecture, classes)
-    if family.landmark not in weights:
-        fitting = " or ".join(each.names.pattern.partition("(")[0] + "*" for each in FAMILIES.values())
-        cause = f"holds another network, without the key {family.landmark}"
-        raise refusal(path, cause, f"give one of timm's {fitting}: this tool explains no others")
+    import torch
+
+    outputs, channels = len(weights[f"{family.head}.weight"]), channels_of(family, weights)
+    network = build_network(architecture, outputs, channels)
     check_fit(network, weights, f"{architecture} ({why})", path)
-    check_numbers(weights, path)
     weights, notes = in_float32(weights, path)
-    counters = [key for key in network.state_dict() if key not in weights]
-    network.load_state_dict(weights | {key: zero_counter() for key in counters}, strict=True, assign=True)
-    if counters:
-        notes.append(f"{len(counters)} counters of batches missing, which only training needs")
+    if channels == 1:
+        notes.append("takes one grey value a pixel: that of the radiograph")
+    if channels == 1 or outputs == 1:
+        network, weights = build_network(architecture, max(2, outputs)), for_all(family, weights)
+    counters = [key for key in network.state_dict() if key not in weights]  # which only training needs
+    weights |= {key: torch.tensor(0) for key in counters}
+    network.load_state_dict(weights, strict=True, assign=True)
     return network.eval().requires_grad_(False), notes
 
 
-def zero_counter() -> torch.Tensor:
-    import torch
+def channels_of(family: Family, weights: dict[str, torch.Tensor]) -> int:
+    """1 where the network takes grey images, else 3, whatever does not fit."""
+    stem = weights.get(family.stem)
+    return 1 if stem is not None and stem.ndim == 4 and stem.shape[1] == 1 else 3
 
-    return torch.tensor(0)
 
+def load_classifier(
+    family: Family, path: Path, device: str, class_names: Sequence[str] | None = None, weights: str = "ema"
+) -> Classifier:
+    """Read a checkpoint into a classifier on `device`.
 
-def moved(network: torch.nn.Module, device: str, path: Path) -> torch.nn.Module:
-    """The network on `device`. Raises ExplainError where it has no room there."""
+    `class_names` are for files that record none. `weights`: ema or plain, where both lie in the file.
+    Raises ExplainError where the file is no checkpoint of this family.
+    """
+    path = weights_file(path)
+    contents = with_config_beside(family, read_checkpoint(path), path)
+    source, source_notes = chosen_source(family, contents, weights, path)
+    tensors, rest_notes = weights_of(family, source, path)
+    architecture, why = architecture_of(family, contents, tensors, path)
+    outputs = len(tensors[f"{family.head}.weight"])
+    class_names, class_notes = class_names_of(contents, outputs, class_names, path)
+    contents = with_trainers_defaults(contents, architecture)
+    preprocessing, preprocessing_notes = preprocessing_of(contents, channels_of(family, tensors), path)
     try:
-        return network.to(device)
+        network, number_notes = network_of(family, architecture, why, tensors, path)
+        network.to(device)
     except (MemoryError, RuntimeError) as error:
-        why = "not enough memory" if lacks_memory(error) else type(error).__name__
-        cause = f"cannot be put on {device} ({why})"
-        raise refusal(path, cause, "free memory, or choose --device cpu") from error
+        if not lacks_memory(error):
+            raise
+        remedy = "close other programs, or choose --device cpu"
+        raise refusal(path, f"not enough memory for its network on {device}", remedy) from error
+    model = Model(
+        family=family,
+        architecture=architecture,
+        checkpoint=path,
+        accuracy=accuracy_text(contents),
+        class_names=class_names,
+        preprocessing=preprocessing,
+        score_scale=2.0 if outputs == 1 else 1.0,
+        notes=(*source_notes, *rest_notes, *class_notes, *number_notes, *preprocessing_notes),
+    )
+    return Classifier(model, network)
+
+
+def with_trainers_defaults(contents: dict[Any, Any], architecture: str) -> dict[Any, Any]:
+    """Contents of timm's trainer with what it prepares images by where its options say nothing."""
+    import timm
+
+    if "arch" not in contents or not isinstance(contents.get("args"), argparse.Namespace):
+        return contents
+    defaults = timm.get_pretrained_cfg(architecture).to_dict()
+    return {**contents, "pretrained_cfg": {key: defaults.get(key) for key in PREPARATION}}
 
 
 def choose_device(wanted: str) -> str:
     """The device to run on. Raises ExplainError where the wanted one is not there."""
     import torch
 
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    present = ["cpu"]
+    if torch.backends.mps.is_available():
+        present.insert(0, "mps")
+    if torch.cuda.is_available():
+        present = ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count())), *present]
     if wanted == "auto":
-        return next(name for name in ("cuda", "mps", "cpu") if present[name])
-    if not present[wanted]:
-        raise ExplainError(f"--device {wanted}: not available here; use --device cpu")
+        return present[0]
+    if wanted not in present:
+        raise ExplainError(f"--device {wanted}: not available here; use --device {' or '.join(present)}")
     return wanted
 
 
@@ -1996,8 +2080,9 @@ def target_index(target_class: str | None, class_names: Sequence[str]) -> int | 
     if target_class is None:
         return None
     names = [class_key(name) for name in class_names]
-    if class_key(target_class) in names:
-        return names.index(class_key(target_class))
+    for name in (target_class, *usual_names([target_class])):  # simple is Simple Fracture
+        if class_key(name) in names:
+            return names.index(class_key(name))
     if target_class.strip() in map(str, range(len(names))):
         return int(target_class)
     choices = ", ".join(f"{index} = {printable(name)}" for index, name in enumerate(class_names))
@@ -2031,11 +2116,11 @@ def explain_batch(
 
 def explanations_of(model: Model, seen: ForwardPass, method: Method) -> list[Explanation]:
     """A batch's explanations by one method."""
-    raw_maps = method.maps(seen).cpu().numpy()  # (B, h, w)
+    raw_maps = model.score_scale * method.maps(seen).cpu().numpy()  # (B, h, w)
     if not np.isfinite(raw_maps).all():
         raise refusal(model.checkpoint, f"the map by {method.title} is not finite", "choose another --method")
     probabilities, explained = seen.logits.softmax(dim=1).cpu().numpy(), seen.explained.tolist()
-    owed = method.owed(seen).tolist() if method.owed else [None] * len(raw_maps)
+    owed = (model.score_scale * method.owed(seen)).tolist() if method.owed else [None] * len(raw_maps)
     explanations = [
         Explanation(model, scores, index, raw_map, normalised(raw_map), method.key, due)
         for scores, index, raw_map, due in zip(probabilities, explained, raw_maps, owed)
@@ -2630,7 +2715,7 @@ def class_scores(classifier: Classifier, images: np.ndarray, batch_size: int) ->
     import torch
 
     batches = torch.from_numpy(images).split(batch_size)
-    with torch.inference_mode():
+    with torch.no_grad():
         scores = [classifier.network(batch.to(classifier.device)).cpu().numpy() for batch in batches]
     return np.concatenate(scores).astype(np.float64)
 
@@ -2821,6 +2906,7 @@ READERS_CHECK = "☐ Clinical features match: for the reader to judge"
 @functools.cache
 def plain_matplotlib() -> Any:
     """matplotlib as it comes, whatever style the user's own settings ask for."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook leaves its own, which may not be importable from here
     with silenced():
         import matplotlib
         from matplotlib import font_manager  # noqa: F401  which says how long it looks for fonts
@@ -4896,14 +4982,18 @@ class Plan:
 
 
 def load_classifiers(
-    checkpoints: Sequence[tuple[Family, Path]], device: str, class_names: Sequence[str] | None, quiet: bool
+    checkpoints: Sequence[tuple[Family, Path]],
+    device: str,
+    class_names: Sequence[str] | None,
+    weights: str,
+    quiet: bool,
 ) -> list[Classifier]:
     """Load every model, and say so. Raises ExplainError where one cannot be used."""
     use_exact_float32()
     present, classifiers = choose_device(device), []
     for family, path in checkpoints:
         say(f"📦 Loading {family.key.upper()} model...")
-        classifier = load_classifier(family, path, present, class_names)
+        classifier = load_classifier(family, path, present, class_names, weights)
         if not (quiet or is_demo(path)):  # what the demo files are, the README says
             warn(*note_lines(path, classifier.model.notes))
         say(f"✅ Model loaded: {classifier.model.architecture}", f"   {classifier.model.accuracy}", "")
@@ -5162,6 +5252,30 @@ def tell_result(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> N
     sys.stdout.flush()
 
 
+# From Python: one radiograph, without a command line
+
+
+def explain(
+    classifier: Classifier, radiograph: Radiograph, method: str = "gradcam", target: int | None = None
+) -> Explanation:
+    """What a classifier says of a radiograph and where that comes from, checked.
+
+    Explains class `target`, or the predicted one. Raises ExplainError as `explain_batch` does.
+    """
+    inputs = network_input(radiograph, classifier.model.preprocessing)
+    (explanation,) = explain_batch(classifier, [inputs], target, [method])
+    evidence = Evidence(explanation, landmarks_of(radiograph))
+    return dataclasses.replace(explanation, findings=findings_of(evidence))
+
+
+def draw(
+    explanation: Explanation, radiograph: Radiograph, name: str = "", style: FigureStyle = FigureStyle()
+) -> bytes:
+    """The 4-panel figure of an explanation as a file of the style's format, PNG unless it says another."""
+    view = View(fitted(radiograph.pixels, style.dpi), name, style)
+    return figure_bytes(explanation_figure(view, explanation), style)
+
+
 # The whole
 
 
@@ -5194,7 +5308,9 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
     with drawing_pool(drawing_processes(request), request.style) as submit:
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
-        classifiers = load_classifiers(request.checkpoints, args.device, args.class_names, args.quiet)
+        classifiers = load_classifiers(
+            request.checkpoints, args.device, args.class_names, args.weights, args.quiet
+        )
         names = [classifier.model.class_names for classifier in classifiers]
         plan = Plan(
             classifiers=classifiers,
@@ -5349,8 +5465,14 @@ def argument_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the versions of this tool and its libraries")
+    add_questions(parser.add_argument_group("what to explain"))
+    add_networks(parser.add_argument_group("networks"))
+    add_checks(parser.add_argument_group("checks"))
+    add_outputs(parser.add_argument_group("outputs"))
+    return parser
 
-    group = parser.add_argument_group("what to explain")
+
+def add_questions(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--image", nargs="+", action="extend", metavar="PATH",
                        help="X-ray images, folders or quoted patterns (default: a random test image)")
     group.add_argument("--model", choices=[*FAMILIES, "both"], default="both",
@@ -5362,27 +5484,33 @@ def argument_parser() -> argparse.ArgumentParser:
     group.add_argument("--target-class", metavar="CLASS",
                        help="name or index of the class to explain (default: the predicted class)")
     group.add_argument("--seed", type=whole_number(0, 2**63), metavar="N",
-                       help="repeat the choice of the random test image")
+                       help="repeat the choice of the random test image")  # fmt: skip
 
-    group = parser.add_argument_group("networks")
+
+def add_networks(group: argparse._ArgumentGroup) -> None:
     for key in FAMILIES:
-        group.add_argument(f"--{key}-checkpoint", type=Path, metavar="FILE", help=f"default: checkpoints/{key}*")
+        group.add_argument(f"--{key}-checkpoint", type=Path, metavar="FILE",
+                           help=f"or a folder with config.json (default: checkpoints/{key}*)")
     group.add_argument("--class-names", type=class_list, metavar="A,B",
                        help="classes in the order of the outputs, for checkpoints that record none")
+    group.add_argument("--weights", choices=("ema", "plain"), default="ema",
+                       help="which to take where averaged and plain ones lie side by side (default: ema)")
     group.add_argument("--device", type=device_name, default="auto",
                        help="where to compute: auto, cpu, cuda, cuda:1 ..., mps (default: auto)")
     group.add_argument("--batch-size", type=whole_number(1, 4096), metavar="N",
-                       help="images computed at once (default: 4, on a GPU 32)")
+                       help="images computed at once (default: 4, on a GPU 32)")  # fmt: skip
 
-    group = parser.add_argument_group("checks")
+
+def add_checks(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--verify", action="store_true",
-                       help=f"ask the networks again, markers covered or added, hot areas erased: "
+                       help="ask the networks again, markers covered or added, hot areas erased: "
                             f"up to {MOST_TRIALS} passes each")
     group.add_argument("--truth", "--boxes", type=Path, metavar="CSV",
                        help="table of true classes and fractures: file and any of class,x0,y0,x1,y1 "
-                            "(default: folders' names, and the test images' own)")
+                            "(default: folders' names, and the test images' own)")  # fmt: skip
 
-    group = parser.add_argument_group("outputs")
+
+def add_outputs(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR",
                        help="where results go (default: explainability_outputs)")
     group.add_argument("--colormap", type=colormap_name, default="jet", metavar="NAME",
@@ -5404,8 +5532,8 @@ def argument_parser() -> argparse.ArgumentParser:
                        help="name images by their content's checksum, not by their files' names")
     group.add_argument("--skip-existing", action="store_true",
                        help="leave images alone that an earlier run finished")
-    group.add_argument("--quiet", action="store_true", help="print only the final summary, warnings and errors")
-    return parser  # fmt: skip
+    group.add_argument("--quiet", action="store_true",
+                       help="print only the final summary, warnings and errors")  # fmt: skip
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -5510,6 +5638,19 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
     return list({row_key(str(image)): image for image in reversed(images)}.values())[::-1]
 
 
+def without_other_files(images: list[Path], named: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Images less what lies beside them in folders and is none, unless named by itself; and a line that counts it.
+
+    Raises ExplainError where nothing is left.
+    """
+    others = [path for path in images if str(path) not in named and is_no_radiograph(path)]
+    if others and len(others) == len(images):
+        raise refusal(others[0].parent, f"no radiograph there, only {listed([path.name for path in others])}", "name others")
+    left = [path for path in images if path not in others]
+    names = listed([path.name for path in others])
+    return left, [f"ℹ️  passed over, as no radiographs: {names}"] if others else []
+
+
 def is_output(path: Path, searched: Path, outputs: Path) -> bool:
     """Whether a file found below a searched folder lies among the results: right there, or below it."""
     folder = Path(os.path.realpath(path)).parent
@@ -5538,7 +5679,7 @@ def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Pat
     Raises ExplainError where one is missing or cannot be a checkpoint.
     """
     keys = list(FAMILIES) if args.compare or args.model == "both" else [args.model]
-    named = {key: path for key in keys if (path := vars(args)[f"{key}_checkpoint"])}
+    named = {key: weights_file(path) for key in keys if (path := vars(args)[f"{key}_checkpoint"])}
     for path in named.values():
         check_checkpoint_path(path)
     lone = lone_family(keys, named) if not args.compare else None
@@ -5566,10 +5707,12 @@ def lone_family(keys: Sequence[str], named: dict[str, Path]) -> list[str] | None
 def checked_request(args: argparse.Namespace) -> Request:
     """What the arguments ask for. Raises ExplainError for all that files alone can tell."""
     images = found_images(args.image, args.output_dir) if args.image else [random_test_image(args.seed)]
+    images, told = without_other_files(images, args.image or [])
     is_single = not args.image or (len(args.image) == 1 and images == [Path(args.image[0])])
     if is_single:
         check_image_path(images[0])
     checkpoints, notes = chosen_checkpoints(args)
+    notes += told
     check_output_folder(args.output_dir)
     style = FigureStyle(args.colormap, args.dpi, args.format, args.contours, args.signed)
     if args.signed and args.colormap != "jet":
@@ -5577,8 +5720,10 @@ def checked_request(args: argparse.Namespace) -> Request:
     labels = numbered(map(content_label, images)) if args.anonymous else list(map(str, images))
     methods = tuple(dict.fromkeys(itertools.chain(*(args.method or [["gradcam"]]))))
     truths, table, told = known_truth(args.truth, images, args.anonymous)
-    marks = [(family.key, file_mark(path)) for family, path in checkpoints]
-    asked = marks, args.target_class, args.class_names, methods, style, args.verify, table
+    marks = [
+        (family.key, file_mark(path), file_mark(path.with_name("config.json"))) for family, path in checkpoints
+    ]
+    asked = marks, args.weights, args.target_class, args.class_names, methods, style, args.verify, table
     wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
     kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
     keys = [family.key for family, _ in checkpoints]

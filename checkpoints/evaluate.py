@@ -23,6 +23,7 @@ import csv
 import io
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +31,12 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-TEST = HERE.parent / "data_original" / "test"
 sys.path.insert(0, str(HERE.parent))
 
 import explainability as tool  # noqa: E402
+import methods  # noqa: E402
 
+TEST = tool.TEST_IMAGES
 DEMOS = {"convnext": "convnext_v2_demo.pth", "efficientnet": "efficientnetv2_s_demo.pth"}
 ARCHITECTURES = {"convnext": "convnextv2_atto", "efficientnet": "tf_efficientnetv2_b0"}  # with random weights
 MAP_CHECKS = [key for key, check in tool.CHECKS.items() if check.about == "map"]
@@ -70,8 +72,8 @@ def table_of(key: str, checkpoint: Path, images: Sequence[Path], *options: str) 
             status = tool.main(["--image", *paths, "--no-figures", "--quiet", *network, *options])
         if status != 0:
             raise SystemExit(status)
-        with open(Path(folder) / "summary.csv", newline="") as file:
-            return list(csv.DictReader(file))
+        with open(Path(folder) / "summary.csv", newline="", encoding="utf-8-sig") as file:
+            return [defaultdict(str, row) for row in csv.DictReader(file)]
 
 
 def measure(key: str, checkpoint: Path) -> Measurement:
@@ -202,9 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (args.images and not (args.methods or args.checks)) or (args.network and not args.checks):
         parser.error("--images needs --methods or --checks; --network needs --checks")
     if args.methods:
-        import methods
-
-        methods.print_tables(args.images or 5)
+        methods.print_tables({key: HERE / name for key, name in DEMOS.items()}, args.images or 5)
         return 0
     if args.checks:
         print_checks(args.network, args.images or 100)

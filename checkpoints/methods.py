@@ -11,18 +11,15 @@ two maps without knowing more.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import evaluate
 import explainability as tool
 import numpy as np
 import torch
-from PIL import Image
 
 HALF_CELL = 1 / 14  # of the image's side
 HOTTEST = 0.2  # share of the area that is blurred
@@ -48,18 +45,15 @@ class Judgement:
     blank: bool
 
 
-def test_images(per_class: int) -> Iterator[tuple[Path, np.ndarray]]:
-    """The first images of each class, and the fracture's box as shares of the sides: x0, y0, x1, y1."""
-    with open(evaluate.TEST / "fracture_boxes.csv", newline="") as file:
-        boxes = {
-            row["file"]: [float(row[name]) for name in ("x0", "y0", "x1", "y1")]
-            for row in csv.DictReader(file)
-        }
-    folders = sorted({Path(name).parent for name in boxes})
-    for name in (name for folder in folders for name in sorted(boxes) if Path(name).parent == folder):
-        if sum(other < name and Path(other).parent == Path(name).parent for other in boxes) < per_class:
-            path = evaluate.TEST / name
-            yield path, np.array(boxes[name]) / (Image.open(path).size * 2)
+def test_images(per_class: int) -> list[tuple[tool.Radiograph, np.ndarray]]:
+    """The first test images of each class, and the fracture's box as shares of the sides: x0, y0, x1, y1."""
+    boxes, images = tool.read_boxes(tool.TEST_BOXES)[0], []
+    for folder in sorted({Path(name).parent for name in boxes}):
+        for name in sorted(name for name in boxes if Path(name).parent == folder)[:per_class]:
+            radiograph = tool.load_radiograph(Path(name))
+            height, width = radiograph.pixels.shape[:2]
+            images.append((radiograph, np.array(tool.box_in_shares(boxes[name], width, height))))
+    return images
 
 
 def enlarged_box(box: np.ndarray) -> np.ndarray:
@@ -94,7 +88,7 @@ def judged(seen: tool.ForwardPass, explanation: tool.Explanation, box: np.ndarra
     return Judgement(
         cost=cost,
         error=np.nan if owed is None else abs(total - owed) / abs(owed),
-        points=bool(not tool.is_uniform(raw_map) and is_inside(peak, enlarged_box(box))),
+        points=bool(not explanation.blankness and is_inside(peak, enlarged_box(box))),
         heat=float(heat[is_inside(centres(224), box)].sum() / max(heat.sum(), 1e-12)),
         fall=fall(seen, raw_map),
         blank=bool(raw_map.max() <= 0),
@@ -152,21 +146,15 @@ def random_row(classifier: tool.Classifier, images: list[tuple[torch.Tensor, np.
     )
 
 
-def print_tables(per_class: int) -> None:
+def print_tables(networks: dict[str, Path], per_class: int) -> None:
+    """A table for each network, by family."""
     torch.set_num_threads(1)  # seconds of one core, whatever else runs
-    for key, name in evaluate.DEMOS.items():
-        classifier = tool.load_classifier(tool.FAMILIES[key], evaluate.HERE / name, "cpu")
-        chosen = list(test_images(per_class))
-        images = [
-            (
-                torch.from_numpy(
-                    tool.network_input(tool.load_radiograph(path), classifier.model.preprocessing)
-                )[None],
-                box,
-            )
-            for path, box in chosen
-        ]
-        print(f"\n{classifier.model.title} ({name}), {len(images)} images\n")
+    for key, path in networks.items():
+        classifier, images = tool.load_classifier(tool.FAMILIES[key], path, "cpu"), []
+        for radiograph, box in test_images(per_class):
+            inputs = tool.network_input(radiograph, classifier.model.preprocessing)
+            images.append((torch.from_numpy(inputs)[None], box))
+        print(f"\n{classifier.model.title} ({path.name}), {len(images)} images\n")
         print(line(*COLUMNS), line(*["---"] * len(COLUMNS)), sep="\n")
         print(random_row(classifier, images), flush=True)
         for method in sorted([*tool.METHODS.values(), CONTROL], key=lambda each: each.passes):

@@ -315,14 +315,14 @@ def verified(markers=((10, 10, 30, 30),), explained=0, **changed):
     ],
 )
 def test_covering_the_markers_counts_beyond_covering_elsewhere(covered, elsewhere, fall, is_flagged):
-    found = verified(covered=odds(covered, elsewhere))["covering"]
+    found = verified(explained=1, covered=odds(covered, elsewhere))["covering"]  # of the predicted class all the same
     assert found.value == pytest.approx(fall) and found.is_flagged == is_flagged
     change = f"{'lowers' if covered < 0.95 else 'takes'} Comminuted Fracture from 95 % to {100 * covered:.0f} %"
     assert found.text == f"covering the side marker {change}; covering as much elsewhere, {100 * elsewhere:.0f} %"
 
 
 def test_a_marker_that_is_added_must_not_count():
-    found = verified(added=odds(0.25, 0.94))["adding"]
+    found = verified(explained=1, added=odds(0.25, 0.94))["adding"]
     assert found.value == pytest.approx(0.70) and found.is_flagged
     assert found.text == "a letter set in a corner lowers Comminuted Fracture from 95 % to 25 %"
     calm = verified(added=odds(0.95, 0.93))["adding"]
@@ -442,9 +442,9 @@ def test_each_image_of_a_batch_is_verified_by_itself_in_at_most_19_passes(tiny_c
     ]
     hook = classifier.network.register_forward_pre_hook(lambda network, inputs: sizes.append(len(inputs[0])))
     with hook:
-        asked = classifier, None, ["gradcam"], 8, True
-        together = explainability.explained_results(results, 0, *asked)
-        alone = [explainability.explained_results([each], 0, *asked)[0] for each in results]
+        plan = explainability.Plan([classifier], [None], ["gradcam"], 8, explainability.FigureStyle(), True)
+        together = explainability.explained_results(results, 0, plan)
+        alone = [explainability.explained_results([each], 0, plan)[0] for each in results]
     assert sizes == [2, 8, 8, 3, 8, 8, 3] + 2 * [1, 8, 8, 3] and together[0].explanations[0].passes == 19
     values = [[finding.value for finding in each.explanations[0].findings] for each in (*together, *alone)]
     assert values[:2] == [pytest.approx(each, nan_ok=True, abs=1e-4) for each in values[2:]]

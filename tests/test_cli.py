@@ -408,3 +408,18 @@ def test_damaged_image_is_refused_without_figures(tiny_arguments, tmp_path, caps
     assert "half.png" in error
     assert "saved" not in out
     assert not list(tmp_path.glob("figures/*"))
+
+
+def test_a_device_is_chosen_among_those_that_are_there(monkeypatch):
+    import torch
+
+    def chosen(wanted: str, gpus: int) -> str:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        return explainability.choose_device(wanted)
+
+    assert [chosen(*asked) for asked in (("auto", 0), ("auto", 2), ("cuda:1", 2), ("cpu", 2))] == ["cpu", "cuda", "cuda:1", "cpu"]
+    for wanted, gpus in (("cuda", 0), ("cuda:2", 2), ("mps", 1)):
+        with pytest.raises(explainability.ExplainError, match=f"--device {wanted}: not available here; use --device .*cpu"):
+            chosen(wanted, gpus)

@@ -15,7 +15,7 @@ from PIL import Image
 import explainability
 from conftest import an_explanation, in_new_process
 from explainability import (
-    FAMILIES, Box, ExplainError, Explanation, FigureStyle, Finding, Job, Line, Page, Picture, Result, Sheet, View,
+    FAMILIES, Box, Explanation, FigureStyle, Finding, Job, Line, Page, Picture, Result, Sheet, View,
     comparison_figure, digest_in, explanation_figure, figure_bytes, fitted, methods_figure, sheet_pixels,
     write_page,
 )  # fmt: skip

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import argparse
 import functools
+import datetime
 import io
 import json
 import os
 import pickle
 import socket
-import time
 import zipfile
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY, save, users_checkpoint
+from conftest import TINY, explain, save, users_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import explainability as tool
-
-HUGE = pytest.param(10**600, id="huge")  # among the largest numbers that torch's unpickler takes
 
 FUZZ = settings(
     derandomize=True, deadline=None, database=None,
@@ -60,9 +59,10 @@ def checkpoint(pristine: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.fixture
 def stub(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The same with the head alone, and so quick to save: for what is refused before weights are compared."""
-    weights = checkpoint["model_state_dict"]
-    checkpoint["model_state_dict"] = {name: tensor.clone() for name, tensor in weights.items() if name.startswith("head.")}
+    """The same with few weights, and so quick to save: for what is refused before weights are compared."""
+    weights, family = checkpoint["model_state_dict"], tool.FAMILIES["convnext"]
+    kept = ("head.", family.landmark, family.width, family.stem)
+    checkpoint["model_state_dict"] = {name: tensor.clone() for name, tensor in weights.items() if name.startswith(kept)}
     return checkpoint
 
 
@@ -110,9 +110,13 @@ def assert_same_weights(classifier: tool.Classifier, weights: dict[str, torch.Te
 # ------------------------------------------------------------------------------------------
 
 
-def test_loads_users_checkpoint_exactly(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
-    path = save(pristine[key], tmp_path / "best.pth")
+@pytest.mark.parametrize("container", ["zip", "old"])
+def test_loads_users_checkpoint_exactly(key: str, pristine: dict[str, Any], tmp_path: Path, container: str) -> None:
+    path = tmp_path / "best.pth"
+    torch.save(pristine[key], path, _use_new_zipfile_serialization=container == "zip")
+    before = torch.get_rng_state()
     classifier = load(path, key)
+    assert torch.equal(torch.get_rng_state(), before)  # no random numbers are drawn
     assert_same_weights(classifier, pristine[key]["model_state_dict"])
     assert classifier.model.architecture == TINY[key]
     assert classifier.model.accuracy == "Validation accuracy: 98.32%"
@@ -122,65 +126,131 @@ def test_loads_users_checkpoint_exactly(key: str, pristine: dict[str, Any], tmp_
     assert not classifier.network.training
     tensors = [*classifier.network.parameters(), *classifier.network.buffers()]
     assert not any(tensor.is_meta or tensor.requires_grad for tensor in tensors)
-    assert not list(classifier.network.buffers()) or key == "efficientnet"
     classifier.network(torch.zeros(1, 3, 64, 64))
 
 
-def test_random_numbers_are_not_drawn(tiny_checkpoints: dict[str, Path], key: str) -> None:
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    load(tiny_checkpoints[key], key)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "net.backbone.", "encoder."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "net.backbone.", "timm_model."])
 def test_wrapper_prefixes_are_removed(key: str, pristine: dict[str, Any], tmp_path: Path, prefix: str) -> None:
     weights = pristine[key]["model_state_dict"]
-    contents = {**pristine[key], "model_state_dict": {prefix + name: tensor for name, tensor in weights.items()}}
-    classifier = load(save(contents, tmp_path / "p.pth"), key)
+    wrapped = {prefix + name: torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    classifier = load(save({**pristine[key], "model_state_dict": wrapped}, tmp_path / "p.pth"), key)
     assert_same_weights(classifier, weights)
-    assert told(classifier) == (f"prefix {prefix} removed from {len(weights)} keys",)
+    assert told(classifier) == ()
 
 
-def test_keys_that_differ_only_in_prefix_are_refused(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    weights = checkpoint["model_state_dict"]
-    weights["module.head.fc.bias"] = weights["head.fc.bias"] + 1
-    refused(save(checkpoint, tmp_path / "twice.pth"), "keys not in the network 1 (module.head.fc.bias)")
+AVERAGED = ["state_dict_ema", "model_ema", "ema_state_dict", "ema", "swa_model", "averaged_model"]
 
 
-def test_weights_with_and_without_a_prefix_are_refused(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    weights = checkpoint["model_state_dict"]
-    weights.update({f"teacher.{name}": tensor for name, tensor in list(weights.items())})
-    refused(save(checkpoint, tmp_path / "twice.pth"), "twice", "no prefix and teacher.")
-
-
-@pytest.mark.parametrize("place", ["state_dict", "model", "net"])
-def test_weights_are_found_under_other_keys(checkpoint: dict[str, Any], tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("place", ["state_dict", "model", "net", "module", "weights", "the top level", *AVERAGED])
+def test_weights_are_found_wherever_trainers_put_them(checkpoint: dict[str, Any], tmp_path: Path, place: str) -> None:
     weights = checkpoint.pop("model_state_dict")
-    classifier = load(save({**checkpoint, place: weights}, tmp_path / "w.pth"))
+    inside = weights if place == "the top level" else {place: weights}
+    classifier = load(save({"model": "convnextv2_atto", **checkpoint, **inside, "epoch": 3}, tmp_path / "w.pth"))
     assert_same_weights(classifier, weights)
-    assert told(classifier) == (f"weights taken from {place}",)
+    only = f"averaged (EMA) weights taken from {place}, the only ones in the file"
+    assert told(classifier) == ((only,) if place in AVERAGED else ())
 
 
-def test_a_name_under_model_is_not_taken_for_weights(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    weights = checkpoint.pop("model_state_dict")
-    classifier = load(save({"model": "convnextv2_atto", "net": weights, **checkpoint}, tmp_path / "w.pth"))
-    assert_same_weights(classifier, weights)
+def shifted(weights: dict[str, torch.Tensor], by: float = 1) -> dict[str, torch.Tensor]:
+    return {name: tensor + by for name, tensor in weights.items()}
 
 
-def test_first_place_wins_and_the_others_are_named(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    other = {name: tensor + 1 for name, tensor in checkpoint["model_state_dict"].items()}
-    classifier = load(save({"net": other, **checkpoint}, tmp_path / "two.pth"))
-    assert_same_weights(classifier, checkpoint["model_state_dict"])
-    assert told(classifier) == ("other weights beside them (net) not used",)
+@pytest.mark.parametrize(("place", "inner"), [*((place, "") for place in AVERAGED), ("ema", "state_dict"), ("callbacks", "EMA")])
+@pytest.mark.parametrize("wanted", ["ema", "plain"])
+def test_averaged_weights_go_before_plain_ones(checkpoint: dict[str, Any], tmp_path: Path, place: str, inner: str, wanted: str) -> None:
+    plain = checkpoint["model_state_dict"]
+    averaged = {f"module.{name}": tensor for name, tensor in shifted(plain).items()}
+    path = save({place: {inner: averaged} if inner else averaged, **checkpoint}, tmp_path / "ema.pth")
+    classifier = tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", weights=wanted)
+    assert_same_weights(classifier, plain if wanted == "plain" else shifted(plain))
+    name = f"{place}.{inner}" if inner else place
+    assert told(classifier)[0].startswith(
+        f"plain weights taken from model_state_dict; --weights ema takes those of {name}" if wanted == "plain"
+        else f"averaged (EMA) weights taken from {name}, module.*, not model_state_dict; --weights plain"
+    )  # fmt: skip
 
 
-def test_bare_state_dict(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", ["ema", "plain"])
+def test_averaged_weights_beside_plain_ones_in_one_dictionary(checkpoint: dict[str, Any], tmp_path: Path, wanted: str) -> None:
+    plain = checkpoint.pop("model_state_dict")
+    both = {f"model.{name}": tensor for name, tensor in plain.items()} | {f"ema_model.{name}": tensor for name, tensor in shifted(plain).items()}
+    path = save({"state_dict": both, **checkpoint}, tmp_path / "x.ckpt")
+    classifier = tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", weights=wanted)
+    assert_same_weights(classifier, plain if wanted == "plain" else shifted(plain))
+    assert "--weights" in told(classifier)[0]
+
+
+def test_of_several_sets_of_weights_the_usual_place_counts_else_none(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     weights = checkpoint["model_state_dict"]
-    classifier = load(save({**weights, "config": checkpoint["config"], "epoch": 3}, tmp_path / "bare.pth"))
+    classifier = load(save({"net": shifted(weights), "last": shifted(weights), **checkpoint}, tmp_path / "x.pth"))
     assert_same_weights(classifier, weights)
-    assert classifier.model.accuracy == "Accuracy: not recorded in the checkpoint"
-    assert told(classifier) == ("weights taken from the top level",)
+    assert told(classifier) == ("weights taken from model_state_dict; others (net, last) not used",)
+    refused(save({"first": weights, "second": shifted(weights)}, tmp_path / "x.pth"), "more than once (first and second)")
+    both = {**weights, **{f"model.{name}": tensor for name, tensor in shifted(weights).items()}}
+    refused(save(both, tmp_path / "x.pth"), "more than once", "the top level, model.*")
+
+
+BESIDE = {
+    "criterion.pos_weight": torch.ones(2), "loss_fn.weight": torch.ones(2), "metrics.confusion": torch.ones(2, 2),
+    "train_acc.tp": torch.zeros(2), "model.total_ops": torch.zeros(1), "model.stages.0.total_params": torch.zeros(1),
+    "ema.decay": torch.ones(()), "class_weights": torch.ones(2), "center_loss.weight": torch.ones(2, 320),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", ["", "model.fc."])
+def test_what_lies_beside_the_network_is_left_out_with_a_note(checkpoint: dict[str, Any], tmp_path: Path, head: str) -> None:
+    weights = checkpoint.pop("model_state_dict")
+    prefix = "model.backbone." if head else "model."
+    own = {prefix + name: tensor for name, tensor in weights.items()}
+    if head:
+        own = {name.replace(f"{prefix}head.fc.", head): tensor for name, tensor in own.items()}
+    teacher = {name.replace("model.", "teacher.", 1): tensor + 1 for name, tensor in own.items()}
+    classifier = load(save({"state_dict": {**own, **BESIDE, **teacher}, "hyper_parameters": checkpoint["config"]}, tmp_path / "x.ckpt"))
+    assert_same_weights(classifier, weights)
+    assert f"left out, as no part of the network: {len(BESIDE) + (2 if head else 0)} (criterion.pos_weight" in "".join(told(classifier))
+    assert ("its linear layer model.fc taken for head.fc" in told(classifier)) == bool(head)
+
+
+HEADS = {
+    "Sequential(Dropout, Linear)": {"head.fc": "head.fc.1", "classifier": "classifier.1"},
+    "backbone and fc": {"head.fc": "../fc", "classifier": "../fc"},
+    "backbone and classifier": {"head.fc": "../classifier.1", "classifier": "../classifier.1"},
+    "Sequential(network, Dropout, Linear)": {"head.fc": "../2", "classifier": "../2"},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_single_linear_layer_that_is_left_over_is_the_head(key: str, pristine: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    weights = pristine[key]["model_state_dict"]
+    head = tool.FAMILIES[key].head
+    layer = HEADS[kind][head]
+    prefix = {"S": "0." if "network" in kind else "", "b": "backbone."}[kind[0]]
+    moved = {prefix + name.replace(f"{head}.", f"{layer}."): tensor for name, tensor in weights.items()}
+    moved = {name.replace(f"{prefix}../", ""): tensor for name, tensor in moved.items()}
+    classifier = load(save({"state_dict": moved}, tmp_path / "head.pth"), key)
+    assert_same_weights(classifier, weights)
+    assert told(classifier) == (f"its linear layer {layer.removeprefix('../')} taken for {head}",)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ({"head.fc.0": (64, 320), "head.fc.3": (2, 64)}, "other layers than a single linear one, 2 (head.fc.0, head.fc.3)"),
+        ({"fc.0": (320,), "fc.1": (2, 320)}, "other layers than a single linear one, 2 (fc.0, fc.1)"),  # a norm before it
+        ({"fc": (2, 640)}, "other layers than a single linear one"),
+        ({"attention": (320, 320), "fc": (2, 320)}, "other layers than a single linear one"),
+        ({}, "holds no head: neither head.fc nor another linear layer of 320 inputs"),
+    ],
+)
+def test_a_head_of_other_layers_is_refused(checkpoint: dict[str, Any], tmp_path: Path, layers: dict[str, tuple[int, ...]], words: str) -> None:
+    weights = {name: tensor for name, tensor in checkpoint["model_state_dict"].items() if not name.startswith("head.fc.")}
+    weights |= {f"{name}.weight": torch.ones(shape) for name, shape in layers.items()}
+    refused(save(weights, tmp_path / "head.pth"), words)
+
+
+def test_layers_inside_the_network_are_never_left_out(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint["model_state_dict"]["stages.0.attention.weight"] = torch.ones(40, 40)
+    refused(save(checkpoint, tmp_path / "x.pth"), "keys not in the network 1 (stages.0.attention.weight)")
 
 
 @pytest.mark.slow
@@ -190,23 +260,6 @@ def test_bare_state_dict_without_config_is_the_full_size_network(tmp_path: Path)
     assert classifier.model.architecture == "tf_efficientnetv2_s.in21k_ft_in1k"
     assert classifier.model.title == "EfficientNetV2-S"
     assert_same_weights(classifier, weights)
-
-
-@pytest.mark.parametrize("place", ["model_ema", "ema_state_dict", "state_dict_ema", "ema"])
-def test_averaged_weights_beside_the_model_are_named_and_not_used(checkpoint: dict[str, Any], tmp_path: Path, place: str) -> None:
-    averaged = {name: tensor + 1 for name, tensor in checkpoint["model_state_dict"].items()}
-    classifier = load(save({place: averaged, **checkpoint}, tmp_path / "ema.pth"))
-    assert_same_weights(classifier, checkpoint["model_state_dict"])
-    assert told(classifier) == (f"EMA weights beside them ({place}) not used",)
-
-
-@pytest.mark.parametrize("place", ["model_ema", "ema"])
-def test_averaged_weights_alone_are_used_and_named(checkpoint: dict[str, Any], tmp_path: Path, place: str) -> None:
-    weights = checkpoint.pop("model_state_dict")
-    averaged = {"n_averaged": torch.tensor(5), **{f"module.{name}": tensor for name, tensor in weights.items()}}
-    classifier = load(save({place: averaged, **checkpoint}, tmp_path / "ema.pth"))
-    assert_same_weights(classifier, weights)
-    assert place in told(classifier)[0] and "only ones" in told(classifier)[0]
 
 
 def test_bookkeeping_of_trainers_is_ignored(checkpoint: dict[str, Any], tmp_path: Path) -> None:
@@ -228,60 +281,32 @@ def test_other_precisions_are_computed_in_float32(key: str, pristine: dict[str, 
     assert told(classifier) == (f"{str(kind).removeprefix('torch.')} weights computed in float32",)
 
 
-def test_parameters_that_require_gradients(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    weights = {name: torch.nn.Parameter(tensor) for name, tensor in checkpoint["model_state_dict"].items()}
-    classifier = load(save({**checkpoint, "model_state_dict": weights}, tmp_path / "g.pth"))
-    assert_same_weights(classifier, checkpoint["model_state_dict"])
-    assert not any(tensor.requires_grad for tensor in classifier.network.parameters())
-
-
 @pytest.mark.parametrize("zipped", [True, False])
-def test_tensors_saved_on_a_gpu(
-    checkpoint: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
-) -> None:
+def test_tensors_saved_on_a_gpu(checkpoint: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
         torch.save(checkpoint, tmp_path / "gpu.pth", _use_new_zipfile_serialization=zipped)
     assert b"cuda:0" in (tmp_path / "gpu.pth").read_bytes()
     classifier = load(tmp_path / "gpu.pth")
     assert_same_weights(classifier, checkpoint["model_state_dict"])
-    assert "tensors saved on cuda:0 read on the CPU" in told(classifier)
     assert all(tensor.device.type == "cpu" for tensor in classifier.network.parameters())
-
-
-def test_container_from_before_zip(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
-    torch.save(pristine[key], tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    classifier = load(tmp_path / "old.pth", key)
-    assert_same_weights(classifier, pristine[key]["model_state_dict"])
-    assert "before 1.6" in told(classifier)[0]
 
 
 def test_safetensors_with_metadata(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     metadata = {"format": "pt", "config": json.dumps(checkpoint["config"]), "val_acc": "97.5", "class_names": '["a", "b"]'}
-    save_file(checkpoint["model_state_dict"], tmp_path / "convnext.safetensors", metadata)
-    classifier = load(tmp_path / "convnext.safetensors")
+    path = tmp_path / "convnext.safetensors"
+    save_file(checkpoint["model_state_dict"], path, metadata)
+    classifier = load(path)
     assert_same_weights(classifier, checkpoint["model_state_dict"])
     assert classifier.model.class_names == ("a", "b") and classifier.model.accuracy == "Validation accuracy: 97.50%"
-    assert told(classifier) == ("weights read from a safetensors file",)
-    assert tool.find_checkpoint(tool.FAMILIES["convnext"], tmp_path).name == "convnext.safetensors"
+    assert tool.find_checkpoint(tool.FAMILIES["convnext"], tmp_path) == path
+    save_file(checkpoint["model_state_dict"], path, {"config": '{"model_name": "hf-hub:a/b"}'})
+    refused(path, "hf-hub:a/b")
 
 
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [('{"model_name": "hf-hub:a/b"}', "hf-hub:a/b"), ('{"model_name": ["convnextv2_atto"]}', "a list")],
-)
-def test_safetensors_metadata_is_not_trusted(
-    checkpoint: dict[str, Any], tmp_path: Path, text: str, word: str
-) -> None:
-    from safetensors.torch import save_file
-
-    save_file(checkpoint["model_state_dict"], tmp_path / "c.safetensors", {"config": text})
-    refused(tmp_path / "c.safetensors", word)
-
-
-@pytest.mark.parametrize("text", ["[" * 20_000, "1" * 5000, "{", "convnextv2_base"])
+@pytest.mark.parametrize("text", ["{", "convnextv2_base"])
 def test_safetensors_metadata_that_is_no_json_is_text(checkpoint: dict[str, Any], tmp_path: Path, text: str) -> None:
     from safetensors.torch import save_file
 
@@ -312,42 +337,123 @@ def with_classes(checkpoint: dict[str, Any], count: int) -> dict[str, Any]:
     return checkpoint
 
 
-@pytest.mark.parametrize("in_config", [True, False])
-def test_three_classes_with_three_names(checkpoint: dict[str, Any], tmp_path: Path, in_config: bool) -> None:
-    names = ["simple", "comminuted", "none"]
-    with_classes(checkpoint, 3)
-    (checkpoint["config"] if in_config else checkpoint)["class_names"] = names
-    classifier = load(save(checkpoint, tmp_path / "three.pth"))
-    assert classifier.model.class_names == tuple(names)
+ORDERS = {
+    "class_names": ["simple_fracture", "comminuted_fracture"],
+    "classes": ["simple", "comminuted"],
+    "class_to_idx": {"comminuted_fracture": 1, "simple_fracture": 0},
+    "id2label": {"1": "Comminuted Fracture", "0": "Simple Fracture"},
+    "label2id": {"Simple": 0, "Comminuted": 1},
+    "label_names": ("Simple Fracture", "comminuted"),
+    "labels": np.array(["simple", "comminuted"]),
+    "names": {0: "simple", 1: "comminuted"},
+}
+PLACES = ["", "config", "args", "hyper_parameters", "pretrained_cfg", "meta.dataset_meta", "config.pretrained_cfg"]
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_recorded_order_of_the_classes_counts(stub: dict[str, Any], name: str, place: str) -> None:
+    record = {name: ORDERS[name]}
+    for part in reversed(place.split(".") if place else ()):
+        record = {part: argparse.Namespace(**record) if part == "args" else record}
+    names, notes = tool.class_names_of({**stub, **record}, 2, None, Path("x"))
+    assert names == ("Simple Fracture", "Comminuted Fracture") and not notes
+
+
+def test_recorded_orders_that_contradict_each_other_are_refused(stub: dict[str, Any], tmp_path: Path) -> None:
+    stub["config"] |= {"id2label": {0: "comminuted", 1: "simple"}}
+    refused(save({**stub, "classes": ["simple", "comminuted"]}, tmp_path / "x.pth"), "contradicts itself", "classes says Simple Fracture, Com", "id2label says Com")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"id2label": {0: "LABEL_0", 1: "LABEL_1"}}, {"class_to_idx": {"0": 0, "1": 1}}, {"classes": 2}, {"labels": torch.zeros(9)}, {"names": "fractures"},
+     {"label2id": {"a": 0, "b": 7}}],
+)  # fmt: skip
+def test_what_names_no_class_is_no_order(stub: dict[str, Any], record: dict[str, Any]) -> None:
+    names, notes = tool.class_names_of({**stub, **record}, 2, None, Path("x"))
+    assert names == tool.CLASS_NAMES and "class order assumed" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "shown"),
+    [
+        (["simple", "comminuted", "none"], ("Simple Fracture", "Comminuted Fracture", "none")),
+        (["comminuted", "no_fracture", "simple"], ("Comminuted Fracture", "no_fracture", "Simple Fracture")),
+        (["simple", "Simple Fracture", "x"], ("simple", "Simple Fracture", "x")),  # not to be told apart
+    ],
+)
+def test_three_classes_with_three_names(checkpoint: dict[str, Any], tmp_path: Path, recorded: list[str], shown: tuple[str, ...]) -> None:
+    classifier = load(save({**with_classes(checkpoint, 3), "class_names": recorded}, tmp_path / "three.pth"))
+    assert classifier.model.class_names == shown
     assert classifier.network(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
 
 
-@pytest.mark.parametrize("count", [1, 3, 1000])
+def random_head(checkpoint: dict[str, Any], outputs: int) -> None:
+    weights = checkpoint["model_state_dict"]
+    weights["head.fc.weight"], weights["head.fc.bias"] = torch.randn(outputs, 320), torch.randn(outputs)
+
+
+def pictures(*shapes: tuple[int, ...]) -> list[tool.Radiograph]:
+    rng = np.random.default_rng(3)
+    return [tool.Radiograph(np.repeat(rng.integers(0, 256, (*shape, 1), dtype=np.uint8), 3, axis=2)) for shape in shapes]
+
+
+@pytest.mark.parametrize("claimed", [1, 2, None])
+def test_one_output_speaks_for_two_classes(checkpoint: dict[str, Any], tmp_path: Path, claimed: int | None) -> None:
+    random_head(checkpoint, 1)
+    checkpoint["config"] |= {"num_classes": claimed, "class_names": ["simple", "comminuted"]}
+    classifier = load(save(checkpoint, tmp_path / "one.pth"))
+    assert classifier.model.class_names == ("Simple Fracture", "Comminuted Fracture")
+    plain = timm.create_model("convnextv2_atto", num_classes=1).eval()
+    plain.load_state_dict(checkpoint["model_state_dict"])
+    radiographs = pictures((100, 60), (50, 80))
+    inputs = torch.from_numpy(np.stack([tool.network_input(each, classifier.model.preprocessing) for each in radiographs]))
+    activations = plain.forward_features(inputs).detach().requires_grad_()
+    logits = plain.forward_head(activations)[:, 0]
+    (gradients,) = torch.autograd.grad(logits.sum(), activations)
+    raw = (gradients.mean(dim=(2, 3), keepdim=True) * activations).sum(dim=1).detach().numpy()
+    for target, sign in ((0, -1), (1, 1)):
+        for each, logit, expected in zip(explain(classifier, radiographs, target), logits, raw):
+            assert each.probabilities[1] == pytest.approx(float(torch.sigmoid(logit)), abs=1e-6)
+            assert each.probabilities.sum() == pytest.approx(1)
+            np.testing.assert_allclose(each.raw_map, sign * expected, atol=1e-5 * np.abs(expected).max())
+            assert each.explained == target
+
+
+@pytest.mark.parametrize("normalised", [{}, {"mean": [0.5], "std": [0.25]}, {"mean": [0.4, 0.5, 0.6]}])
+def test_a_network_for_grey_images_gets_the_grey_radiograph(key: str, tmp_path: Path, normalised: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    plain = timm.create_model(TINY[key], num_classes=2, in_chans=1).eval()
+    classifier = load(save({"state_dict": plain.state_dict(), "config": {"model_name": TINY[key], **normalised}}, tmp_path / "grey.pth"), key)
+    assert any("grey" in note for note in told(classifier))
+    colour = tool.Radiograph(np.random.default_rng(3).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+    mean, std = (np.mean(normalised.get(name, default)) for name, default in (("mean", tool.IMAGENET_MEAN), ("std", tool.IMAGENET_STD)))
+    for radiograph in (*pictures((100, 60)), colour):
+        luminance = radiograph.squashed(224).astype(float) @ [0.299, 0.587, 0.114] / 255
+        with torch.no_grad():
+            expected = plain(torch.from_numpy((luminance - mean) / std).float()[None, None]).softmax(dim=1)[0].numpy()
+        np.testing.assert_allclose(explain(classifier, [radiograph])[0].probabilities, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [3, 1000])
 def test_head_without_enough_names_is_refused(stub: dict[str, Any], tmp_path: Path, count: int) -> None:
     path = save(with_classes(stub, count), tmp_path / "head.pth")
-    refused(path, f"head.fc) has {count} outputs", "class names are 2 (Comminuted Fracture, Simple Fracture)", "class_names")
+    refused(path, f"its head has {count} outputs", "class names are 2 (Comminuted Fracture, Simple Fracture)", "class_names")
 
 
-@pytest.mark.parametrize("claimed", [3, 0, -2, 10**9, HUGE, "2", True, 2.0, [2], {}])
+@pytest.mark.parametrize("claimed", [3, 0, 10**9, "2", True, [2]])
 def test_num_classes_that_contradicts_the_head_is_refused(stub: dict[str, Any], tmp_path: Path, claimed: object) -> None:
     stub["config"]["num_classes"] = claimed
     refused(save(stub, tmp_path / "claim.pth"), "num_classes", "2 outputs")
 
 
 @pytest.mark.parametrize(
-    "names",
-    [
-        "ab", [], ["a"], ["a", "a"], ["a", "A "], ["a", ""], ["a", " "], ["a", 1], ["a", None], {"a": 0, "b": 1}, 7,
-        ["a", "x" * 201], [str(number) for number in range(101)], [["a"], ["b"]],
-    ],
-)  # fmt: skip
+    "names", ["ab", [], ["a"], ["a", "A "], ["a", " "], ["a", 1], 7, ["a", "x" * 201], [str(number) for number in range(101)]]
+)
 def test_unusable_class_names_are_refused(stub: dict[str, Any], tmp_path: Path, names: object) -> None:
     refused(save({**stub, "class_names": names}, tmp_path / "names.pth"), "class_names", "correct class_names")
-
-
-def test_names_that_do_not_match_the_head_are_refused(stub: dict[str, Any], tmp_path: Path) -> None:
-    path = save({**stub, "class_names": ["a", "b\n", "c", "d"]}, tmp_path / "names.pth")
-    refused(path, "2 outputs", "class names are 4 (a, b\\n, c, …)")
+    refused(save({**stub, "class_names": ["a", "b\n", "c", "d"]}, tmp_path / "n.pth"), "2 outputs", "class names are 4 (a, b\\n, c, …)")
 
 
 @pytest.mark.parametrize("size", [64, 300, [256, 256], (1024, 1024)])
@@ -360,34 +466,42 @@ def test_img_size_is_honoured(checkpoint: dict[str, Any], tmp_path: Path, size: 
     assert f"{classifier.model.preprocessing.size} pixels a side" in told(classifier)[-1]
 
 
-@pytest.mark.parametrize(
-    "size",
-    [0, -224, 32, 63, 1025, 10**9, HUGE, 224.0, "224", True, [224], [224, 256], [224, 224, 3], [[224], [224]],
-     {}, float("nan"), torch.ones(2), [torch.ones(2), torch.ones(2)]],
-)  # fmt: skip
+@pytest.mark.parametrize("size", [0, -224, 63, 1025, 10**9, 224.0, "224", True, [224, 256], [224, 224, 3], {}, torch.ones(2)])
 def test_absurd_img_size_is_refused(stub: dict[str, Any], tmp_path: Path, size: object) -> None:
     stub["config"]["img_size"] = size
     refused(save(stub, tmp_path / "size.pth"), "img_size", "one number of pixels from 64 to 1024")
 
 
-def test_mean_and_std_are_honoured(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint["config"]["std"] = [0.25, 0.5, 1]
-    classifier = load(save({**checkpoint, "mean": (0.5, 0, 0.25)}, tmp_path / "mean.pth"))
-    assert classifier.model.preprocessing == tool.Preprocessing(224, (0.5, 0.0, 0.25), (0.25, 0.5, 1.0))
-    assert "mean (0.5, 0.0, 0.25)" in told(classifier)[-1]
+@pytest.mark.parametrize(
+    ("recorded", "expected", "words"),
+    [
+        ({"mean": (0.5, 0, 0.25), "config": {"std": [0.25, 0.5, 1]}}, tool.Preprocessing(224, (0.5, 0.0, 0.25), (0.25, 0.5, 1.0)), "mean (0.5, 0.0, 0.25)"),
+        ({"hyper_parameters": {"image_size": 96, "mean": [0.5], "std": [0.5]}}, tool.Preprocessing(96, (0.5,) * 3, (0.5,) * 3), "96 pixels"),
+        ({"pretrained_cfg": {"input_size": (3, 288, 288), "interpolation": "bicubic"}}, tool.Preprocessing(288, interpolation="bicubic"), "bicubic"),
+        ({"args": argparse.Namespace(interpolation="random", img_size=None)}, tool.Preprocessing(), ""),
+        ({"pretrained_cfg": {"crop_pct": 0.875}}, tool.Preprocessing(), "crop_pct 0.875"),
+        ({"pretrained_cfg": {"crop_pct": 1.0, "crop_mode": "center"}}, tool.Preprocessing(), "crop_pct 1.0"),
+        ({"pretrained_cfg": {"crop_pct": 1.0, "crop_mode": "squash", "num_classes": 1000}}, tool.Preprocessing(), ""),
+    ],
+)  # fmt: skip
+def test_recorded_preprocessing_is_done_or_told(recorded: dict[str, Any], expected: tool.Preprocessing, words: str) -> None:
+    preprocessing, notes = tool.preprocessing_of(recorded, 3, Path("x"))
+    assert preprocessing == expected
+    assert words in "".join(notes) and bool(words) == bool(notes)
+
+
+def test_the_recorded_interpolation_makes_the_input() -> None:
+    (radiograph,) = pictures((300, 100))
+    for name in ("bicubic", "bilinear", "nearest"):
+        seen = tool.network_input(radiograph, tool.Preprocessing(64, (0.0,) * 3, (1.0,) * 3, name))
+        expected = np.asarray(Image.fromarray(radiograph.pixels).resize((64, 64), Image.Resampling[name.upper()]))
+        assert np.array_equal(np.rint(seen * 255), expected.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
-@pytest.mark.parametrize(
-    "values",
-    [0.5, [0.5], [0.5] * 4, ["a"] * 3, [True] * 3, [float("nan")] * 3, [float("inf")] * 3, [123.7, 116.3, 103.5], [-1, 0.5, 0.5],
-     pytest.param([10**600] * 3, id="huge"), {}, [None] * 3, torch.ones(3), "abc"],
-)  # fmt: skip
+@pytest.mark.parametrize("values", [0.5, [0.5] * 4, ["a"] * 3, [float("nan")] * 3, [123.7, 116.3, 103.5], [-1, 0.5, 0.5], {}, torch.ones(3)])
 def test_unusable_mean_or_std_is_refused(stub: dict[str, Any], tmp_path: Path, name: str, values: object) -> None:
     refused(save({**stub, name: values}, tmp_path / "mean.pth"), f"{name} is", "three numbers")
-
-
-def test_zero_std_is_refused(stub: dict[str, Any], tmp_path: Path) -> None:
     refused(save({**stub, "std": [0, 0.2, 0.2]}, tmp_path / "std.pth"), "std is", "0.001")
 
 
@@ -399,7 +513,7 @@ def test_zero_std_is_refused(stub: dict[str, Any], tmp_path: Path) -> None:
         ({"val_acc": 0.9832}, "Validation accuracy: 0.9832 as recorded"),
         ({"test_acc": True, "val_acc": 90.0}, "Validation accuracy: 90.00%"),
         *(({"val_acc": bad}, "Accuracy: not recorded in the checkpoint")
-          for bad in (float("nan"), float("inf"), -1, 101, 1e308, 10**600, "99", [99], None, True)),
+          for bad in (float("nan"), -1, 101, "99", [99], None, True)),
         ({}, "Accuracy: not recorded in the checkpoint"),
     ],
 )  # fmt: skip
@@ -415,17 +529,18 @@ def test_accuracy_is_named_as_the_file_names_it(recorded: dict[str, Any], text: 
 def test_missing_and_unexpected_keys_are_named_and_counted(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     weights = checkpoint["model_state_dict"]
     for name in ("stem.0.weight", "stem.0.bias", "head.norm.weight", "head.norm.bias"):
-        weights[f"my_{name}\n"] = weights.pop(name)
-    path = save(checkpoint, tmp_path / "renamed.pth")
-    text = refused(path, "140 weights", "140 of convnextv2_atto (which its config names)", "model_name")
+        weights[name.replace(".", ".my_", 1) + "\n"] = weights.pop(name)
+    text = refused(save(checkpoint, tmp_path / "renamed.pth"), "of convnextv2_atto (which its config names)", "correct the name in its config")
     assert "keys missing 4 (stem.0.weight, stem.0.bias, head.norm.weight, …)" in text
-    assert "keys not in the network 4 (my_stem.0.weight\\n, " in text
+    assert "keys not in the network 2 (stem.my_0.weight\\n, " in text
+    del weights["stem.my_0.weight\n"], weights["stages.3.blocks.0.norm.weight"]
+    refused(save(weights, tmp_path / "bare.pth"), "assumed, as its config names none", "record the timm name")
 
 
 def test_other_shape_is_named_with_both_sides(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint["model_state_dict"]["stem.0.weight"] = torch.zeros(40, 1, 4, 4)
+    checkpoint["model_state_dict"]["stem.0.weight"] = torch.zeros(40, 2, 4, 4)
     path = save(checkpoint, tmp_path / "grey.pth")
-    refused(path, "other shapes 1 (stem.0.weight is 40x1x4x4 in the file, 40x3x4x4 in the network)")
+    refused(path, "of another kind 1 (stem.0.weight is 40x2x4x4 floats in the file, 40x3x4x4 floats in the network)")
 
 
 def test_size_that_differs_from_config_is_refused(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
@@ -433,7 +548,7 @@ def test_size_that_differs_from_config_is_refused(key: str, pristine: dict[str, 
     contents = copied(pristine[key])
     contents["config"]["model_name"] = larger
     found, needed = (len(tool.build_network(name, 2).state_dict()) for name in (TINY[key], larger))
-    wrong = {"convnext": "other shapes", "efficientnet": "keys missing"}[key]
+    wrong = {"convnext": "of another kind", "efficientnet": "keys missing"}[key]
     path = save(contents, tmp_path / "size.pth")
     refused(path, f"its {found} weights do not fit the {needed} of {larger} (which its config names)", wrong, key=key)
 
@@ -444,7 +559,7 @@ def test_size_without_config_is_told_by_shapes_else_assumed_and_said(checkpoint:
     weights = checkpoint["model_state_dict"]
     del weights["head.norm.weight"]
     path = save(weights, tmp_path / "incomplete.pth")
-    refused(path, "convnextv2_base.fcmae_ft_in22k_in1k (assumed, as its config names none)", "other shapes", "model_name")
+    refused(path, "convnextv2_atto (assumed, as its config names none)", "keys missing 1 (head.norm.weight)", "model_name")
 
 
 @pytest.mark.parametrize("with_config", [True, False])
@@ -456,11 +571,8 @@ def test_other_family_is_recognised_by_its_keys(key: str, pristine: dict[str, An
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "hf-hub:timm/convnextv2_atto", "hf_hub:x/y", "local-dir:/tmp", "convnextv2_atto/../x",
-        "https://example.org/convnextv2_atto", "resnet18", "tf_efficientnetv2_b0", "convnextv2_gigantic", "", "convnextv2_atto.a\nb", "convnextv2_atto." + "x" * 500,
-        "convnextv2_atto\n", 7, HUGE, ["convnextv2_atto"], {"a": 1}, True, torch.ones(3),
-    ],
+    ["hf-hub:timm/convnextv2_atto", "local-dir:/tmp", "convnextv2_atto/../x", "https://example.org/convnextv2_atto", "resnet18",
+     "tf_efficientnetv2_b0", "convnextv2_gigantic", "convnextv2_atto\n", "convnextv2_atto." + "x" * 500, 7, ["convnextv2_atto"], torch.ones(3)],
 )  # fmt: skip
 def test_foreign_network_name_is_refused(stub: dict[str, Any], tmp_path: Path, name: object) -> None:
     stub["config"]["model_name"] = name
@@ -478,25 +590,17 @@ def test_every_size_that_is_accepted_exists_in_timm() -> None:
         assert not any(other.landmark in keys for other in tool.FAMILIES.values() if other is not family)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
-def test_weights_that_are_not_finite_are_refused(
-    checkpoint: dict[str, Any], tmp_path: Path, value: float, kind: torch.dtype
-) -> None:
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(float("nan"), torch.float32), (-float("inf"), torch.float16), (1e300, torch.float64)],
+)
+def test_weights_that_are_not_finite_are_refused(checkpoint: dict[str, Any], tmp_path: Path, value: float, kind: torch.dtype) -> None:
     weights = {name: tensor.to(kind, copy=True) for name, tensor in checkpoint["model_state_dict"].items()}
     weights["stages.2.blocks.0.mlp.fc1.weight"][3, 5] = value
     path = save({**checkpoint, "model_state_dict": weights}, tmp_path / "nan.pth")
     refused(path, "NaN or infinite", "1 (stages.2.blocks.0.mlp.fc1.weight)")
-
-
-def test_doubles_beyond_float32_are_refused(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint["model_state_dict"]["head.fc.bias"] = torch.tensor([1e300, 0], dtype=torch.float64)
-    refused(save(checkpoint, tmp_path / "huge.pth"), "infinite", "head.fc.bias")
-
-
-def test_large_finite_weights_load(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint["model_state_dict"]["head.fc.bias"] = torch.tensor([3e38, 3e38])  # whose sum is infinite
-    assert_same_weights(load(save(checkpoint, tmp_path / "large.pth")), checkpoint["model_state_dict"])
+    weights["stages.2.blocks.0.mlp.fc1.weight"][3, 3:6] = 6e4 if kind == torch.float16 else 3e38  # whose sum is infinite
+    assert_same_weights(load(save({**checkpoint, "model_state_dict": weights}, path)), weights)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -505,19 +609,16 @@ def test_large_finite_weights_load(checkpoint: dict[str, Any], tmp_path: Path) -
     [
         (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "quantised"),
         (lambda tensor: tensor.to_sparse(), "sparse"),
-        (lambda tensor: tensor.to_sparse_csr(), "sparse"),
-        (lambda tensor: tensor.to("meta"), "meta"),
         (lambda tensor: tensor.to(torch.complex64), "complex64"),
         (lambda tensor: tensor.to(torch.int32), "int32"),
-        (lambda tensor: tensor.to(torch.bool), "bool"),
+        (lambda tensor: tensor.to(torch.int64), "int64"),
         (lambda tensor: tensor.to(torch.float8_e4m3fn), "float8_e4m3fn"),
     ],
 )
 def test_tensors_of_other_kinds_are_refused(checkpoint: dict[str, Any], tmp_path: Path, change: Callable, word: str) -> None:
     weights = checkpoint["model_state_dict"]
     weights["head.fc.weight"] = change(weights["head.fc.weight"])
-    named = () if word == "sparse" else ("1 (head.fc.weight",)  # sparse ones are refused before they are read
-    refused(save(checkpoint, tmp_path / "kind.pth"), word, *named, "floats")
+    refused(save(checkpoint, tmp_path / "kind.pth"), word, "of another kind 1 (head.fc.weight", "floats in the network")
 
 
 class Bomb:
@@ -530,66 +631,85 @@ class Bomb:
         return os.system, (f"touch {self.target}",)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_checkpoint_is_never_run(stub: dict[str, Any], tmp_path: Path, zipped: bool) -> None:
+@pytest.mark.parametrize("container", ["zip", "old", "plain pickle"])
+def test_code_in_a_checkpoint_is_never_run(stub: dict[str, Any], tmp_path: Path, container: str) -> None:
     path, trace = tmp_path / "bomb.pth", tmp_path / "ran"
-    torch.save({**stub, "extra": Bomb(trace)}, path, _use_new_zipfile_serialization=zipped)
-    refused(path, "system", "none is run")
+    contents = {**stub, "extra": Bomb(trace)}
+    if container == "plain pickle":
+        path.write_bytes(pickle.dumps({"extra": Bomb(trace)}))
+    else:
+        torch.save(contents, path, _use_new_zipfile_serialization=container == "zip")
+    refused(path, "not written by torch.save" if container == "plain pickle" else "none is run")
     assert not trace.exists()
-
-
-def test_the_bomb_would_go_off(tmp_path: Path) -> None:
-    pickle.loads(pickle.dumps(Bomb(tmp_path / "ran")))
-    assert (tmp_path / "ran").exists()
-
-
-def test_plain_pickle_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"a": Bomb(tmp_path / "ran")}))
-    refused(tmp_path / "plain.pth", "not written by torch.save")
-    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(contents["extra"]))
+    assert trace.exists()  # so it would have gone off
 
 
 @pytest.mark.parametrize(
-    ("value", "words"),
+    ("change", "words"),
     [
-        (np.ones(3), ("numpy", "plain values")),
-        (Path("/data"), ("pathlib", "plain values")),
+        ({"val_acc": torch.nn.Linear(2, 2)}, ("torch.nn.modules.linear.Linear", "state_dict()")),
         (torch.nn.Linear(2, 2), ("torch.nn.modules.linear.Linear", "state_dict()")),
     ],
 )
-def test_objects_are_named_with_their_remedy(stub: dict[str, Any], tmp_path: Path, value: object, words: tuple) -> None:
-    refused(save({**stub, "val_acc": value}, tmp_path / "object.pth"), *words)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_objects_are_named_with_their_remedy(stub: dict[str, Any], tmp_path: Path, change: object, words: tuple, zipped: bool) -> None:
+    path = tmp_path / "object.pth"
+    torch.save({**stub, **change} if isinstance(change, dict) else change, path, _use_new_zipfile_serialization=zipped)
+    refused(path, *words)
+
+
+HARMLESS = {
+    "args": argparse.Namespace(lr=0.1, output=Path("/data/run")),
+    "config": {"root": Path("a/b"), "windows": PureWindowsPath("c:/x"), "posix": PurePosixPath("/x")},
+    "started": datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.timezone.utc),
+    "took": datetime.timedelta(hours=3),
+    "day": datetime.date(2026, 1, 2),
+    "history": defaultdict(list, loss=[np.float32(0.5), np.float64(0.25)]),
+    "confusion": np.arange(4).reshape(2, 2),
+    "names": np.array(["a", "b"]),
+    "best": np.bool_(True),
+    "counts": Counter("aab"),
+    "size": torch.Size([2]),
+}
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("number", [np.float64(99.25), np.float32(99.25), np.int64(99)])
-def test_a_numpy_accuracy_is_read(checkpoint: dict[str, Any], tmp_path: Path, number: np.number, zipped: bool) -> None:
-    path = tmp_path / "numpy.pth"
-    torch.save({**checkpoint, "val_acc": number}, path, _use_new_zipfile_serialization=zipped)
+def test_what_trainers_save_beside_the_weights_is_harmless(checkpoint: dict[str, Any], tmp_path: Path, zipped: bool) -> None:
+    torch.save({**HARMLESS, **checkpoint}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    contents = tool.read_checkpoint(tmp_path / "x.pth")
+    assert contents["history"] == {"loss": [0.5, 0.25]} and contents["started"] == HARMLESS["started"]
+    assert contents["args"].output == PurePosixPath("/data/run") and contents["confusion"].tolist() == [[0, 1], [2, 3]]
+    assert_same_weights(load(tmp_path / "x.pth"), checkpoint["model_state_dict"])
+
+
+@pytest.mark.parametrize("name", ["pathlib WindowsPath", "pathlib._local PosixPath", "pathlib._local WindowsPath", "numpy.core.multiarray scalar"])
+def test_harmless_types_of_other_systems_and_versions_load(stub: dict[str, Any], tmp_path: Path, name: str) -> None:
+    path, module = tmp_path / "x.pth", name.split()[0]
+    value = np.float64(1) if "numpy" in name else PurePosixPath("a")
+    torch.save({**stub, "val_acc": value}, path, _use_new_zipfile_serialization=False)
+    written = {"numpy": b"cnumpy._core.multiarray\nscalar\n"}.get(module[:5], b"cpathlib\nPurePosixPath\n")
+    contents = path.read_bytes()
+    assert written in contents
+    path.write_bytes(contents.replace(written, f"c{module}\n{name.split()[1]}\n".encode()))
+    assert tool.read_checkpoint(path)["val_acc"] in (1, PurePosixPath("a"), PureWindowsPath("a"))
+
+
+@pytest.mark.parametrize("number", [np.float64(99.25), np.float32(99.25), np.int64(99), torch.tensor(99.25)])
+def test_an_accuracy_of_numpy_or_torch_is_read(checkpoint: dict[str, Any], tmp_path: Path, number: Any) -> None:
+    path = save({**checkpoint, "val_acc": number}, tmp_path / "number.pth")
     assert load(path).model.accuracy == f"Validation accuracy: {number:.2f}%"
 
 
-def test_a_numpy_number_of_another_type_is_refused(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    refused(save({**checkpoint, "val_acc": np.complex128(1)}, tmp_path / "complex.pth"), "damaged")
-
-
 def test_a_checkpoint_of_timms_trainer_loads(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
-    options = argparse.Namespace(model=TINY[key], img_size=256, num_classes=None, mean=None, std=(0.5, 0.5, 0.5), lr=0.1)
+    options = argparse.Namespace(model=TINY[key], img_size=256, num_classes=None, mean=None, std=(0.5, 0.5, 0.5), interpolation="", lr=0.1)
     contents = {"epoch": 3, "arch": TINY[key], "state_dict": pristine[key]["model_state_dict"], "args": options,
                 "optimizer": {}, "version": 2, "metric": 97.1}  # fmt: skip
-    model = load(save(contents, tmp_path / "timm.pth"), key).model
-    assert (model.architecture, model.preprocessing.size, model.preprocessing.std) == (TINY[key], 256, (0.5,) * 3)
-
-
-def test_missing_counters_of_batches_are_harmless(pristine: dict[str, Any], tmp_path: Path) -> None:
-    contents = copied(pristine["efficientnet"])
-    weights = contents["model_state_dict"]
-    counters = [name for name in weights if name.endswith("num_batches_tracked")]
-    for name in counters:
-        del weights[name]
-    classifier = load(save(contents, tmp_path / "counters.pth"), "efficientnet")
-    assert told(classifier) == (f"{len(counters)} counters of batches missing, which only training needs",)
-    assert classifier.network(torch.zeros(1, 3, 64, 64)).isfinite().all()
+    classifier = load(save(contents, tmp_path / "timm.pth"), key)
+    usual = timm.get_pretrained_cfg(TINY[key])  # what timm's trainer takes where it is given nothing
+    assert classifier.model.architecture == TINY[key]
+    assert classifier.model.preprocessing == tool.Preprocessing(256, usual.mean, (0.5,) * 3, usual.interpolation)
+    assert "crop_pct 0.875" in told(classifier)[-1]
 
 
 @pytest.mark.slow
@@ -597,7 +717,7 @@ def test_every_size_is_told_by_its_shapes() -> None:
     for family in tool.FAMILIES.values():
         sizes = [*family.sizes.values(), family.full_size]
         for name in sizes:
-            weights = tool.build_network(name, 3).state_dict()
+            weights = tool.build_network(name, 0).state_dict()
             assert tool.architecture_of(family, {}, weights, Path("x"))[0] == name
         assert len({family.names.fullmatch(name).group(1) for name in sizes}) == len(sizes)
 
@@ -607,55 +727,176 @@ def test_another_kind_of_network_is_told_which_fit(key: str, tmp_path: Path) -> 
     refused(path, "another network", "convnextv2_*", "tf_efficientnetv2_*", key=key)
 
 
+# ------------------------------------------------------------------------------------------
+# Files and folders as other tools write them
+# ------------------------------------------------------------------------------------------
+
+
+def hub_folder(folder: Path, weights: dict[str, torch.Tensor], config: dict[str, Any], name: str = "model.safetensors") -> Path:
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    if name.endswith(".safetensors"):
+        save_file(weights, folder / name)
+    else:
+        torch.save(weights, folder / name)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+TRANSFORMERS = {
+    "architectures": ["TimmWrapperForImageClassification"], "model_type": "timm_wrapper", "initializer_range": 0.02,
+    "architecture": "convnextv2_atto.fcmae", "label_names": ["simple", "comminuted"], "num_classes": 2,
+    "id2label": {"0": "simple", "1": "comminuted"}, "label2id": {"simple": 0, "comminuted": 1},
+    "pretrained_cfg": {"input_size": [3, 96, 96], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic",
+                       "crop_pct": 0.9, "num_classes": 1000},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_hubs_or_trainers_folder_loads(checkpoint: dict[str, Any], tmp_path: Path, name: str, is_folder: bool) -> None:
+    weights = checkpoint["model_state_dict"]
+    folder = hub_folder(tmp_path / "convnext_run", {f"timm_model.{key}": tensor for key, tensor in weights.items()}, TRANSFORMERS, name)
+    torch.save({}, folder / "training_args.bin")
+    classifier = load(folder if is_folder else folder / name)
+    assert_same_weights(classifier, weights)
+    assert classifier.model.checkpoint == folder / name
+    assert classifier.model.architecture == "convnextv2_atto.fcmae"
+    assert classifier.model.class_names == ("Simple Fracture", "Comminuted Fracture")
+    assert classifier.model.preprocessing == tool.Preprocessing(96, (0.5,) * 3, (0.5,) * 3, "bicubic")
+    assert "crop_pct 0.9" in told(classifier)[-1]
+    assert tool.find_checkpoint(tool.FAMILIES["convnext"], tmp_path) == folder / name
+
+
+def test_a_config_beside_counts_only_for_its_own_network(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
+    (other,) = set(TINY) - {key}
+    folder = hub_folder(tmp_path / "run", {}, {**TRANSFORMERS, "architecture": TINY[other]})
+    assert load(save(pristine[key]["model_state_dict"], folder / "x.pth"), key).model.class_names == tool.CLASS_NAMES
+    (folder / "config.json").write_text(json.dumps({**TRANSFORMERS, "architecture": TINY[key]}))
+    assert load(folder / "x.pth", key).model.class_names == tool.CLASS_NAMES[::-1]
+    (folder / "config.json").write_text("{")
+    with pytest.raises(tool.ExplainError, match=r"config\.json: not what a hub or Trainer writes"):
+        load(folder / "x.pth", key)
+
+
+def test_a_folder_of_timm_itself_loads(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    hub = pytest.importorskip("timm.models._hub")
+    network = timm.create_model("convnextv2_atto", num_classes=2)
+    network.load_state_dict(checkpoint["model_state_dict"])
+    hub.save_for_hf(network, tmp_path / "hub", model_config={"label_names": ["simple", "comminuted"]}, safe_serialization=True)
+    classifier = load(tmp_path / "hub")
+    assert_same_weights(classifier, checkpoint["model_state_dict"])
+    assert classifier.model.class_names == tool.CLASS_NAMES[::-1]
+    assert classifier.model.preprocessing.interpolation == "bicubic" and "crop_pct 0.875" in told(classifier)[-1]
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], ("PEFT", "merge_and_unload()")),
+        ([".metadata", "__0_0.distcp"], ("FSDP", "dcp_to_torch")),
+        (["zero_to_fp32.py", "latest"], ("DeepSpeed", "zero_to_fp32.py")),
+        (["saved_model.pb"], ("a folder with 0 files of weights", "name the file")),
+        (["a.pth", "b.pth"], ("a folder with 2 files of weights", "name the file")),
+    ],
+)
+def test_other_folders_are_named_as_what_they_are(tmp_path: Path, files: list[str], words: tuple[str, ...]) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    refused(tmp_path, *words)
+
+
+def with_lora(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    layer = "stages.3.blocks.0.mlp.fc1"
+    base = {f"base_model.model.{name.replace(layer, layer + '.base_layer')}": tensor for name, tensor in weights.items()}
+    return base | {f"base_model.model.{layer}.lora_A.default.weight": torch.ones(4, 320)}
+
+
+FOREIGN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], tuple[str, ...]]] = {
+    "PEFT": (with_lora, ("LoRA", "merge_and_unload()")),
+    "loralib": (lambda weights: {**weights, "stages.3.blocks.0.mlp.fc1.lora_A": torch.ones(4, 320)}, ("LoRA", "merge_and_unload()")),
+    "adapter alone": (lambda weights: {"base_model.model.head.fc.lora_A.weight": torch.ones(4, 320)}, ("PEFT", "merge_and_unload()")),
+    "ZeRO 3": (lambda weights: {"module": {name: torch.empty(0) for name in weights}, "ds_version": "0.14"}, ("DeepSpeed", "zero_to_fp32.py")),
+    "ZeRO shard": (lambda weights: {"optimizer_state_dict": {"zero_stage": 2}, "ds_config": {}}, ("DeepSpeed", "zero_to_fp32.py")),
+    "quantised": (lambda weights: {"stem.0.scale": torch.ones(()), "head.fc._packed_params._packed_params": torch.ones(2)}, ("quantised",)),
+    "quantised here and there": (lambda weights: {**weights, "head.fc.zero_point": torch.ones(1)}, ("quantised",)),
+    "pruned": (lambda weights: {**weights, "stem.0.weight_mask": torch.ones(1)}, ("pruned", "prune.remove")),
+    "fastai": (lambda weights: {"model": {**{f"0.model.{name}": tensor for name, tensor in weights.items() if "head.fc" not in name},
+                                          "1.2.weight": torch.ones(640), "1.4.weight": torch.ones(512, 640), "1.8.weight": torch.ones(2, 512)}, "opt": {}},
+               ("other layers than a single linear one",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_other_kinds_of_checkpoints_are_named_with_what_helps(checkpoint: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    build, words = FOREIGN[kind]
+    assert "timm name" not in refused(save(build(checkpoint["model_state_dict"]), tmp_path / "x.pth"), *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fastai.learner Learner", ("a Learner of fastai", "learn.model.state_dict()")),
+        ("torch.distributed.tensor._api DTensor", ("FSDP", "dcp_to_torch")),
+        ("torch.distributed._shard.sharded_tensor.api ShardedTensor", ("FSDP", "dcp_to_torch")),
+        ("torch.ao.nn.quantized.modules.linear Linear", ("quantised",)),
+        ("deepspeed.runtime.zero.config ZeroStageEnum", ("DeepSpeed", "zero_to_fp32.py")),
+        ("pytorch_lightning.callbacks.model_checkpoint ModelCheckpoint", ("Lightning", "['state_dict']")),
+        ("timm.models.convnext ConvNeXt", ("a whole network", "timm.models.convnext.ConvNeXt", "model.state_dict()", "none is run")),
+        ("__main__ FractureNet", ("a whole network", "__main__.FractureNet", "model.state_dict()")),
+    ],
+)
+def test_objects_are_named_with_the_call_that_helps(tmp_path: Path, name: str, words: tuple[str, ...]) -> None:
+    torch.save({"epoch": PurePosixPath("x")}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    contents = (tmp_path / "x.pth").read_bytes()
+    (tmp_path / "x.pth").write_bytes(contents.replace(b"cpathlib\nPurePosixPath\n", "c{}\n{}\n".format(*name.split()).encode()))
+    refused(tmp_path / "x.pth", *words)
+    for file, said in (("__0_0.distcp", "FSDP"), ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "DeepSpeed"), ("adapter_model.bin", "PEFT")):
+        refused(save({"a": torch.ones(2)}, tmp_path / file), said)
+
+
+def test_a_checkpoint_of_lightning_is_found_by_its_suffix_and_loads(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    weights = checkpoint["model_state_dict"]
+    contents = {
+        "state_dict": {f"model.{name}": tensor for name, tensor in weights.items()}, "epoch": 3, "global_step": 9, "pytorch-lightning_version": "2.4",
+        "callbacks": {"ModelCheckpoint{'monitor': 'val'}": {"best_model_score": torch.tensor(0.9), "best_model_path": "/x"}},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}], "lr_schedulers": [], "loops": {"fit_loop": {}},
+        "hyper_parameters": {"model_name": "convnextv2_atto", "num_classes": 2, "class_names": ["simple", "comminuted"]},
+    }  # fmt: skip
+    for suffix in (".ckpt", ".bin"):
+        path = save(contents, tmp_path / f"convnext{suffix}")
+        assert tool.find_checkpoint(tool.FAMILIES["convnext"], tmp_path) == path
+        classifier = load(path)
+        assert_same_weights(classifier, weights)
+        assert classifier.model.class_names == tool.CLASS_NAMES[::-1] and told(classifier) == ()
+        path.unlink()
+
+
 def test_assumed_order_of_classes_is_said_and_can_be_given(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     path = save(checkpoint, tmp_path / "x.pth")
     assert load(path).model.notes[0].startswith("class order assumed: 0 = Comminuted Fracture, 1 = Simple Fracture")
     given = tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", ("simple_fracture", "Comminuted"))
-    assert given.model.class_names == ("Simple Fracture", "Comminuted") and given.model.notes == ()
+    assert given.model.class_names == ("Simple Fracture", "Comminuted Fracture") and given.model.notes == ()
     save({**checkpoint, "class_names": ["a", "b"]}, path)
     with pytest.raises(tool.ExplainError, match="records its own class names"):
         tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", ("b", "a"))
     assert tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", ("A", "b")).model.class_names == ("a", "b")
 
 
-def fill_memory(path: Path, zipped: bool) -> Path:
-    """A file that asks torch for a bytearray of 1 GiB, a call that torch permits."""
-    call = b"c__builtin__\nbytearray\nJ\x00\x00\x00\x40\x85R."
-    buffer = io.BytesIO()
-    torch.save(None, buffer, _use_new_zipfile_serialization=False)
-    path.write_bytes(buffer.getvalue().replace(b"\x80\x02N.", b"\x80\x02" + call))
-    if zipped:
-        with zipfile.ZipFile(path, "w") as file:
-            file.writestr("archive/data.pkl", b"\x80\x02" + call)
-            file.writestr("archive/version", "3\n")
-    return path
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_memory_is_not_filled_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool) -> None:
-    path = fill_memory(tmp_path / "memory.pth", zipped)
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch was asked"))
-    refused(path, "bytearray")
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("place", ["head.fc.weight", "beside"])
-def test_claimed_sizes_are_not_allocated(checkpoint: dict[str, Any], tmp_path: Path, zipped: bool, place: str) -> None:
-    checkpoint["model_state_dict"][place] = torch.ones(1, 1).expand(2, 10**12)
-    torch.save(checkpoint, tmp_path / "claims.pth", _use_new_zipfile_serialization=zipped)
-    refused(tmp_path / "claims.pth", place, "do not fit")
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_pickled_module_is_refused(tmp_path: Path, zipped: bool) -> None:
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth", _use_new_zipfile_serialization=zipped)
-    refused(tmp_path / "module.pth", "torch.nn.modules.linear.Linear", "state_dict()")
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_torchscript_is_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
     refused(tmp_path / "script.pt", "TorchScript", "state_dict()")
+
+
+def test_missing_counters_of_batches_are_harmless(pristine: dict[str, Any], tmp_path: Path) -> None:
+    contents = copied(pristine["efficientnet"])
+    weights = contents["model_state_dict"]
+    for name in [name for name in weights if name.endswith("num_batches_tracked")]:
+        del weights[name]
+    classifier = load(save(contents, tmp_path / "counters.pth"), "efficientnet")
+    assert told(classifier) == () and classifier.network(torch.zeros(1, 3, 64, 64)).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -680,15 +921,6 @@ def test_lack_of_memory_is_one_line(tiny_checkpoints: dict[str, Path], monkeypat
             refused(tiny_checkpoints["convnext"], word)
 
 
-def test_interruption_is_not_swallowed(tiny_checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "load", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        load(tiny_checkpoints["convnext"])
-
-
 # ------------------------------------------------------------------------------------------
 # Files that are no checkpoints
 # ------------------------------------------------------------------------------------------
@@ -700,9 +932,9 @@ def picture(kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def archive(*names: str, compression: int = zipfile.ZIP_STORED) -> bytes:
+def archive(*names: str) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as file:
+    with zipfile.ZipFile(buffer, "w") as file:
         for name in names:
             file.writestr(name, b"x" * 100)
     return buffer.getvalue()
@@ -724,7 +956,6 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b
         (picture("WEBP"), ("WebP",)),
         (b"\x00\x01\x02\x03" * 50, ("unknown kind",)),
         (archive("word/document.xml"), ("a zip archive without weights",)),
-        (archive("x/data.pkl", compression=zipfile.ZIP_DEFLATED), ("a compressed archive",)),
         (b"PK\x03\x04" + b"\x00" * 60, ("incomplete or damaged archive", "copy or download")),
         (b"\x80\x02", ("damaged",)),
         ((20).to_bytes(8, "little") + b"{", ("damaged",)),
@@ -744,65 +975,6 @@ def test_truncated_checkpoint_is_refused(checkpoint: dict[str, Any], tmp_path: P
     torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
     os.truncate(path, int(path.stat().st_size * share))
     refused(path, "damaged", "copy or download")
-
-
-def path_errors(tmp_path: Path) -> dict[str, tuple[Path, str]]:
-    (tmp_path / "broken.pth").symlink_to(tmp_path / "nowhere")
-    (tmp_path / "folder.pth").mkdir()
-    (tmp_path / "file").write_text("x")
-    os.mkfifo(tmp_path / "pipe.pth")
-    (tmp_path / "to_pipe.pth").symlink_to(tmp_path / "pipe.pth")
-    return {
-        "missing": (tmp_path / "missing.pth", "no such file"),
-        "broken link": (tmp_path / "broken.pth", "a link to a file that is not there"),
-        "folder": (tmp_path / "folder.pth", "a directory"),
-        "below a file": (tmp_path / "file" / "x.pth", "cannot be opened"),
-        "pipe": (tmp_path / "pipe.pth", "a named pipe"),
-        "link to a pipe": (tmp_path / "to_pipe.pth", "a named pipe"),
-        "device": (Path("/dev/zero"), "a device"),
-        "long name": (tmp_path / ("x" * 300), "cannot be opened"),
-        "null byte": (tmp_path / "a\0b", "not a path that a file can have"),
-    }
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-@pytest.mark.parametrize(
-    "case",
-    ["missing", "broken link", "folder", "below a file", "pipe", "link to a pipe", "device", "long name", "null byte"],
-)
-def test_paths_that_are_no_files_are_named_at_once(tmp_path: Path, case: str) -> None:
-    path, words = path_errors(tmp_path)[case]
-    start = time.monotonic()
-    with pytest.raises(tool.ExplainError) as caught:
-        tool.check_checkpoint_path(path)
-    one_line(caught.value, path, words)
-    assert time.monotonic() - start < 2
-
-
-def test_no_permission_is_named(tiny_checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(*args: object, **kwargs: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("builtins.open", denied)  # the tests may run as root, who may read everything
-    with pytest.raises(tool.ExplainError, match="no permission to read it; "):
-        tool.check_checkpoint_path(tiny_checkpoints["convnext"])
-
-
-def test_file_name_that_is_not_unicode_is_named(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/best\xff.pth"))
-    try:
-        path.write_bytes(tiny_checkpoints["convnext"].read_bytes())
-    except OSError:
-        pytest.skip("the file system takes only Unicode names")
-    refused(path, "rename it")
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_path_check_accepts_checkpoints_without_torch(checkpoint: dict[str, Any], tmp_path: Path, zipped: bool) -> None:
-    torch.save(checkpoint, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
-    file, kind = tool.open_checkpoint(tmp_path / "c.pth")
-    file.close()
-    assert kind.use == ("zip" if zipped else "pickle")
 
 
 # ------------------------------------------------------------------------------------------
@@ -850,12 +1022,6 @@ def mutations(draw: st.DrawFn) -> bytes:
 def loads_or_is_refused(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     try:
-        contents, _ = tool.read_checkpoint(path)
-        weights, _ = tool.weights_of(contents, path)
-        tool.in_float32(weights, path)
-    except tool.ExplainError as error:
-        one_line(error, path)
-    try:
         load(path)
     except tool.ExplainError as error:
         one_line(error, path)
@@ -878,7 +1044,7 @@ def test_any_mutation_loads_or_is_refused(tmp_path: Path, data: bytes) -> None:
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-    | st.builds(lambda: 10**5000) | st.builds(lambda: torch.ones(2)),
+    | st.builds(lambda: torch.ones(2)),
     lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
@@ -898,7 +1064,7 @@ def test_any_metadata_loads_or_is_refused(
     contents = copied(pristine["convnext"])
     contents["config"] = {**contents["config"], **config}
     monkeypatch.setattr(tool, "build_network", EMPTY_NETWORK)
-    monkeypatch.setattr(tool, "read_checkpoint", lambda path: ({**contents, **top}, []))
+    monkeypatch.setattr(tool, "read_checkpoint", lambda path: {**contents, **top})
     try:
         assert load(Path("any.pth")).model.accuracy.isprintable()
     except tool.ExplainError as error:

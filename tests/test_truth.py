@@ -164,6 +164,15 @@ def test_heat_inside_the_box_is_a_share_and_chance_is_its_area():
     assert pointing(an_explanation(raw_map=spot(3, 6)), [left_half]).heat == 0
 
 
+def test_a_box_and_a_map_that_are_not_square_point_alike():
+    raw_map = np.zeros((4, 8), np.float32)
+    raw_map[0, 6] = 1  # at 0.81 of the width, 0.125 of the height
+    boxes = (0.7, 0.05, 0.8, 0.3), (0.05, 0.7, 0.3, 0.8)
+    wide, high = (pointing(an_explanation(raw_map=raw_map), [box]) for box in boxes)
+    assert wide.is_inside and not high.is_inside
+    assert wide.area == pytest.approx((0.1 + 1 / 8) * (0.3 + 1 / 8)) and wide.heat > 0.5
+
+
 def test_of_several_boxes_any_will_do_and_what_they_share_counts_once():
     corner, other = (0, 0, 1 / 7, 1 / 7), (6 / 7, 6 / 7, 1, 1)
     found = pointing(an_explanation(raw_map=spot(6, 6)), [corner, other])
