@@ -4624,7 +4624,7 @@ section, article { padding: 12px; background: var(--panel); border: 1px solid va
 .cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)) }
 .graphs { display: flex; flex-wrap: wrap; gap: 8px 24px } .wide { overflow-x: auto; margin: 14px 0 }
 table { border-collapse: collapse; overflow-wrap: normal } a, path { color: var(--bar); fill: var(--bar) }
-td, th { border: 1px solid var(--line); padding: 4px 9px; text-align: left; vertical-align: top }
+td, th { border: 1px solid var(--line); padding: .3em .6em; text-align: left; vertical-align: top }
 td { background: color-mix(in srgb, var(--bar) calc(var(--share, 0) * 75%), transparent) }
 figure { width: 240px } line { stroke: var(--ink); vector-effect: non-scaling-stroke }
 svg { width: 100%; height: 130px; border: solid var(--ink); border-width: 0 0 1px 1px }
