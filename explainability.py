@@ -2897,6 +2897,8 @@ READING_ADVICE = (
     "Good: on the fracture line and the bone around it.",
     "Red flag: on borders, markers, text, or nowhere in particular.",
 )
+MISSING = "□"  # for a character that no installed font has
+BOX_LEGEND = "Dashed: the true fracture; thin line: as it is counted, with half a cell of the map more."
 READERS_CHECK = "☐ Clinical features match: for the reader to judge"
 
 # A figure is a sheet: texts, boxes and pictures at places in inches from its top left. matplotlib's
@@ -2937,40 +2939,63 @@ BODY, SMALL = Look(10), Look(8.5)
 NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
 
 
-@functools.cache
-def font_file(is_bold: bool) -> str:
+def own_font(is_bold: bool) -> str:
     """DejaVu Sans, which comes with matplotlib, so that figures look the same everywhere."""
     name = "DejaVuSans-Bold.ttf" if is_bold else "DejaVuSans.ttf"
     return str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", name))
 
 
 @functools.cache
-def advances(is_bold: bool) -> dict[str, float]:
-    """Width of each character that the figures' font can draw, in inches for each point of size."""
+def opened_font(path: str) -> Any:
     plain_matplotlib()
-    from matplotlib.ft2font import FT2Font, LoadFlags
+    from matplotlib.ft2font import FT2Font
 
-    font = FT2Font(font_file(is_bold))
-    scale = 1 / font.units_per_EM / 72
-    codes = font.get_charmap().items()
-    glyphs = {chr(code): font.load_glyph(index, LoadFlags.NO_SCALE) for code, index in codes}
-    return {character: glyph.horiAdvance * scale for character, glyph in glyphs.items()}
+    return FT2Font(path)
+
+
+@functools.cache
+def glyphs(font: str) -> dict[str, int]:
+    """Which glyph of a font's file draws each character; none where it cannot be drawn at every size."""
+    face = opened_font(font)
+    return {chr(code): index for code, index in face.get_charmap().items()} if face.scalable else {}
+
+
+@functools.lru_cache(maxsize=4096)
+def font_file(text: str, is_bold: bool) -> str:
+    """The figures' own font, or for what it lacks the first installed one that has the whole text."""
+    own = own_font(is_bold)
+    if glyphs(own).keys() >= set(text):
+        return own
+    from matplotlib.font_manager import fontManager
+
+    upright = {entry.fname for entry in fontManager.ttflist if entry.style == "normal"}
+    upright = {font for font in upright if "LastResort" not in font}  # has a box for every character
+    installed = sorted(filter(os.path.isfile, upright), key=lambda font: (("bold" in font.lower()) != is_bold, font))
+    return next((font for font in installed if glyphs(font).keys() >= set(text)), own)
 
 
 @functools.lru_cache(maxsize=4096)
 def drawable(text: str) -> str:
-    """Text in which every character that the figures' font lacks is shown as an escape."""
-    known = advances(False)
-    return "".join(
-        character if character in known else character.encode("unicode_escape").decode()
-        for character in printable(text)
-    )
+    """A text in one line of which each character can be drawn; where no font has all, some are boxes."""
+    text = re.sub(r"(?<=\d) %", "\u00a0%", printable(text))  # a number and its sign stay on one line
+    font = font_file(text, False)
+    return "".join(character if character in glyphs(font) else MISSING for character in text)
+
+
+@functools.cache
+def advance(character: str, font: str) -> float:
+    """Width of a character in inches for each point of size."""
+    from matplotlib.ft2font import LoadFlags
+
+    face = opened_font(font)
+    glyph = face.load_glyph(glyphs(font).get(character, 0), LoadFlags.NO_SCALE)
+    return glyph.horiAdvance / face.units_per_EM / 72
 
 
 def text_width(text: str, look: Look) -> float:
     """Inches that a line of drawable text takes; kerning is left out."""
-    widths = advances(look.is_bold)
-    return look.points * sum(widths.get(character, widths["M"]) for character in text)
+    font = font_file(text, look.is_bold)
+    return look.points * sum(advance(character, font) for character in text)
 
 
 def elided(text: str, look: Look, inches: float) -> str:
@@ -3008,7 +3033,7 @@ def text_strip(text: str, points: float, is_bold: bool, dpi: float) -> np.ndarra
     pad = strip_pad(points, dpi)
     width = round(text_width(text, Look(points, is_bold=is_bold)) * dpi) + 2 * pad
     renderer = RendererAgg(width, 6 * pad, dpi)
-    font = FontProperties(fname=font_file(is_bold), size=points)
+    font = FontProperties(fname=font_file(text, is_bold), size=points)
     renderer.draw_text(renderer.new_gc(), pad, 4 * pad, text, font, 0)
     return np.array(renderer.buffer_rgba())[:, :, 3]
 
@@ -3034,7 +3059,7 @@ class Line:
         gc, x, y = renderer.new_gc(), self.x * dpi, (height - self.baseline) * dpi
         gc.set_foreground(self.look.colour)
         if not hasattr(renderer, "buffer_rgba"):  # text stays text
-            font = FontProperties(fname=font_file(self.look.is_bold), size=self.look.points)
+            font = FontProperties(fname=font_file(self.text, self.look.is_bold), size=self.look.points)
             y = self.baseline * dpi if renderer.flipy() else y
             renderer.draw_text(gc, x, y, self.text, font, 90 * self.is_upright)
             return
@@ -3224,11 +3249,6 @@ class View:
         """Inches that a panel takes with its title."""
         return max(self.width, MIN_COLUMN)
 
-    @property
-    def box_note(self) -> str:
-        """What the title of a picture with boxes ends with."""
-        return ", dashed: the true fracture" if self.boxes else ""
-
 
 def fitted(pixels: np.ndarray, dpi: float) -> np.ndarray:
     """A radiograph (H, W, 3) at the size of a panel: about the same area whatever its shape."""
@@ -3252,18 +3272,23 @@ def draw_picture(sheet: Sheet, x: float, y: float, view: View, pixels: np.ndarra
     sheet.items.append(Picture(x, y, pixels, title))
 
 
-def draw_boxes(sheet: Sheet, x: float, y: float, view: View) -> None:
-    """Dashed outlines of what is known to be there."""
-    for left, top, right, bottom in view.boxes:
-        size = (right - left) * view.width, (bottom - top) * view.height
-        place = (x + left * view.width, y + top * view.height, *size)
-        sheet.items += [Box(*place, "black", 2.5), Box(*place, "white", 1.2, (4, 3))]
+def draw_boxes(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation) -> None:
+    """Dashed outlines of known fractures, and thin ones of what counts as inside."""
+    h, w = explanation.raw_map.shape
+    for box in view.boxes:
+        for (left, top, right, bottom), is_counted in ((box, False), (with_margin(box, h, w), True)):
+            size = (right - left) * view.width, (bottom - top) * view.height
+            place = (x + left * view.width, y + top * view.height, *size)
+            if is_counted:
+                sheet.items.append(Box(*place, "white", HAIRLINE))
+            else:
+                sheet.items += [Box(*place, "black", 2.5), Box(*place, "white", 1.2, (4, 3))]
 
 
 def draw_heatmap(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
     """The map alone, at the size of the picture; a map with nothing to show says so."""
     draw_picture(sheet, x, y, view, heatmap_pixels(explanation, *view.picture.shape[:2], view.style), title)
-    draw_boxes(sheet, x, y, view)
+    draw_boxes(sheet, x, y, view, explanation)
     if explanation.blankness:
         lines = wrapped(explanation.blankness, SMALL, view.column - 0.3, 4)
         width, height = max(text_width(line, SMALL) for line in lines), SMALL.leading * len(lines)
@@ -3275,7 +3300,7 @@ def draw_heatmap(sheet: Sheet, x: float, y: float, view: View, explanation: Expl
 def draw_overlay(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
     """The map over the radiograph."""
     draw_picture(sheet, x, y, view, overlay_pixels(view.picture, explanation, view.style), title)
-    draw_boxes(sheet, x, y, view)
+    draw_boxes(sheet, x, y, view, explanation)
 
 
 def draw_colour_bar(sheet: Sheet, x: float, y: float, view: View) -> None:
@@ -3317,10 +3342,10 @@ def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation
 
 
 def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
-    """The checks: those flagged in words, the others in one line, and what only the reader can judge."""
+    """The checks: those flagged in words and first, others in one line, and what only the reader can judge."""
     if not explanation.findings:
         return y
-    passed = []
+    told, passed = [], []
     for finding in explanation.findings:
         check = CHECKS[finding.check]
         if finding.is_flagged:
@@ -3328,32 +3353,29 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
             text = f"{check.title}: {finding.text}" if check.title else finding.text
             y = sheet.paragraph(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
         elif check.about == "verify":
-            y = sheet.paragraph(x, y, marked_text(finding), width, SMALL, 3) + 0.03
+            told.append(marked_text(finding))
         else:
             passed.append(check.key.replace("_", " "))
+    if explanation.pointing:
+        told += pointing_text(explanation.pointing).replace("⚠️  ", "⚠ ").split("; ")
+    for text in told:
+        y = sheet.paragraph(x, y, text, width, ALERT if text.startswith("⚠") else SMALL, 3)
     if passed:
         y = sheet.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
-    if explanation.pointing:
-        y = sheet.paragraph(x, y, pointing_text(explanation.pointing), width)
     return sheet.paragraph(x, y, READERS_CHECK, width) + 0.1
 
 
 def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str, str]]:
     """What the details panel lists: (label, value)."""
     model, raw, method = explanation.model, explanation.raw_map, METHODS[explanation.method]
-    explained, accuracy = explanation.explained_class, model.accuracy
-    if explanation.explained != explanation.predicted:
-        explained = f"{explanation.probabilities[explanation.explained]:.2%} {explained}"
+    accuracy = model.accuracy
     if is_demo(model.checkpoint) and accuracy.endswith("%"):
         accuracy += " (synthetic test images)"
     h, w = raw.shape
-    lines = [
-        ("Explained class", explained),
-        ("Model", model.architecture),
-        ("Checkpoint", printable(model.checkpoint.name)),
-        ("", accuracy),
-        ("Method", method.title),
-    ]
+    lines = [("Model", model.architecture), ("Checkpoint", printable(model.checkpoint.name)), ("", accuracy)]
+    if explanation.explained != explanation.predicted:
+        probability = explanation.probabilities[explanation.explained]
+        lines.insert(0, ("Explained class", f"{probability:.2%} {explanation.explained_class}"))
     if explanation.method.startswith("gradcam"):
         lines.append(("Target layer", model.family.target_layer))
     lines.append(("Map", f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"))
@@ -3428,8 +3450,13 @@ def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool) -> floa
     return y + 0.28
 
 
-def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float) -> None:
+def draw_footer(sheet: Sheet, view: View, explanations: Sequence[Explanation], bottom: float) -> None:
     """What stands below every figure; ends the page."""
+    inches, y = sheet.width - 2 * MARGIN, bottom + 0.1
+    if view.boxes:
+        y = sheet.paragraph(MARGIN, y, BOX_LEGEND, inches, FAINT)
+    if MISSING in drawable(view.name):
+        y = sheet.paragraph(MARGIN, y, f"{MISSING}: a character that no font here has", inches, FAINT)
     methods = dict.fromkeys(METHODS[each.method].title for each in explanations)
     if is_demo(explanations[0].model.checkpoint):
         is_pair = len({each.model.family.key for each in explanations}) > 1
@@ -3437,7 +3464,7 @@ def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float
     else:
         verb = "shows" if len(methods) == 1 else "show"
         text = f"{', '.join(methods)} {verb} correlation, not cause. Not for diagnosis."
-    sheet.height = sheet.paragraph(MARGIN, bottom + 0.1, text, sheet.width - 2 * MARGIN, FAINT) + 0.12
+    sheet.height = sheet.paragraph(MARGIN, y, text, inches, FAINT) + 0.12
 
 
 def explanation_figure(view: View, explanation: Explanation) -> Sheet:
@@ -3446,8 +3473,7 @@ def explanation_figure(view: View, explanation: Explanation) -> Sheet:
     The narrow panels of long bones stand in one row.
     """
     column, model, method = view.column, explanation.model, METHODS[explanation.method].title
-    overlay_title = "Overlay (Model Focus)" + view.box_note
-    titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", overlay_title)
+    titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", "Overlay (Model Focus)")
     room = title_room(titles, column)
     right, down = column + GAP, room + view.height + GAP / 2
     offsets, details_width = [(0, 0), (right, 0), (0, down), (right, down)], column + BAR_ROOM - 0.1
@@ -3464,7 +3490,7 @@ def explanation_figure(view: View, explanation: Explanation) -> Sheet:
     draw_overlay(sheet, *overlay, view, explanation, titles[2])
     x, y = details
     end = draw_details(sheet, x, y - room + 0.06, details_width, explanation, view.style)
-    draw_footer(sheet, [explanation], max(overlay[1] + view.height, end))
+    draw_footer(sheet, view, [explanation], max(overlay[1] + view.height, end))
     return sheet
 
 
@@ -3506,7 +3532,7 @@ def comparison_figure(
         flagged = "; ".join(finding.text for finding in explanation.findings if finding.is_flagged)
         if flagged:
             y = sheet.paragraph(MARGIN, y, f"⚠ {flagged}", inches, ALERT, 5)
-        titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay" + view.box_note)
+        titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay")
         y += title_room(titles, view.column)
         draw_picture(sheet, across[0], y, view, view.picture, titles[0])
         draw_heatmap(sheet, across[1], y, view, explanation, titles[1])
@@ -3514,7 +3540,7 @@ def comparison_figure(
         if has_colours(explanation, view.style):
             draw_colour_bar(sheet, bar, y, view)
         y += view.height + 0.16
-    draw_footer(sheet, explanations, y - 0.16)
+    draw_footer(sheet, view, explanations, y - 0.16)
     return sheet
 
 
@@ -3545,9 +3571,9 @@ def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Expla
 def draw_method(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, cost: str) -> None:
     """One method's overlay, with its cost and the sum of its map beside what it owes."""
     draw_overlay(sheet, x, y, view, explanation, METHODS[explanation.method].title)
-    owed = "" if explanation.owed is None else f", must be {explanation.owed:.3g}"
-    text = f"{cost}; sum {explanation.raw_map.sum():.3g}{owed}"
-    end = sheet.paragraph(x, y + view.height + 0.05, text, view.column)
+    if explanation.owed is not None:
+        cost += f"; sum {explanation.raw_map.sum():.3g}, must be {explanation.owed:.3g}"
+    end = sheet.paragraph(x, y + view.height + 0.05, cost, view.column)
     sheet.paragraph(x, end, explanation.blankness, view.column, ALERT, 1)
 
 
@@ -3570,12 +3596,11 @@ def methods_figure(view: View, explanations: Sequence[Explanation], costs: Seque
     down = room + view.height + 3 * SMALL.leading
     places = [(MARGIN + n % columns * pitch, y + n // columns * down) for n in range(count)]
     draw_picture(sheet, *places[0], view, view.picture, "Original X-ray")
-    sheet.paragraph(MARGIN, y + view.height + 0.05, view.box_note[2:].capitalize(), view.column)
     for place, explanation, cost in zip(places[1:], explanations, costs):
         draw_method(sheet, *place, view, explanation, cost)
     draw_colour_bar(sheet, places[columns - 1][0] + view.width + 0.12, y, view)
     end = draw_overlaps(sheet, MARGIN, places[-1][1] + down - room + 0.1, explanations)
-    draw_footer(sheet, explanations, end)
+    draw_footer(sheet, view, explanations, end)
     return sheet
 
 
