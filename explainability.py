@@ -4624,7 +4624,7 @@ def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
 
 REPORT_NAME = "report.html"
 SURE = 0.95  # confidence from which a wrong prediction is looked at first
-NORMAL_95 = 1.96  # standard deviations to each side that hold 95 % of a normal distribution
+Z = 1.96  # standard deviations to each side that hold 95 % of a normal distribution
 HEAT_COLUMNS = {"border": "on border", "dark": "on dark", "markers": "on markers", "heat_in_box": "in box"}
 REPORT = """<!doctype html>
 <html lang="en">
@@ -4692,6 +4692,7 @@ function build(part, space = "http://www.w3.org/1999/xhtml") {
   const [tag, attributes, ...children] = part, inner = tag === "svg" ? "http://www.w3.org/2000/svg" : space;
   const node = document.createElementNS(inner, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  if (/^[✗⚠🚩]/u.test(children[0])) node.className = "bad";
   if (attributes.share) node.style.setProperty("--share", attributes.share);
   node.append(...children.map(child => build(child, inner)));
   return node;
@@ -4793,15 +4794,10 @@ def kinds_of(row: dict[str, str], model: Model) -> list[str]:
     return [*faults, *dict.fromkeys(flags), class_key(named)]
 
 
-def line_node(text: str) -> Node:
-    """A line of text, coloured where it begins with a warning."""
-    return ["p", {"class": "bad" if text.startswith(("✗", "⚠", "🚩")) else ""}, text]
-
-
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
     """Where a share lies with 95 % confidence (E. B. Wilson, JASA 22, 1927)."""
-    share, square = right / count, NORMAL_95**2 / count
-    half = NORMAL_95 * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    share, square = right / count, Z**2 / count
+    half = Z * math.sqrt(share * (1 - share) / count + square / (4 * count))
     return (share + square / 2 - half) / (1 + square), (share + square / 2 + half) / (1 + square)
 
 
@@ -4842,11 +4838,11 @@ def model_node(rows: Sequence[dict[str, str]], model: Model, observations: Seque
     if observations:
         heat = resized(normalised(np.mean([each.heat for each in observations], axis=0)), 130, 130)
         pixels = png(colour_table("jet")[(heat * 255).round().astype(np.uint8)], 96)
-        caption = f"Mean of the {len(observations)} maps made last"
+        caption = f"Mean map of {len(observations)} images"
         image = ["img", {"src": f"data:image/png;base64,{base64.b64encode(pixels).decode()}", "alt": caption}]
         graphs.append(["figure", {}, ["figcaption", {}, caption], image])
     where = f"{model.architecture}, {printable(model.checkpoint.name)}; {model.accuracy}"
-    lines = map(line_node, [told, where, *audit_lines(observations)])
+    lines = [["p", {}, line] for line in (told, where, *audit_lines(observations))]
     return ["section", {}, ["h2", {}, model.title], *lines, ["div", {"class": "graphs"}, *graphs]]
 
 
@@ -4866,10 +4862,10 @@ def classes_node(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> Nod
         texts = [f"{sum(key in each for _, each in mine)}" for key in flags]
         for column in HEAT_COLUMNS:
             shares = [float(text) for row, _ in mine if (text := said_in(row, model, column))]
-            texts.append(percent(np.mean(shares)) if shares else "–")
+            texts.append(f"{np.mean(shares):.0%}" if shares else "–")
         first = [["th", {"scope": "row"}, model.title], ["td", {}, name], ["td", {}, f"{len(mine)}"]]
         lines.append(["tr", {}, *first, *cells, *(["td", {}, text] for text in texts)])
-    caption = "By true class, or by the predicted one where that is not known"
+    caption = "By true class, or the predicted one where that is not known; at the right, where the heat lies"
     return ["section", {"class": "wide"}, ["table", {}, ["caption", {}, caption], *lines]]
 
 
@@ -4909,7 +4905,7 @@ def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[st
         "picture": picture,
         "caption": " · ".join([name, *truth, *said]),
         "links": [["div", {}, ["a", {"href": link}, printable(file)]] for file, link in links.items()],
-        "cells": [heading, *([line_node(text) for text in texts] for texts in (truth + said, flags, notes))],
+        "cells": [heading, *([["p", {}, text] for text in texts] for texts in (truth + said, flags, notes))],
     }
 
 
@@ -4948,14 +4944,14 @@ def report_page(
     cards.sort(key=lambda card: (card["first"], card["file"]))
     counts = Counter(kind for card in cards for kind in set(itertools.chain(*card["kinds"].values())))
     done = [row for row in rows if not row.get("error")]
-    facts = [f"{len(done)} explained, {counts['failed']} failed", *told]
+    facts = [f"{len(done)} explained", f"{counts['failed']} failed"]
     if len(models) > 1 and done:
         facts.append(f"The models agree on {len(done) - counts['disagree']} of {len(done)} images")
         facts += overlap_lines(done)
     sections = [model_node(rows, model, observations.get(model.family.key, ())) for model in models]
-    about = [["h1", {}, f"Explainability of {len(rows)} images"], *map(line_node, facts)]
-    sections = ["div", {"class": "models"}, *sections]
-    about.append(["details", {"open": ""}, ["summary", {}, "The models"], sections, classes_node(done, models)])
+    parts = [["summary", {}, "The models"], ["div", {"class": "models"}, *sections], classes_node(done, models)]
+    about = [["h1", {}, f"Explainability of {len(rows)} images"], ["p", {}, " · ".join(facts)]]
+    about += [["p", {"class": "muted"}, " · ".join(told)], ["details", {"open": ""}, *parts]]
     notice = f"Demo networks: {DEMO_NOTICE}." if is_demo(models[0].checkpoint) else "Not for diagnosis."
     places = {"about": about, "filters": filter_nodes(counts, models), "notice": [notice]}
     page = REPORT

@@ -127,8 +127,8 @@ def test_table_by_class_by_hand():
         "on border", "on dark", "on markers", "in box",
     ]  # fmt: skip
     assert lines[1:] == [
-        ["ConvNeXt V2", COMMINUTED, "2", "1", "1", "0", "0", "–", "–", "–", "25 %"],
-        ["ConvNeXt V2", SIMPLE, "4", "3", "1", "0", "0", "30 %", "–", "–", "–"],
+        ["ConvNeXt V2", COMMINUTED, "2", "1", "1", "0", "0", "–", "–", "–", "25%"],
+        ["ConvNeXt V2", SIMPLE, "4", "3", "1", "0", "0", "30%", "–", "–", "–"],
         ["EfficientNetV2-S", COMMINUTED, "2", "1", "1", "1", "1", "–", "–", "–", "–"],
         ["EfficientNetV2-S", SIMPLE, "4", "2", "2", "0", "0", "–", "–", "–", "–"],
     ]
@@ -151,14 +151,15 @@ def test_images_come_in_the_order_in_which_to_look():
 def test_mean_map_is_told_with_the_count_of_images_that_it_covers():
     about = data(page(convnext=observations(5)))["places"]["about"]
     (image,) = found(["div", {}, *about], "img")
-    assert image[1]["alt"] == "Mean of the 5 maps made last" and image[1]["src"].startswith("data:image/png;base64,")
+    assert image[1]["alt"] == "Mean map of 5 images" and image[1]["src"].startswith("data:image/png;base64,")
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(image[1]["src"].partition(",")[2]))))
     assert pixels[28, 100, 0] > 100 > pixels[28, 100, 2] and pixels[100, 28, 2] > 100 > pixels[100, 28, 0]
 
 
 def test_page_says_what_was_run_and_whether_the_models_agree():
     said = texts(["div", {}, *data(page())["places"]["about"]])
-    assert {"6 explained, 1 failed", "method gradcam", "torch 2.10", "The models agree on 5 of 6 images"} <= set(said)
+    told = "6 explained · 1 failed · The models agree on 5 of 6 images · Maps share "
+    assert said[1].startswith(told) and said[2] == "method gradcam · torch 2.10"
     assert "convnextv2_base.fcmae_ft_in22k_in1k, convnext_v2_improved_best.pth; Validation accuracy: 98.32%" in said
 
 
@@ -209,7 +210,7 @@ def test_run_over_images_ends_with_its_page(run, tmp_path, capsys):
     first = (tmp_path / "figures" / "report.html").read_bytes()
     (tmp_path / "figures" / "comparison_doe_left.png").unlink()
     text = run("--skip-existing")
-    assert len(data(text)["rows"]) == 2 and "Mean of the 1 maps made last" in text
+    assert len(data(text)["rows"]) == 2 and "Mean map of 1 images" in text
     assert run().encode() == first
 
 
