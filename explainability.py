@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import base64
 import contextlib
 import csv
 import dataclasses
@@ -84,6 +85,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
+from urllib.parse import quote
 
 try:
     import fcntl
@@ -2871,6 +2873,8 @@ READING_ADVICE = (
     "Good: on the fracture line and the bone around it.",
     "Red flag: on borders, markers, text, or nowhere in particular.",
 )
+MISSING = "□"  # for a character that no installed font has
+BOX_LEGEND = "Dashed: the true fracture; thin line: as it is counted, with half a cell of the map more."
 READERS_CHECK = "☐ Clinical features match: for the reader to judge"
 
 # A figure is a sheet: texts, boxes and pictures at places in inches from its top left. matplotlib's
@@ -2911,40 +2915,63 @@ BODY, SMALL = Look(10), Look(8.5)
 NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
 
 
-@functools.cache
-def font_file(is_bold: bool) -> str:
+def own_font(is_bold: bool) -> str:
     """DejaVu Sans, which comes with matplotlib, so that figures look the same everywhere."""
     name = "DejaVuSans-Bold.ttf" if is_bold else "DejaVuSans.ttf"
     return str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", name))
 
 
 @functools.cache
-def advances(is_bold: bool) -> dict[str, float]:
-    """Width of each character that the figures' font can draw, in inches for each point of size."""
+def opened_font(path: str) -> Any:
     plain_matplotlib()
-    from matplotlib.ft2font import FT2Font, LoadFlags
+    from matplotlib.ft2font import FT2Font
 
-    font = FT2Font(font_file(is_bold))
-    scale = 1 / font.units_per_EM / 72
-    codes = font.get_charmap().items()
-    glyphs = {chr(code): font.load_glyph(index, LoadFlags.NO_SCALE) for code, index in codes}
-    return {character: glyph.horiAdvance * scale for character, glyph in glyphs.items()}
+    return FT2Font(path)
+
+
+@functools.cache
+def glyphs(font: str) -> dict[str, int]:
+    """Which glyph of a font's file draws each character; none where it cannot be drawn at every size."""
+    face = opened_font(font)
+    return {chr(code): index for code, index in face.get_charmap().items()} if face.scalable else {}
+
+
+@functools.lru_cache(maxsize=4096)
+def font_file(text: str, is_bold: bool) -> str:
+    """The figures' own font, or for what it lacks the first installed one that has the whole text."""
+    own = own_font(is_bold)
+    if glyphs(own).keys() >= set(text):
+        return own
+    from matplotlib.font_manager import fontManager
+
+    upright = {entry.fname for entry in fontManager.ttflist if entry.style == "normal"}
+    upright = {font for font in upright if "LastResort" not in font}  # has a box for every character
+    installed = sorted(filter(os.path.isfile, upright), key=lambda font: (("bold" in font.lower()) != is_bold, font))
+    return next((font for font in installed if glyphs(font).keys() >= set(text)), own)
 
 
 @functools.lru_cache(maxsize=4096)
 def drawable(text: str) -> str:
-    """Text in which every character that the figures' font lacks is shown as an escape."""
-    known = advances(False)
-    return "".join(
-        character if character in known else character.encode("unicode_escape").decode()
-        for character in printable(text)
-    )
+    """A text in one line of which each character can be drawn; where no font has all, some are boxes."""
+    text = re.sub(r"(?<=\d) %", "\u00a0%", printable(text))  # a number and its sign stay on one line
+    font = font_file(text, False)
+    return "".join(character if character in glyphs(font) else MISSING for character in text)
+
+
+@functools.cache
+def advance(character: str, font: str) -> float:
+    """Width of a character in inches for each point of size."""
+    from matplotlib.ft2font import LoadFlags
+
+    face = opened_font(font)
+    glyph = face.load_glyph(glyphs(font).get(character, 0), LoadFlags.NO_SCALE)
+    return glyph.horiAdvance / face.units_per_EM / 72
 
 
 def text_width(text: str, look: Look) -> float:
     """Inches that a line of drawable text takes; kerning is left out."""
-    widths = advances(look.is_bold)
-    return look.points * sum(widths.get(character, widths["M"]) for character in text)
+    font = font_file(text, look.is_bold)
+    return look.points * sum(advance(character, font) for character in text)
 
 
 def elided(text: str, look: Look, inches: float) -> str:
@@ -2982,7 +3009,7 @@ def text_strip(text: str, points: float, is_bold: bool, dpi: float) -> np.ndarra
     pad = strip_pad(points, dpi)
     width = round(text_width(text, Look(points, is_bold=is_bold)) * dpi) + 2 * pad
     renderer = RendererAgg(width, 6 * pad, dpi)
-    font = FontProperties(fname=font_file(is_bold), size=points)
+    font = FontProperties(fname=font_file(text, is_bold), size=points)
     renderer.draw_text(renderer.new_gc(), pad, 4 * pad, text, font, 0)
     return np.array(renderer.buffer_rgba())[:, :, 3]
 
@@ -3008,7 +3035,7 @@ class Line:
         gc, x, y = renderer.new_gc(), self.x * dpi, (height - self.baseline) * dpi
         gc.set_foreground(self.look.colour)
         if not hasattr(renderer, "buffer_rgba"):  # text stays text
-            font = FontProperties(fname=font_file(self.look.is_bold), size=self.look.points)
+            font = FontProperties(fname=font_file(self.text, self.look.is_bold), size=self.look.points)
             y = self.baseline * dpi if renderer.flipy() else y
             renderer.draw_text(gc, x, y, self.text, font, 90 * self.is_upright)
             return
@@ -3198,11 +3225,6 @@ class View:
         """Inches that a panel takes with its title."""
         return max(self.width, MIN_COLUMN)
 
-    @property
-    def box_note(self) -> str:
-        """What the title of a picture with boxes ends with."""
-        return ", dashed: the true fracture" if self.boxes else ""
-
 
 def fitted(pixels: np.ndarray, dpi: float) -> np.ndarray:
     """A radiograph (H, W, 3) at the size of a panel: about the same area whatever its shape."""
@@ -3226,18 +3248,23 @@ def draw_picture(sheet: Sheet, x: float, y: float, view: View, pixels: np.ndarra
     sheet.items.append(Picture(x, y, pixels, title))
 
 
-def draw_boxes(sheet: Sheet, x: float, y: float, view: View) -> None:
-    """Dashed outlines of what is known to be there."""
-    for left, top, right, bottom in view.boxes:
-        size = (right - left) * view.width, (bottom - top) * view.height
-        place = (x + left * view.width, y + top * view.height, *size)
-        sheet.items += [Box(*place, "black", 2.5), Box(*place, "white", 1.2, (4, 3))]
+def draw_boxes(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation) -> None:
+    """Dashed outlines of known fractures, and thin ones of what counts as inside."""
+    h, w = explanation.raw_map.shape
+    for box in view.boxes:
+        for (left, top, right, bottom), is_counted in ((box, False), (with_margin(box, h, w), True)):
+            size = (right - left) * view.width, (bottom - top) * view.height
+            place = (x + left * view.width, y + top * view.height, *size)
+            if is_counted:
+                sheet.items.append(Box(*place, "white", HAIRLINE))
+            else:
+                sheet.items += [Box(*place, "black", 2.5), Box(*place, "white", 1.2, (4, 3))]
 
 
 def draw_heatmap(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
     """The map alone, at the size of the picture; a map with nothing to show says so."""
     draw_picture(sheet, x, y, view, heatmap_pixels(explanation, *view.picture.shape[:2], view.style), title)
-    draw_boxes(sheet, x, y, view)
+    draw_boxes(sheet, x, y, view, explanation)
     if explanation.blankness:
         lines = wrapped(explanation.blankness, SMALL, view.column - 0.3, 4)
         width, height = max(text_width(line, SMALL) for line in lines), SMALL.leading * len(lines)
@@ -3249,7 +3276,7 @@ def draw_heatmap(sheet: Sheet, x: float, y: float, view: View, explanation: Expl
 def draw_overlay(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
     """The map over the radiograph."""
     draw_picture(sheet, x, y, view, overlay_pixels(view.picture, explanation, view.style), title)
-    draw_boxes(sheet, x, y, view)
+    draw_boxes(sheet, x, y, view, explanation)
 
 
 def draw_colour_bar(sheet: Sheet, x: float, y: float, view: View) -> None:
@@ -3291,10 +3318,10 @@ def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation
 
 
 def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
-    """The checks: those flagged in words, the others in one line, and what only the reader can judge."""
+    """The checks: those flagged in words and first, others in one line, and what only the reader can judge."""
     if not explanation.findings:
         return y
-    passed = []
+    told, passed = [], []
     for finding in explanation.findings:
         check = CHECKS[finding.check]
         if finding.is_flagged:
@@ -3302,32 +3329,29 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
             text = f"{check.title}: {finding.text}" if check.title else finding.text
             y = sheet.paragraph(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
         elif check.about == "verify":
-            y = sheet.paragraph(x, y, marked_text(finding), width, SMALL, 3) + 0.03
+            told.append(marked_text(finding))
         else:
             passed.append(check.key.replace("_", " "))
+    if explanation.pointing:
+        told += pointing_text(explanation.pointing).replace("⚠️  ", "⚠ ").split("; ")
+    for text in told:
+        y = sheet.paragraph(x, y, text, width, ALERT if text.startswith("⚠") else SMALL, 3)
     if passed:
         y = sheet.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
-    if explanation.pointing:
-        y = sheet.paragraph(x, y, pointing_text(explanation.pointing), width)
     return sheet.paragraph(x, y, READERS_CHECK, width) + 0.1
 
 
 def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str, str]]:
     """What the details panel lists: (label, value)."""
     model, raw, method = explanation.model, explanation.raw_map, METHODS[explanation.method]
-    explained, accuracy = explanation.explained_class, model.accuracy
-    if explanation.explained != explanation.predicted:
-        explained = f"{explanation.probabilities[explanation.explained]:.2%} {explained}"
+    accuracy = model.accuracy
     if is_demo(model.checkpoint) and accuracy.endswith("%"):
         accuracy += " (synthetic test images)"
     h, w = raw.shape
-    lines = [
-        ("Explained class", explained),
-        ("Model", model.architecture),
-        ("Checkpoint", printable(model.checkpoint.name)),
-        ("", accuracy),
-        ("Method", method.title),
-    ]
+    lines = [("Model", model.architecture), ("Checkpoint", printable(model.checkpoint.name)), ("", accuracy)]
+    if explanation.explained != explanation.predicted:
+        probability = explanation.probabilities[explanation.explained]
+        lines.insert(0, ("Explained class", f"{probability:.2%} {explanation.explained_class}"))
     if explanation.method.startswith("gradcam"):
         lines.append(("Target layer", model.family.target_layer))
     lines.append(("Map", f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"))
@@ -3402,8 +3426,13 @@ def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool) -> floa
     return y + 0.28
 
 
-def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float) -> None:
+def draw_footer(sheet: Sheet, view: View, explanations: Sequence[Explanation], bottom: float) -> None:
     """What stands below every figure; ends the page."""
+    inches, y = sheet.width - 2 * MARGIN, bottom + 0.1
+    if view.boxes:
+        y = sheet.paragraph(MARGIN, y, BOX_LEGEND, inches, FAINT)
+    if MISSING in drawable(view.name):
+        y = sheet.paragraph(MARGIN, y, f"{MISSING}: a character that no font here has", inches, FAINT)
     methods = dict.fromkeys(METHODS[each.method].title for each in explanations)
     if is_demo(explanations[0].model.checkpoint):
         is_pair = len({each.model.family.key for each in explanations}) > 1
@@ -3411,7 +3440,7 @@ def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float
     else:
         verb = "shows" if len(methods) == 1 else "show"
         text = f"{', '.join(methods)} {verb} correlation, not cause. Not for diagnosis."
-    sheet.height = sheet.paragraph(MARGIN, bottom + 0.1, text, sheet.width - 2 * MARGIN, FAINT) + 0.12
+    sheet.height = sheet.paragraph(MARGIN, y, text, inches, FAINT) + 0.12
 
 
 def explanation_figure(view: View, explanation: Explanation) -> Sheet:
@@ -3420,8 +3449,7 @@ def explanation_figure(view: View, explanation: Explanation) -> Sheet:
     The narrow panels of long bones stand in one row.
     """
     column, model, method = view.column, explanation.model, METHODS[explanation.method].title
-    overlay_title = "Overlay (Model Focus)" + view.box_note
-    titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", overlay_title)
+    titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", "Overlay (Model Focus)")
     room = title_room(titles, column)
     right, down = column + GAP, room + view.height + GAP / 2
     offsets, details_width = [(0, 0), (right, 0), (0, down), (right, down)], column + BAR_ROOM - 0.1
@@ -3438,7 +3466,7 @@ def explanation_figure(view: View, explanation: Explanation) -> Sheet:
     draw_overlay(sheet, *overlay, view, explanation, titles[2])
     x, y = details
     end = draw_details(sheet, x, y - room + 0.06, details_width, explanation, view.style)
-    draw_footer(sheet, [explanation], max(overlay[1] + view.height, end))
+    draw_footer(sheet, view, [explanation], max(overlay[1] + view.height, end))
     return sheet
 
 
@@ -3480,7 +3508,7 @@ def comparison_figure(
         flagged = "; ".join(finding.text for finding in explanation.findings if finding.is_flagged)
         if flagged:
             y = sheet.paragraph(MARGIN, y, f"⚠ {flagged}", inches, ALERT, 5)
-        titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay" + view.box_note)
+        titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay")
         y += title_room(titles, view.column)
         draw_picture(sheet, across[0], y, view, view.picture, titles[0])
         draw_heatmap(sheet, across[1], y, view, explanation, titles[1])
@@ -3488,7 +3516,7 @@ def comparison_figure(
         if has_colours(explanation, view.style):
             draw_colour_bar(sheet, bar, y, view)
         y += view.height + 0.16
-    draw_footer(sheet, explanations, y - 0.16)
+    draw_footer(sheet, view, explanations, y - 0.16)
     return sheet
 
 
@@ -3519,9 +3547,9 @@ def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Expla
 def draw_method(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, cost: str) -> None:
     """One method's overlay, with its cost and the sum of its map beside what it owes."""
     draw_overlay(sheet, x, y, view, explanation, METHODS[explanation.method].title)
-    owed = "" if explanation.owed is None else f", must be {explanation.owed:.3g}"
-    text = f"{cost}; sum {explanation.raw_map.sum():.3g}{owed}"
-    end = sheet.paragraph(x, y + view.height + 0.05, text, view.column)
+    if explanation.owed is not None:
+        cost += f"; sum {explanation.raw_map.sum():.3g}, must be {explanation.owed:.3g}"
+    end = sheet.paragraph(x, y + view.height + 0.05, cost, view.column)
     sheet.paragraph(x, end, explanation.blankness, view.column, ALERT, 1)
 
 
@@ -3544,12 +3572,11 @@ def methods_figure(view: View, explanations: Sequence[Explanation], costs: Seque
     down = room + view.height + 3 * SMALL.leading
     places = [(MARGIN + n % columns * pitch, y + n // columns * down) for n in range(count)]
     draw_picture(sheet, *places[0], view, view.picture, "Original X-ray")
-    sheet.paragraph(MARGIN, y + view.height + 0.05, view.box_note[2:].capitalize(), view.column)
     for place, explanation, cost in zip(places[1:], explanations, costs):
         draw_method(sheet, *place, view, explanation, cost)
     draw_colour_bar(sheet, places[columns - 1][0] + view.width + 0.12, y, view)
     end = draw_overlaps(sheet, MARGIN, places[-1][1] + down - room + 0.1, explanations)
-    draw_footer(sheet, explanations, end)
+    draw_footer(sheet, view, explanations, end)
     return sheet
 
 
@@ -4568,6 +4595,350 @@ def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------
+# The report: every image in the table, on a page to browse
+# ------------------------------------------------------------------------------------------
+
+REPORT_NAME = "report.html"
+SURE = 0.95  # confidence from which a wrong prediction is looked at first
+Z = 1.96  # standard deviations to each side that hold 95 % of a normal distribution
+HEAT_COLUMNS = {"border": "on border", "dark": "on dark", "markers": "on markers", "heat_in_box": "in box"}
+REPORT = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none'; form-action 'none';
+ img-src 'self' file: data:; style-src {style-hash}; script-src {script-hash}">
+<meta name="viewport" content="width=device-width">
+<title>Explainability report</title>
+<style>
+:root { color-scheme: light dark; --ink: #1a1a1a; --muted: #5f5f5f; --page: #fff; --panel: #f4f6f8;
+  --line: #d5d9de; --bar: #3b6ea5; --bad: #a33b00; font: 15px/1.45 system-ui, sans-serif }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --muted: #a3a8ae; --page: #14171a;
+  --panel: #1e2327; --line: #3a4148; --bar: #7fb0e6; --bad: #ff9a5c } }
+* { box-sizing: border-box; min-width: 0 }
+body { margin: 8px clamp(10px, 2vw, 32px); color: var(--ink); background: var(--page) }
+p, #links { overflow-wrap: anywhere } h1, h2, p, figure { margin: 4px 0 }
+p:empty, div:empty { display: none } .name, summary { font-weight: 600 }
+.muted, caption, figcaption { color: var(--muted); text-align: left } .bad { color: var(--bad) }
+section, article { padding: 12px; background: var(--panel); border: 1px solid var(--line) }
+.models, .cards { display: grid; gap: 14px }
+.models { grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
+.cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)) }
+.graphs { display: flex; flex-wrap: wrap; gap: 8px 24px } .wide { overflow-x: auto; margin: 14px 0 }
+table { border-collapse: collapse; overflow-wrap: normal } a, path { color: var(--bar); fill: var(--bar) }
+td, th { border: 1px solid var(--line); padding: .3em .6em; text-align: left; vertical-align: top }
+td { background: color-mix(in srgb, var(--bar) calc(var(--share, 0) * 75%), transparent) }
+figure { width: 240px } line { stroke: var(--ink); vector-effect: non-scaling-stroke }
+svg { width: 100%; height: 130px; border: solid var(--ink); border-width: 0 0 1px 1px }
+form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 6px; padding: 8px 0;
+  background: var(--page); border-block: 1px solid var(--line) }
+select, input, button, label { font: inherit; color: inherit; background: var(--panel); padding: 3px 10px;
+  border: 1px solid var(--line); border-radius: 6px; max-width: 100% }
+label:has(:checked) { background: var(--bar); color: var(--page) }
+article { content-visibility: auto; contain-intrinsic-size: auto 440px }
+article button { width: 100%; padding: 0; background: #fff; cursor: zoom-in }
+article img { display: block; width: 100%; aspect-ratio: 1.2; object-fit: contain }
+dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0; color: inherit;
+  background: var(--page) } dialog[open] { display: flex; flex-direction: column; gap: 8px }
+#frame { flex: 1; overflow: auto; text-align: center; cursor: zoom-in }
+#frame:not(.whole) img { max-width: 100%; max-height: 100% }
+@media (max-width: 700px) { form { position: static } }
+@media print { :root { font-size: 9px } .cards { grid-template-columns: 1fr 1fr 1fr } form, summary { display: none }
+  article { content-visibility: visible } article, section { break-inside: avoid } }
+</style>
+<header id="about"></header>
+<form id="filters" aria-label="Filters"></form>
+<main><p id="count" role="status"></p><div id="images"></div></main>
+<footer id="notice" class="muted"></footer>
+<dialog id="large" aria-label="One image, large">
+<div><button id="before" aria-label="Image before">←</button>
+<button id="after" aria-label="Image after">→</button>
+<button id="close" aria-label="Close">✕</button> <span id="caption"></span></div>
+<div id="frame"></div><div id="links"></div></dialog>
+<script type="application/json" id="data">{data}</script>
+<script>
+"use strict";
+const at = id => document.getElementById(id), form = at("filters"), large = at("large");
+const {places, rows} = JSON.parse(at("data").textContent);
+const isPictured = rows.some(row => row.isDrawn);  // else the images are the lines of a table
+let left = rows, opened = null, later;  // what the filters leave, in order; the row that is shown large
+
+// A node is a text or [tag, attributes, ...children]. Texts stay texts, whatever stands in a name.
+function build(part, space = "http://www.w3.org/1999/xhtml") {
+  if (!Array.isArray(part)) return document.createTextNode(part);
+  const [tag, attributes, ...children] = part, inner = tag === "svg" ? "http://www.w3.org/2000/svg" : space;
+  const node = document.createElementNS(inner, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  if (/^[✗⚠🚩]/u.test(children[0])) node.className = "bad";
+  if (attributes.share) node.style.setProperty("--share", attributes.share);
+  node.append(...children.map(child => build(child, inner)));
+  return node;
+}
+const fill = (id, ...parts) => at(id).replaceChildren(...parts.map(part => build(part)));
+function card(row) {
+  const [outer, inner] = isPictured ? ["article", "div"] : ["tr", "td"];
+  return build([outer, {}, ...row.cells.map(cell => [inner, {}, ...cell])]);
+}
+
+// All filters that are chosen hold for each image that is left. The address keeps them, and the image
+// that is open, so that it can be sent to a colleague.
+const chosen = () => new URLSearchParams([...new FormData(form)].filter(([, value]) => value));
+function passes(row, asked) {
+  const kinds = asked.has("model") ? row.kinds[asked.get("model")] : Object.values(row.kinds).flat();
+  return asked.getAll("only").every(kind => kinds.includes(kind))
+    && row.file.toLowerCase().includes((asked.get("name") ?? "").toLowerCase());
+}
+function show() {
+  const asked = chosen(), by = asked.get("order");
+  left = rows.filter(row => passes(row, asked));
+  if (by === "file") left.sort((a, b) => a.file.localeCompare(b.file, "en", {numeric: true}));
+  else if (by) left.sort((a, b) => a[by] - b[by]);
+  at("list").replaceChildren();
+  clearTimeout(later);
+  add(0);
+  at("count").textContent = `${left.length} of ${rows.length} images`;
+  remember();
+}
+function add(start) {  // a part of the cards at a time, so that the page answers meanwhile
+  at("list").append(...left.slice(start, start + 200).map(row => row.node ??= card(row)));
+  if (start + 200 < left.length) later = setTimeout(add, 0, start + 200);
+}
+function remember() {
+  const asked = chosen();
+  if (opened) asked.set("image", opened.file);
+  history.replaceState(null, "", `#${asked}`);
+}
+function recall() {
+  const asked = new URLSearchParams(location.hash.slice(1)), only = asked.getAll("only");
+  for (const field of form.elements) {
+    if (field.type === "checkbox") field.checked = only.includes(field.value);
+    else field.value = asked.get(field.name) ?? "";
+  }
+  show();
+  open(rows.find(row => row.file === asked.get("image")));
+}
+
+// One image, large
+function open(row) {
+  if (!row?.picture) return;
+  opened = row;
+  at("caption").textContent = `${left.indexOf(row) + 1} of ${left.length}: ${row.caption}`;
+  fill("frame", ["img", {src: row.picture, alt: `Figure of ${row.caption}`}]);
+  fill("links", ...row.links);
+  if (!large.open) large.showModal();
+  remember();
+}
+function step(by) {
+  const seen = left.filter(row => row.picture);
+  open(seen[seen.indexOf(opened) + by]);
+}
+at("before").onclick = () => step(-1);
+at("after").onclick = () => step(1);
+at("close").onclick = () => large.close();
+at("frame").onclick = () => at("frame").classList.toggle("whole");
+large.onkeydown = event => step({ArrowRight: 1, ArrowLeft: -1}[event.key]);
+large.onclose = () => { opened = null; remember(); };
+at("images").onclick = event => open(left.find(row => row.node?.contains(event.target.closest("button"))));
+
+for (const [id, parts] of Object.entries(places)) fill(id, ...parts);
+fill("images", isPictured ? ["div", {class: "cards", id: "list"}] : ["table", {id: "list"}]);
+form.oninput = show;
+form.onsubmit = event => event.preventDefault();
+onhashchange = recall;
+onbeforeprint = () => document.querySelectorAll("img").forEach(image => { image.loading = "eager"; });
+recall();
+</script>
+</html>
+"""
+
+Node = list[Any]  # of the page: [tag, attributes, *children], where children are nodes and texts
+
+
+def said_in(row: dict[str, str], model: Model, column: str) -> str:
+    """What a row says in one of a model's columns; empty where there is no such column."""
+    return row.get(f"{model.family.key}_{column}", "")
+
+
+def kinds_of(row: dict[str, str], model: Model) -> list[str]:
+    """What filters find of an image as one model saw it: its faults, its flags by any method, its class."""
+    columns = [name for name in row if re.fullmatch(rf"({model.family.key}_(\S+_)?|pair_)flags", name)]
+    flags = [key for name in columns for key in row[name].split(", ") if key]
+    answers = {"wrong": said_in(row, model, "correct"), "disagree": row.get("agree")}
+    faults = [kind for kind, answer in answers.items() if answer == "no"]
+    if row.get("error"):
+        faults.append("failed")
+    named = row.get("true_class") or said_in(row, model, "predicted")
+    return [*faults, *dict.fromkeys(flags), class_key(named)]
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """Where a share lies with 95 % confidence (E. B. Wilson, JASA 22, 1927)."""
+    share, square = right / count, Z**2 / count
+    half = Z * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    return (share + square / 2 - half) / (1 + square), (share + square / 2 + half) / (1 + square)
+
+
+def confidence_node(rows: Sequence[dict[str, str]], model: Model, is_known: bool) -> Node:
+    """A reliability diagram with the expected calibration error (Guo et al., ICML 2017, eq. 3).
+
+    Where no class is known: how many images there are in each tenth of confidence.
+    """
+    steps: dict[int, list[tuple[float, bool]]] = defaultdict(list)
+    for row in rows:
+        confidence = float(said_in(row, model, "confidence"))
+        steps[min(int(10 * confidence), 9)].append((confidence, said_in(row, model, "correct") == "yes"))
+    most, error, bars = max(map(len, steps.values())), 0.0, ""
+    for place, step in sorted(steps.items()):
+        confidence, right = np.mean(step, axis=0)
+        error += len(step) / len(rows) * abs(confidence - right)
+        height = 100 * (right if is_known else len(step) / most)
+        bars += f"M{10 * place} 100v{-height:.1f}h9v{height:.1f}z"
+    told, drawn = f"Images by confidence, 0 to 100 %; the highest bar is {most}", [["path", {"d": bars}]]
+    if is_known:
+        told = f"Share right by confidence, both 0 to 100 %; calibration error {error:.3f}"
+        drawn.append(["line", {"x1": 0, "y1": 100, "x2": 100, "y2": 0}])  # where confidence is right
+    box = {"viewBox": "0 0 100 100", "preserveAspectRatio": "none", "role": "img", "aria-label": told}
+    return ["figure", {}, ["figcaption", {}, told], ["svg", box, *drawn]]
+
+
+def model_node(rows: Sequence[dict[str, str]], model: Model, observations: Sequence[Observation]) -> Node:
+    """How one model did, over the images that it was asked about."""
+    rows = [row for row in rows if said_in(row, model, "predicted")]
+    known = [row for row in rows if row.get("true_class")]
+    told, graphs = "No true class is known", []
+    if known:
+        right = sum(said_in(row, model, "correct") == "yes" for row in known)
+        low, high = wilson_interval(right, len(known))
+        told = f"{right / len(known):.1%} of {len(known)} right (95 % interval {low:.1%} to {high:.1%})"
+    if rows:
+        graphs.append(confidence_node(known or rows, model, bool(known)))
+    if observations:
+        heat = resized(normalised(np.mean([each.heat for each in observations], axis=0)), 130, 130)
+        pixels = png(colour_table("jet")[(heat * 255).round().astype(np.uint8)], 96)
+        caption = f"Mean map of {len(observations)} images"
+        image = ["img", {"src": f"data:image/png;base64,{base64.b64encode(pixels).decode()}", "alt": caption}]
+        graphs.append(["figure", {}, ["figcaption", {}, caption], image])
+    where = f"{model.architecture}, {printable(model.checkpoint.name)}; {model.accuracy}"
+    lines = [["p", {}, line] for line in (told, where, *audit_lines(observations))]
+    return ["section", {}, ["h2", {}, model.title], *lines, ["div", {"class": "graphs"}, *graphs]]
+
+
+def classes_node(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> Node:
+    """Class by class: predictions (the confusion matrix, shaded), flags, and where the heat lies."""
+    names, kinds = models[0].class_names, [[kinds_of(row, model) for row in rows] for model in models]
+    found = set(itertools.chain(*itertools.chain(*kinds)))
+    flags = [key for key in CHECKS if key in found]
+    head = ["Model", "Class", "Images", *(f"as {name}" for name in names)]
+    head += [*(f"⚠ {key}".replace("_", " ") for key in flags), *HEAT_COLUMNS.values()]
+    lines = [["tr", {}, *(["th", {"scope": "col"}, text] for text in head)]]
+    for (model, its_kinds), name in itertools.product(zip(models, kinds), names):
+        mine = [(row, each) for row, each in zip(rows, its_kinds) if class_key(name) in each]
+        said = Counter(class_key(said_in(row, model, "predicted")) for row, _ in mine)
+        counts = [said[class_key(other)] for other in names]
+        cells = [["td", {"share": count / max(len(mine), 1)}, f"{count}"] for count in counts]
+        texts = [f"{sum(key in each for _, each in mine)}" for key in flags]
+        for column in HEAT_COLUMNS:
+            shares = [float(text) for row, _ in mine if (text := said_in(row, model, column))]
+            texts.append(f"{np.mean(shares):.0%}" if shares else "–")
+        first = [["th", {"scope": "row"}, model.title], ["td", {}, name], ["td", {}, f"{len(mine)}"]]
+        lines.append(["tr", {}, *first, *cells, *(["td", {}, text] for text in texts)])
+    caption = "By true class, or the predicted one where that is not known; at the right, where the heat lies"
+    return ["section", {"class": "wide"}, ["table", {}, ["caption", {}, caption], *lines]]
+
+
+def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[str, Any]:
+    """What the page's script takes of an image: its card, and what filters and orders ask for."""
+    links = {file: quote(os.fsencode(file), safe="") for file in json.loads(row.get("outputs") or "[]")}
+    pages = [file for file in links if not re.match(r"radiograph_|heatmap_|overlay_|.*\.npy$", file)]
+    page = next((file for file in pages if file.startswith("comparison")), pages[0] if pages else "")
+    picture = "" if page.endswith(".pdf") else links.get(page, "")
+    kinds = {model.family.key: kinds_of(row, model) for model in models}
+    said, flags, sure, wrong = [], {}, [], [0.0]
+    for model in models:
+        found = kinds[model.family.key]
+        for check in (CHECKS[key] for key in found if key in CHECKS):
+            owner = "" if check.about == "pair" else f"{model.title}: "
+            flags[f"⚠ {owner}{check.title or check.key}"] = check
+        if predicted := said_in(row, model, "predicted"):
+            sure.append(float(said_in(row, model, "confidence")))
+            said.append(f"{model.title}: {predicted}, {sure[-1]:.1%}")
+            if "wrong" in found:
+                said[-1] = f"✗ {said[-1]}, wrong"
+                wrong.append(sure[-1])
+    every = set(itertools.chain(*kinds.values()))
+    steps = max(wrong) >= SURE, "disagree" in every, len(wrong) > 1, bool(flags), "failed" not in every, True
+    truth = [f"true: {row['true_class']}"] if row.get("true_class") else []
+    notes = [f"✗ {row['error']}" if row.get("error") else "", row.get("notes", "")]
+    image = ["img", {"src": picture, "alt": f"Figure of {name}", "loading": "lazy"}]
+    heading = [["button", {"aria-label": f"Open {name}"}, image]] if picture else []
+    heading.append(["p", {"class": "name"}, ["a", {"href": links[page]}, name] if page else name])
+    return {
+        "file": printable(row["file"]),
+        "kinds": kinds,
+        "first": (steps.index(True), -max(wrong)),
+        "confidence": min(sure, default=2),
+        "agreement": float(row.get(AGREEMENT) or 2),
+        "isDrawn": page != "",
+        "picture": picture,
+        "caption": " · ".join([name, *truth, *said]),
+        "links": [["div", {}, ["a", {"href": link}, printable(file)]] for file, link in links.items()],
+        "cells": [heading, *([["p", {}, text] for text in texts] for texts in (truth + said, flags, notes))],
+    }
+
+
+def filter_nodes(counts: Counter[str], models: Sequence[Model]) -> list[Node]:
+    """What chooses among the images, and how many each choice has."""
+    texts = {"wrong": "wrong", "disagree": "models disagree", "failed": "failed"}
+    texts |= {key: f"⚠ {check.title or key}" for key, check in CHECKS.items()}
+    texts |= {class_key(name): name for name in models[0].class_names}
+    chips = []
+    for kind, text in texts.items():
+        if counts[kind]:
+            box = ["input", {"type": "checkbox", "name": "only", "value": kind}]
+            chips.append(["label", {}, box, f" {text} {counts[kind]}"])
+    seen = {"": "as any model saw it"} | {model.family.key: f"as {model.title} saw it" for model in models}
+    orders = {"": "to look at first", "confidence": "least sure", "agreement": "maps least alike", "file": "name"}
+    for name, choices in (("model", seen), ("order", orders)):
+        options = [["option", {"value": value}, text] for value, text in choices.items()]
+        chips.append(["select", {"name": name, "aria-label": name}, *options])
+    return [*chips, ["input", {"type": "search", "name": "name", "placeholder": "search names"}]]
+
+
+def report_page(
+    rows: Sequence[dict[str, str]], models: Sequence[Model], observations: dict[str, list[Observation]],
+    told: Sequence[str],
+) -> str:  # fmt: skip
+    """The page of these rows of the table.
+
+    The observations, by family, are of the maps made last, which need not be all; `told` is what else
+    its reader must know of the run.
+    """
+    names = Counter(Path(row["file"]).name for row in rows)
+    cards = []
+    for row in rows:
+        name = Path(row["file"]).name
+        cards.append(row_data(row, printable(name if names[name] == 1 else row["file"]), models))
+    cards.sort(key=lambda card: (card["first"], card["file"]))
+    counts = Counter(kind for card in cards for kind in set(itertools.chain(*card["kinds"].values())))
+    done = [row for row in rows if not row.get("error")]
+    facts = [f"{len(done)} explained", f"{counts['failed']} failed"]
+    if len(models) > 1 and done:
+        facts.append(f"The models agree on {len(done) - counts['disagree']} of {len(done)} images")
+        facts += overlap_lines(done)
+    sections = [model_node(rows, model, observations.get(model.family.key, ())) for model in models]
+    parts = [["summary", {}, "The models"], ["div", {"class": "models"}, *sections], classes_node(done, models)]
+    about = [["h1", {}, f"Explainability of {len(rows)} images"], ["p", {}, " · ".join(facts)]]
+    about += [["p", {"class": "muted"}, " · ".join(told)], ["details", {"open": ""}, *parts]]
+    notice = f"Demo networks: {DEMO_NOTICE}." if is_demo(models[0].checkpoint) else "Not for diagnosis."
+    places = {"about": about, "filters": filter_nodes(counts, models), "notice": [notice]}
+    page = REPORT
+    for kind in ("style", "script"):
+        content = re.search(rf"<{kind}>(.*?)</{kind}>", REPORT, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        page = page.replace(f"{{{kind}-hash}}", f"'sha256-{digest}'")
+    return page.replace("{data}", json.dumps({"places": places, "rows": cards}).replace("<", "\\u003c"))
+
+
+# ------------------------------------------------------------------------------------------
 # Runs: jobs -> read -> explained in batches -> figures and maps written -> row, lines
 # ------------------------------------------------------------------------------------------
 
@@ -4998,11 +5369,15 @@ def explain_many(
             tell_result(bar, result, False, args.quiet)
             count_image()
     spent = time.monotonic() - started
-    fold_table(folder, columns)
+    kept = fold_table(folder, columns)
+    told = [options_text(args), versions_text().replace("\n", ", ")]
+    with replacing(folder / REPORT_NAME) as file:
+        file.write(report_page(kept, plan.models, observations, told).encode())
     fresh = sum(not row["error"] for row in rows[len(finished) :])
     lines = run_lines(rows, plan.models, plan.methods, observations, fresh, spent)
     status = 1 if any(row["error"] for row in rows) else 0
-    return [*lines, f"Table: {shown(folder / TABLE_NAME)}"], status
+    files = [f"Table: {shown(folder / TABLE_NAME)}", f"Report: {shown(folder / REPORT_NAME)}"]
+    return [*lines, *files], status
 
 
 def is_row_of(row: dict[str, str], job: Job) -> bool:
@@ -5181,6 +5556,15 @@ def near_options(word: str, help_text: str) -> list[str]:
 
 def near_text(near: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def options_text(args: argparse.Namespace) -> str:
+    """What was asked of the networks and the figures, beside images, files and what is the default."""
+    usual, told = vars(argument_parser().parse_args([])), [f"method {' '.join(args.method or ['gradcam'])}"]
+    for name in ("target_class", "weights", "verify", "signed", "contours", "colormap", "format"):
+        if vars(args).get(name) != usual.get(name):
+            told.append(f"{name.replace('_', ' ')} {vars(args)[name]}")
+    return ", ".join(told)
 
 
 def versions_text() -> str:

@@ -90,11 +90,11 @@ def panel(sheet: Sheet, title: str) -> Picture:
 
 
 def words(sheet: Sheet) -> str:
-    return "\n".join(line.text for line in lines(sheet))
+    return "\n".join(line.text for line in lines(sheet)).replace("\u00a0", " ")
 
 
 def line_with(sheet: Sheet, text: str) -> Line:
-    (found,) = (line for line in lines(sheet) if line.text.startswith(text))
+    (found,) = (line for line in lines(sheet) if line.text.replace("\u00a0", " ").startswith(text))
     return found
 
 
@@ -356,7 +356,7 @@ def test_method_is_named_and_its_sum_told():
 
 def test_methods_figure_has_a_panel_with_cost_and_sum_for_each_method():
     methods = ("gradcam", "ig", "lrp", "shap")
-    explanations = [an_explanation(raw_map=each, method=method, owed=1.5) for each, method in zip((CORNER, CORNER, OTHER_CORNER, CORNER + OTHER_CORNER), methods)]
+    explanations = [an_explanation(raw_map=each, method=method, owed=None if method == "gradcam" else 1.5) for each, method in zip((CORNER, CORNER, OTHER_CORNER, CORNER + OTHER_CORNER), methods)]
     costs = ("1 pass", "32 passes", "1 pass", "1,024 passes")
     for width in (100, 260, 900):
         figure = methods_figure(view(width=width), explanations, costs)
@@ -364,6 +364,7 @@ def test_methods_figure_has_a_panel_with_cost_and_sum_for_each_method():
         assert [picture.title for picture in pictures(figure)] == ["Original X-ray", "Grad-CAM", "Integrated Gradients", "LRP", "SHAP"]
         said = words(figure).replace("\n", " ")
         assert "32 passes; sum 1, must be 1.5" in said and "1,024 passes; sum 2, must be 1.5" in said
+        assert "1 pass\n" in words(figure)  # no sum where it must be nothing
         assert "Grad-CAM, Integrated Gradients, LRP, SHAP show correlation, not cause" in said
     shares = [line.text for line in lines(figure) if re.fullmatch(r"[01]\.\d\d", line.text)]
     assert " ".join(shares) == "1.00 1.00 0.00 0.50 1.00 1.00 0.00 0.50 0.00 0.00 1.00 0.50 0.50 0.50 0.50 1.00"
@@ -543,19 +544,48 @@ def test_the_note_on_known_fractures_has_room(width):
 
 
 def test_known_fractures_are_outlined_on_heatmap_and_overlay_alone():
-    boxes = ((0.25, 0.5, 0.75, 0.6),)
-    for figure, plain in zip(both_figures(view(boxes=boxes), pair()), both_figures(view(), pair())):
-        changed = (sheet_pixels(figure, 150) != sheet_pixels(plain, 150)).any(axis=2)
-        for picture in pictures(figure):
-            left, top, right, bottom = (round(150 * inches) for inches in extent(picture))
-            rows, columns = np.nonzero(changed[top:bottom, left:right])
+    seen = view(boxes=((0.25, 0.5, 0.75, 0.6),))
+    for figure, plain in zip(both_figures(seen, pair()), both_figures(view(), pair())):
+        for picture, bare in zip(pictures(figure), pictures(plain)):
+            changed = (rendered(figure, picture) != rendered(plain, bare)).any(axis=2)
             if picture.title.startswith("Original"):
-                assert not len(rows)
+                assert not changed.any()
                 continue
-            height, width = picture.pixels.shape[:2]
-            assert (columns.min() / width, columns.max() / width) == pytest.approx((0.25, 0.75), abs=0.01)
-            assert (rows.min() / height, rows.max() / height) == pytest.approx((0.5, 0.6), abs=0.01)
-        assert "dashed: the true fracture" in words(figure)
+            height, width = changed.shape
+            counted = np.nonzero(changed.any(axis=0))[0][[0, -1]] / width, np.nonzero(changed.any(axis=1))[0][[0, -1]] / height
+            half = 1 / 14  # a thin line shows what counts as inside: half a cell more
+            assert counted[0] == pytest.approx((0.25 - half, 0.75 + half), abs=0.01)
+            assert counted[1] == pytest.approx((0.5 - half, 0.6 + half), abs=0.01)
+            assert changed[round(0.55 * height), round(0.25 * width) - 1 : round(0.25 * width) + 2].any()
+        assert "Dashed: the true fracture" in words(figure)
+
+
+def test_numbers_stay_with_their_sign_and_flags_come_first():
+    told = {"findings": (*CLEAN, FLAGGED[-1]), "pointing": explainability.Pointing(True, 1.0, 0.46)}
+    figure = explanation_figure(view(boxes=((0.25, 0.5, 0.75, 0.6),)), an_explanation(**told))
+    said = [line.text for line in lines(figure)]
+    assert "100\u00a0% of the heat inside, 46\u00a0% of the area" in said
+    order = [words(figure).index(text) for text in ("71 % of the heat", "Maximum inside", "Passed: border", "stages.3")]
+    assert order == sorted(order)
+    assert words(figure).count("Comminuted Fracture") == 3  # heatmap's title, prediction, its probability
+
+
+def other_fonts_character() -> str:
+    """What the figures' own font lacks and another one that comes with matplotlib has."""
+    own, other = (explainability.glyphs(explainability.own_font(False).replace("DejaVuSans", name)) for name in ("DejaVuSans", "STIXGeneral"))
+    return next(character for character in sorted(other) if character not in own and character.isprintable())
+
+
+def test_names_that_the_own_font_lacks_are_drawn_with_another_or_as_boxes():
+    rare = other_fonts_character()
+    unknown = "\N{YI SYLLABLE LEP}\N{TANGUT COMPONENT-001}\N{CUNEIFORM SIGN A}"  # of no one font
+    for name, shown in ((f"a{rare}.png", f"a{rare}.png"), (f"a{unknown}.png", "a□□□.png"), ("\x07.png", r"\x07.png")):
+        figure = explanation_figure(view(name), an_explanation())
+        check_layout(figure)
+        assert line_with(figure, shown).look == explainability.NAME
+        assert ("□: a character" in words(figure)) == ("□" in shown)
+    assert "STIX" in explainability.font_file(f"a{rare}.png", False)
+    assert "DejaVu" in explainability.font_file("a.png", False)
 
 
 # ------------------------------------------------------------------------------------------
