@@ -3358,7 +3358,7 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
             passed.append(check.key.replace("_", " "))
     if explanation.pointing:
         told += pointing_text(explanation.pointing).replace("⚠️  ", "⚠ ").split("; ")
-    for text in told:
+    for text in sorted(told, key=lambda text: not text.startswith("⚠")):
         y = sheet.paragraph(x, y, text, width, ALERT if text.startswith("⚠") else SMALL, 3)
     if passed:
         y = sheet.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
