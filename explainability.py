@@ -414,7 +414,7 @@ FILE_KINDS = (  # the first that fits counts
     FileKind(rb"version https://git-lfs", LFS_POINTER, remedy="run git lfs pull"),
     FileKind(rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", remedy="convert it to PNG or JPEG"),
     FileKind(rb"%PDF-", "a PDF document", remedy="export its page as PNG"),
-    FileKind(rb"\x89HDF\r\n", "an HDF5 file, as Keras writes", remedy="this tool explains networks of PyTorch"),
+    FileKind(rb"\x89HDF\r\n", "an HDF5 file, as of Keras", remedy="networks of PyTorch are explained here"),
     FileKind(rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", "dicom"),
     FileKind(rb"\Z", "an empty file", remedy=COPY_AGAIN),
     FileKind(rb"[^\x00-\x08\x0e-\x1f]+\Z|\xff\xfe|\xfe\xff", "a text file"),
@@ -423,12 +423,8 @@ FILE_KINDS = (  # the first that fits counts
 
 
 WANTED = {  # which of the uses count, what they are together, and what to do without one
-    "image": (
-        ("image", "dicom"), "an image that can be read here", "give a radiograph, or convert it to PNG",
-    ),
-    "checkpoint": (
-        ("zip", "pickle", "safetensors"), "a checkpoint", "give a file that torch.save wrote, or a .safetensors file",
-    ),
+    "image": (("image", "dicom"), "an image that can be read here", "give a radiograph or convert it to PNG"),
+    "checkpoint": (("zip", "pickle", "safetensors"), "a checkpoint", "give a file of torch.save or safetensors"),
 }  # fmt: skip
 
 
@@ -674,23 +670,17 @@ def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
         raise ExplainError("a DICOM file, which needs pydicom; pip install pydicom") from error
     dataset = pydicom.dcmread(file, force=True)  # also without preamble and file meta information
     if "TransferSyntaxUID" not in dataset.file_meta:
-        dataset.file_meta.TransferSyntaxUID = uncompressed(dataset)
+        is_implicit, _ = dataset.original_encoding
+        uids = pydicom.uid
+        dataset.file_meta.TransferSyntaxUID = (
+            uids.ImplicitVRLittleEndian if is_implicit else uids.ExplicitVRLittleEndian
+        )
     if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise ExplainError("a DICOM file without an image in it; give one that holds the radiograph")
     check_size(dataset.Columns, dataset.Rows)
     stored = decoded(dataset)
     pixels, scaling = dicom_grey(dataset, stored) if dataset.SamplesPerPixel == 1 else to_8_bits(stored)
     return pixels, frame_notes(int(dataset.get("NumberOfFrames") or 1)) + scaling
-
-
-def uncompressed(dataset: Dataset) -> str:
-    """The transfer syntax by which pydicom read a file that does not tell its own."""
-    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-
-    is_implicit, is_little = dataset.original_encoding
-    if is_implicit:
-        return ImplicitVRLittleEndian
-    return ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
 
 
 def is_no_radiograph(path: Path) -> bool:
@@ -703,7 +693,7 @@ def is_no_radiograph(path: Path) -> bool:
 
             if use != "dicom":
                 return False
-            return "Rows" not in pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=["Rows"])
+            return "Rows" not in pydicom.dcmread(file, force=True, stop_before_pixels=True)
     except ExplainError:
         return False  # what is wrong with it is said when it is read
 
@@ -728,8 +718,8 @@ def decoded(dataset: Dataset) -> np.ndarray:
 def dicom_grey(dataset: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Stored values of one sample a pixel as they are meant to be seen: uint8, and notes.
 
-    Modality LUT, then VOI LUT or first window, then MONOCHROME1 or INVERSE inverted, once
-    (PS3.3 C.7.6.3, C.11.1, C.11.2 and C.11.6); padding black. Without a usable LUT or window the rule of `to_8_bits`.
+    Modality LUT, then VOI LUT or first window, then MONOCHROME1 or INVERSE inverted, once (PS3.3
+    C.7.6.3, C.11.1, C.11.2, C.11.6); padding black. Without a usable LUT or window the rule of `to_8_bits`.
     """
     from pydicom.pixels import apply_color_lut
 
@@ -835,10 +825,8 @@ TEACHERS = {"teacher", "momentum", "target"}  # and of networks beside the one t
 BESIDE = re.compile(r"loss|criterion|metric")  # in keys that are no part of any network
 OPS = re.compile(r"(.*\.)?(total_ops|total_params|n_averaged)")  # counters that tools put among the weights
 COUNTER = "num_batches_tracked"  # end of the keys of counters of batches, which inference never reads
-FLOATS = ("float32", "float16", "bfloat16", "float64")
 GREY_OF_RGB = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision turn colour into grey
 MAX_CLASSES = 100
-MAX_NAME = 200  # characters of a class name
 TAG = r"(?:\.[a-z0-9_]{1,60})?"  # of timm's names: what the weights were trained on
 
 # Where files say something of themselves (also one in another), and under which names
@@ -858,11 +846,12 @@ AGAIN = "copy or download the checkpoint again"
 PLAIN = "torch.save(model.state_dict(), PATH)"
 ZERO = "run the zero_to_fp32.py that lies in its folder"
 FOREIGN = (  # by the name of a file, class or key: what it is, and what makes a plain state dict of it
-    (r"\blora_|adapter_(model|config)|^base_model\.model\.|^peft\b", "LoRA or another adapter of PEFT",
-     f"merge it with model = model.merge_and_unload(), then {PLAIN}"),
-    (r"^(bf16_)?zero_pp_rank|^ds_(config|version)$|^deepspeed\b|^zero_to_fp32", "a part of what DeepSpeed saved", ZERO),
+    (r"\b(lora|ia3|hada|lokr|oft|boft|vera)_|\.base_layer\.|adapter_(model|config)|^peft\b",
+     "an adapter of PEFT, as LoRA", f"merge it with model = model.merge_and_unload(), then {PLAIN}"),
+    (r"^(bf16_)?zero_pp_rank|^ds_(config|version)$|^deepspeed\b|^zero_to_fp32",
+     "a part of what DeepSpeed saved", ZERO),
     (r"\.distcp$|^\.metadata$|ShardedTensor|DTensor", "a part of what FSDP saved",
-     "gather its full state dict, or python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER PATH"),
+     "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER PATH makes it whole"),
     (r"^fastai\b|^fastcore\b", "a Learner of fastai", "torch.save(learn.model.state_dict(), PATH)"),
     (r"_packed_params|\.zero_point$|\.absmax$|quantize|torchao|bitsandbytes", "a quantised network",
      f"{PLAIN} before it is quantised"),
@@ -925,9 +914,8 @@ def is_demo(checkpoint: Path) -> bool:
 
 def candidates(family: Family, folder: Path) -> list[Path]:
     """The checkpoints of a family in a folder; demos only where there are no others."""
-    found = sorted(
-        path for path in folder.glob(f"{family.key}*") if path.suffix in CHECKPOINT_SUFFIXES or hub_files(path)
-    )
+    named = sorted(folder.glob(f"{family.key}*"))
+    found = [path for path in named if path.suffix in CHECKPOINT_SUFFIXES or hub_files(path)]
     return [path for path in found if not is_demo(path)] or found
 
 
@@ -1061,7 +1049,7 @@ def harmless_types() -> list[tuple[Any, str]]:
     None runs code. Paths may come from another system, and defaultdicts become dicts.
     """
     array = np.zeros(0).__reduce__()[0]
-    named = [(np.dtype, "numpy.dtype"), (np.ndarray, "numpy.ndarray"), (argparse.Namespace, "argparse.Namespace")]
+    named = [(np.dtype, "numpy.dtype"), (np.ndarray, "numpy.ndarray")]
     for core in ("numpy.core", "numpy._core"):  # before and from NumPy 2
         named += [(plain_number, f"{core}.multiarray.scalar"), (array, f"{core}.multiarray._reconstruct")]
     for kind in {type(np.dtype(code)) for code in "?bhilqBHILQefdU"}:
@@ -1071,7 +1059,8 @@ def harmless_types() -> list[tuple[Any, str]]:
             named += [(path, f"{module}.{path.__name__}"), (path, f"{module}.{path.__name__[4:]}")]
     for each in (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone):
         named.append((each, f"datetime.{each.__name__}"))
-    return [*named, (plain_dict, "collections.defaultdict"), (list, "builtins.list")]
+    named += [(plain_dict, "collections.defaultdict"), (list, "builtins.list")]
+    return [*named, (argparse.Namespace, "argparse.Namespace")]
 
 
 def plain_number(kind: np.dtype[Any], content: bytes) -> float:
@@ -1112,9 +1101,9 @@ def with_config_beside(family: Family, contents: dict[Any, Any], path: Path) -> 
     config = json_or_text(beside.read_text(encoding="utf-8", errors="replace"))
     if not isinstance(config, dict):
         raise refusal(beside, "not what a hub or Trainer writes", "correct it, or take it away")
-    own, other = recorded(contents, *ARCHITECTURES), str(config.get("architecture"))
+    own, other = (str(recorded(each, *ARCHITECTURES)).partition(".")[0] for each in (contents, config))
     belongs = path.name in HUB_FILES or family.names.fullmatch(other)
-    return {**contents, "config.json": config} if belongs and own in (None, other) else contents
+    return {**contents, "config.json": config} if belongs and own in ("None", other) else contents
 
 
 def records(contents: dict[Any, Any]) -> list[dict[Any, Any]]:
@@ -1133,7 +1122,7 @@ def records(contents: dict[Any, Any]) -> list[dict[Any, Any]]:
 def recorded(contents: dict[Any, Any], *names: str) -> Any:
     """The first that a checkpoint records under these names; else None."""
     found = (record.get(name) for name in names for record in records(contents))
-    return next((value for value in found if not (value is None or isinstance(value, str) and not value)), None)
+    return next((value for value in found if str(value) not in ("None", "")), None)
 
 
 # The network's weights among all else
@@ -1150,13 +1139,9 @@ class Source(NamedTuple):
     def name(self) -> str:
         return printable(f"{self.place}, {self.prefix}*" if self.prefix else self.place)
 
-    @property
-    def words(self) -> set[str]:
-        return words(f"{self.place}.{self.prefix}")
-
 
 def words(key: str) -> set[str]:
-    return set(re.split(r"[._]", key.lower()))
+    return set(re.split(r"[\W_]+", key.lower()))
 
 
 def dictionaries(
@@ -1165,7 +1150,8 @@ def dictionaries(
     """Each dictionary in a file, down to the third level: its place, and its tensors with text keys."""
     import torch
 
-    yield place, {key: value for key, value in inside.items() if isinstance(value, torch.Tensor) and type(key) is str}
+    tensors = {key: value for key, value in inside.items() if isinstance(value, torch.Tensor)}
+    yield place, {key: tensor for key, tensor in tensors.items() if isinstance(key, str)}
     for key, value in inside.items():
         if isinstance(value, dict) and levels > 1:
             yield from dictionaries(value, f"{place}.{key}".removeprefix(f"{TOP}."), levels - 1)
@@ -1181,7 +1167,9 @@ def sources(family: Family, contents: dict[Any, Any]) -> list[Source]:
     ]
 
 
-def chosen_source(family: Family, contents: dict[Any, Any], wanted: str, path: Path) -> tuple[Source, list[str]]:
+def chosen_source(
+    family: Family, contents: dict[Any, Any], wanted: str, path: Path
+) -> tuple[Source, list[str]]:
     """The weights to take, averaged ones first unless `wanted` is plain; and notes.
 
     Raises ExplainError where there are none of this family, or several and nothing tells which.
@@ -1189,29 +1177,27 @@ def chosen_source(family: Family, contents: dict[Any, Any], wanted: str, path: P
     found = sources(family, contents)
     if not found:
         raise without_network(family, contents, path)
-    students = [source for source in found if not source.words & TEACHERS] or found
-    averaged = [source for source in students if source.words & AVERAGED]
+    students = [source for source in found if not words(source.name) & TEACHERS] or found
+    averaged = [source for source in students if words(source.name) & AVERAGED]
     plain = [source for source in students if source not in averaged]
     pool = (averaged if wanted == "ema" else plain) or averaged or plain
-    ranks = [MODEL_KEYS.index(source.place) if source.place in MODEL_KEYS else len(MODEL_KEYS) for source in pool]
-    if ranks.count(min(ranks)) > 1:
-        names = " and ".join(source.name for source in pool[:3])
-        raise refusal(path, f"holds weights more than once ({names})", f"choose with {PLAIN}")
-    taken = pool[ranks.index(min(ranks))]
-    return taken, source_notes(taken, averaged, plain, found)
+    usual = [[source for source in pool if source.place == place] for place in MODEL_KEYS]
+    first = next(filter(None, usual), pool)
+    if len(first) > 1:
+        names = " and ".join(source.name for source in first[:3])
+        raise refusal(path, f"holds weights more than once ({names})", f"save one set alone: {PLAIN}")
+    taken = first[0]
+    return taken, source_note(taken, found, averaged)
 
 
-def source_notes(
-    taken: Source, averaged: list[Source], plain: list[Source], found: list[Source]
-) -> list[str]:
-    """What to say where a file holds more than one set of weights, or averaged ones alone."""
-    if averaged and taken in plain:
-        return [f"plain weights taken from {taken.name}; --weights ema takes those of {averaged[0].name}"]
-    if averaged:
-        told = f"not {plain[0].name}; --weights plain takes those" if plain else "the only ones in the file"
-        return [f"averaged (EMA) weights taken from {taken.name}, {told}"]
-    others = ", ".join(source.name for source in found if source != taken)
-    return [f"weights taken from {taken.name}; others ({others}) not used"] if others else []
+def source_note(taken: Source, found: list[Source], averaged: list[Source]) -> list[str]:
+    """What to say where a file holds averaged weights, or more than one set."""
+    others = ", ".join(source.name for source in found if source is not taken)
+    kind = "averaged (EMA) weights" if taken in averaged else "plain weights" if averaged else "weights"
+    if not others:
+        return [f"{kind} taken from {taken.name}, the only ones in the file"] if averaged else []
+    other = f"; --weights {'plain' if taken in averaged else 'ema'} takes others" if averaged else ""
+    return [f"{kind} taken from {taken.name}, not from {others}{other}"]
 
 
 def without_network(family: Family, contents: dict[Any, Any], path: Path) -> ExplainError:
@@ -1239,21 +1225,23 @@ def weights_of(family: Family, source: Source, path: Path) -> tuple[dict[str, to
     if not source.tensors[f"{source.prefix}{family.landmark}"].numel():
         raise refusal(path, "holds the places of weights alone, as DeepSpeed saves them", ZERO)
     ends = [f"{family.head}.weight", f"{family.head}.bias"]
+    own = (*family.body, *ends)
     copies = {copy.prefix for copy in sources(family, {"": source.tensors})} - {source.prefix, ""}
     weights, rest = {}, {}
     for name, tensor in source.tensors.items():
         key = name.removeprefix(source.prefix)
-        if name.startswith(source.prefix) and key.startswith((*family.body, *ends)) and not OPS.fullmatch(key):
+        if name.startswith(source.prefix) and key.startswith(own) and not OPS.fullmatch(key):
             weights[key] = tensor
         elif not name.startswith(tuple(copies)):
             rest[name] = tensor
     notes = []
     if ends[0] not in weights:
         layer = lone_layer(family, source, rest, path)
-        weights |= {end: rest.pop(layer + end.removeprefix(family.head)) for end in ends}
+        weights[ends[0]] = rest.pop(f"{layer}.weight")
+        weights[ends[1]] = rest.pop(f"{layer}.bias", weights[ends[0]].new_zeros(len(weights[ends[0]])))
         notes.append(f"its linear layer {printable(layer)} taken for {family.head}")
     if rest:
-        notes.append(f"left out, as no part of the network: {listed(list(rest))}")
+        notes.append(f"left out, as the network is whole without: {listed(list(rest))}")
     return weights, notes
 
 
@@ -1263,12 +1251,12 @@ def lone_layer(family: Family, source: Source, rest: dict[str, torch.Tensor], pa
     Raises ExplainError where there is none, or where it is not alone.
     """
     inputs = len(source.tensors.get(f"{source.prefix}{family.width}", ()))
-    beside = (AVERAGED | TEACHERS) - source.words
+    beside = (AVERAGED | TEACHERS) - words(source.name)
     layers = {
         key.removesuffix(".weight"): tensor
         for key, tensor in rest.items()
-        if key.endswith(".weight") and (tensor.ndim > 1 or len(tensor) == inputs)  # linear ones, convolutions, norms
-        if not BESIDE.search(key) and not words(key) & beside
+        if key.endswith(".weight") and not BESIDE.search(key) and not words(key) & beside
+        if tensor.ndim > 1 or len(tensor) == inputs  # other linear layers, convolutions, norms
     }
     parents = source.prefix.split(".")[:-1]
     for count in range(len(parents), -1, -1):  # from the network's own modules to the whole
@@ -1278,7 +1266,7 @@ def lone_layer(family: Family, source: Source, rest: dict[str, torch.Tensor], pa
             return next(iter(near))
         if near:
             cause = f"its head has other layers than a single linear one, {listed(list(near))}"
-            raise refusal(path, cause, "train it with one linear layer behind the pooling: no other can be explained")
+            raise refusal(path, cause, "no other head can be explained here: train one linear layer")
     cause = f"holds no head: neither {family.head} nor another linear layer of {inputs} inputs"
     raise refusal(path, cause, f"{PLAIN} of the whole network")
 
@@ -1317,15 +1305,16 @@ def class_names_of(
     orders = {tuple(map(class_key, found[key])): key for key in fitting}
     if len(orders) > 1:
         told = " and ".join(f"{key} says {', '.join(found[key])}" for key in orders.values())
-        raise refusal(path, f"contradicts itself on the order of its classes: {told}", "correct it in the file")
+        raise refusal(path, f"contradicts itself on the order of its classes: {told}", "correct the file")
     names = found[fitting[0]] if fitting else usual_names(given or CLASS_NAMES)
     if given and [*map(class_key, names)] != [*map(class_key, usual_names(given))]:
         raise refusal(path, f"records its own class names, {listed(names)}", "leave --class-names out")
     check_outputs(outputs, recorded(contents, "num_classes"), names, path)
-    if fitting or given:
-        return names, []
-    order = ", ".join(f"{index} = {name}" for index, name in enumerate(names))
-    return names, [f"class order assumed: {order}; --class-names says another"]
+    notes = [f"one output: its sigmoid is the probability of {names[1]}"] if outputs == 1 else []
+    if not (fitting or given):
+        order = ", ".join(f"{index} = {name}" for index, name in enumerate(names))
+        notes.append(f"class order assumed: {order}; --class-names says another")
+    return names, notes
 
 
 def class_lists(contents: dict[Any, Any], path: Path) -> dict[str, tuple[str, ...]]:
@@ -1334,14 +1323,15 @@ def class_lists(contents: dict[Any, Any], path: Path) -> dict[str, tuple[str, ..
     Raises ExplainError where class_names is unusable; other names may stand for other things.
     """
     found = {}
-    for key, value in ((key, record[key]) for record in records(contents) for key in NAME_KEYS if key in record):
+    for record, key in itertools.product(records(contents), NAME_KEYS):
+        value = record.get(key)
         names = in_order(value)
         if are_class_names(names):
             if not all(re.fullmatch(r"(label|class)?[_ ]*\d+", name, re.IGNORECASE) for name in names):
                 found.setdefault(key, usual_names(names))  # LABEL_0, LABEL_1 say nothing
         elif key == "class_names" and value is not None:
-            wanted = f"a list of 2 to {MAX_CLASSES} different names of at most {MAX_NAME} characters"
-            raise refusal(path, f"class_names is {brief(value)}, not {wanted}", "correct class_names in the checkpoint")
+            cause = f"class_names is {brief(value)}, not a list of 2 to {MAX_CLASSES} different names"
+            raise refusal(path, cause, "correct class_names in the checkpoint")
     return found
 
 
@@ -1353,7 +1343,8 @@ def in_order(value: object) -> object:
         return value
     if all(type(index) is int for index in value.values()):  # from name to index
         value = {index: name for name, index in value.items()}
-    return [value[index] for index in sorted(value, key=str)] if {*map(str, value)} == {*map(str, range(len(value)))} else None
+    by_index = {str(index): name for index, name in value.items()}
+    return [by_index.get(str(index)) for index in range(len(value))]
 
 
 def usual_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -1379,14 +1370,13 @@ def check_outputs(outputs: int, claimed: object, names: Sequence[str], path: Pat
 
 def are_class_names(value: object) -> bool:
     """Whether these are names that can be told apart by their letters and digits."""
-    if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= MAX_CLASSES:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
         return False
-    if not all(isinstance(name, str) and name.strip() and len(name) <= MAX_NAME for name in value):
-        return False
-    return len({class_key(name) for name in value} - {""}) == len(value)
+    keys = {class_key(name) for name in value} - {""}
+    return 2 <= len(keys) == len(value) <= MAX_CLASSES
 
 
-def preprocessing_of(contents: dict[Any, Any], channels: int, path: Path) -> tuple[Preprocessing, list[str]]:
+def preprocessing_of(contents: dict[Any, Any], is_grey: bool, path: Path) -> tuple[Preprocessing, list[str]]:
     """How the checkpoint says images are prepared, else as both networks were trained; and notes.
 
     Raises ExplainError where it says something unusable.
@@ -1399,16 +1389,17 @@ def preprocessing_of(contents: dict[Any, Any], channels: int, path: Path) -> tup
         raise refusal(path, f"img_size is {brief(side)}, not {wanted}", "correct img_size in the checkpoint")
     mean = channel_values(contents, "mean", IMAGENET_MEAN, 0, path)
     std = channel_values(contents, "std", IMAGENET_STD, 0.001, path)
-    if channels == 1:
-        mean, std = ((round(sum(values) / 3, 6),) * 3 for values in (mean, std))
-    preprocessing = Preprocessing(sides[0], mean, std, interpolation_of(contents))
     notes = []
-    if preprocessing != Preprocessing():
+    if is_grey:
+        mean, std = (round(sum(mean) / 3, 6),) * 3, (round(sum(std) / 3, 6),) * 3
+        notes.append(f"takes one grey value a pixel: that of the radiograph, mean {mean[0]}, std {std[0]}")
+    preprocessing = Preprocessing(sides[0], mean, std, interpolation_of(contents))
+    if preprocessing not in (Preprocessing(), Preprocessing(mean=mean, std=std) if is_grey else None):
         told = f"{sides[0]} pixels a side, mean {mean}, std {std}, {preprocessing.interpolation}"
         notes.append(f"preprocessing as the checkpoint says: {told}")
     crop, mode = recorded(contents, "crop_pct"), recorded(contents, "crop_mode")
     if (isinstance(crop, float) and crop < 1) or mode in ("center", "border"):
-        notes.append(f"its crop of images (crop_pct {brief(crop)}) is not made: the whole radiograph is squashed")
+        notes.append(f"its crop (crop_pct {brief(crop)}) is not made: the whole radiograph is squashed")
     return preprocessing, notes
 
 
@@ -1421,11 +1412,12 @@ def interpolation_of(contents: dict[Any, Any]) -> str:
 def channel_values(
     contents: dict[Any, Any], name: str, default: tuple[float, ...], least: float, path: Path
 ) -> tuple[float, ...]:
-    """Three numbers, one for each of RGB in [0, 1]; one stands for all. Raises ExplainError for anything else."""
+    """Three numbers, one for each of RGB in [0, 1]; one stands for all. Raises ExplainError for all else."""
     values = recorded(contents, name)
     if values is None:
         return default
-    values = list(values) * (3 // len(values)) if isinstance(values, (list, tuple)) and len(values) == 1 else values
+    if isinstance(values, (list, tuple)) and len(values) == 1:
+        values = [values[0]] * 3
     is_list = isinstance(values, (list, tuple)) and len(values) == 3
     if not is_list or not all(type(value) in (int, float) and least <= value <= 1 for value in values):
         cause = f"{name} is {brief(values)}, not three numbers from {least} to 1 for pixels in [0, 1]"
@@ -1474,27 +1466,20 @@ def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], why: s
 
 
 def described(tensor: torch.Tensor) -> str:
-    """Shape and kind of number: dense floats of all precisions are alike."""
-    kind = str(tensor.dtype).removeprefix("torch.")
-    if kind in FLOATS:
-        kind = "floats"
-    if tensor.is_quantized or "strided" not in str(tensor.layout):
-        kind = f"quantised or sparse {kind}"
-    return f"{'x'.join(map(str, tensor.shape)) or 'one'} {kind}"
+    """Shape and kind of number."""
+    return f"{'x'.join(map(str, tensor.shape)) or 'one'} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The weights as they are computed with. Raises ExplainError where some are NaN or infinite."""
-    ready = {
-        key: tensor.detach().float() if tensor.is_floating_point() else tensor
-        for key, tensor in weights.items()
-    }
+    floats = {key: tensor.detach() for key, tensor in weights.items() if tensor.is_floating_point()}
+    ready = {key: tensor.float() for key, tensor in floats.items()}
     bad = [key for key, tensor in ready.items() if not is_finite(tensor)]
     if bad:
         cause = f"NaN or infinite weights in {listed(bad)}"
         raise refusal(path, cause, "use a checkpoint from before the training diverged")
-    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()} - {"float32", "int64"}
-    return ready, [f"{kind} weights computed in float32" for kind in sorted(kinds)]
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in floats.values()} - {"float32"}
+    return weights | ready, [f"{kind} weights computed in float32" for kind in sorted(kinds)]
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -1502,31 +1487,21 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def for_all(family: Family, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights for one grey channel or one output as those for RGB and two classes, which give the same.
-
-    The first convolution sums to the grey of its input. One output z becomes -z / 2 and z / 2, whose
-    softmax is 1 - p and p = sigmoid(z).
-    """
+def for_two_classes(weights: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
+    """Weights with one output z as those with -z / 2 and z / 2, whose softmax is 1 - p and p = sigmoid(z)."""
     import torch
 
-    ends = [f"{family.head}.weight", f"{family.head}.bias"]
-    stem, halves = weights[family.stem], {end: weights[end] / 2 for end in ends}
-    if stem.shape[1] == 1:
-        weights = {**weights, family.stem: stem * torch.tensor(GREY_OF_RGB).view(1, 3, 1, 1)}
-    if len(weights[ends[0]]) == 1:
-        weights = weights | {end: torch.cat([-half, half]) for end, half in halves.items()}
-    return weights
+    halves = {key: tensor / 2 for key, tensor in weights.items() if key.startswith(f"{family.head}.")}
+    return weights | {key: torch.cat([-half, half]) for key, half in halves.items()}
 
 
-def build_network(architecture: str, outputs: int, channels: int = 3) -> torch.nn.Module:
+def build_network(architecture: str, outputs: int) -> torch.nn.Module:
     """The timm network without memory for its weights, so without random initialisation."""
     import timm
     import torch
 
     with torch.device("meta"):
-        name = architecture.partition(".")[0]
-        return timm.create_model(name, pretrained=False, num_classes=outputs, in_chans=channels)
+        return timm.create_model(architecture.partition(".")[0], pretrained=False, num_classes=outputs)
 
 
 def network_of(
@@ -1538,24 +1513,21 @@ def network_of(
     """
     import torch
 
-    outputs, channels = len(weights[f"{family.head}.weight"]), channels_of(family, weights)
-    network = build_network(architecture, outputs, channels)
-    check_fit(network, weights, f"{architecture} ({why})", path)
     weights, notes = in_float32(weights, path)
-    if channels == 1:
-        notes.append("takes one grey value a pixel: that of the radiograph")
-    if channels == 1 or outputs == 1:
-        network, weights = build_network(architecture, max(2, outputs)), for_all(family, weights)
+    if takes_grey(family, weights):  # of RGB, the sum that is its grey
+        weights[family.stem] = weights[family.stem] * torch.tensor(GREY_OF_RGB).view(1, 3, 1, 1)
+    if len(weights[f"{family.head}.weight"]) == 1:
+        weights = for_two_classes(weights, family)
+    network = build_network(architecture, len(weights[f"{family.head}.weight"]))
+    check_fit(network, weights, f"{architecture} ({why})", path)
     counters = [key for key in network.state_dict() if key not in weights]  # which only training needs
     weights |= {key: torch.tensor(0) for key in counters}
     network.load_state_dict(weights, strict=True, assign=True)
     return network.eval().requires_grad_(False), notes
 
 
-def channels_of(family: Family, weights: dict[str, torch.Tensor]) -> int:
-    """1 where the network takes grey images, else 3, whatever does not fit."""
-    stem = weights.get(family.stem)
-    return 1 if stem is not None and stem.ndim == 4 and stem.shape[1] == 1 else 3
+def takes_grey(family: Family, weights: dict[str, torch.Tensor]) -> bool:
+    return family.stem in weights and weights[family.stem].shape[1:2] == (1,)
 
 
 def load_classifier(
@@ -1574,7 +1546,7 @@ def load_classifier(
     outputs = len(tensors[f"{family.head}.weight"])
     class_names, class_notes = class_names_of(contents, outputs, class_names, path)
     contents = with_trainers_defaults(contents, architecture)
-    preprocessing, preprocessing_notes = preprocessing_of(contents, channels_of(family, tensors), path)
+    preprocessing, preprocessing_notes = preprocessing_of(contents, takes_grey(family, tensors), path)
     try:
         network, number_notes = network_of(family, architecture, why, tensors, path)
         network.to(device)
@@ -1602,8 +1574,9 @@ def with_trainers_defaults(contents: dict[Any, Any], architecture: str) -> dict[
 
     if "arch" not in contents or not isinstance(contents.get("args"), argparse.Namespace):
         return contents
-    defaults = timm.get_pretrained_cfg(architecture).to_dict()
-    return {**contents, "pretrained_cfg": {key: defaults.get(key) for key in PREPARATION}}
+    is_known = timm.models.is_model_pretrained(architecture)
+    defaults = timm.get_pretrained_cfg(architecture if is_known else architecture.partition(".")[0])
+    return {**contents, "pretrained_cfg": {key: getattr(defaults, key) for key in PREPARATION}}
 
 
 def choose_device(wanted: str) -> str:

@@ -164,9 +164,9 @@ def test_averaged_weights_go_before_plain_ones(checkpoint: dict[str, Any], tmp_p
     classifier = tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", weights=wanted)
     assert_same_weights(classifier, plain if wanted == "plain" else shifted(plain))
     name = f"{place}.{inner}" if inner else place
-    assert told(classifier)[0].startswith(
-        f"plain weights taken from model_state_dict; --weights ema takes those of {name}" if wanted == "plain"
-        else f"averaged (EMA) weights taken from {name}, module.*, not model_state_dict; --weights plain"
+    assert told(classifier)[0] == (
+        f"plain weights taken from model_state_dict, not from {name}, module.*; --weights ema takes others" if wanted == "plain"
+        else f"averaged (EMA) weights taken from {name}, module.*, not from model_state_dict; --weights plain takes others"
     )  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def test_of_several_sets_of_weights_the_usual_place_counts_else_none(checkpoint:
     weights = checkpoint["model_state_dict"]
     classifier = load(save({"net": shifted(weights), "last": shifted(weights), **checkpoint}, tmp_path / "x.pth"))
     assert_same_weights(classifier, weights)
-    assert told(classifier) == ("weights taken from model_state_dict; others (net, last) not used",)
+    assert told(classifier) == ("weights taken from model_state_dict, not from net, last",)
     refused(save({"first": weights, "second": shifted(weights)}, tmp_path / "x.pth"), "more than once (first and second)")
     both = {**weights, **{f"model.{name}": tensor for name, tensor in shifted(weights).items()}}
     refused(save(both, tmp_path / "x.pth"), "more than once", "the top level, model.*")
@@ -207,7 +207,7 @@ def test_what_lies_beside_the_network_is_left_out_with_a_note(checkpoint: dict[s
     teacher = {name.replace("model.", "teacher.", 1): tensor + 1 for name, tensor in own.items()}
     classifier = load(save({"state_dict": {**own, **BESIDE, **teacher}, "hyper_parameters": checkpoint["config"]}, tmp_path / "x.ckpt"))
     assert_same_weights(classifier, weights)
-    assert f"left out, as no part of the network: {len(BESIDE) + (2 if head else 0)} (criterion.pos_weight" in "".join(told(classifier))
+    assert f"left out, as the network is whole without: {len(BESIDE) + (2 if head else 0)} (criterion.pos_weight" in "".join(told(classifier))
     assert ("its linear layer model.fc taken for head.fc" in told(classifier)) == bool(head)
 
 
@@ -227,6 +227,9 @@ def test_a_single_linear_layer_that_is_left_over_is_the_head(key: str, pristine:
     prefix = {"S": "0." if "network" in kind else "", "b": "backbone."}[kind[0]]
     moved = {prefix + name.replace(f"{head}.", f"{layer}."): tensor for name, tensor in weights.items()}
     moved = {name.replace(f"{prefix}../", ""): tensor for name, tensor in moved.items()}
+    if "Sequential(network" in kind:  # without a bias
+        del moved["2.bias"]
+        weights = {**weights, f"{head}.bias": torch.zeros(2)}
     classifier = load(save({"state_dict": moved}, tmp_path / "head.pth"), key)
     assert_same_weights(classifier, weights)
     assert told(classifier) == (f"its linear layer {layer.removeprefix('../')} taken for {head}",)
@@ -345,6 +348,7 @@ ORDERS = {
     "label2id": {"Simple": 0, "Comminuted": 1},
     "label_names": ("Simple Fracture", "comminuted"),
     "labels": np.array(["simple", "comminuted"]),
+    "idx_to_class": {"0": "simple", "1": "comminuted"},
     "names": {0: "simple", 1: "comminuted"},
 }
 PLACES = ["", "config", "args", "hyper_parameters", "pretrained_cfg", "meta.dataset_meta", "config.pretrained_cfg"]
@@ -389,6 +393,11 @@ def test_three_classes_with_three_names(checkpoint: dict[str, Any], tmp_path: Pa
     assert classifier.network(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
 
 
+def test_more_than_ten_classes_keep_their_order(stub: dict[str, Any]) -> None:
+    stub["config"] |= {"num_classes": 12, "id2label": {str(index): f"kind {chr(97 + index)}" for index in reversed(range(12))}}
+    assert tool.class_names_of(stub, 12, None, Path("x"))[0] == tuple(f"kind {letter}" for letter in "abcdefghijkl")
+
+
 def random_head(checkpoint: dict[str, Any], outputs: int) -> None:
     weights = checkpoint["model_state_dict"]
     weights["head.fc.weight"], weights["head.fc.bias"] = torch.randn(outputs, 320), torch.randn(outputs)
@@ -405,6 +414,7 @@ def test_one_output_speaks_for_two_classes(checkpoint: dict[str, Any], tmp_path:
     checkpoint["config"] |= {"num_classes": claimed, "class_names": ["simple", "comminuted"]}
     classifier = load(save(checkpoint, tmp_path / "one.pth"))
     assert classifier.model.class_names == ("Simple Fracture", "Comminuted Fracture")
+    assert told(classifier) == ("one output: its sigmoid is the probability of Comminuted Fracture",)
     plain = timm.create_model("convnextv2_atto", num_classes=1).eval()
     plain.load_state_dict(checkpoint["model_state_dict"])
     radiographs = pictures((100, 60), (50, 80))
@@ -449,7 +459,7 @@ def test_num_classes_that_contradicts_the_head_is_refused(stub: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    "names", ["ab", [], ["a"], ["a", "A "], ["a", " "], ["a", 1], 7, ["a", "x" * 201], [str(number) for number in range(101)]]
+    "names", ["ab", [], ["a"], ["a", "A "], ["a", " "], ["a", 1], 7, [str(number) for number in range(101)]]
 )
 def test_unusable_class_names_are_refused(stub: dict[str, Any], tmp_path: Path, names: object) -> None:
     refused(save({**stub, "class_names": names}, tmp_path / "names.pth"), "class_names", "correct class_names")
@@ -485,7 +495,7 @@ def test_absurd_img_size_is_refused(stub: dict[str, Any], tmp_path: Path, size: 
     ],
 )  # fmt: skip
 def test_recorded_preprocessing_is_done_or_told(recorded: dict[str, Any], expected: tool.Preprocessing, words: str) -> None:
-    preprocessing, notes = tool.preprocessing_of(recorded, 3, Path("x"))
+    preprocessing, notes = tool.preprocessing_of(recorded, False, Path("x"))
     assert preprocessing == expected
     assert words in "".join(notes) and bool(words) == bool(notes)
 
@@ -540,7 +550,7 @@ def test_missing_and_unexpected_keys_are_named_and_counted(checkpoint: dict[str,
 def test_other_shape_is_named_with_both_sides(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     checkpoint["model_state_dict"]["stem.0.weight"] = torch.zeros(40, 2, 4, 4)
     path = save(checkpoint, tmp_path / "grey.pth")
-    refused(path, "of another kind 1 (stem.0.weight is 40x2x4x4 floats in the file, 40x3x4x4 floats in the network)")
+    refused(path, "of another kind 1 (stem.0.weight is 40x2x4x4 float32 in the file, 40x3x4x4 float32 in the network)")
 
 
 def test_size_that_differs_from_config_is_refused(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
@@ -607,18 +617,16 @@ def test_weights_that_are_not_finite_are_refused(checkpoint: dict[str, Any], tmp
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "quantised"),
-        (lambda tensor: tensor.to_sparse(), "sparse"),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "2x320 qint8 in the file"),
         (lambda tensor: tensor.to(torch.complex64), "complex64"),
         (lambda tensor: tensor.to(torch.int32), "int32"),
         (lambda tensor: tensor.to(torch.int64), "int64"),
-        (lambda tensor: tensor.to(torch.float8_e4m3fn), "float8_e4m3fn"),
     ],
 )
 def test_tensors_of_other_kinds_are_refused(checkpoint: dict[str, Any], tmp_path: Path, change: Callable, word: str) -> None:
     weights = checkpoint["model_state_dict"]
     weights["head.fc.weight"] = change(weights["head.fc.weight"])
-    refused(save(checkpoint, tmp_path / "kind.pth"), word, "of another kind 1 (head.fc.weight", "floats in the network")
+    refused(save(checkpoint, tmp_path / "kind.pth"), word, "of another kind 1 (head.fc.weight", "2x320 float32 in the network")
 
 
 class Bomb:
@@ -771,13 +779,13 @@ def test_a_hubs_or_trainers_folder_loads(checkpoint: dict[str, Any], tmp_path: P
 
 def test_a_config_beside_counts_only_for_its_own_network(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
     (other,) = set(TINY) - {key}
-    folder = hub_folder(tmp_path / "run", {}, {**TRANSFORMERS, "architecture": TINY[other]})
+    folder = hub_folder(tmp_path / "run", pristine[key]["model_state_dict"], {**TRANSFORMERS, "architecture": TINY[other]})
     assert load(save(pristine[key]["model_state_dict"], folder / "x.pth"), key).model.class_names == tool.CLASS_NAMES
     (folder / "config.json").write_text(json.dumps({**TRANSFORMERS, "architecture": TINY[key]}))
     assert load(folder / "x.pth", key).model.class_names == tool.CLASS_NAMES[::-1]
     (folder / "config.json").write_text("{")
     with pytest.raises(tool.ExplainError, match=r"config\.json: not what a hub or Trainer writes"):
-        load(folder / "x.pth", key)
+        load(folder, key)
 
 
 def test_a_folder_of_timm_itself_loads(checkpoint: dict[str, Any], tmp_path: Path) -> None:
@@ -816,7 +824,7 @@ def with_lora(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 FOREIGN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], tuple[str, ...]]] = {
     "PEFT": (with_lora, ("LoRA", "merge_and_unload()")),
     "loralib": (lambda weights: {**weights, "stages.3.blocks.0.mlp.fc1.lora_A": torch.ones(4, 320)}, ("LoRA", "merge_and_unload()")),
-    "adapter alone": (lambda weights: {"base_model.model.head.fc.lora_A.weight": torch.ones(4, 320)}, ("PEFT", "merge_and_unload()")),
+    "adapter alone": (lambda weights: {"base_model.model.head.fc.ia3_l": torch.ones(4, 320)}, ("PEFT", "merge_and_unload()")),
     "ZeRO 3": (lambda weights: {"module": {name: torch.empty(0) for name in weights}, "ds_version": "0.14"}, ("DeepSpeed", "zero_to_fp32.py")),
     "ZeRO shard": (lambda weights: {"optimizer_state_dict": {"zero_stage": 2}, "ds_config": {}}, ("DeepSpeed", "zero_to_fp32.py")),
     "quantised": (lambda weights: {"stem.0.scale": torch.ones(()), "head.fc._packed_params._packed_params": torch.ones(2)}, ("quantised",)),

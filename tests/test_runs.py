@@ -530,7 +530,8 @@ def test_saved_maps_are_raw_and_say_where_they_come_from(explain, folder, tmp_pa
     np.testing.assert_array_equal(saved, explanation.raw_map)
     told = json.loads((tmp_path / "out" / "map_convnext_c.json").read_text())
     assert told["image_sha256"] == tool.hashlib.sha256(image.read_bytes()).hexdigest()
-    assert told["preprocessing"] == {"size": 224, "mean": list(tool.IMAGENET_MEAN), "std": list(tool.IMAGENET_STD)}
+    usual = {"size": 224, "mean": list(tool.IMAGENET_MEAN), "std": list(tool.IMAGENET_STD), "interpolation": "bilinear"}
+    assert told["preprocessing"] == usual
     np.testing.assert_allclose(told["probabilities"], explanation.probabilities)
     assert told["target_layer"] == "stages.3" and told["class_names"][told["explained_class"]] == explanation.prediction
 
