@@ -4767,6 +4767,10 @@ def kinds_of(row: dict[str, str], model: Model) -> list[str]:
     return [*faults, *dict.fromkeys(flags), class_key(named)]
 
 
+def flag_text(key: str) -> str:
+    return f"⚠ {CHECKS[key].title or key}"
+
+
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
     """Where a share lies with 95 % confidence (E. B. Wilson, JASA 22, 1927)."""
     share, square = right / count, Z**2 / count
@@ -4849,18 +4853,18 @@ def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[st
     page = next((file for file in pages if file.startswith("comparison")), pages[0] if pages else "")
     picture = "" if page.endswith(".pdf") else links.get(page, "")
     kinds = {model.family.key: kinds_of(row, model) for model in models}
-    said, flags, sure, wrong = [], {}, [], [0.0]
+    flagged, said, sure, wrong = defaultdict(list), [], [], [0.0]
     for model in models:
         found = kinds[model.family.key]
-        for check in (CHECKS[key] for key in found if key in CHECKS):
-            owner = "" if check.about == "pair" else f"{model.title}: "
-            flags[f"⚠ {owner}{check.title or check.key}"] = check
+        for key in filter(CHECKS.get, found):
+            flagged[key].append(model.title)
         if predicted := said_in(row, model, "predicted"):
             sure.append(float(said_in(row, model, "confidence")))
-            said.append(f"{model.title}: {predicted}, {sure[-1]:.1%}")
-            if "wrong" in found:
-                said[-1] = f"✗ {said[-1]}, wrong"
+            mark = "✗ wrong, " if "wrong" in found else ""
+            said.append(f"{mark}{model.title}: {predicted}, {sure[-1]:.1%}")
+            if mark:
                 wrong.append(sure[-1])
+    flags = [f"{flag_text(key)}: {', '.join(titles)}" for key, titles in flagged.items()]
     every = set(itertools.chain(*kinds.values()))
     steps = max(wrong) >= SURE, "disagree" in every, len(wrong) > 1, bool(flags), "failed" not in every, True
     truth = [f"true: {row['true_class']}"] if row.get("true_class") else []
@@ -4885,7 +4889,7 @@ def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[st
 def filter_nodes(counts: Counter[str], models: Sequence[Model]) -> list[Node]:
     """What chooses among the images, and how many each choice has."""
     texts = {"wrong": "wrong", "disagree": "models disagree", "failed": "failed"}
-    texts |= {key: f"⚠ {check.title or key}" for key, check in CHECKS.items()}
+    texts |= {key: flag_text(key) for key in CHECKS}
     texts |= {class_key(name): name for name in models[0].class_names}
     chips = []
     for kind, text in texts.items():
