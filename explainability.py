@@ -4901,7 +4901,8 @@ def filter_nodes(counts: Counter[str], models: Sequence[Model]) -> list[Node]:
     for name, choices in (("model", seen), ("order", orders)):
         options = [["option", {"value": value}, text] for value, text in choices.items()]
         chips.append(["select", {"name": name, "aria-label": name}, *options])
-    return [*chips, ["input", {"type": "search", "name": "name", "placeholder": "search names"}]]
+    search = {"type": "search", "name": "name", "placeholder": "search names", "aria-label": "search names"}
+    return [*chips, ["input", search]]
 
 
 def report_page(
@@ -4919,9 +4920,10 @@ def report_page(
         name = Path(row["file"]).name
         cards.append(row_data(row, printable(name if names[name] == 1 else row["file"]), models))
     cards.sort(key=lambda card: (card["first"], card["file"]))
-    counts = Counter(kind for card in cards for kind in set(itertools.chain(*card["kinds"].values())))
+    kinds = [set(itertools.chain(*card["kinds"].values())) for card in cards]
+    counts, flagged = Counter(itertools.chain(*kinds)), sum(not CHECKS.keys().isdisjoint(each) for each in kinds)
     done = [row for row in rows if not row.get("error")]
-    facts = [f"{len(done)} explained", f"{counts['failed']} failed"]
+    facts = [f"{len(done)} explained", f"{counts['failed']} failed", f"{flagged} flagged"]
     if len(models) > 1 and done:
         facts.append(f"The models agree on {len(done) - counts['disagree']} of {len(done)} images")
         facts += overlap_lines(done)

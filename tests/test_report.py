@@ -158,7 +158,7 @@ def test_mean_map_is_told_with_the_count_of_images_that_it_covers():
 
 def test_page_says_what_was_run_and_whether_the_models_agree():
     said = texts(["div", {}, *data(page())["places"]["about"]])
-    told = "6 explained · 1 failed · The models agree on 5 of 6 images · Maps share "
+    told = "6 explained · 1 failed · 1 flagged · The models agree on 5 of 6 images · Maps share "
     assert said[1].startswith(told) and said[2] == "method gradcam · torch 2.10"
     assert "convnextv2_base.fcmae_ft_in22k_in1k, convnext_v2_improved_best.pth; Validation accuracy: 98.32%" in said
 
