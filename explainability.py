@@ -3334,7 +3334,7 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
             passed.append(check.key.replace("_", " "))
     if explanation.pointing:
         told += pointing_text(explanation.pointing).replace("⚠️  ", "⚠ ").split("; ")
-    for text in told:
+    for text in sorted(told, key=lambda text: not text.startswith("⚠")):
         y = sheet.paragraph(x, y, text, width, ALERT if text.startswith("⚠") else SMALL, 3)
     if passed:
         y = sheet.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
@@ -4770,6 +4770,10 @@ def kinds_of(row: dict[str, str], model: Model) -> list[str]:
     return [*faults, *dict.fromkeys(flags), class_key(named)]
 
 
+def flag_text(key: str) -> str:
+    return f"⚠ {CHECKS[key].title or key}"
+
+
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
     """Where a share lies with 95 % confidence (E. B. Wilson, JASA 22, 1927)."""
     share, square = right / count, Z**2 / count
@@ -4852,18 +4856,18 @@ def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[st
     page = next((file for file in pages if file.startswith("comparison")), pages[0] if pages else "")
     picture = "" if page.endswith(".pdf") else links.get(page, "")
     kinds = {model.family.key: kinds_of(row, model) for model in models}
-    said, flags, sure, wrong = [], {}, [], [0.0]
+    flagged, said, sure, wrong = defaultdict(list), [], [], [0.0]
     for model in models:
         found = kinds[model.family.key]
-        for check in (CHECKS[key] for key in found if key in CHECKS):
-            owner = "" if check.about == "pair" else f"{model.title}: "
-            flags[f"⚠ {owner}{check.title or check.key}"] = check
+        for key in filter(CHECKS.get, found):
+            flagged[key].append(model.title)
         if predicted := said_in(row, model, "predicted"):
             sure.append(float(said_in(row, model, "confidence")))
-            said.append(f"{model.title}: {predicted}, {sure[-1]:.1%}")
-            if "wrong" in found:
-                said[-1] = f"✗ {said[-1]}, wrong"
+            mark = "✗ wrong, " if "wrong" in found else ""
+            said.append(f"{mark}{model.title}: {predicted}, {sure[-1]:.1%}")
+            if mark:
                 wrong.append(sure[-1])
+    flags = [f"{flag_text(key)}: {', '.join(titles)}" for key, titles in flagged.items()]
     every = set(itertools.chain(*kinds.values()))
     steps = max(wrong) >= SURE, "disagree" in every, len(wrong) > 1, bool(flags), "failed" not in every, True
     truth = [f"true: {row['true_class']}"] if row.get("true_class") else []
@@ -4888,7 +4892,7 @@ def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[st
 def filter_nodes(counts: Counter[str], models: Sequence[Model]) -> list[Node]:
     """What chooses among the images, and how many each choice has."""
     texts = {"wrong": "wrong", "disagree": "models disagree", "failed": "failed"}
-    texts |= {key: f"⚠ {check.title or key}" for key, check in CHECKS.items()}
+    texts |= {key: flag_text(key) for key in CHECKS}
     texts |= {class_key(name): name for name in models[0].class_names}
     chips = []
     for kind, text in texts.items():
@@ -4900,7 +4904,8 @@ def filter_nodes(counts: Counter[str], models: Sequence[Model]) -> list[Node]:
     for name, choices in (("model", seen), ("order", orders)):
         options = [["option", {"value": value}, text] for value, text in choices.items()]
         chips.append(["select", {"name": name, "aria-label": name}, *options])
-    return [*chips, ["input", {"type": "search", "name": "name", "placeholder": "search names"}]]
+    search = {"type": "search", "name": "name", "placeholder": "search names", "aria-label": "search names"}
+    return [*chips, ["input", search]]
 
 
 def report_page(
@@ -4918,9 +4923,10 @@ def report_page(
         name = Path(row["file"]).name
         cards.append(row_data(row, printable(name if names[name] == 1 else row["file"]), models))
     cards.sort(key=lambda card: (card["first"], card["file"]))
-    counts = Counter(kind for card in cards for kind in set(itertools.chain(*card["kinds"].values())))
+    kinds = [set(itertools.chain(*card["kinds"].values())) for card in cards]
+    counts, flagged = Counter(itertools.chain(*kinds)), sum(not CHECKS.keys().isdisjoint(each) for each in kinds)
     done = [row for row in rows if not row.get("error")]
-    facts = [f"{len(done)} explained", f"{counts['failed']} failed"]
+    facts = [f"{len(done)} explained", f"{counts['failed']} failed", f"{flagged} flagged"]
     if len(models) > 1 and done:
         facts.append(f"The models agree on {len(done) - counts['disagree']} of {len(done)} images")
         facts += overlap_lines(done)
