@@ -708,4 +708,4 @@ def test_a_resumed_run_counts_the_images_of_the_first(explain, folder, tmp_path,
     capsys.readouterr()
     assert explain("--image", folder / "simple_fracture", "--no-figures", "--skip-existing") == 0
     assert "of 3 images" in capsys.readouterr().out
-    assert outputs(tmp_path) == {"summary.csv", ".summary.lock"}
+    assert outputs(tmp_path) == {"summary.csv", ".summary.lock", "report.html"}
