@@ -5604,8 +5604,8 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file without a suffix, as DICOM files often are, is one."""
-    if path.suffix:
+    """Whether a file without a suffix, or with a UID for a name, as DICOM files often are, is one."""
+    if path.suffix and not path.suffix[1:].isdecimal():
         return False
     try:
         with open_regular(path) as file:
