@@ -472,8 +472,8 @@ def test_each_result_waits_for_its_own_figures(monkeypatch):
         yield from zip(results[:3], drawings[:3])
         for each in (*drawings[0], drawings[3][0]):
             each.set_result(None)
-        drawings[3][1].set_exception(tool.ExplainError("d is full"))
         yield from zip(results[3:], drawings[3:])
+        drawings[3][1].set_exception(tool.ExplainError("d is full"))
 
     told = [(each.job.label, each.error) for each in tool.written_results(begun())]
     assert told == [("a", ""), ("b", "b is full"), ("c", ""), ("d", "d is full"), ("e", ""), ("f", "")]
