@@ -3819,37 +3819,39 @@ DIGEST_PLACES = {  # how the digest stands in a whole file
     ".png": re.compile(rb"tEXtDigest\0(\w*).{8}IDAT.*IEND.{4}$", re.DOTALL),
     ".pdf": re.compile(rb"/Keywords \((\w*)\).*%%EOF\s*$", re.DOTALL),
     ".svg": re.compile(rb"<dc:identifier>(\w*)</dc:identifier>.*</svg>\s*$", re.DOTALL),
+    ".json": re.compile(rb'"digest": "(\w*)"\s*}$'),
+    ".npy": re.compile(rb"\A\x93NUMPY()"),  # has none; its .json, written after it, tells
 }
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into ExplainError."""
+    try:
+        yield
+    except OSError as error:
+        cause = f"cannot be written ({error.strerror or error})"
+        raise refusal(path, cause, "choose another place with --output-dir") from error
 
 
 def check_output_folder(folder: Path) -> None:
     """Make the output folder and try it. Raises ExplainError where no figure could be written."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(PROBE_BYTES))
-    except OSError as error:
-        raise unwritable(folder, error) from error
 
 
-def unwritable(path: Path, error: OSError) -> ExplainError:
-    cause = f"cannot be written ({error.strerror or error})"
-    return refusal(path, cause, "choose another place with --output-dir")
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, which takes the name `path` once it is whole; a link there is replaced, not followed.
 
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the name `path` at the end, or goes away.
-
-    A link at `path` is replaced, not followed. Raises ExplainError where the system refuses.
+    Raises ExplainError where the system refuses.
     """
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            yield file
-        os.replace(temporary, path)
-    except OSError as error:
-        raise unwritable(path, error) from error
+        with writing(path):
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -3857,31 +3859,38 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 # Names
 
 
-def display_names(labels: Sequence[str]) -> list[str]:
-    """What figures and console call images: their names; with the folder where two have the same one."""
-    paths = [Path(label) for label in labels]
-    times = Counter(path.name for path in paths)
-    folders = [path.absolute().parent.name for path in paths]
-    return numbered(
-        f"{folder}/{path.name}" if times[path.name] > 1 else path.name for path, folder in zip(paths, folders)
-    )
-
-
-def numbered(labels: Iterable[str]) -> list[str]:
-    """The labels, with a number behind each that came before."""
+def numbered(names: Iterable[str]) -> list[str]:
+    """The names, with a number behind each that came before; upper and lower case are one to some systems."""
     times: Counter[str] = Counter()
     told = []
-    for label in labels:
-        times[label] += 1
-        told.append(f"{label}_{times[label]}" if times[label] > 1 else label)
+    for name in names:
+        key, unique = name.casefold(), name
+        while times[unique.casefold()]:
+            times[key] += 1
+            unique = f"{name}_{times[key]}"
+        times[unique.casefold()] += 1
+        told.append(unique)
     return told
 
 
-def content_label(image: Path) -> str:
-    """A name that says nothing about whom the image shows: the start of its content's SHA-256."""
-    with contextlib.suppress(ExplainError):
-        return file_digest(image)[:8]
-    return hashlib.sha256(os.fsencode(image)).hexdigest()[:8]  # what is wrong is said when it is read
+def with_folders(labels: Sequence[str], names: Sequence[str], between: str) -> list[str]:
+    """What images of one run are called: the name of its folder stands before one that others have too."""
+    times = Counter(name.casefold() for name in names)
+    folders = [Path(label).absolute().parent.name for label in labels]
+    return [
+        f"{folder}{between}{name}" if times[name.casefold()] > 1 else name for folder, name in zip(folders, names)
+    ]
+
+
+def display_names(labels: Sequence[str]) -> list[str]:
+    """What figures and console call images."""
+    return numbered(with_folders(labels, [Path(label).name for label in labels], "/"))
+
+
+def output_stems(labels: Sequence[str]) -> list[str]:
+    """What the names of each image's outputs end in."""
+    stems = with_folders(labels, [Path(label).stem for label in labels], "_")
+    return numbered(map(short_stem, stems))
 
 
 def short_stem(stem: str) -> str:
@@ -3893,24 +3902,11 @@ def short_stem(stem: str) -> str:
     return f"{kept}_{hashlib.sha256(encoded).hexdigest()[:8]}"
 
 
-def output_stems(labels: Sequence[str]) -> list[str]:
-    """What the names of each image's outputs end in: the image's own stem.
-
-    Images of one run that share a stem get their folder's name before it, and if that does not
-    tell them apart, a number behind it in the order of the images. Upper and lower case do not
-    tell names apart: some file systems do not.
-    """
-    paths = [Path(label) for label in labels]
-    counts = Counter(path.stem.casefold() for path in paths)
-    taken: set[str] = set()
-    stems = []
-    for path in paths:
-        folder = path.absolute().parent.name if counts[path.stem.casefold()] > 1 else ""
-        wanted = short_stem(f"{folder}_{path.stem}" if folder else path.stem)
-        names = itertools.chain([wanted], (f"{wanted}_{number}" for number in itertools.count(2)))
-        stems.append(next(stem for stem in names if stem.casefold() not in taken))
-        taken.add(stems[-1].casefold())
-    return stems
+def content_label(image: Path) -> str:
+    """A name that says nothing about whom the image shows: the start of its content's SHA-256."""
+    with contextlib.suppress(ExplainError):
+        return file_digest(image)[:8]
+    return hashlib.sha256(os.fsencode(image)).hexdigest()[:8]  # what is wrong is said when it is read
 
 
 def prefix_of(kind: str, method: str, key: str = "") -> str:
@@ -3922,13 +3918,13 @@ def page_prefixes(keys: Sequence[str], methods: Sequence[str]) -> dict[str, tupl
     """How the names of an image's figures begin, and which of its explanations each shows."""
     made = list(itertools.product(keys, methods))  # in the order in which they are explained
     pages = {f"{method}_{key}": (index,) for index, (key, method) in enumerate(made)}
+    count = len(methods)
     if len(keys) > 1:
-        for method in methods:
-            shown_here = tuple(index for index, pair in enumerate(made) if pair[1] == method)
-            pages[prefix_of("comparison", method)] = shown_here
-    if len(methods) > 1:
-        for key in keys:
-            pages[f"methods_{key}"] = tuple(index for index, pair in enumerate(made) if pair[0] == key)
+        for place, method in enumerate(methods):
+            pages[prefix_of("comparison", method)] = tuple(range(place, len(made), count))
+    if count > 1:
+        for place, key in enumerate(keys):
+            pages[f"methods_{key}"] = tuple(range(place * count, (place + 1) * count))
     return pages
 
 
@@ -3963,7 +3959,7 @@ def make_jobs(
 
     It writes outputs of these kinds: figures, whose names have this ending, maps and panels.
 
-    Raises ExplainError where an output would replace one of the images, or another output.
+    Raises ExplainError where an output would replace one of the images.
     """
     made = list(itertools.product(keys, methods))
     shown_by = page_prefixes(keys, methods) if "figures" in kinds else {}
@@ -3982,38 +3978,25 @@ def make_jobs(
         )
         for image, label, name, stem in zip(images, labels, display_names(labels), output_stems(labels))
     ]
-    check_outputs_apart(jobs, images, folder)
-    return jobs
-
-
-def check_outputs_apart(jobs: Sequence[Job], images: Sequence[Path], folder: Path) -> None:
-    """Raise ExplainError where an output would replace an image, or another output."""
     inputs = {os.path.realpath(image) for image in images}
-    times = Counter(path for job in jobs for path in job.outputs)
-    for path in (folder / TABLE_NAME, *times):
+    for path in (folder / TABLE_NAME, *(path for job in jobs for path in job.outputs)):
         if os.path.realpath(path) in inputs:
             cause = "is an input of this run and would be replaced"
             raise refusal(path, cause, "choose another --output-dir")
-        if times[path] > 1:  # comparison_ig_x: of x by Integrated Gradients, or of ig_x by Grad-CAM
-            raise refusal(path, "two results of this run would have this name", "run one --method at a time")
+    return jobs
 
 
 def is_finished(job: Job) -> bool:
-    """Whether every file that a job would write is there, and came of the same job."""
+    """Whether every file that a job would write is there, whole, and came of the same job."""
     return all(digest_in(path) in (job.digest, "") for path in job.outputs)
 
 
 def digest_in(path: Path) -> str | None:
     """The digest of the job that wrote a file; "" where it holds none, None where it is not whole."""
-    try:
-        with open_regular(path) as file:
-            if path.suffix == ".json":
-                return json.load(file)["digest"]
-            if path.suffix in DIGEST_PLACES:
-                return DIGEST_PLACES[path.suffix].search(file.read())[1].decode()
-            return ""
-    except (ExplainError, OSError, ValueError, KeyError, TypeError):
-        return None
+    with contextlib.suppress(ExplainError, OSError), open_regular(path) as file:
+        found = DIGEST_PLACES[path.suffix].search(file.read())
+        return found and found[1].decode()
+    return None
 
 
 # Figures, pictures and maps as files
@@ -4033,13 +4016,7 @@ def write_page(result: Result, page: Page, style: FigureStyle) -> None:
     """Draw one figure of a job and write it. Raises ExplainError where it cannot be written."""
     explanations = [result.explanations[index] for index in page.shows]
     view = View(result.picture, result.job.name, style, result.boxes)
-    try:
-        content = figure_bytes(page_figure(view, explanations), style, result.job.digest)
-    except MemoryError as error:
-        cause = f"not enough memory to draw it at {style.dpi} DPI"
-        raise refusal(page.path, cause, "choose a smaller --dpi") from error
-    with replacing(page.path) as file:
-        file.write(content)
+    write_file(page.path, figure_bytes(page_figure(view, explanations), style, result.job.digest))
 
 
 def write_panels(result: Result, style: FigureStyle) -> None:
@@ -4050,19 +4027,17 @@ def write_panels(result: Result, style: FigureStyle) -> None:
         pictures.append(heatmap_pixels(explanation, *pixels.shape[:2], style))
         pictures.append(overlay_pixels(pixels, explanation, style))
     for path, picture in zip(result.job.panels, pictures):
-        content = png(picture, style.dpi, result.job.digest)
-        with replacing(path) as file:
-            file.write(content)
+        write_file(path, png(picture, style.dpi, result.job.digest))
 
 
 def write_maps(result: Result) -> None:
     """Each raw map as .npy (h, w) float32, and beside it as .json what it takes to compute it again."""
     for explanation, path in zip(result.explanations, result.job.maps):
+        content = io.BytesIO()
+        np.save(content, explanation.raw_map, allow_pickle=False)
         told = json.dumps(provenance(result.job, explanation), indent=2)
-        with replacing(path) as file:
-            np.save(file, explanation.raw_map, allow_pickle=False)
-        with replacing(path.with_suffix(".json")) as file:
-            file.write(told.encode())
+        write_file(path, content.getvalue())
+        write_file(path.with_suffix(".json"), told.encode())
 
 
 def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
@@ -4115,8 +4090,7 @@ def file_digest(path: Path) -> str:
 
 TABLE_NAME = "summary.csv"
 LOCK_NAME = ".summary.lock"
-TEXT_CODING = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-BYTE_ORDER_MARK = "\ufeff"  # tells spreadsheet programs that it is UTF-8
+TEXT_CODING = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}  # marked for spreadsheets
 FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?$)[=+@-]")  # what spreadsheet programs would compute; not -0.5
 
 
@@ -4237,61 +4211,48 @@ def row_key(file: str) -> str:
 
 @contextlib.contextmanager
 def table_alone(folder: Path) -> Iterator[Path]:
-    """A folder's table, held against other runs where the system can. Raises ExplainError."""
+    """A folder's table, whole, held against other runs where the system can. Raises ExplainError."""
     path = folder / TABLE_NAME
-    try:
-        with open(folder / LOCK_NAME, "w") as lock:
-            if fcntl:
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-            yield path
-    except OSError as error:
-        raise unwritable(path, error) from error
+    with writing(path), open(folder / LOCK_NAME, "w") as lock:
+        if fcntl:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            drop_torn_line(path)
+        yield path
 
 
 def drop_torn_line(path: Path) -> None:
     """Cut off a last line that a crash left without its end, and say so."""
     with open(path, "rb+") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-                warn(f"ℹ️  {shown(path)}: its last line was torn, as a crash leaves it, and is dropped")
+        if not file.seek(0, os.SEEK_END):
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            warn(f"ℹ️  {shown(path)}: its last line was torn, as a crash leaves it, and is dropped")
 
 
-def table_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]] | None:
-    """The rows of a table, with all columns; none of a missing one, None of one with other columns."""
+def table_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a table, with all columns; none of a missing one. Raises ExplainError for other columns."""
     if not path.exists():
         return []
-    drop_torn_line(path)
-    with open(path, **TEXT_CODING) as file:
-        reader = csv.DictReader([line.removeprefix(BYTE_ORDER_MARK) for line in file])
-    try:
-        if not set(reader.fieldnames or ()) <= set(columns):
-            return None
-        return [{name: plain_text(row.get(name) or "") for name in columns} for row in reader]
-    except csv.Error:  # a line longer than any that is written here
-        return None
-
-
-def own_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of the table that this run writes. Raises ExplainError where another run has replaced it."""
-    rows = table_rows(path, columns)
-    if rows is None:
-        cause = "another run made it anew, with other columns"
-        raise refusal(path, cause, "give each --model and --method an --output-dir of its own")
-    return rows
+    with open(path, **TEXT_CODING) as file, contextlib.suppress(csv.Error):  # lines longer than any of ours
+        reader = csv.DictReader(file)
+        if set(reader.fieldnames or ()) <= set(columns):
+            return [{name: plain_text(row.get(name) or "") for name in columns} for row in reader]
+    cause = "another run made it anew, with other columns"
+    raise refusal(path, cause, "give each --model and --method an --output-dir of its own")
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, str]], columns: Sequence[str]) -> None:
     """A whole table anew."""
-    with replacing(path) as file:
-        with io.TextIOWrapper(file, **TEXT_CODING) as text:
-            text.write(BYTE_ORDER_MARK)
-            writer = csv.writer(text)
-            writer.writerow(columns)
-            writer.writerows([cell_text(row.get(name, "")) for name in columns] for row in rows)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows([cell_text(row.get(name, "")) for name in columns] for row in rows)
+    write_file(path, text.getvalue().encode(TEXT_CODING["encoding"], TEXT_CODING["errors"]))
 
 
 def cell_text(text: str) -> str:
@@ -4305,41 +4266,35 @@ def plain_text(cell: str) -> str:
 
 def add_row(folder: Path, row: dict[str, str], columns: Sequence[str]) -> None:
     """Append one row to a folder's table. Raises ExplainError where that cannot be done."""
-    filled = {name for name, text in row.items() if text}
     with table_alone(folder) as path:
-        header = header_of(path)
-        if filled <= set(header):
+        header = []
+        if path.exists():
+            with open(path, **TEXT_CODING) as file:
+                header = next(csv.reader([file.readline()]), [])
+        if {name for name, text in row.items() if text} <= set(header):
             with open(path, "a", **TEXT_CODING) as file:
                 csv.writer(file).writerow([cell_text(row.get(name, "")) for name in header])
         else:  # it is new, or left out columns that were empty so far
-            write_rows(path, [*own_rows(path, columns), row], columns)
-
-
-def header_of(path: Path) -> list[str]:
-    """The columns of a table; none where there is no table."""
-    if not path.exists():
-        return []
-    drop_torn_line(path)
-    with open(path, **TEXT_CODING) as file:
-        return next(csv.reader([file.readline().removeprefix(BYTE_ORDER_MARK)]), [])
+            write_rows(path, [*table_rows(path, columns), row], columns)
 
 
 def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
     """The last row of each image in a folder's table, by `row_key`; a table of another kind is renamed."""
     with table_alone(folder) as path:
-        rows = table_rows(path, columns)
-        if rows is None:
+        try:
+            return {row_key(row["file"]): row for row in table_rows(path, columns)}
+        except ExplainError:
             names = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(1))
             other = next(name for name in names if not os.path.lexists(name))
             os.rename(path, other)
             warn(f"ℹ️  {shown(path)}: the table of an earlier run with other columns, kept as {other.name}")
-    return {row_key(row["file"]): row for row in rows or ()}
+            return {}
 
 
 def fold_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Keep the last row of each image and the columns that say something; the rows."""
     with table_alone(folder) as path:
-        last = {row_key(row["file"]): row for row in own_rows(path, columns)}
+        last = {row_key(row["file"]): row for row in table_rows(path, columns)}
         rows = sorted(last.values(), key=lambda row: row["file"])
         write_rows(path, rows, [name for name in columns if any(row[name] for row in rows)])
     return rows
@@ -5368,8 +5323,7 @@ def explain_many(
     spent = time.monotonic() - started
     kept = fold_table(folder, columns)
     told = [options_text(args), versions_text().replace("\n", ", ")]
-    with replacing(folder / REPORT_NAME) as file:
-        file.write(report_page(kept, plan.models, observations, told).encode())
+    write_file(folder / REPORT_NAME, report_page(kept, plan.models, observations, told).encode())
     fresh = sum(not row["error"] for row in rows[len(finished) :])
     lines = run_lines(rows, plan.models, plan.methods, observations, fresh, spent)
     status = 1 if any(row["error"] for row in rows) else 0
