@@ -286,13 +286,11 @@ class Explanation:
     @property
     def sum_error(self) -> float:
         """How far the raw map's sum is from what it owes, as a share of that; 0 where it owes nothing."""
-        if self.owed is None or not self.raw_map.any():
+        if self.owed is None:
             return 0.0
-        error, rounding = (
-            abs(float(self.raw_map.sum(dtype=float)) - self.owed),
-            1e-4 * float(np.abs(self.raw_map).sum()),
-        )
-        return error / max(abs(self.owed), rounding) if error > rounding else 0.0
+        error = abs(float(self.raw_map.sum(dtype=float)) - self.owed)
+        rounding = 1e-4 * float(np.abs(self.raw_map).sum())
+        return error / max(abs(self.owed), rounding) if error > rounding > 0 else 0.0
 
     @property
     def negative_share(self) -> float:
@@ -3646,13 +3644,10 @@ def figure_bytes(sheet: Sheet, style: FigureStyle, digest: str = "") -> bytes:
 
 TEST_TRUTH = TEST_IMAGES / "fracture_boxes.csv"  # used by itself for the images beside it
 SIDES = ("x0", "y0", "x1", "y1")
-TRUTH_COLUMNS = {  # how a table's header may call them, in any case
-    "file": ("file", "filename", "image", "path"),
-    "class": ("class", "label"),
-    "x0": ("x0", "xmin"),
-    "y0": ("y0", "ymin"),
-    "x1": ("x1", "xmax"),
-    "y1": ("y1", "ymax"),
+TRUTH_COLUMNS = {  # by what a table's header may call them, in any case
+    **dict.fromkeys(("file", "filename", "image", "path"), "file"),
+    **dict.fromkeys(("class", "label"), "class"),
+    **{"x0": "x0", "y0": "y0", "x1": "x1", "y1": "y1", "xmin": "x0", "ymin": "y0", "xmax": "x1", "ymax": "y1"},
 }
 NEGATIONS = {"no", "non", "not", "without"}
 
@@ -3696,11 +3691,10 @@ def known_truth(
     table: Path | None, images: Sequence[Path], is_anonymous: bool
 ) -> tuple[dict[str, Truth], str, list[str]]:
     """Truth by the real path of the image, of a table or the test images' own; its mark; what to say."""
-    if table is None:
-        are_ours = any(TEST_IMAGES in Path(os.path.realpath(image)).parents for image in images)
-        if not (are_ours and TEST_TRUTH.is_file()):
-            return {}, "", []
     path = table or TEST_TRUTH
+    ours = (image for image in images if TEST_IMAGES in Path(os.path.realpath(image)).parents)
+    if not table and not (path.is_file() and any(ours)):
+        return {}, "", []
     truths, missing = read_truth(path, images)
     notes = []
     if missing and table:
@@ -3722,8 +3716,7 @@ def read_truth(path: Path, images: Sequence[Path]) -> tuple[dict[str, Truth], li
     missing = []
     for number, cells in truth_rows(path):
         name = cells["file"].replace("\\", "/")
-        twins = by_name[Path(name).name]
-        image = path.parent / name
+        image, twins = path.parent / name, by_name[Path(name).name]
         if not os.path.isfile(image):
             if len(twins) != 1:
                 missing.append(name)
@@ -3743,18 +3736,14 @@ def truth_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         lines = decoded_text(file.read()).splitlines()
     header = lines[0] if lines else ""
     reader = csv.reader(lines, delimiter=max(",;\t", key=header.count), skipinitialspace=True)
-    titles = [title.strip().casefold() for title in next(reader, [])]
-    places = {
-        name: titles.index(spelling)
-        for name, spellings in TRUTH_COLUMNS.items() for spelling in spellings if spelling in titles
-    }  # fmt: skip
-    if "file" not in places or len(places) < 2:
+    titles = [TRUTH_COLUMNS.get(title.strip().casefold()) for title in next(reader, [])]
+    if "file" not in titles or len({*titles} - {None}) < 2:
         cause = f"its first line is {brief(header)}"
         raise refusal(path, cause, "begin with names of columns: file and any of class, x0, y0, x1, y1")
     for row in reader:
-        cells = {name: row[place].strip() if place < len(row) else "" for name, place in places.items()}
+        cells = {title: cell.strip() for title, cell in zip(titles, row) if title}
         if any(cells.values()):
-            yield reader.line_num, cells
+            yield reader.line_num, {"file": "", **cells}
 
 
 def decoded_text(content: bytes) -> str:
@@ -4109,14 +4098,6 @@ def value_text(explanation: Explanation, check: str) -> str:
     return f"{values[0]:.6f}" if values else ""
 
 
-def box_text(pointed: Pointing | None, name: str) -> str:
-    """One value of a map's comparison with the true box; nothing where that is not known."""
-    if pointed is None:
-        return ""
-    value = getattr(pointed, name)
-    return yes_or_no(value) if name == "is_inside" else f"{value:.6f}"
-
-
 FIRST_COLUMNS = ("predicted", "confidence", "correct", "flags")  # of each model; the rest stand behind
 
 MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from explanation and true class
@@ -4142,9 +4123,9 @@ MAP_COLUMNS: dict[str, Callable[[Explanation], str]] = {  # by name: from explan
         for key, check in CHECKS.items()
         if check.about == "map" and key != "blank"
     },
-    "in_box": lambda explanation: box_text(explanation.pointing, "is_inside"),
-    "heat_in_box": lambda explanation: box_text(explanation.pointing, "heat"),
-    "box_area": lambda explanation: box_text(explanation.pointing, "area"),
+    "in_box": lambda explanation: yes_or_no(explanation.pointing.is_inside) if explanation.pointing else "",
+    "heat_in_box": lambda explanation: f"{explanation.pointing.heat:.6f}" if explanation.pointing else "",
+    "box_area": lambda explanation: f"{explanation.pointing.area:.6f}" if explanation.pointing else "",
     "sum": lambda explanation: f"{explanation.raw_map.sum(dtype=float):.6g}",
     "sum_owed": lambda explanation: "" if explanation.owed is None else f"{explanation.owed:.6g}",
     "negative_share": lambda explanation: f"{explanation.negative_share:.4f}",
@@ -4159,16 +4140,14 @@ def map_columns(method: str, is_first: bool) -> dict[str, Callable[[Explanation]
     return {name if is_first else f"{method}_{name}": text_of for name, text_of in wanted.items()}
 
 
-def table_columns(models: Sequence[Model], methods: Sequence[str] = ("gradcam",)) -> list[str]:
+def table_columns(models: Sequence[Model], methods: Sequence[str]) -> list[str]:
     """All columns that the rows of a run may fill, in the order of need."""
     maps = [name for method in methods for name in map_columns(method, method == methods[0])]
     first = [f"{model.family.key}_{name}" for model in models for name in FIRST_COLUMNS]
-    rest = [
-        f"{model.family.key}_{name}"
-        for model in models
-        for name in (*MODEL_COLUMNS, *maps, *(f"p_{name}" for name in model.class_names))
-        if name not in FIRST_COLUMNS
-    ]
+    rest = []
+    for model in models:
+        names = [*MODEL_COLUMNS, *maps, *(f"p_{name}" for name in model.class_names)]
+        rest += [f"{model.family.key}_{name}" for name in names if name not in FIRST_COLUMNS]
     return ["file", "true_class", *first, "agree", AGREEMENT, "pair_flags", "error", "notes", *rest, "digest", "outputs"]
 
 
@@ -4341,20 +4320,18 @@ def opening_lines(jobs: Sequence[Job], is_single: bool, is_random: bool, models:
 
 def single_lines(result: Result) -> list[str]:
     """What became of the one image of a run."""
-    lines = [line for page in result.job.pages for line in page_lines(result, page)]
+    lines = []
+    for page in result.job.pages:
+        first, *others = (result.explanations[index] for index in page.shows)
+        doing = f"{first.model.family.bullet} Generating {first.model.title} {METHODS[first.method].title}"
+        what = "visualization"
+        if others:
+            what = "comparison" if others[0].method == first.method else "methods"
+            doing = f"📊 Creating {what} visualization"
+        lines += [f"{doing}...", f"✅ {what.capitalize()} saved: {shown(page.path)}", ""]
     files = [f"✅ Picture saved: {shown(path)}" for path in result.job.panels]
     files += [f"✅ Map saved: {shown(path)}" for path in result.job.maps]
     return [*lines, *files, ""] if files else lines
-
-
-def page_lines(result: Result, page: Page) -> list[str]:
-    first, *others = (result.explanations[index] for index in page.shows)
-    if not others:
-        what = f"{first.model.family.bullet} Generating {first.model.title} {METHODS[first.method].title}"
-        return [f"{what}...", f"✅ Visualization saved: {shown(page.path)}", ""]
-    what = "comparison" if others[0].method == first.method else "methods"
-    saved = f"✅ {what.capitalize()} saved: {shown(page.path)}"
-    return [f"📊 Creating {what} visualization...", saved, ""]
 
 
 def summary_lines(result: Result) -> list[str]:
@@ -4365,8 +4342,12 @@ def summary_lines(result: Result) -> list[str]:
     lines = [RULE, "📊 COMPARISON SUMMARY", RULE]
     for explanations in by_model:
         lines += [*prediction_lines(explanations), ""]
-    is_good = not result.wrong if result.job.truth.name else agree(result.opinions)
-    lines.append(f"{'✅' if is_good else '⚠️ '} {agreement_text(result.opinions)}{verdict_text(result)}")
+    truth, verdict = result.job.truth.name, agreement_text(result.opinions)
+    if result.wrong:
+        titles = ", ".join(each.model.title for each in result.wrong)
+        verdict = f"{verdict}; wrong, the truth is {truth}: {titles}"
+    is_good = not result.wrong if truth else agree(result.opinions)
+    lines.append(f"{'✅' if is_good else '⚠️ '} {verdict}")
     if overlap := map_agreement(result.opinions):
         lines.append(marked_text(overlap))
     return lines
@@ -4381,7 +4362,11 @@ def prediction_lines(explanations: Sequence[Explanation]) -> list[str]:
     lines += [proof_text(each) for each in explanations if METHODS[each.method].compares]
     titles = ["" if len(explanations) == 1 else f"{METHODS[each.method].title}: " for each in explanations]
     for explanation, title in zip(explanations, titles):
-        lines += map_lines(explanation, title)
+        if explanation.findings:
+            mark = "⚠️  " if flagged_findings(explanation.findings, "map") else ""
+            lines.append(f"{mark}{title}{checks_text(explanation.findings)}")
+        if explanation.pointing:
+            lines.append(title + pointing_text(explanation.pointing))
     lines += network_lines(first, titles[0])
     remarks = dict.fromkeys(remark for each in explanations for remark in each.remarks)
     lines += [f"⚠️  {text}" for text in remarks]
@@ -4396,31 +4381,13 @@ def proof_text(explanation: Explanation) -> str:
     return f"{METHODS[explanation.method].title}: {total}; {against}"
 
 
-def map_lines(explanation: Explanation, title: str) -> list[str]:
-    """What the checks say of one map, and how it compares with the true boxes."""
-    lines = []
-    if explanation.findings:
-        mark = "⚠️  " if flagged_findings(explanation.findings, "map") else ""
-        lines.append(f"{mark}{title}{checks_text(explanation.findings)}")
-    if explanation.pointing:
-        lines.append(title + pointing_text(explanation.pointing))
-    return lines
-
-
 def network_lines(explanation: Explanation, title: str) -> list[str]:
-    """What the checks say of the network: low confidence, and all that --verify asked about this map."""
-    about = {each: CHECKS[each.check].about for each in explanation.findings}
-    lines = [marked_text(each) for each in about if about[each] == "verify"]
-    lines += [marked_text(each) for each in about if about[each] == "prediction" and each.is_flagged]
+    """What the checks say of the network: all that --verify asked about this map, and low confidence."""
+    told = [each for each in explanation.findings if CHECKS[each.check].about == "verify"]
+    lines = [marked_text(each) for each in [*told, *flagged_findings(explanation.findings, "prediction")]]
     if explanation.passes:
         lines.append(f"{title}Verified with {explanation.passes} more forward passes")
     return lines
-
-
-def verdict_text(result: Result) -> str:
-    """Which models contradict the true class, in words; empty where none does."""
-    wrong = [each.model.title for each in result.wrong]
-    return f"; wrong, the truth is {result.job.truth.name}: {', '.join(wrong)}" if wrong else ""
 
 
 # Many images
@@ -4468,28 +4435,27 @@ def run_lines(
     failed = [row for row in rows if row["error"]]
     done = [row for row in rows if not row["error"]]
     lines = [RULE, "📊 RUN SUMMARY", RULE, f"Images: {len(done)} done, {len(failed)} failed"]
-    lines += named_lines("Failed", failed)
+    lines += named_lines("  Failed", failed)
     if fresh:
         lines.append(f"Speed: {fresh / seconds:.2f} images per second ({fresh} images in {seconds:.1f} s)")
     for model in models:
         seen = observations.get(model.family.key, ())
-        told = [*box_lines(done, model), *flags_lines(done, model, methods)]
+        told = [*accuracy_lines(done, model), *box_lines(done, model), *flags_lines(done, model, methods)]
         if 0 < len(seen) < len(done):
             told.append(f"Of the {len(seen)} images explained now:")
-        told += audit_lines(seen)
-        lines += ["", f"{model.title}:", *(f"  {line}" for line in [*accuracy_lines(done, model), *told])]
+        lines += ["", f"{model.title}:", *(f"  {line}" for line in [*told, *audit_lines(seen)])]
     if len(models) > 1 and done:
         differ = [row for row in done if row["agree"] == "no"]
         lines += ["", f"Models agree on {len(done) - len(differ)} of {len(done)} images"]
-        lines += [*named_lines("Disagree", differ), *overlap_lines(done)]
+        lines += [*named_lines("  Disagree", differ), *overlap_lines(done)]
     return lines
 
 
 def named_lines(what: str, rows: Sequence[dict[str, str]]) -> list[str]:
     """The first files of a kind, and how many more there are."""
-    lines = [f"  {what}: {shown(Path(row['file']))}" for row in rows[:MOST_NAMED]]
+    lines = [f"{what}: {shown(Path(row['file']))}" for row in rows[:MOST_NAMED]]
     if len(rows) > MOST_NAMED:
-        lines.append(f"  {what}: {len(rows) - MOST_NAMED} more, in {TABLE_NAME}")
+        lines.append(f"{what}: {len(rows) - MOST_NAMED} more, in {TABLE_NAME}")
     return lines
 
 
@@ -4498,7 +4464,7 @@ def overlap_lines(rows: Sequence[dict[str, str]]) -> list[str]:
     shares = [float(row[AGREEMENT]) for row in rows if row.get(AGREEMENT)]
     if not shares:
         return []
-    few = sum(row.get("pair_flags", "") != "" for row in rows)
+    few = len([row for row in rows if row.get("pair_flags")])
     mean = percent(np.mean(shares))
     return [f"Maps share {mean} of their heat on average, in {few} of {len(shares)} images too little"]
 
@@ -4521,11 +4487,12 @@ def flags_lines(rows: Sequence[dict[str, str]], model: Model, methods: Sequence[
     lines = []
     for method in methods:
         column = "flags" if method == methods[0] else f"{method}_flags"
-        flags = [row.get(f"{model.family.key}_{column}", "") for row in rows]
-        counts = Counter(key for text in flags if text for key in text.split(", "))
-        which = ": " + ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key]) if counts else ""
+        flags = [text for row in rows if (text := row.get(f"{model.family.key}_{column}"))]
+        counts = Counter(key for text in flags for key in text.split(", "))
+        which = ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key])
         title = "Flagged" if len(methods) == 1 else f"{METHODS[method].title}, flagged"
-        lines.append(f"{title}: {sum(map(bool, flags))} of {len(rows)} images{which}")
+        line = f"{title}: {len(flags)} of {len(rows)} images"
+        lines.append(f"{line}: {which}" if which else line)
     return lines
 
 
@@ -4543,7 +4510,7 @@ def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
     for truth in names:
         counted = ", ".join(f"{counts[class_key(truth), class_key(name)]} as {name}" for name in names)
         lines.append(f"{truth}: {counted}")
-    return [*lines, *(line.strip() for line in named_lines("Misclassified", wrong))]
+    return [*lines, *named_lines("Misclassified", wrong)]
 
 
 # ------------------------------------------------------------------------------------------
@@ -4900,6 +4867,7 @@ MAX_WAITING_RESULTS = 24  # explained images whose figures are not drawn yet
 GRACE = 1.0  # seconds that a run has to notice by itself that a drawing process has ended
 
 Submit = Callable[..., "Future[None]"]  # of a function and its arguments, as an executor has it
+Begun = tuple[Result, list["Future[None]"]]  # what is known of an image, and its figures as they are being drawn
 
 
 @dataclass(frozen=True)
@@ -4930,20 +4898,14 @@ class Plan:
         return [classifier.model for classifier in self.classifiers]
 
 
-def load_classifiers(
-    checkpoints: Sequence[tuple[Family, Path]],
-    device: str,
-    class_names: Sequence[str] | None,
-    weights: str,
-    quiet: bool,
-) -> list[Classifier]:
+def load_classifiers(checkpoints: Sequence[tuple[Family, Path]], args: argparse.Namespace) -> list[Classifier]:
     """Load every model, and say so. Raises ExplainError where one cannot be used."""
     use_exact_float32()
-    present, classifiers = choose_device(device), []
+    device, classifiers = choose_device(args.device), []
     for family, path in checkpoints:
         say(f"📦 Loading {family.key.upper()} model...")
-        classifier = load_classifier(family, path, present, class_names, weights)
-        if not (quiet or is_demo(path)):  # what the demo files are, the README says
+        classifier = load_classifier(family, path, device, args.class_names, args.weights)
+        if not (args.quiet or is_demo(path)):  # what the demo files are, the README says
             warn(*note_lines(path, classifier.model.notes))
         say(f"✅ Model loaded: {classifier.model.architecture}", f"   {classifier.model.accuracy}", "")
         classifiers.append(classifier)
@@ -4982,44 +4944,32 @@ def explained_results(results: Sequence[Result], index: int, plan: Plan) -> list
     explained = []
     for result in results:
         if not result.error:
-            explanations = [next(fresh) for _ in methods]
+            first, *others = (next(fresh) for _ in methods)
             trial = None
             if plan.is_verified:
-                trial = tried(classifier, result.inputs[index], explanations[0], result.landmarks, plan.batch)
-            result = with_explanations(result, explanations, trial)
+                trial = tried(classifier, result.inputs[index], first, result.landmarks, plan.batch)
+            made = [checked(first, result, trial), *(checked(each, result) for each in others)]
+            result = dataclasses.replace(result, explanations=(*result.explanations, *made))
         explained.append(result)
     return explained
 
 
-def with_explanations(
-    result: Result, explanations: Sequence[Explanation], trial: Trial | None = None
-) -> Result:
-    """A result with more explanations, what the checks say of each, and what its picture warns of.
-
-    The trial is of the network, and of the first map.
-    """
-    checked = []
-    for explanation in explanations:
-        remarks = explanation.remarks
-        if NOTHING_TO_SEE in result.notes:
-            remarks = (NOTHING_TO_SEE, *remarks)
-        checked.append(
-            dataclasses.replace(
-                explanation,
-                remarks=remarks,
-                findings=findings_of(Evidence(explanation, result.landmarks, trial)),
-                pointing=pointing(explanation, result.boxes) if result.boxes else None,
-                passes=trial.passes if trial else 0,
-            )
-        )
-        trial = None
-    return dataclasses.replace(result, explanations=(*result.explanations, *checked))
+def checked(explanation: Explanation, result: Result, trial: Trial | None = None) -> Explanation:
+    """An explanation with what the checks say of it, and what its picture warns of."""
+    remarks = explanation.remarks
+    if NOTHING_TO_SEE in result.notes:
+        remarks = (NOTHING_TO_SEE, *remarks)
+    return dataclasses.replace(
+        explanation,
+        remarks=remarks,
+        findings=findings_of(Evidence(explanation, result.landmarks, trial)),
+        pointing=pointing(explanation, result.boxes) if result.boxes else None,
+        passes=trial.passes if trial else 0,
+    )
 
 
-def explain_jobs(
-    jobs: Sequence[Job], plan: Plan, submit: Submit
-) -> Iterator[tuple[Result, list[Future[None]]]]:
-    """Explain images, a batch at a time: each one's result, and its figures as they are being drawn.
+def explain_jobs(jobs: Sequence[Job], plan: Plan, submit: Submit) -> Iterator[Begun]:
+    """Explain images, a batch at a time.
 
     A figure is begun as soon as the models that it shows have spoken. An image that cannot be read
     does not stop the others.
@@ -5031,27 +4981,27 @@ def explain_jobs(
             results = explained_results(results, index, plan)
             for result, begun in zip(results, drawings):
                 if not result.error:
-                    begun += begun_drawings(result, index, plan, submit)
+                    begun += begun_drawings(result, plan, submit)
         yield from zip(results, drawings)
 
 
-def begun_drawings(result: Result, index: int, plan: Plan, submit: Submit) -> list[Future[None]]:
-    """Begin what can be drawn now that the model of this index has spoken, and not before."""
+def begun_drawings(result: Result, plan: Plan, submit: Submit) -> list[Future[None]]:
+    """Begin what can be drawn now that one more model has spoken, and not before."""
     told = dataclasses.replace(result, inputs=())
-    known = len(result.explanations)
-    pages = [page for page in result.job.pages if known - len(plan.methods) <= max(page.shows) < known]
+    known, methods = len(result.explanations), len(plan.methods)
+    pages = [page for page in result.job.pages if known - methods <= max(page.shows) < known]
     begun = [submit(write_page, told, page, plan.style) for page in pages]
-    if result.job.panels and index == len(plan.classifiers) - 1:
+    if result.job.panels and known == len(plan.classifiers) * methods:
         begun.append(submit(write_panels, told, plan.style))
     return begun
 
 
-def written_results(explanations: Iterable[tuple[Result, list[Future[None]]]]) -> Iterator[Result]:
+def written_results(explanations: Iterable[Begun]) -> Iterator[Result]:
     """Each job's result once its files are written.
 
     The networks run ahead of the drawing by a few images only, so that memory does not grow.
     """
-    waiting: deque[tuple[Result, list[Future[None]]]] = deque()
+    waiting: deque[Begun] = deque()
     for each in explanations:
         waiting.append(each)
         while waiting and (len(waiting) > MAX_WAITING_RESULTS or all(each.done() for each in waiting[0][1])):
@@ -5065,8 +5015,7 @@ def written(result: Result, drawings: Sequence[Future[None]]) -> Result:
     try:
         for drawing in drawings:
             drawing.result()
-        if not result.error:
-            write_maps(result)
+        write_maps(result)  # none, where the image could not be read
     except ExplainError as error:
         return dataclasses.replace(result, error=str(error))
     return result
@@ -5257,9 +5206,7 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
     with drawing_pool(drawing_processes(request), request.style) as submit:
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
-        classifiers = load_classifiers(
-            request.checkpoints, args.device, args.class_names, args.weights, args.quiet
-        )
+        classifiers = load_classifiers(request.checkpoints, args)
         names = [classifier.model.class_names for classifier in classifiers]
         plan = Plan(
             classifiers=classifiers,
