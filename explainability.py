@@ -5108,33 +5108,22 @@ def progress_bar(
     """
     from tqdm import tqdm
 
+    def count_inputs(network: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        bar.update(len(inputs[0]))
+
     passes = passes_of(plan.methods)
     if plan.is_verified:
         passes += MOST_TRIALS
     is_long = passes >= LONG_PASSES
     is_shown = not is_quiet and sys.stderr.isatty() and (is_long or not is_single)
-    each = passes * len(plan.classifiers) if is_long else 1
-    counted = [classifier.network for classifier in plan.classifiers if is_long]
+    each, unit = (passes * len(plan.classifiers), "pass") if is_long else (1, "image")
     done = itertools.count(1)
-    with tqdm(total=images * each, unit="pass" if is_long else "image", disable=not is_shown) as bar:
-        with counted_inputs(counted, bar.update):
-            # Some images take fewer passes: no markers to cover, no hot area to erase.
-            yield bar, lambda: bar.update(max(0, next(done) * each - bar.n))
-
-
-@contextlib.contextmanager
-def counted_inputs(networks: Sequence[torch.nn.Module], count: Callable[[int], object]) -> Iterator[None]:
-    """Tell `count` after each pass how many inputs went through a network."""
-
-    def tell(network: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        count(len(inputs[0]))
-
-    handles = [network.register_forward_hook(tell) for network in networks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=images * each, unit=unit, disable=not is_shown))
+        for classifier in plan.classifiers if is_long else ():
+            stack.enter_context(classifier.network.register_forward_hook(count_inputs))
+        # Some images take fewer passes: no markers to cover, no hot area to erase.
+        yield bar, lambda: bar.update(max(0, next(done) * each - bar.n))
 
 
 def tell_result(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
@@ -5183,10 +5172,7 @@ def run(args: argparse.Namespace, request: Request) -> int:
     if request.is_single and args.skip_existing and job.outputs and is_finished(job):
         lines, status = [f"⏭️  Finished earlier, left alone: {shown(Path(job.label))}"], 0
     else:
-        with contextlib.ExitStack() as stack:
-            if args.quiet:
-                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
+        with contextlib.redirect_stdout(io.StringIO()) if args.quiet else contextlib.nullcontext():
             lines, status = explain_all(args, request)
     say(*lines, *demo_lines([path for _, path in request.checkpoints]))
     return status
@@ -5249,14 +5235,9 @@ def explain_many(
     """Explain the images that no earlier run has finished; each one's row goes into the table at once."""
     folder, columns = args.output_dir, table_columns(plan.models, plan.methods)
     earlier = earlier_rows(folder, columns)
-    rows = []
-    if args.skip_existing:
-        known = ((earlier.get(row_key(job.label)), job) for job in jobs)
-        rows = [row for row, job in known if row and is_row_of(row, job)]
-    finished = {row_key(row["file"]) for row in rows}
-    left = [job for job in jobs if row_key(job.label) not in finished]
-    if finished:
-        say(f"⏭️  Finished earlier, left alone: {len(finished)} images", "")
+    rows, left = resumed(jobs, earlier if args.skip_existing else {})
+    if rows:
+        say(f"⏭️  Finished earlier, left alone: {len(rows)} images", "")
     observations: dict[str, list[Observation]] = defaultdict(list)
     started = time.monotonic()
     with progress_bar(plan, len(left), False, args.quiet) as (bar, count_image):
@@ -5271,17 +5252,24 @@ def explain_many(
     kept = fold_table(folder, columns)
     told = [options_text(args), versions_text().replace("\n", ", ")]
     write_file(folder / REPORT_NAME, report_page(kept, plan.models, observations, told).encode())
-    fresh = sum(not row["error"] for row in rows[len(finished) :])
+    failed = len([row for row in rows if row["error"]])
+    fresh = len(left) - failed
     lines = run_lines(rows, plan.models, plan.methods, observations, fresh, spent)
-    status = 1 if any(row["error"] for row in rows) else 0
     files = [f"Table: {shown(folder / TABLE_NAME)}", f"Report: {shown(folder / REPORT_NAME)}"]
-    return [*lines, *files], status
+    return [*lines, *files], 1 if failed else 0
 
 
-def is_row_of(row: dict[str, str], job: Job) -> bool:
-    """Whether a row of an earlier run's table is what this job would give."""
-    is_same = row["digest"] == job.digest and row["true_class"] == job.truth.name
-    return is_same and not row["error"] and is_finished(job)
+def resumed(jobs: Sequence[Job], earlier: dict[str, dict[str, str]]) -> tuple[list[dict[str, str]], list[Job]]:
+    """The earlier rows that say what their jobs would say again, and the jobs that are left."""
+    rows, left = [], []
+    for job in jobs:
+        row = earlier.get(row_key(job.label), {"error": "none"})
+        is_same = not row["error"] and (row["digest"], row["true_class"]) == (job.digest, job.truth.name)
+        if is_same and is_finished(job):
+            rows.append(row)
+        else:
+            left.append(job)
+    return rows, left
 
 
 # ------------------------------------------------------------------------------------------
@@ -5360,75 +5348,68 @@ def argument_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the versions of this tool and its libraries")
-    add_questions(parser.add_argument_group("what to explain"))
-    add_networks(parser.add_argument_group("networks"))
-    add_checks(parser.add_argument_group("checks"))
-    add_outputs(parser.add_argument_group("outputs"))
+    add_questions(parser.add_argument_group("what to explain").add_argument)
+    add_networks(parser.add_argument_group("networks").add_argument)
+    add_checks(parser.add_argument_group("checks").add_argument)
+    add_outputs(parser.add_argument_group("outputs").add_argument)
     return parser
 
 
-def add_questions(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--image", nargs="+", action="extend", metavar="PATH",
-                       help="X-ray images, folders or quoted patterns (default: a random test image)")
-    group.add_argument("--model", choices=[*FAMILIES, "both"], default="both",
-                       help="which model to analyze (default: both)")
-    group.add_argument("--compare", action="store_true",
-                       help="both models and their comparison, whatever --model says")
-    group.add_argument("--method", nargs="+", action="extend", type=method_list, metavar="METHOD",
-                       help=f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)")
-    group.add_argument("--target-class", metavar="CLASS",
-                       help="name or index of the class to explain (default: the predicted class)")
-    group.add_argument("--seed", type=whole_number(0, 2**63), metavar="N",
-                       help="repeat the choice of the random test image")  # fmt: skip
+def add_questions(add: Callable[..., object]) -> None:
+    add("--image", nargs="+", action="extend", metavar="PATH",
+        help="X-ray images, folders or quoted patterns (default: a random test image)")
+    add("--model", choices=[*FAMILIES, "both"], default="both", help="which model to analyze (default: both)")
+    add("--compare", action="store_true", help="both models and their comparison, whatever --model says")
+    add("--method", nargs="+", action="extend", type=method_list, metavar="METHOD",
+        help=f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)")
+    add("--target-class", metavar="CLASS",
+        help="name or index of the class to explain (default: the predicted class)")
+    add("--seed", type=whole_number(0, 2**63), metavar="N", help="repeat the choice of the random test image")  # fmt: skip
 
 
-def add_networks(group: argparse._ArgumentGroup) -> None:
+def add_networks(add: Callable[..., object]) -> None:
     for key in FAMILIES:
-        group.add_argument(f"--{key}-checkpoint", type=Path, metavar="FILE",
-                           help=f"or a folder with config.json (default: checkpoints/{key}*)")
-    group.add_argument("--class-names", type=class_list, metavar="A,B",
-                       help="classes in the order of the outputs, for checkpoints that record none")
-    group.add_argument("--weights", choices=("ema", "plain"), default="ema",
-                       help="which to take where averaged and plain ones lie side by side (default: ema)")
-    group.add_argument("--device", type=device_name, default="auto",
-                       help="where to compute: auto, cpu, cuda, cuda:1 ..., mps (default: auto)")
-    group.add_argument("--batch-size", type=whole_number(1, 4096), metavar="N",
-                       help="images computed at once (default: 4, on a GPU 32)")  # fmt: skip
+        add(f"--{key}-checkpoint", type=Path, metavar="FILE",
+            help=f"or a folder with config.json (default: checkpoints/{key}*)")
+    add("--class-names", type=class_list, metavar="A,B",
+        help="classes in the order of the outputs, for checkpoints that record none")
+    add("--weights", choices=("ema", "plain"), default="ema",
+        help="which to take where averaged and plain ones lie side by side (default: ema)")
+    add("--device", type=device_name, default="auto",
+        help="where to compute: auto, cpu, cuda, cuda:1 ..., mps (default: auto)")
+    add("--batch-size", type=whole_number(1, 4096), metavar="N",
+        help="images computed at once (default: 4, on a GPU 32)")  # fmt: skip
 
 
-def add_checks(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--verify", action="store_true",
-                       help="ask the networks again, markers covered or added, hot areas erased: "
-                            f"up to {MOST_TRIALS} passes each")
-    group.add_argument("--truth", "--boxes", type=Path, metavar="CSV",
-                       help="table of true classes and fractures: file and any of class,x0,y0,x1,y1 "
-                            "(default: folders' names, and the test images' own)")  # fmt: skip
+def add_checks(add: Callable[..., object]) -> None:
+    add("--verify", action="store_true",
+        help="ask the networks again, markers covered or added, hot areas erased: "
+             f"up to {MOST_TRIALS} passes each")
+    add("--truth", "--boxes", type=Path, metavar="CSV",
+        help="table of true classes and fractures: file and any of class,x0,y0,x1,y1 "
+             "(default: folders' names, and the test images' own)")  # fmt: skip
 
 
-def add_outputs(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR",
-                       help="where results go (default: explainability_outputs)")
-    group.add_argument("--colormap", type=colormap_name, default="jet", metavar="NAME",
-                       help="any matplotlib colormap (default: jet; viridis is perceptually uniform)")
-    group.add_argument("--signed", action="store_true",
-                       help="draw evidence for and against the class, not the first alone")
-    group.add_argument("--dpi", type=whole_number(30, 1200), default=150, metavar="N",
-                       help="resolution of the figures (default: 150)")
-    group.add_argument("--format", choices=("png", "pdf", "svg"), default="png",
-                       help="kind of the figures' files; pdf and svg for print (default: png)")
-    group.add_argument("--contours", action="store_true",
-                       help="lines of equal heat over the radiograph, not colours")
-    group.add_argument("--save-panels", action="store_true",
-                       help="also write radiograph, heatmap and overlay as bare pictures of the radiograph's size")
-    group.add_argument("--no-figures", action="store_true", help="numbers alone")
-    group.add_argument("--save-maps", action="store_true",
-                       help="also write the raw maps, before the ReLU, as .npy with a .json beside each")
-    group.add_argument("--anonymous", action="store_true",
-                       help="name images by their content's checksum, not by their files' names")
-    group.add_argument("--skip-existing", action="store_true",
-                       help="leave images alone that an earlier run finished")
-    group.add_argument("--quiet", action="store_true",
-                       help="print only the final summary, warnings and errors")  # fmt: skip
+def add_outputs(add: Callable[..., object]) -> None:
+    add("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR",
+        help="where results go (default: explainability_outputs)")
+    add("--colormap", type=colormap_name, default="jet", metavar="NAME",
+        help="any matplotlib colormap (default: jet; viridis is perceptually uniform)")
+    add("--signed", action="store_true", help="draw evidence for and against the class, not the first alone")
+    add("--dpi", type=whole_number(30, 1200), default=150, metavar="N",
+        help="resolution of the figures (default: 150)")
+    add("--format", choices=("png", "pdf", "svg"), default="png",
+        help="kind of the figures' files; pdf and svg for print (default: png)")
+    add("--contours", action="store_true", help="lines of equal heat over the radiograph, not colours")
+    add("--save-panels", action="store_true",
+        help="also write radiograph, heatmap and overlay as bare pictures of the radiograph's size")
+    add("--no-figures", action="store_true", help="numbers alone")
+    add("--save-maps", action="store_true",
+        help="also write the raw maps, before the ReLU, as .npy with a .json beside each")
+    add("--anonymous", action="store_true",
+        help="name images by their content's checksum, not by their files' names")
+    add("--skip-existing", action="store_true", help="leave images alone that an earlier run finished")
+    add("--quiet", action="store_true", help="print only the final summary, warnings and errors")  # fmt: skip
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -5497,13 +5478,10 @@ def images_below(folder: Path) -> list[Path]:
 
 def is_dicom(path: Path) -> bool:
     """Whether a file without a suffix, as DICOM files often are, is one."""
-    if path.suffix:
-        return False
-    try:
-        with open_regular(path) as file:
+    if not path.suffix:
+        with contextlib.suppress(ExplainError, OSError), open_regular(path) as file:
             return kind_of(file.read(HEAD_BYTES)).use == "dicom"
-    except (ExplainError, OSError):
-        return False
+    return False
 
 
 def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
@@ -5512,7 +5490,6 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
     In a folder that holds the output folder, or is it, the results there are not looked at.
     Raises ExplainError where nothing is found.
     """
-    outputs = Path(os.path.realpath(output_folder))
     images: list[Path] = []
     for text in arguments:
         if not text:  # as from a variable of the shell that is not set
@@ -5520,17 +5497,28 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
         if re.match(r"[a-z]+://", text, re.IGNORECASE):
             raise ExplainError(f"{printable(text)}: URLs are not read; download the image and name its file")
         if os.path.isdir(text):
-            found = [path for path in images_below(Path(text)) if not is_output(path, Path(text), outputs)]
+            found = without_outputs(images_below(Path(text)), Path(text), output_folder)
         elif glob.has_magic(text) and not os.path.lexists(text):
             found = sorted(Path(each) for each in glob.glob(text, recursive=True) if os.path.isfile(each))
         else:
             found = [Path(text)]
         if not found:
-            suffixes = ", ".join(IMAGE_SUFFIXES)
             cause = "no image found there, beside this tool's own results"
-            raise refusal(Path(text), cause, f"name a folder or pattern with files that end in {suffixes}")
+            remedy = f"name a folder or pattern with files that end in {', '.join(IMAGE_SUFFIXES)}"
+            raise refusal(Path(text), cause, remedy)
         images += found
     return list({row_key(str(image)): image for image in reversed(images)}.values())[::-1]
+
+
+def without_outputs(images: Sequence[Path], searched: Path, output_folder: Path) -> list[Path]:
+    """Images below a searched folder, less the results: right in the output folder, or below it where it is within."""
+    outputs, left = Path(os.path.realpath(output_folder)), []
+    is_within = Path(os.path.realpath(searched)) in outputs.parents
+    for path in images:
+        folder = Path(os.path.realpath(path)).parent
+        if folder != outputs and not (is_within and outputs in folder.parents):
+            left.append(path)
+    return left
 
 
 def without_other_files(images: list[Path], named: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -5539,18 +5527,12 @@ def without_other_files(images: list[Path], named: Sequence[str]) -> tuple[list[
     Raises ExplainError where nothing is left.
     """
     others = [path for path in images if str(path) not in named and is_no_radiograph(path)]
-    if others and len(others) == len(images):
-        raise refusal(others[0].parent, f"no radiograph there, only {listed([path.name for path in others])}", "name others")
-    left = [path for path in images if path not in others]
-    names = listed([path.name for path in others])
-    return left, [f"ℹ️  passed over, as no radiographs: {names}"] if others else []
-
-
-def is_output(path: Path, searched: Path, outputs: Path) -> bool:
-    """Whether a file found below a searched folder lies among the results: right there, or below it."""
-    folder = Path(os.path.realpath(path)).parent
-    is_below = outputs in folder.parents and Path(os.path.realpath(searched)) in outputs.parents
-    return folder == outputs or is_below
+    if not others:
+        return images, []
+    left, names = [path for path in images if path not in others], listed([path.name for path in others])
+    if not left:
+        raise refusal(others[0].parent, f"no radiograph there, only {names}", "name others")
+    return left, [f"ℹ️  passed over, as no radiographs: {names}"]
 
 
 def random_test_image(seed: int | None) -> Path:
@@ -5577,26 +5559,23 @@ def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Pat
     named = {key: weights_file(path) for key in keys if (path := vars(args)[f"{key}_checkpoint"])}
     for path in named.values():
         check_checkpoint_path(path)
-    lone = lone_family(keys, named) if not args.compare else None
+    lone = [] if args.compare else lone_family(keys, named)
     paths = {key: named.get(key) or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER) for key in lone or keys}
     check_not_mixed(list(paths.values()))
     for path in paths.values():
         check_checkpoint_path(path)
-    alone = "explained alone, as no other network of yours is beside it"
-    notes = [f"ℹ️  {shown(paths[key])}: {alone}" for key in lone or ()]
+    notes = [f"ℹ️  {shown(paths[key])}: explained alone, as no other network of yours is beside it" for key in lone]
     return [(FAMILIES[key], path) for key, path in paths.items()], notes
 
 
-def lone_family(keys: Sequence[str], named: dict[str, Path]) -> list[str] | None:
-    """The one family of two of which there is a network of the user's; None where there is none.
-
-    Nor is there one where another was named.
-    """
-    found = {
-        key: [named[key]] if key in named else candidates(FAMILIES[key], CHECKPOINT_FOLDER) for key in keys
-    }
-    own = [key for key in keys if any(not is_demo(path) for path in found[key])]
-    return own if len(own) == 1 < len(keys) and set(named) <= set(own) else None
+def lone_family(keys: Sequence[str], named: dict[str, Path]) -> list[str]:
+    """The one family of two of which there is a network of the user's; none where another was named."""
+    own = []
+    for key in keys:
+        found = [named[key]] if key in named else candidates(FAMILIES[key], CHECKPOINT_FOLDER)
+        if not all(map(is_demo, found)):
+            own.append(key)
+    return own if len(own) == 1 < len(keys) and set(named) <= set(own) else []
 
 
 def checked_request(args: argparse.Namespace) -> Request:
