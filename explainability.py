@@ -35,7 +35,7 @@ The file, from top to bottom; each section uses only what stands above it
     Panels and figures   Explanations -> a Sheet -> PNG, PDF or SVG. A new panel: one draw_ function
     Truth                what folders' names and --truth tell of an image
     Outputs              names, jobs, files
-    The table            summary.csv. A new column: one entry of MODEL_COLUMNS or MAP_COLUMNS
+    The table            summary.csv. A new column: one line of model_cells or map_cells
     Console text         lines for one image, and for a run over many
     Runs                 jobs -> read -> explained in batches -> drawn and written -> row, lines
     Command line         options, and what they come to. A new option: argument_parser, then checked_request
@@ -3647,7 +3647,8 @@ SIDES = ("x0", "y0", "x1", "y1")
 TRUTH_COLUMNS = {  # by what a table's header may call them, in any case
     **dict.fromkeys(("file", "filename", "image", "path"), "file"),
     **dict.fromkeys(("class", "label"), "class"),
-    **{"x0": "x0", "y0": "y0", "x1": "x1", "y1": "y1", "xmin": "x0", "ymin": "y0", "xmax": "x1", "ymax": "y1"},
+    **dict(zip(SIDES, SIDES)),
+    **dict(zip(("xmin", "ymin", "xmax", "ymax"), SIDES)),
 }
 NEGATIONS = {"no", "non", "not", "without"}
 
@@ -3865,10 +3866,11 @@ def numbered(names: Iterable[str]) -> list[str]:
 def with_folders(labels: Sequence[str], names: Sequence[str], between: str) -> list[str]:
     """What images of one run are called: the name of its folder stands before one that others have too."""
     times = Counter(name.casefold() for name in names)
-    folders = [Path(label).absolute().parent.name for label in labels]
-    return [
-        f"{folder}{between}{name}" if times[name.casefold()] > 1 else name for folder, name in zip(folders, names)
-    ]
+    told = []
+    for label, name in zip(labels, names):
+        folder = Path(label).absolute().parent.name
+        told.append(f"{folder}{between}{name}" if times[name.casefold()] > 1 else name)
+    return told
 
 
 def display_names(labels: Sequence[str]) -> list[str]:
@@ -4050,27 +4052,25 @@ def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
         "class_names": model.class_names,
         "probabilities": explanation.probabilities.tolist(),
         "preprocessing": dataclasses.asdict(model.preprocessing),
-        "checks": {finding.check: told_finding(finding) for finding in explanation.findings},
+        "checks": {
+            each.check: {
+                "value": None if np.isnan(each.value) else each.value,  # JSON has no NaN
+                "flagged": each.is_flagged,
+                "text": each.text,
+            }
+            for each in explanation.findings
+        },
         "true_box": explanation.pointing and dataclasses.asdict(explanation.pointing),
         "versions": {name: version(name) for name in LIBRARIES},
         "digest": job.digest,
     }
 
 
-def told_finding(finding: Finding) -> dict[str, Any]:
-    """A finding for JSON, which has no NaN."""
-    value = None if np.isnan(finding.value) else finding.value
-    return {"value": value, "flagged": finding.is_flagged, "text": finding.text}
-
-
 @functools.lru_cache(maxsize=8)
 def file_digest(path: Path) -> str:
     """SHA-256 of a file; checkpoints are read once a run. Raises ExplainError where it has gone."""
-    try:
-        with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except (ExplainError, OSError) as error:
-        raise refusal(path, "changed or removed during the run", "run again") from error
+    with naming(path), open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------------------------------
@@ -4079,6 +4079,7 @@ def file_digest(path: Path) -> str:
 
 TABLE_NAME = "summary.csv"
 LOCK_NAME = ".summary.lock"
+FIRST_COLUMNS = ("predicted", "confidence", "correct", "flags")  # of each model; the rest stand behind
 TEXT_CODING = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}  # marked for spreadsheets
 FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?$)[=+@-]")  # what spreadsheet programs would compute; not -0.5
 
@@ -4092,81 +4093,76 @@ def flags_text(explanation: Explanation) -> str:
     return ", ".join(each.check for each in explanation.findings if each.is_flagged)
 
 
-def value_text(explanation: Explanation, check: str) -> str:
-    """What a check measured, or nothing where it does not apply."""
-    values = [each.value for each in explanation.findings if each.check == check and not np.isnan(each.value)]
-    return f"{values[0]:.6f}" if values else ""
+def check_cells(explanation: Explanation, about: str) -> dict[str, str]:
+    """What the checks of a kind measured, by their keys; nothing where they do not apply."""
+    cells = {check.key: "" for check in CHECKS.values() if check.about == about and check.key != "blank"}
+    for each in explanation.findings:
+        if each.check in cells and not np.isnan(each.value):
+            cells[each.check] = f"{each.value:.6f}"
+    return cells
 
 
-FIRST_COLUMNS = ("predicted", "confidence", "correct", "flags")  # of each model; the rest stand behind
-
-MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from explanation and true class
-    "predicted": lambda explanation, truth: explanation.prediction,
-    "confidence": lambda explanation, truth: f"{explanation.confidence:.6f}",
-    "correct": lambda explanation, truth: yes_or_no(is_right(explanation, truth)) if truth else "",
-    "explained": lambda explanation, truth: explanation.explained_class,
-    "method": lambda explanation, truth: explanation.method,
-    **{
-        key: lambda explanation, truth, key=key: value_text(explanation, key)
-        for key, check in CHECKS.items()
-        if check.about == "verify"
-    },
-}
+def model_cells(explanation: Explanation, truth: str) -> dict[str, str]:
+    """What the table says of a model, by column: yes, no, or empty where it cannot be said."""
+    return {
+        "predicted": explanation.prediction,
+        "confidence": f"{explanation.confidence:.6f}",
+        "correct": yes_or_no(is_right(explanation, truth)) if truth else "",
+        "explained": explanation.explained_class,
+        "method": explanation.method,
+        **check_cells(explanation, "verify"),
+    }
 
 
-MAP_COLUMNS: dict[str, Callable[[Explanation], str]] = {  # by name: from explanation
-    "flags": flags_text,
-    "raw_peak": lambda explanation: f"{explanation.raw_map.max():.6g}",
-    "blank_map": lambda explanation: yes_or_no(not explanation.heatmap.any()),
-    **{
-        key: lambda explanation, key=key: value_text(explanation, key)
-        for key, check in CHECKS.items()
-        if check.about == "map" and key != "blank"
-    },
-    "in_box": lambda explanation: yes_or_no(explanation.pointing.is_inside) if explanation.pointing else "",
-    "heat_in_box": lambda explanation: f"{explanation.pointing.heat:.6f}" if explanation.pointing else "",
-    "box_area": lambda explanation: f"{explanation.pointing.area:.6f}" if explanation.pointing else "",
-    "sum": lambda explanation: f"{explanation.raw_map.sum(dtype=float):.6g}",
-    "sum_owed": lambda explanation: "" if explanation.owed is None else f"{explanation.owed:.6g}",
-    "negative_share": lambda explanation: f"{explanation.negative_share:.4f}",
-}
-SUM_COLUMNS = ("sum", "sum_owed", "negative_share")  # of methods that compare with a reference
+def map_cells(explanation: Explanation) -> dict[str, str]:
+    """What the table says of a map, by column."""
+    pointed, raw_map = explanation.pointing, explanation.raw_map
+    cells = {
+        "flags": flags_text(explanation),
+        "raw_peak": f"{raw_map.max():.6g}",
+        "blank_map": yes_or_no(not explanation.heatmap.any()),
+        **check_cells(explanation, "map"),
+        "in_box": yes_or_no(pointed.is_inside) if pointed else "",
+        "heat_in_box": f"{pointed.heat:.6f}" if pointed else "",
+        "box_area": f"{pointed.area:.6f}" if pointed else "",
+    }
+    if METHODS[explanation.method].compares:
+        cells["sum"] = f"{raw_map.sum(dtype=float):.6g}"
+        cells["sum_owed"] = "" if explanation.owed is None else f"{explanation.owed:.6g}"
+        cells["negative_share"] = f"{explanation.negative_share:.4f}"
+    return cells
 
 
-def map_columns(method: str, is_first: bool) -> dict[str, Callable[[Explanation], str]]:
-    """What the table says of each map by a method; the first method's columns go without its name."""
-    has_sum = METHODS[method].compares
-    wanted = {name: text_of for name, text_of in MAP_COLUMNS.items() if has_sum or name not in SUM_COLUMNS}
-    return {name if is_first else f"{method}_{name}": text_of for name, text_of in wanted.items()}
+def explanation_cells(explanations: Sequence[Explanation], truth: str) -> dict[str, str]:
+    """What the table says of one model, whose first map's columns go without the method's name."""
+    first, *others = explanations
+    cells = model_cells(first, truth) | map_cells(first)
+    for each in others:
+        cells |= {f"{each.method}_{name}": text for name, text in map_cells(each).items()}
+    for name, probability in zip(first.model.class_names, first.probabilities):
+        cells[f"p_{name}"] = f"{probability:.6f}"
+    return {f"{first.model.family.key}_{name}": text for name, text in cells.items()}
 
 
 def table_columns(models: Sequence[Model], methods: Sequence[str]) -> list[str]:
     """All columns that the rows of a run may fill, in the order of need."""
-    maps = [name for method in methods for name in map_columns(method, method == methods[0])]
     first = [f"{model.family.key}_{name}" for model in models for name in FIRST_COLUMNS]
     rest = []
     for model in models:
-        names = [*MODEL_COLUMNS, *maps, *(f"p_{name}" for name in model.class_names)]
-        rest += [f"{model.family.key}_{name}" for name in names if name not in FIRST_COLUMNS]
+        nothing = np.zeros(len(model.class_names)), 0, np.zeros((1, 1)), np.zeros((1, 1))
+        told = explanation_cells([Explanation(model, *nothing, method) for method in methods], "")
+        rest += [name for name in told if name not in first]
     return ["file", "true_class", *first, "agree", AGREEMENT, "pair_flags", "error", "notes", *rest, "digest", "outputs"]
 
 
 def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
-    """One image's results, as text: yes, no, or empty where it cannot be said."""
+    """One image's results, as text."""
     job, truth = result.job, result.job.truth.name
     row = {"file": job.label, "true_class": truth, "notes": "; ".join(result.notes), "error": result.error}
     if result.error:
         return row
-    for explanation in result.explanations:
-        is_first = explanation.method == result.explanations[0].method
-        for name, text_of in map_columns(explanation.method, is_first).items():
-            row[f"{explanation.model.family.key}_{name}"] = text_of(explanation)
-    for explanation in result.opinions:
-        model = explanation.model
-        for name, text_of in MODEL_COLUMNS.items():
-            row[f"{model.family.key}_{name}"] = text_of(explanation, truth)
-        for name, probability in zip(model.class_names, explanation.probabilities):
-            row[f"{model.family.key}_p_{name}"] = f"{probability:.6f}"
+    for model in models:
+        row |= explanation_cells([each for each in result.explanations if each.model == model], truth)
     if len(models) > 1:
         row["agree"] = yes_or_no(agree(result.opinions))
         if overlap := map_agreement(result.opinions):
@@ -4867,7 +4863,7 @@ MAX_WAITING_RESULTS = 24  # explained images whose figures are not drawn yet
 GRACE = 1.0  # seconds that a run has to notice by itself that a drawing process has ended
 
 Submit = Callable[..., "Future[None]"]  # of a function and its arguments, as an executor has it
-Begun = tuple[Result, list["Future[None]"]]  # what is known of an image, and its figures as they are being drawn
+Begun = tuple[Result, list["Future[None]"]]  # an image, and its figures as they are being drawn
 
 
 @dataclass(frozen=True)
@@ -4898,11 +4894,11 @@ class Plan:
         return [classifier.model for classifier in self.classifiers]
 
 
-def load_classifiers(checkpoints: Sequence[tuple[Family, Path]], args: argparse.Namespace) -> list[Classifier]:
+def load_classifiers(request: Request, args: argparse.Namespace) -> list[Classifier]:
     """Load every model, and say so. Raises ExplainError where one cannot be used."""
     use_exact_float32()
     device, classifiers = choose_device(args.device), []
-    for family, path in checkpoints:
+    for family, path in request.checkpoints:
         say(f"📦 Loading {family.key.upper()} model...")
         classifier = load_classifier(family, path, device, args.class_names, args.weights)
         if not (args.quiet or is_demo(path)):  # what the demo files are, the README says
@@ -5192,7 +5188,7 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
     with drawing_pool(drawing_processes(request), request.style) as submit:
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
-        classifiers = load_classifiers(request.checkpoints, args)
+        classifiers = load_classifiers(request, args)
         names = [classifier.model.class_names for classifier in classifiers]
         plan = Plan(
             classifiers=classifiers,
@@ -5259,7 +5255,9 @@ def explain_many(
     return [*lines, *files], 1 if failed else 0
 
 
-def resumed(jobs: Sequence[Job], earlier: dict[str, dict[str, str]]) -> tuple[list[dict[str, str]], list[Job]]:
+def resumed(
+    jobs: Sequence[Job], earlier: dict[str, dict[str, str]]
+) -> tuple[list[dict[str, str]], list[Job]]:
     """The earlier rows that say what their jobs would say again, and the jobs that are left."""
     rows, left = [], []
     for job in jobs:
@@ -5299,8 +5297,7 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     """An argparse type: a whole number from `low` to `high`."""
 
     def parse(text: str) -> int:
-        is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(high))
-        if not (is_number and low <= int(text) <= high):
+        if not (text.isdecimal() and low <= int(text) <= high):
             raise argparse.ArgumentTypeError(f"{brief(text)} is not a whole number from {low} to {high}")
         return int(text)
 
@@ -5364,7 +5361,8 @@ def add_questions(add: Callable[..., object]) -> None:
         help=f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)")
     add("--target-class", metavar="CLASS",
         help="name or index of the class to explain (default: the predicted class)")
-    add("--seed", type=whole_number(0, 2**63), metavar="N", help="repeat the choice of the random test image")  # fmt: skip
+    add("--seed", type=whole_number(0, 2**63), metavar="N",
+        help="repeat the choice of the random test image")  # fmt: skip
 
 
 def add_networks(add: Callable[..., object]) -> None:
@@ -5422,6 +5420,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         if word.startswith("-"):
             near = near_options(word.partition("=")[0], parser.format_help())
         parser.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}{near_text(near)}")
+    args.method = list(dict.fromkeys(itertools.chain(*args.method or [["gradcam"]])))
     return args
 
 
@@ -5439,7 +5438,7 @@ def near_text(near: Sequence[str]) -> str:
 
 def options_text(args: argparse.Namespace) -> str:
     """What was asked of the networks and the figures, beside images, files and what is the default."""
-    usual, told = vars(argument_parser().parse_args([])), [f"method {' '.join(args.method or ['gradcam'])}"]
+    usual, told = vars(argument_parser().parse_args([])), [f"method {' '.join(args.method)}"]
     for name in ("target_class", "weights", "verify", "signed", "contours", "colormap", "format"):
         if vars(args).get(name) != usual.get(name):
             told.append(f"{name.replace('_', ' ')} {vars(args)[name]}")
@@ -5511,7 +5510,7 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
 
 
 def without_outputs(images: Sequence[Path], searched: Path, output_folder: Path) -> list[Path]:
-    """Images below a searched folder, less the results: right in the output folder, or below it where it is within."""
+    """Images below a searched folder, less those in the output folder and, where it is within, below it."""
     outputs, left = Path(os.path.realpath(output_folder)), []
     is_within = Path(os.path.realpath(searched)) in outputs.parents
     for path in images:
@@ -5564,7 +5563,8 @@ def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Pat
     check_not_mixed(list(paths.values()))
     for path in paths.values():
         check_checkpoint_path(path)
-    notes = [f"ℹ️  {shown(paths[key])}: explained alone, as no other network of yours is beside it" for key in lone]
+    alone = "explained alone, as no other network of yours is beside it"
+    notes = [f"ℹ️  {shown(paths[key])}: {alone}" for key in lone]
     return [(FAMILIES[key], path) for key, path in paths.items()], notes
 
 
@@ -5592,7 +5592,7 @@ def checked_request(args: argparse.Namespace) -> Request:
     if args.signed and args.colormap != "jet":
         notes.append(f"ℹ️  --colormap {args.colormap}: not used, as --signed has colours of its own")
     labels = numbered(map(content_label, images)) if args.anonymous else list(map(str, images))
-    methods = tuple(dict.fromkeys(itertools.chain(*(args.method or [["gradcam"]]))))
+    methods = tuple(args.method)
     truths, table, told = known_truth(args.truth, images, args.anonymous)
     marks = [
         (family.key, file_mark(path), file_mark(path.with_name("config.json"))) for family, path in checkpoints

@@ -355,6 +355,12 @@ def test_a_cell_that_a_spreadsheet_would_compute_is_a_text(explain, folder, tmp_
     assert [tool.plain_text(tool.cell_text(text)) for text in texts] == texts
 
 
+def test_a_run_by_two_methods_names_both_in_its_report(explain, folder, tmp_path):
+    asked = ("--model", "convnext", "--no-figures", "--method", "gradcam,lrp", "lrp")
+    assert explain("--image", folder / "comminuted_fracture", *asked) == 0
+    assert "method gradcam lrp" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_table_is_as_readme_says(explain, folder, tmp_path):
     """UTF-8 with its mark, what is needed first, no column that no row fills, outputs as a JSON list."""
     assert explain("--image", folder, "--save-maps") == 0
