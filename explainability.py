@@ -814,7 +814,7 @@ def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.nd
 # ------------------------------------------------------------------------------------------
 
 INPUT_SIZES = range(64, 1025)  # pixels a side that are accepted
-CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")  # timm's trainer: .pth.tar
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder beside its config.json
 TOP = "the top level"
 MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net", TOP)  # where trainers put weights, in order
@@ -1028,7 +1028,7 @@ def why_unreadable(error: Exception) -> tuple[str, str]:
         return "too large for the memory of this computer", "close other programs"
     found = re.search(r"(?<=GLOBAL )[\w.]{1,80}|DTensor", str(error))
     if not found:
-        return f"damaged, or not written by torch.save ({type(error).__name__})", AGAIN
+        return f"damaged, or not written by torch.save ({type(error).__name__})", f"{AGAIN}, or {PLAIN}"
     cause = f"holds a whole network or another object ({found[0]}), for which code from the file would run"
     return foreign_kind([found[0]]) or (f"{cause}, and none is run", f"{PLAIN} where it was trained")
 
@@ -1151,7 +1151,7 @@ def dictionaries(
     tensors = {key: value for key, value in inside.items() if isinstance(value, torch.Tensor)}
     yield place, {key: tensor for key, tensor in tensors.items() if isinstance(key, str)}
     for key, value in inside.items():
-        if isinstance(value, dict) and levels > 1:
+        if isinstance(value, dict) and levels > 1 and not str(key).startswith("optim"):  # momenta have names too
             yield from dictionaries(value, f"{place}.{key}".removeprefix(f"{TOP}."), levels - 1)
 
 
@@ -1185,6 +1185,9 @@ def chosen_source(
         names = " and ".join(source.name for source in first[:3])
         raise refusal(path, f"holds weights more than once ({names})", f"save one set alone: {PLAIN}")
     taken = first[0]
+    lists = [str(key) for key, value in contents.items() if isinstance(value, dict) and words(str(key)) & AVERAGED]
+    if lists and not averaged:  # without keys, as torch_ema saves them
+        return taken, [f"what averaged weights lie under {', '.join(lists)} cannot be told and is not used"]
     return taken, source_note(taken, found, averaged)
 
 
@@ -3329,7 +3332,7 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
             passed.append(check.key.replace("_", " "))
     if explanation.pointing:
         told += pointing_text(explanation.pointing).replace("⚠️  ", "⚠ ").split("; ")
-    for text in told:
+    for text in sorted(told, key=lambda text: not text.startswith("⚠")):
         y = sheet.paragraph(x, y, text, width, ALERT if text.startswith("⚠") else SMALL, 3)
     if passed:
         y = sheet.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
@@ -4685,6 +4688,10 @@ def kinds_of(row: dict[str, str], model: Model) -> list[str]:
     return [*faults, *dict.fromkeys(flags), class_key(named)]
 
 
+def flag_text(key: str) -> str:
+    return f"⚠ {CHECKS[key].title or key}"
+
+
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
     """Where a share lies with 95 % confidence (E. B. Wilson, JASA 22, 1927)."""
     share, square = right / count, Z**2 / count
@@ -4767,18 +4774,18 @@ def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[st
     page = next((file for file in pages if file.startswith("comparison")), pages[0] if pages else "")
     picture = "" if page.endswith(".pdf") else links.get(page, "")
     kinds = {model.family.key: kinds_of(row, model) for model in models}
-    said, flags, sure, wrong = [], {}, [], [0.0]
+    flagged, said, sure, wrong = defaultdict(list), [], [], [0.0]
     for model in models:
         found = kinds[model.family.key]
-        for check in (CHECKS[key] for key in found if key in CHECKS):
-            owner = "" if check.about == "pair" else f"{model.title}: "
-            flags[f"⚠ {owner}{check.title or check.key}"] = check
+        for key in filter(CHECKS.get, found):
+            flagged[key].append(model.title)
         if predicted := said_in(row, model, "predicted"):
             sure.append(float(said_in(row, model, "confidence")))
-            said.append(f"{model.title}: {predicted}, {sure[-1]:.1%}")
-            if "wrong" in found:
-                said[-1] = f"✗ {said[-1]}, wrong"
+            mark = "✗ wrong, " if "wrong" in found else ""
+            said.append(f"{mark}{model.title}: {predicted}, {sure[-1]:.1%}")
+            if mark:
                 wrong.append(sure[-1])
+    flags = [f"{flag_text(key)}: {', '.join(titles)}" for key, titles in flagged.items()]
     every = set(itertools.chain(*kinds.values()))
     steps = max(wrong) >= SURE, "disagree" in every, len(wrong) > 1, bool(flags), "failed" not in every, True
     truth = [f"true: {row['true_class']}"] if row.get("true_class") else []
@@ -4803,7 +4810,7 @@ def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[st
 def filter_nodes(counts: Counter[str], models: Sequence[Model]) -> list[Node]:
     """What chooses among the images, and how many each choice has."""
     texts = {"wrong": "wrong", "disagree": "models disagree", "failed": "failed"}
-    texts |= {key: f"⚠ {check.title or key}" for key, check in CHECKS.items()}
+    texts |= {key: flag_text(key) for key in CHECKS}
     texts |= {class_key(name): name for name in models[0].class_names}
     chips = []
     for kind, text in texts.items():
@@ -4815,7 +4822,8 @@ def filter_nodes(counts: Counter[str], models: Sequence[Model]) -> list[Node]:
     for name, choices in (("model", seen), ("order", orders)):
         options = [["option", {"value": value}, text] for value, text in choices.items()]
         chips.append(["select", {"name": name, "aria-label": name}, *options])
-    return [*chips, ["input", {"type": "search", "name": "name", "placeholder": "search names"}]]
+    search = {"type": "search", "name": "name", "placeholder": "search names", "aria-label": "search names"}
+    return [*chips, ["input", search]]
 
 
 def report_page(
@@ -4833,9 +4841,10 @@ def report_page(
         name = Path(row["file"]).name
         cards.append(row_data(row, printable(name if names[name] == 1 else row["file"]), models))
     cards.sort(key=lambda card: (card["first"], card["file"]))
-    counts = Counter(kind for card in cards for kind in set(itertools.chain(*card["kinds"].values())))
+    kinds = [set(itertools.chain(*card["kinds"].values())) for card in cards]
+    counts, flagged = Counter(itertools.chain(*kinds)), sum(not CHECKS.keys().isdisjoint(each) for each in kinds)
     done = [row for row in rows if not row.get("error")]
-    facts = [f"{len(done)} explained", f"{counts['failed']} failed"]
+    facts = [f"{len(done)} explained", f"{counts['failed']} failed", f"{flagged} flagged"]
     if len(models) > 1 and done:
         facts.append(f"The models agree on {len(done) - counts['disagree']} of {len(done)} images")
         facts += overlap_lines(done)
@@ -5476,8 +5485,8 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file without a suffix, as DICOM files often are, is one."""
-    if not path.suffix:
+    """Whether a file without a suffix, or with a UID for a name, as DICOM files often are, is one."""
+    if not path.suffix or path.suffix[1:].isdecimal():
         with contextlib.suppress(ExplainError, OSError), open_regular(path) as file:
             return kind_of(file.read(HEAD_BYTES)).use == "dicom"
     return False

@@ -199,7 +199,7 @@ def test_layout_holds_for_any_shape_of_radiograph_and_resolution(height, width, 
     ),
     ids=lambda changed: " ".join(changed),
 )  # fmt: skip
-@pytest.mark.parametrize("width", (100, 260, 450, 800))
+@pytest.mark.parametrize("width", (100, 260, 800))
 def test_layout_holds_for_any_explanation(changed, width):
     for figure in both_figures(view(width=width), pair(**changed)):
         check_layout(figure)
@@ -388,17 +388,6 @@ def rendered(sheet: Sheet, item: Picture | Box, dpi: int = 150) -> np.ndarray:
     return sheet_pixels(sheet, dpi)[top:bottom, left:right].astype(int)
 
 
-@pytest.mark.parametrize("title", ("Original", "Grad-CAM Heatmap", "Overlay"))
-@pytest.mark.parametrize("height, width", ((1000, 100), (400, 300), (700, 1400), (100, 1000)))
-def test_pictures_are_copied_to_the_page_as_they_are(title, height, width):
-    figure = explanation_figure(view(height=height, width=width), an_explanation())
-    shown = panel(figure, title)
-    page = sheet_pixels(figure, 150)
-    column, bottom = round(shown.x * 150), len(page) - round((len(page) / 150 - shown.y) * 150)
-    found = page[bottom : bottom + len(shown.pixels), column : column + shown.pixels.shape[1]]
-    assert (found[1:-1, 1:-1] == shown.pixels[1:-1, 1:-1]).all()
-
-
 @pytest.mark.parametrize("height, width", ((1000, 100), (400, 300), (100, 1000), (700, 1400)))
 def test_hot_cell_is_red_and_top_right_of_pictures_of_any_shape(height, width):
     figure = explanation_figure(view(height=height, width=width), an_explanation(raw_map=TOP_RIGHT))
@@ -492,14 +481,6 @@ def test_rows_of_the_comparison_show_the_model_that_they_name():
         overlay = next(picture for picture in pictures(figure) if picture.title == "Overlay" and picture.y == heatmap.y)
         red, _, blue = overlay.pixels[hot, hot].astype(int)
         assert red > blue + 50
-
-
-def test_white_pictures_end_in_a_frame():
-    white = View(np.full((300, 260, 3), 255, np.uint8), "x", STYLE)
-    figure = explanation_figure(white, an_explanation(raw_map=-CORNER))
-    left, top, right, bottom = (round(150 * inches) for inches in extent(panel(figure, "Original")))
-    page, middle = sheet_pixels(figure, 150), (top + bottom) // 2
-    assert page[middle, left - 3 : left + 2].min() < 220 and page[middle, right - 2 : right + 3].min() < 220
 
 
 def test_signed_maps_are_centred_on_zero():
@@ -641,14 +622,11 @@ def test_vector_figures_hold_each_picture_once_and_their_fonts_or_shapes(tmp_pat
             assert expected in said
 
 
-@pytest.mark.parametrize("program, extension", ((("pdftoppm", "-r", "150", "-png", "-singlefile"), "pdf"), (("rsvg-convert", "-d", "150", "-p", "150"), "svg")), ids=("pdf", "svg"))
-def test_vector_figures_look_like_the_png(tmp_path, program, extension):
-    if not shutil.which(program[0]):
-        pytest.skip(f"{program[0]} is not installed")
-    path, drawn = written(tmp_path, extension), tmp_path / "drawn.png"
-    target = [path, drawn.with_suffix("")] if extension == "pdf" else ["-o", drawn, path]
-    subprocess.run([*program, *target], check=True)
-    with Image.open(drawn) as vector, Image.open(written(tmp_path, "png")) as page:
+def test_pdf_looks_like_the_png(tmp_path):
+    if not shutil.which("pdftoppm"):
+        pytest.skip("pdftoppm is not installed")
+    subprocess.run(["pdftoppm", "-r", "150", "-png", "-singlefile", written(tmp_path, "pdf"), tmp_path / "drawn"], check=True)
+    with Image.open(tmp_path / "drawn.png") as vector, Image.open(written(tmp_path, "png")) as page:
         size = (page.width // 8, page.height // 8)
         one, other = (np.asarray(each.convert("RGB").resize(size, Image.Resampling.BOX), int) for each in (vector, page))
     assert np.abs(one - other).mean() < 3 and (np.abs(one - other).max(axis=2) > 60).mean() < 0.005
