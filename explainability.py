@@ -24,14 +24,32 @@ Glossary
 
 Exit status: 0 done; 1 something named could not be used, with one line on stderr; 2 the command
 line is wrong; 129 terminal closed; 130 interrupted; 141 standard output closed; 143 terminated.
+
+The file, from top to bottom; each section uses only what stands above it
+    Records              what is handed on: Radiograph, Model, Explanation, Finding, Job, Result ...
+    Inputs               a file -> a Radiograph -> a network's input. A new image format: FILE_KINDS, IMAGE_SUFFIXES
+    Models               a checkpoint -> a Classifier. A new family: FAMILIES; a place where trainers keep
+                         weights or names: the tables at the section's start
+    Methods              a batch -> signed maps. A new method: one function and one entry of METHODS
+    Checks               a map -> Findings. A new check: one function and one entry of CHECKS
+    Panels and figures   Explanations -> a Sheet -> PNG, PDF or SVG. A new panel: one draw_ function
+    Truth                what folders' names and --truth tell of an image
+    Outputs              names, jobs, files
+    The table            summary.csv. A new column: one entry of MODEL_COLUMNS or MAP_COLUMNS
+    Console text         lines for one image, and for a run over many
+    Runs                 jobs -> read -> explained in batches -> drawn and written -> row, lines
+    Command line         options, and what they come to. A new option: argument_parser, then checked_request
 """
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import csv
 import dataclasses
+import datetime
+import difflib
 import functools
 import gc
 import glob
@@ -42,21 +60,20 @@ import json
 import logging
 import math
 import multiprocessing
+import multiprocessing.connection
 import operator
 import os
-import pickletools
+import platform
 import random
 import re
 import secrets
 import signal
-import stat
 import statistics
 import struct
 import sys
 import tempfile
 import threading
 import time
-import traceback
 import warnings
 import zipfile
 import zlib
@@ -65,12 +82,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # torch and timm take seconds to import and matplotlib nearly one. The functions that need them
 # import them on their first line, so that --help and a wrong path are answered at once.
@@ -83,11 +104,11 @@ if TYPE_CHECKING:
 # Constants
 # ------------------------------------------------------------------------------------------
 
-SCRIPT = Path(globals().get("__file__", ""))  # no file where Python reads it from a pipe or an archive
-PROJECT = SCRIPT.resolve().parent if SCRIPT.is_file() else Path()
+PROJECT = Path(__file__).resolve().parent
 CHECKPOINT_FOLDER = PROJECT / "checkpoints"
 TEST_IMAGES = PROJECT / "data_original" / "test"
 OUTPUT_FOLDER = PROJECT / "explainability_outputs"
+LIBRARIES = ("torch", "timm", "numpy", "matplotlib", "pillow")
 
 CLASS_NAMES = ("Comminuted Fracture", "Simple Fracture")  # index = output of the networks
 INPUT_SIZE = 224  # pixels a side: both networks were trained on squashed squares
@@ -188,20 +209,20 @@ class Landmarks:
     markers: tuple[PixelBox, ...]  # pixels of CHECKED_SIDE
 
 
-@dataclass(frozen=True)
-class TrueBox:
-    """Where the fracture of one image is, in pixels of the upright image, half-open."""
+Region = tuple[float, float, float, float]  # x0, y0, x1, y1, half-open
 
-    x0: float
-    y0: float
-    x1: float
-    y1: float
-    source: str  # table and line, for messages
+
+@dataclass(frozen=True)
+class Truth:
+    """What is known of one image."""
+
+    name: str = ""  # its class; empty where nothing tells it
+    boxes: tuple[Region, ...] = ()  # fractures, in pixels of the upright image
 
 
 @dataclass(frozen=True)
 class Pointing:
-    """How a map compares with the true box, enlarged by half a cell of the map's grid on each side."""
+    """How a map compares with the true boxes, enlarged by half a cell of the map's grid on each side."""
 
     is_inside: bool  # the map's maximum
     heat: float  # share of the heatmap inside
@@ -311,11 +332,8 @@ class Job:
     maps: tuple[Path, ...]  # a .npy for each explanation; its .json lies beside it
     digest: str  # of the image's content and of all else that its results depend on
     panels: tuple[Path, ...] = ()  # bare pictures: radiograph, then heatmap and overlay for each explanation
-    box: TrueBox | None = None  # where the fracture is known
-
-    @property
-    def name(self) -> str:
-        return Path(self.label).name
+    name: str = ""  # what figures and console call it
+    truth: Truth = Truth()
 
     @property
     def outputs(self) -> list[Path]:
@@ -335,7 +353,7 @@ class Result:
     notes: tuple[str, ...] = ()
     error: str = ""
     landmarks: Landmarks | None = None
-    box: tuple[float, ...] | None = None  # the true one in shares of the sides: left, top, right, bottom
+    boxes: tuple[Region, ...] = ()  # the true ones, in shares of the sides
 
     @property
     def opinions(self) -> list[Explanation]:
@@ -343,14 +361,10 @@ class Result:
         return [each for each in self.explanations if each.method == self.explanations[0].method]
 
     @property
-    def truth(self) -> str:
-        """The true class, of what was explained; empty where the folder names none."""
-        return true_class(self.job.image, self.explanations[0].model.class_names)
-
-    @property
     def wrong(self) -> list[Explanation]:
         """The opinions that contradict the true class."""
-        return [each for each in self.opinions if self.truth and not is_right(each, self.truth)]
+        truth = self.job.truth.name
+        return [each for each in self.opinions if truth and not is_right(each, truth)]
 
 
 # ------------------------------------------------------------------------------------------
@@ -361,52 +375,54 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".g
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may decode; never EPS
 MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 million
 HEAD_BYTES = 1024  # enough to tell what a file is
-DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
+DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg, or export it uncompressed"
 COPY_AGAIN = "copy it again from where it came"
+LFS_POINTER = "a Git LFS pointer: the repository was cloned without Git LFS"
 NOTHING_TO_SEE = "every pixel is the same: there is nothing to see"
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
 BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
-LFS_POINTER = "a Git LFS pointer: the repository was cloned without Git LFS"
-SPECIAL_FILES = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+MISREAD = {("L", (8,), (2,)): np.int8, ("I", (32,), (1,)): np.uint32}  # by mode, bits and sample format
 
 
-@dataclass(frozen=True)
-class FileKind:
+class FileKind(NamedTuple):
     """What a file is by its first bytes."""
 
-    start: re.Pattern[bytes]
+    start: bytes  # regular expression
     what: str
     use: str = ""  # image, dicom, or the container of a checkpoint: zip, pickle, safetensors
     remedy: str = ""  # where another than "give an image" or "give a checkpoint" helps
 
 
-FILE_KINDS = tuple(  # the first that fits counts
-    FileKind(re.compile(start, re.DOTALL), *rest)
-    for start, *rest in (
-        (rb".{128}DICM", "a DICOM file", "dicom"),
-        (rb"\x89PNG\r\n", "a PNG image", "image"),
-        (rb"\xff\xd8\xff", "a JPEG image", "image"),
-        (rb"II[*+]\0|MM\0[*+]", "a TIFF image", "image"),
-        (rb"GIF8", "a GIF image", "image"),
-        (rb"RIFF.{4}WEBP", "a WebP image", "image"),
-        (rb"BM", "a BMP image", "image"),
-        (rb"PK\x03\x04", "a zip archive", "zip"),
-        (rb"\x80[\x00-\x05]", "a pickle", "pickle"),  # what torch.save wrote before version 1.6
-        # The length of the header, which safetensors limits to 100 MB, then a JSON object.
-        (rb".{3}[\x00-\x05]\0{4}\{", "a safetensors file", "safetensors"),
-        (rb"version https://git-lfs", LFS_POINTER, "", "run git lfs pull"),
-        (rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", "", "convert it to PNG or JPEG"),
-        (rb"%PDF-", "a PDF document", "", "export its page as PNG"),
-        (rb"\x89HDF\r\n", "an HDF5 file, as Keras writes", "", "this tool explains networks of PyTorch"),
-        (rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", "", "export it again"),
-    )
-)
+FILE_KINDS = (  # the first that fits counts
+    FileKind(rb".{128}DICM", "a DICOM file", "dicom"),
+    FileKind(rb"\x89PNG\r\n", "a PNG image", "image"),
+    FileKind(rb"\xff\xd8\xff", "a JPEG image", "image"),
+    FileKind(rb"II[*+]\0|MM\0[*+]", "a TIFF image", "image"),
+    FileKind(rb"GIF8", "a GIF image", "image"),
+    FileKind(rb"RIFF.{4}WEBP", "a WebP image", "image"),
+    FileKind(rb"BM", "a BMP image", "image"),
+    FileKind(rb"PK\x03\x04", "a zip archive", "zip"),
+    FileKind(rb"\x80[\x00-\x05]", "a pickle", "pickle"),  # what torch.save wrote before version 1.6
+    FileKind(rb".{3}[\x00-\x05]\0{4}\{", "a safetensors file", "safetensors"),  # length of the header, header
+    FileKind(rb"version https://git-lfs", LFS_POINTER, remedy="run git lfs pull"),
+    FileKind(rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", remedy="convert it to PNG or JPEG"),
+    FileKind(rb"%PDF-", "a PDF document", remedy="export its page as PNG"),
+    FileKind(rb"\x89HDF\r\n", "an HDF5 file, as Keras writes", remedy="this tool explains networks of PyTorch"),
+    FileKind(rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", remedy="export it again"),
+    FileKind(rb"\Z", "an empty file", remedy=COPY_AGAIN),
+    FileKind(rb"[^\x00-\x08\x0e-\x1f]+\Z|\xff\xfe|\xfe\xff", "a text file"),
+    FileKind(rb"", "a file of an unknown kind"),
+)  # fmt: skip
+
+
+WANTED = {  # which of the uses count, what they are together, and what to do without one
+    "image": (
+        ("image", "dicom"), "an image that can be read here", "give a radiograph, or convert it to PNG",
+    ),
+    "checkpoint": (
+        ("zip", "pickle", "safetensors"), "a checkpoint", "give a file that torch.save wrote, or a .safetensors file",
+    ),
+}  # fmt: skip
 
 
 def printable(text: str) -> str:
@@ -453,7 +469,8 @@ def naming(path: Path) -> Iterator[None]:
     # On broken files Pillow and pydicom let out nearly every type of exception there is, with
     # texts that may quote the file; so the type is not asked and the text not repeated.
     except Exception as error:
-        raise refusal(path, "damaged or cut short", f"{COPY_AGAIN}, or export it as PNG") from error
+        cause = "damaged, cut short, or of a kind that cannot be read here"
+        raise refusal(path, cause, f"{COPY_AGAIN}, or export it as PNG") from error
 
 
 @contextlib.contextmanager
@@ -470,74 +487,44 @@ def silenced() -> Iterator[None]:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading, without waiting on a pipe or a device.
-
-    Raises ExplainError, without the path, for everything else.
-    """
+    """Open a file for reading. Raises ExplainError, without the path, where that cannot be done."""
     try:
-        check_regular(os.stat(path).st_mode)
-        # A pipe that takes the file's place after the check must not block the opening.
-        waiting_never = getattr(os, "O_NONBLOCK", 0)
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | waiting_never))
-        check_regular(os.fstat(file.fileno()).st_mode)
-        return file
+        if path.exists() and not path.is_file():  # a named pipe would keep the run waiting
+            what = "a directory" if path.is_dir() else "a pipe or a device"
+            raise ExplainError(f"{what}, not a file; give one file")
+        return open(path, "rb")
     except FileNotFoundError as error:
-        cause = "a link to a file that is not there" if os.path.islink(path) else "no such file"
-        raise ExplainError(f"{cause}; check the path") from error
+        raise ExplainError("no such file; check the path") from error
     except PermissionError as error:
         raise ExplainError("no permission to read it; change its mode or copy it") from error
     except OSError as error:
         raise ExplainError(f"cannot be opened ({error.strerror}); check the path") from error
-    except ValueError as error:  # a NUL byte in the path
-        raise ExplainError("not a path that a file can have; check it") from error
-
-
-def check_regular(mode: int) -> None:
-    """Raise ExplainError unless a file's st_mode is that of a regular file."""
-    if not stat.S_ISREG(mode):
-        raise ExplainError(f"{SPECIAL_FILES.get(stat.S_IFMT(mode), 'a special file')}; give one file")
 
 
 def kind_of(head: bytes) -> FileKind:
     """What a file is that starts with `head`."""
-    if not head:
-        return FileKind(re.compile(b""), "an empty file", remedy=COPY_AGAIN)
-    found = next((kind for kind in FILE_KINDS if kind.start.match(head)), None)
-    return found or FileKind(re.compile(b""), "a text file" if is_text(head) else "a file of an unknown kind")
+    return next(kind for kind in FILE_KINDS if re.match(kind.start, head, re.DOTALL))
 
 
-def read_kind(file: BinaryIO, uses: Sequence[str], wanted: str, remedy: str) -> FileKind:
-    """What an open file is by its first bytes; rewinds it.
+@contextlib.contextmanager
+def opened(path: Path, wanted: str) -> Iterator[tuple[BinaryIO, str]]:
+    """A file open for reading, and its use by its first bytes. `wanted`: image or checkpoint.
 
-    Raises ExplainError, without the path, where it has none of the uses.
+    Raises ExplainError, without the path, where it is something else.
     """
-    kind = kind_of(file.read(HEAD_BYTES))
-    file.seek(0)
-    if kind.use not in uses:
-        raise ExplainError(f"{kind.what}, not {wanted}; {kind.remedy or remedy}")
-    return kind
-
-
-def is_text(head: bytes) -> bool:
-    """Whether the start of a file is UTF-16 with its mark, or UTF-8 without control characters."""
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return True
-    content = head.removeprefix(b"\xef\xbb\xbf")
-    text = content.decode("utf-8", errors="ignore")
-    lost = len(content) - len(text.encode())  # a character cut at the end of the head may miss three bytes
-    is_whole = lost <= 3 * (len(head) == HEAD_BYTES)
-    return is_whole and all(sign.isprintable() or sign.isspace() for sign in text)
-
-
-def read_image_kind(file: BinaryIO) -> FileKind:
-    remedy = "give a radiograph, or convert it to PNG"
-    return read_kind(file, ("image", "dicom"), "an image that can be read here", remedy)
+    uses, what, remedy = WANTED[wanted]
+    with open_regular(path) as file:
+        kind = kind_of(file.read(HEAD_BYTES))
+        file.seek(0)
+        if kind.use not in uses:
+            raise ExplainError(f"{kind.what}, not {what}; {kind.remedy or remedy}")
+        yield file, kind.use
 
 
 def check_image_path(path: Path) -> None:
     """Raise ExplainError unless `path` is a file whose first bytes are those of an image."""
-    with naming(path), open_regular(path) as file:
-        read_image_kind(file)
+    with naming(path), opened(path, "image"):
+        pass
 
 
 def load_radiograph(path: Path) -> Radiograph:
@@ -548,9 +535,8 @@ def load_radiograph(path: Path) -> Radiograph:
 
     Raises ExplainError where the file is not an image that can be decoded whole.
     """
-    with naming(path), open_regular(path) as file:
-        read = read_dicom if read_image_kind(file).use == "dicom" else read_picture
-        pixels, notes = read(file)
+    with naming(path), opened(path, "image") as (file, use):
+        pixels, notes = read_dicom(file) if use == "dicom" else read_picture(file)
         if pixels.ndim == 2:
             pixels = np.repeat(pixels[:, :, None], 3, axis=2)
     if pixels.min() == pixels.max():
@@ -562,6 +548,10 @@ def check_size(width: int, height: int) -> None:
     """Raise ExplainError for more pixels than a radiograph has, before they are decoded."""
     if width * height > MAX_PIXELS:
         raise ExplainError(f"{width} x {height} pixels, more than {MAX_PIXELS:,} in all; reduce it")
+
+
+def frame_notes(frames: int) -> list[str]:
+    return [f"first of {frames} frames"] if frames > 1 else []
 
 
 # From deep values to 8 bits
@@ -611,70 +601,52 @@ def to_grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
 def read_picture(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
     """The first frame of an image file: (H, W) or (H, W, 3) uint8, upright, and notes.
 
-    Raises ExplainError, without the path, for kinds that cannot be shown right; and whatever
-    Pillow raises on damaged files.
+    Raises ExplainError, without the path, for what cannot be shown right; and what Pillow does.
     """
     with open_picture(file) as image:
         check_size(*image.size)
-        frames = getattr(image, "n_frames", 1)
-        notes = [f"first of {frames} frames"] if frames > 1 else []
+        notes = frame_notes(getattr(image, "n_frames", 1))
         tags = dict(getattr(image, "tag_v2", {}))  # of TIFF; gone after loading
-        deep_colour = holds_deep_colour(image, tags)
+        if tags.get(PLANAR) == 2 and max(tags.get(BITS, (8,))) > 8:  # Pillow mixes their bytes up
+            raise ExplainError("16-bit colour in separate planes; save it as PNG")
+        deep_colour = image.mode not in DEEP_MODES and any(";16" in str(tile.args) for tile in image.tile)
         image.load()
         upright = ImageOps.exif_transpose(image)
-        values = grey_values(upright, tags)
-        if values is None:
-            pixels = colours(upright)
-            if deep_colour and pixels.max() < 64:  # Pillow keeps only the upper 8 of 16 bits
-                raise ExplainError("16-bit colour that uses only its lower bits; save it as 16-bit grey")
-            return pixels, notes
-    hidden = values == upright.info.get("transparency", np.nan)  # the one value that a PNG may hide
-    pixels, scaling = to_8_bits(values, hidden)
+    values = grey_values(upright, tags)
+    if values is None:
+        pixels = colours(upright)
+        if deep_colour and pixels.max() < 64:  # Pillow keeps only the upper 8 of 16 bits
+            raise ExplainError("16-bit colour that uses only its lower bits; save it as 16-bit grey")
+        return pixels, notes
+    pixels, scaling = to_8_bits(values)
     if tags.get(PHOTOMETRIC) == 0:  # white is zero; Pillow inverts 8 bits and fewer only
         pixels = 255 - pixels
-    return np.where(hidden, np.uint8(0), pixels), notes + scaling
+    return pixels, notes + scaling
 
 
 def open_picture(file: BinaryIO) -> Image.Image:
-    """Read an image file's header. Raises ExplainError, without the path."""
+    """Read an image file's header. Raises ExplainError, without the path, and what Pillow does."""
     try:
         image = Image.open(file, formats=IMAGE_FORMATS)
-        # Pillow has read up to the scan. Without an end mark behind it (a copy that broke off and
-        # was filled with zeros), the decoder would invent the rest in grey.
-        if image.format == "JPEG" and b"\xff\xd9" not in file.read():
-            raise ExplainError(f"cut short; {COPY_AGAIN}")
-        return image
-    except UnidentifiedImageError as error:
-        cause = "its start is damaged, or not of a kind that can be read here"
-        raise ExplainError(f"{cause}; convert it to PNG") from error
     except Image.DecompressionBombError as error:
         raise ExplainError(f"more than {MAX_PIXELS:,} pixels; reduce it") from error
-
-
-def holds_deep_colour(image: Image.Image, tags: dict[int, Any]) -> bool:
-    """Whether a file not yet loaded has more than 8 bits a colour.
-
-    Raises ExplainError for the one kind of these that Pillow decodes wrongly.
-    """
-    if tags.get(PLANAR) == 2 and max(tags.get(BITS, (8,))) > 8:
-        raise ExplainError("16-bit colour in separate planes; save it as PNG")
-    return image.mode not in DEEP_MODES and any(";16" in str(tile.args) for tile in image.tile)
+    # Pillow has read up to the scan. Without an end mark behind it (a copy that broke off and
+    # was filled with zeros), the decoder would invent the rest in grey.
+    if image.format == "JPEG" and b"\xff\xd9" not in file.read():
+        raise ExplainError(f"cut short; {COPY_AGAIN}")
+    return image
 
 
 def grey_values(image: Image.Image, tags: dict[int, Any]) -> np.ndarray | None:
     """(H, W) values that 8 unsigned bits cannot hold, or None where there are none."""
-    sample_format = tags.get(SAMPLE_FORMAT, (1,))[0]
-    if image.mode == "L" and sample_format == 2:
-        return np.asarray(image).view(np.int8)  # Pillow reads the sign as 128
-    if image.mode == "I" and tags.get(BITS) == (32,) and sample_format == 1:
-        return np.asarray(image).view(np.uint32)  # Pillow reads the highest bit as a sign
+    stored = image.mode, tags.get(BITS), tags.get(SAMPLE_FORMAT, (1,))
+    if stored in MISREAD:
+        return np.asarray(image).view(MISREAD[stored])
     return np.asarray(image) if image.mode in DEEP_MODES else None
 
 
 def colours(image: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8 of an image of at most 8 bits a colour, transparent parts over black."""
-    if image.mode == "La":
-        image = image.convert("LA")  # Pillow goes no other way from here
     if not image.has_transparency_data:
         return np.asarray(image.convert("RGB"))
     premultiplied = image.convert("RGBA").convert("RGBa")  # colour * opacity is what black lets through
@@ -687,7 +659,7 @@ def colours(image: Image.Image) -> np.ndarray:
 def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
     """The first frame of a DICOM file: (H, W) or (H, W, 3) uint8, and notes.
 
-    Raises ExplainError, without the path; and whatever pydicom raises on damaged files.
+    Raises ExplainError, without the path, and what pydicom does.
     """
     try:
         import pydicom
@@ -698,30 +670,21 @@ def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
         raise ExplainError("a DICOM file without an image in it; give one that holds the radiograph")
     check_size(dataset.Columns, dataset.Rows)
     stored = decoded(dataset)
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    notes = [f"first of {frames} frames"] if frames > 1 else []
     pixels, scaling = dicom_grey(dataset, stored) if dataset.SamplesPerPixel == 1 else to_8_bits(stored)
-    return pixels, notes + scaling
+    return pixels, frame_notes(int(dataset.get("NumberOfFrames") or 1)) + scaling
 
 
 def decoded(dataset: Dataset) -> np.ndarray:
     """Stored values of the first frame, (H, W), or RGB (H, W, 3).
 
-    Raises ExplainError, without the path, where no decoder for its compression is installed.
+    Raises ExplainError, without the path, where its compression cannot be undone.
     """
-    from pydicom.pixels import get_decoder, pixel_array
+    from pydicom.pixels import pixel_array
 
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError as error:
-        cause = "compressed in a way that pydicom does not know"
-        raise ExplainError(f"{cause}; export it uncompressed") from error
-    if not decoder.is_available:
-        raise ExplainError(f"compressed as {syntax.name}, which needs a decoder; {DICOM_DECODERS}")
-    try:
         return pixel_array(dataset, index=0)
-    except RuntimeError as error:
+    except (NotImplementedError, RuntimeError) as error:
         if not syntax.is_encapsulated:
             raise
         cause = f"compressed as {syntax.name}, and damaged or in need of another decoder"
@@ -753,8 +716,9 @@ def modality_values(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
     slope, intercept = first_number(dataset, "RescaleSlope"), first_number(dataset, "RescaleIntercept")
     if None not in (slope, intercept) and (slope, intercept) != (1, 0):
         return stored * slope + intercept
-    deep = np.promote_types(stored.dtype, np.int16)
-    return stored if dataset.get("BitsStored") == 8 else stored.astype(deep)
+    if dataset.get("BitsStored") == 8:
+        return stored
+    return stored.astype(np.promote_types(stored.dtype, np.int16))
 
 
 def padding_mask(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
@@ -762,9 +726,8 @@ def padding_mask(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
     value = dataset.get("PixelPaddingValue")
     if value is None:
         return np.zeros(stored.shape, bool)
-    limit = dataset.get("PixelPaddingRangeLimit")
-    ends = sorted((value, value if limit is None else limit))
-    return (stored >= ends[0]) & (stored <= ends[1])
+    low, high = sorted((value, dataset.get("PixelPaddingRangeLimit", value)))
+    return (stored >= low) & (stored <= high)
 
 
 def windowed(dataset: Dataset, values: np.ndarray) -> tuple[np.ndarray, list[str]] | None:
@@ -778,13 +741,13 @@ def windowed(dataset: Dataset, values: np.ndarray) -> tuple[np.ndarray, list[str
         return (to_grey(through, low, high), ["shown through its VOI LUT"]) if low < high else None
     centre, width = first_number(dataset, "WindowCenter"), first_number(dataset, "WindowWidth")
     shape = dataset.get("VOILUTFunction") or "LINEAR"
-    if centre is None or width is None or not width > (shape == "LINEAR"):
+    if centre is None or width is None or width <= 0 or (shape == "LINEAR" and width <= 1):
         return None
     notes = [f"shown through its window, centre {centre:g} and width {width:g}"]
     if shape == "LINEAR":  # PS3.3 C.11.2.1.2.1; the others have neither shift
         centre, width = centre - 0.5, width - 1
     low, high = centre - width / 2, centre + width / 2
-    if not (np.isfinite(width) and low < values.max() and high > values.min()):
+    if not (low < values.max() and high > values.min()):
         return None  # beside all values; or a value is NaN, which to_8_bits refuses
     if shape == "SIGMOID":
         return to_grey(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1), notes
@@ -831,36 +794,11 @@ INPUT_SIZES = range(64, 1025)  # pixels a side that are accepted
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net")  # where trainers put the weights, in order
 EMA_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema")  # the same, averaged over the training
-STRUCTURE_BYTES = 64_000_000  # of a checkpoint without its tensors; a gigabyte of weights needs a hundredth
-STRUCTURE_STEPS = 1_000_000  # of unpickling it; a second or two
-STRUCTURE_WEIGHT = 100_000_000  # parts and characters, each counted as often as it is put into something
-STRUCTURE_WIDTH = 200_000  # parts that wait to be put together
-STRUCTURE_DEPTH = 200  # containers in containers
-CALL_WEIGHT = 20  # times what a call is given: it may hash and copy it
-LONG_WEIGHT = 5_000  # of a number beyond 32 bits; as keys, they can be chosen to make a dictionary take hours
-OLD_PICKLES = 5  # of the container before PyTorch 1.6: mark, version, system, contents, keys of storages
-ATOMS = ("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "EMPTY_TUPLE")
-TEXTS = ("BINUNICODE", "SHORT_BINSTRING", "GLOBAL")
-ABOVE_THE_MARK = -1
-TAKING_STEPS = {  # how many parts the other steps take that torch knows
-    **{"EMPTY_LIST": 0, "EMPTY_DICT": 0, "EMPTY_SET": 0, "LONG1": 0, "STOP": 1, "BINPERSID": 1},
-    **{"REDUCE": 2, "NEWOBJ": 2},
-    **{"TUPLE": ABOVE_THE_MARK, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1},
-    **{"APPENDS": ABOVE_THE_MARK, "SETITEMS": ABOVE_THE_MARK},
-}
-FILLING_STEPS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # into the part below what they take
-CALLING_STEPS = ("REDUCE", "NEWOBJ")
-CHECKPOINT_CALLS = re.compile(  # what a checkpoint may call: none gives much more than it is given
-    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode"
-    r"|torch (Size|device)"
-    r"|numpy dtype|numpy\._?core\.multiarray scalar|argparse Namespace"
-    r"|torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?|qtensor|meta_tensor_no_storage)"
-)
-NUMBER_KINDS = ("float32", "float16", "bfloat16", "float64", "int64")  # int64: counters of batches
+AGAIN = "copy or download the checkpoint again"
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 COUNTER = "num_batches_tracked"  # end of the keys of those counters, which inference never reads
 MAX_CLASSES = 100
 MAX_NAME = 200  # characters of a class name
-UNFOLDING = "its structure unfolds to more than a network's checkpoint holds; save its state_dict() alone"
 TAG = r"(?:\.[a-z0-9_]{1,60})?"  # of timm's names: what the weights were trained on
 
 
@@ -936,41 +874,25 @@ def check_not_mixed(checkpoints: Sequence[Path]) -> None:
 
 
 def brief(value: object) -> str:
-    """An untrusted value for a message: short, on one line, whatever it is."""
-    if isinstance(value, int) and value.bit_length() > 64:  # Python cannot print every one of them
-        return "a number of more than 19 digits"
+    """An untrusted value for a message: short and on one line."""
     if isinstance(value, (str, int, float)):
-        return printable(repr(value[:80] if isinstance(value, str) else value))
+        return printable(repr(value)[:82])
     return f"a {type(value).__name__}"
 
 
 def listed(items: Sequence[str]) -> str:
     """How many, and the first three."""
-    first = ", ".join(printable(item[:160]) for item in items[:3])
-    return f"{len(items)} ({first}{', …' if len(items) > 3 else ''})"
-
-
-def open_checkpoint(path: Path) -> tuple[BinaryIO, FileKind]:
-    """A checkpoint file open for reading, and its kind, as far as can be told without torch.
-
-    Raises ExplainError, without the path, where it cannot be a checkpoint, and says what it is instead.
-    """
-    file = open_regular(path)
-    try:
-        remedy = "give a file that torch.save wrote, or a .safetensors file"
-        kind = read_kind(file, ("zip", "pickle", "safetensors"), "a checkpoint", remedy)
-        if kind.use == "zip":
-            check_archive(file)
-        return file, kind
-    except BaseException:
-        file.close()
-        raise
+    first = [printable(item[:160]) for item in items[:3]]
+    if len(items) > 3:
+        first.append("…")
+    return f"{len(items)} ({', '.join(first)})"
 
 
 def check_checkpoint_path(path: Path) -> None:
-    """Raise ExplainError where a file cannot be a checkpoint."""
-    with naming(path):
-        open_checkpoint(path)[0].close()
+    """Raise ExplainError where a file cannot be a checkpoint, as far as can be told without torch."""
+    with naming(path), opened(path, "checkpoint") as (file, use):
+        if use == "zip":
+            check_archive(file)
 
 
 def check_archive(file: BinaryIO) -> None:
@@ -978,221 +900,95 @@ def check_archive(file: BinaryIO) -> None:
     try:
         entries = zipfile.ZipFile(file).infolist()
     except Exception as error:  # zipfile lets out more than BadZipFile on damaged archives
-        cause = "an incomplete or damaged archive"
-        raise ExplainError(f"{cause}; copy or download the checkpoint again") from error
+        raise ExplainError(f"an incomplete or damaged archive; {AGAIN}") from error
     names = {entry.filename.partition("/")[2] for entry in entries}
     if "constants.pkl" in names:
         cause = "a TorchScript archive, which holds code"
         raise ExplainError(f"{cause}; save the network's state_dict() with torch.save instead")
     if "data.pkl" not in names:
-        remedy = "give a file that torch.save wrote, or a .safetensors file"
-        raise ExplainError(f"a zip archive without weights; {remedy}")
-    structures = [entry.file_size for entry in entries if entry.filename.lower().endswith("/data.pkl")]
-    if max(structures) > STRUCTURE_BYTES:
-        raise ExplainError(UNFOLDING)
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # could unpack to any size
-        cause = "a compressed archive, which torch.save never writes"
-        raise ExplainError(f"{cause}; save the checkpoint again with torch.save")
+        raise ExplainError(f"a zip archive without weights; {WANTED['checkpoint'][2]}")
 
 
-def read_checkpoint(path: Path) -> tuple[dict[Any, Any], list[str]]:
-    """Load a checkpoint file without running code from it: its contents, and what was done.
+def read_checkpoint(path: Path) -> dict[Any, Any]:
+    """What a checkpoint file holds; no code from it is run.
 
     Raises ExplainError where it is not a checkpoint or holds more than tensors and plain values.
     """
+    check_checkpoint_path(path)
     try:
-        with silenced():  # torch warns of tensors that are refused below
-            contents, notes = read_contents(path)
-    except ExplainError as error:
-        raise ExplainError(f"{shown(path)}: {error}") from error
+        with silenced(), opened(path, "checkpoint") as (_, use):
+            contents = read_safetensors(path) if use == "safetensors" else read_torch(path, use == "zip")
     except Exception as error:  # torch lets out KeyError, EOFError, UnpicklingError; damaged files anything
         raise refusal(path, *why_unreadable(error)) from error
     if not isinstance(contents, dict):
         cause = f"holds {brief(contents)}, not a dictionary of weights"
         raise refusal(path, cause, "save the network's state_dict()")
-    return contents, notes
+    return contents
 
 
 def why_unreadable(error: Exception) -> tuple[str, str]:
     """Cause and remedy for a file that torch rejects; not in its words, which advise to run the code."""
     if lacks_memory(error):
         return "too large for the memory of this computer", "close other programs"
-    if isinstance(error, UnicodeEncodeError):
-        return "its name is not valid Unicode, so that torch cannot open it", "rename it"
     found = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
     if not found:
-        cause = f"damaged, or not written by torch.save ({type(error).__name__})"
-        return cause, "copy or download the checkpoint again"
+        return f"damaged, or not written by torch.save ({type(error).__name__})", AGAIN
     cause = f"holds an object ({found.group(1)}) that only code from the file could restore, and none is run"
     return cause, "save it again with state_dict() and plain values only"
 
 
-def read_contents(path: Path) -> tuple[Any, list[str]]:
-    """What a checkpoint file holds, and notes. Raises ExplainError, without the path, and what torch does."""
-    file, kind = open_checkpoint(path)
-    with file:
-        if kind.use == "safetensors":
-            return read_safetensors(path)
-        return read_torch(path, pickled_part(file, kind), is_mapped=kind.use == "zip")
-
-
-def read_torch(path: Path, pickled: bytes, is_mapped: bool) -> tuple[Any, list[str]]:
+def read_torch(path: Path, is_mapped: bool) -> Any:
     """What torch.save wrote; memory-mapped where it can be, so that the optimizer's state is never read."""
     import torch
 
-    origins = set()
-
-    def on_cpu(storage: Any, origin: str) -> Any:
-        origins.add(origin)
-        return storage
-
-    check_structure(pickled, 1 if is_mapped else OLD_PICKLES)
-    with torch.serialization.safe_globals(HARMLESS_TYPES):
-        contents = torch.load(path, map_location=on_cpu, weights_only=True, mmap=is_mapped)
-    notes = [] if is_mapped else ["container of PyTorch before 1.6 read whole"]
-    elsewhere = sorted(printable(origin) for origin in origins if origin != "cpu")
-    return contents, notes + [f"tensors saved on {origin} read on the CPU" for origin in elsewhere[:3]]
+    with torch.serialization.safe_globals(harmless_types()):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
 
 
-def pickled_part(file: BinaryIO, kind: FileKind) -> bytes:
-    """The bytes that hold the structure of what torch.save wrote; the older container does not part them."""
-    import torch
+def harmless_types() -> list[tuple[Any, str]]:
+    """What trainers save beside tensors and plain values, each with the name that files know it by.
 
-    file.seek(0)  # from behind the archive's list of contents
-    if kind.use == "pickle":
-        return file.read(STRUCTURE_BYTES)
-    # By torch's own reader: in a crafted archive, another might see another structure.
-    return torch._C.PyTorchFileReader(file).get_record("data.pkl")
-
-
-def check_structure(pickled: bytes, count: int) -> None:
-    """Raise ExplainError, without the path, where unpickling takes far more than the file's own size.
-
-    `count` pickles follow each other.
+    None runs code. Paths may come from another system, and defaultdicts become dicts.
     """
-    file, walk = io.BytesIO(pickled), StructureWalk()
-    for _ in range(count):
-        walk.follow(file)
+    array = np.zeros(0).__reduce__()[0]
+    named = [(np.dtype, "numpy.dtype"), (np.ndarray, "numpy.ndarray"), (argparse.Namespace, "argparse.Namespace")]
+    for core in ("numpy.core", "numpy._core"):  # before and from NumPy 2
+        named += [(plain_number, f"{core}.multiarray.scalar"), (array, f"{core}.multiarray._reconstruct")]
+    for kind in {type(np.dtype(code)) for code in "?bhilqBHILQefdU"}:
+        named.append((kind, f"numpy.dtypes.{kind.__name__}"))
+    for module in ("pathlib", "pathlib._local"):  # the second is Python 3.13's
+        for path in (PurePosixPath, PureWindowsPath):
+            named += [(path, f"{module}.{path.__name__}"), (path, f"{module}.{path.__name__[4:]}")]
+    for each in (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone):
+        named.append((each, f"datetime.{each.__name__}"))
+    return [*named, (plain_dict, "collections.defaultdict"), (list, "builtins.list")]
 
 
-@dataclass(slots=True)
-class Part:
-    """Something that a pickle would make."""
-
-    weight: int = 1  # parts and characters in it
-    depth: int = 0  # containers in it, one in the other
-    told: str = ""  # a text, the name of what may be called, or the second part of a tuple
-    is_used: bool = False  # it is in another part
+def plain_number(kind: np.dtype[Any], content: bytes) -> float:
+    """Stands in for what makes a NumPy number of its bytes."""
+    return np.frombuffer(content, kind)[0].item()
 
 
-ATOM = Part()  # a number, a truth value, nothing
+def plain_dict(factory: object = None) -> dict[Any, Any]:
+    """Stands in for collections.defaultdict."""
+    return {}
 
 
-class StructureWalk:
-    """Adds up what it would take to make what pickles describe, without making it.
-
-    A few bytes can stand for hours and gigabytes: a pair of the same pair of the same pair ..., hashed
-    as a key; calls that double what they are given. So each step pays for all that it puts together,
-    as often as that is done.
-    """
-
-    def __init__(self) -> None:
-        self.steps = self.weight = 0
-
-    def follow(self, pickles: BinaryIO) -> None:
-        """Go through the next pickle. Raises ExplainError, without the path, where it is too much."""
-        stack: list[Part] = []
-        marks: list[int] = []  # heights of the stack
-        memo: dict[int, Part] = {}
-        for opcode, argument, _ in pickletools.genops(pickles):
-            self.steps += 1
-            if self.steps > STRUCTURE_STEPS or len(stack) > STRUCTURE_WIDTH or len(marks) > STRUCTURE_DEPTH:
-                raise ExplainError(UNFOLDING)
-            if opcode.name in ATOMS:
-                stack.append(ATOM)
-            elif opcode.name == "MARK":
-                marks.append(len(stack))
-            elif opcode.name in ("BINPUT", "LONG_BINPUT"):
-                memo[argument] = stack[-1]
-            elif opcode.name in ("BINGET", "LONG_BINGET"):
-                stack.append(memo[argument])
-            elif opcode.name in TEXTS:
-                stack.append(Part(len(argument), told=argument))
-            elif opcode.name != "PROTO":
-                taken = TAKING_STEPS[opcode.name]
-                height = marks.pop() if taken is ABOVE_THE_MARK else len(stack) - taken
-                items = stack[height:]
-                del stack[height:]
-                self.put_together(opcode.name, items, stack)
-
-    def put_together(self, step: str, items: list[Part], stack: list[Part]) -> None:
-        """Items from the stack become a new part on it, or go into the one that is there."""
-        weight = sum(item.weight for item in items)
-        depth = max((item.depth for item in items), default=-1) + 1
-        if step in CALLING_STEPS:
-            check_call(*items)
-        self.steps += 3  # beside its own: containers take more time and memory than numbers
-        self.weight += weight * (CALL_WEIGHT if step in CALLING_STEPS else 1)
-        if step not in FILLING_STEPS:
-            named = {"TUPLE": items[1:2], "TUPLE2": items[1:], "BINPERSID": items}.get(step)
-            told = named[0].told if named else ""
-            stack.append(Part(LONG_WEIGHT if step == "LONG1" else 1, told=told))
-        whole = stack[-1]
-        whole.weight, whole.depth = whole.weight + weight, max(whole.depth, depth)
-        # A part that is filled when it is in another already could come to hold itself.
-        if self.weight > STRUCTURE_WEIGHT or depth > STRUCTURE_DEPTH or (whole.is_used and items):
-            raise ExplainError(UNFOLDING)
-        for item in items:
-            item.is_used = True
-
-
-def check_call(function: Part, arguments: Part) -> None:
-    """Raise ValueError, in torch's words, for a call that no checkpoint of a network makes."""
-    if re.search("_sparse_|_get_layout", function.told):  # checked for as long as their indices claim
-        cause = "not the floats of a network: sparse tensors"
-        raise ExplainError(f"{cause}; save the trained weights as dense floats")
-    is_known = CHECKPOINT_CALLS.fullmatch(function.told)
-    if not is_known or (function.told == "_codecs encode" and arguments.told != "latin1"):
-        raise ValueError(f"GLOBAL {function.told.replace(' ', '.')}")
-
-
-class NumberType:
-    """Stands in for numpy.dtype in a checkpoint's pickle: it keeps the type's code and does nothing."""
-
-    def __init__(self, code: str, *options: object) -> None:
-        self.code = code
-
-    def __setstate__(self, state: object) -> None:
-        """Byte order and the like, which NumPy writes for every number alike."""
-
-
-def plain_number(number_type: NumberType, content: bytes) -> float:
-    """Stands in for the function that restores a NumPy number: val_acc, as some trainers save it."""
-    layouts = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i"}
-    return struct.unpack(layouts[number_type.code], content)[0]
-
-
-HARMLESS_TYPES = [
-    argparse.Namespace,  # the options that timm's own trainer saves
-    (NumberType, "numpy.dtype"),
-    *((plain_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-]
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Any], list[str]]:
+def read_safetensors(path: Path) -> dict[str, Any]:
     """Weights from a .safetensors file, with its metadata (texts; JSON where they are that)."""
     from safetensors import safe_open
 
-    def plain(text: str) -> Any:
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            return text
-
     with safe_open(path, framework="pt", device="cpu") as file:
         weights = {key: file.get_tensor(key) for key in file.keys()}
-        metadata = {key: plain(text) for key, text in (file.metadata() or {}).items()}
-    return {**metadata, MODEL_KEYS[0]: weights}, ["weights read from a safetensors file"]
+        metadata = {key: json_or_text(text) for key, text in (file.metadata() or {}).items()}
+    return {**metadata, MODEL_KEYS[0]: weights}
+
+
+def json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def recorded(contents: dict[Any, Any], *names: str) -> Any:
@@ -1204,47 +1000,30 @@ def recorded(contents: dict[Any, Any], *names: str) -> Any:
 
 
 def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The network's tensors from wherever trainers put them, and what was done to get them.
-
-    Raises ExplainError where there are none.
-    """
-    import torch
-
-    def tensors(value: object) -> dict[str, torch.Tensor]:
-        items = value.items() if isinstance(value, dict) else ()
-        return {key: item for key, item in items if isinstance(key, str) and isinstance(item, torch.Tensor)}
-
-    places = {key: tensors(contents.get(key)) for key in MODEL_KEYS}
-    places["the top level"] = tensors(contents)
-    places |= {key: tensors(contents.get(key)) for key in EMA_KEYS}
+    """The network's tensors from wherever trainers put them, and notes. Raises ExplainError without any."""
+    places = {key: tensors_in(contents.get(key)) for key in MODEL_KEYS}
+    places["the top level"] = tensors_in(contents)
+    places |= {key: tensors_in(contents.get(key)) for key in EMA_KEYS}
     filled = [key for key, weights in places.items() if weights]
     if not filled:
         cause = f"holds no weights under {', '.join(MODEL_KEYS)} or at its top level"
         raise refusal(path, cause, "save the network's state_dict()")
     taken, *others = filled
-    notes = [] if taken == MODEL_KEYS[0] else [f"weights taken from {taken}"]
-    if taken in EMA_KEYS:
-        notes = [f"EMA weights taken from {taken}: the only ones in the file"]
-    notes += [f"EMA weights beside them ({key}) not used" for key in others if key in EMA_KEYS]
-    notes += [f"other weights beside them ({key}) not used" for key in others if key in MODEL_KEYS]
+    notes = [f"EMA weights taken from {taken}: the only ones in the file"] if taken in EMA_KEYS else []
+    beside = [key for key in others if key in MODEL_KEYS + EMA_KEYS]
+    if beside:
+        notes.append(f"weights taken from {taken}; others beside them ({', '.join(beside)}) not used")
     return places[taken], notes
 
 
-def check_numbers(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise ExplainError where weights share their numbers: a few could stand for gigabytes."""
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-    try:
-        length = path.stat().st_size
-    except OSError as error:
-        raise refusal(path, "changed or removed during the run", "run again") from error
-    if claimed > length:
-        cause = f"its weights are {claimed:,} bytes of numbers, and the file holds fewer numbers"
-        raise refusal(path, cause, "save each weight with its own numbers (tensor.clone())")
+def tensors_in(value: object) -> dict[str, torch.Tensor]:
+    import torch
+
+    items = value.items() if isinstance(value, dict) else ()
+    return {key: item for key, item in items if isinstance(key, str) and isinstance(item, torch.Tensor)}
 
 
-def without_prefix(
-    family: Family, weights: dict[str, torch.Tensor], path: Path
-) -> tuple[dict[str, torch.Tensor], list[str]]:
+def without_prefix(family: Family, weights: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
     """Keys as the network names them, without what wrappers put before all of them (module., model. ...).
 
     Raises ExplainError where the family's landmark is there more than once, or another family's is.
@@ -1257,11 +1036,9 @@ def without_prefix(
         if not found and prefixes_of(other, weights):
             cause = f"holds weights of the {other.key} family (key {other.landmark}), not of {family.key}"
             raise refusal(path, cause, f"give it to --{other.key}-checkpoint")
-    prefix = "".join(found)
-    bare = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
+    bare = {key.removeprefix("".join(found)): tensor for key, tensor in weights.items()}
     bare.pop("n_averaged", None)  # the counter that torch.optim.swa_utils.AveragedModel keeps
-    count = sum(key.startswith(prefix) for key in weights)
-    return bare, [f"prefix {printable(prefix[:80])} removed from {count} keys"] if prefix else []
+    return bare
 
 
 def prefixes_of(family: Family, weights: dict[str, torch.Tensor]) -> list[str]:
@@ -1379,6 +1156,8 @@ def accuracy_text(contents: dict[Any, Any]) -> str:
     """
     for key, label in (("test_acc", "Test accuracy"), ("val_acc", "Validation accuracy")):
         value = contents.get(key)
+        if getattr(value, "ndim", None) == 0:  # a tensor
+            value = value.item()
         if type(value) in (int, float) and 0 <= value <= 100:
             return f"{label}: {value:.2f}%" if value > 1 else f"{label}: {value:.4g} as recorded"
     return "Accuracy: not recorded in the checkpoint"
@@ -1390,19 +1169,21 @@ def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], name: 
     `name` says which network that is and why.
     """
     expected = network.state_dict()
-    found = {key: number_kind(tensor) for key, tensor in weights.items()}
-    kinds = [f"{key} is {kind}" for key, kind in found.items() if kind not in NUMBER_KINDS]
-    floats = [key for key, tensor in expected.items() if tensor.is_floating_point()]
-    kinds += [f"{key} is int64" for key in floats if found.get(key) == "int64"]
+    present = [(key, tensor, weights[key]) for key, tensor in expected.items() if key in weights]
+    kinds = [
+        f"{key} is {number_kind(found)}"
+        for key, tensor, found in present
+        if number_kind(found) not in (FLOATS if tensor.is_floating_point() else ("int64",))
+    ]
     if kinds:
         cause = f"not the floats of a network: {listed(kinds)}"
         raise refusal(path, cause, "save the trained weights as dense floats")
     missing = [key for key in expected if key not in weights and not key.endswith(COUNTER)]
     unexpected = [key for key in weights if key not in expected]
     shapes = [
-        f"{key} is {shape_text(weights[key])} in the file, {shape_text(tensor)} in the network"
-        for key, tensor in expected.items()
-        if key in weights and weights[key].shape != tensor.shape
+        f"{key} is {shape_text(found)} in the file, {shape_text(tensor)} in the network"
+        for key, tensor, found in present
+        if found.shape != tensor.shape
     ]
     faults = (("keys missing", missing), ("keys not in the network", unexpected), ("other shapes", shapes))
     told = [f"{what} {listed(items)}" for what, items in faults if items]
@@ -1417,12 +1198,10 @@ def shape_text(tensor: torch.Tensor) -> str:
 
 def number_kind(tensor: torch.Tensor) -> str:
     """The type of a tensor's numbers, and what else keeps it from being a plain array."""
-    import torch
-
     dtype = str(tensor.dtype).removeprefix("torch.")
-    is_sparse = tensor.layout != torch.strided
-    words = {"meta": tensor.is_meta, "sparse": is_sparse, "quantised": tensor.is_quantized}
-    return " ".join([*(word for word, holds in words.items() if holds), dtype])
+    if tensor.is_quantized:
+        return f"quantised {dtype}"
+    return f"{dtype} of layout {tensor.layout}" if "strided" not in str(tensor.layout) else dtype
 
 
 def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -1460,30 +1239,30 @@ def load_classifier(
 
     Raises ExplainError where the file is no checkpoint of this family.
     """
-    contents, file_notes = read_checkpoint(path)
-    weights, place_notes = weights_of(contents, path)
-    weights, prefix_notes = without_prefix(family, weights, path)
+    contents = read_checkpoint(path)
+    weights, notes = weights_of(contents, path)
+    weights = without_prefix(family, weights, path)
     architecture, why = architecture_of(family, contents, weights, path)
     class_names, class_notes = class_names_of(family, contents, weights, class_names, path)
     preprocessing, preprocessing_notes = preprocessing_of(contents, path)
     try:
         network, type_notes = network_of(family, architecture, why, len(class_names), weights, path)
+        network.to(device)
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        raise refusal(path, "not enough memory for its network", "close other programs") from error
-    return Classifier(
-        Model(
-            family=family,
-            architecture=architecture,
-            checkpoint=path,
-            accuracy=accuracy_text(contents),
-            class_names=class_names,
-            preprocessing=preprocessing,
-            notes=(*file_notes, *place_notes, *prefix_notes, *class_notes, *type_notes, *preprocessing_notes),
-        ),
-        moved(network, device, path),
+        remedy = "close other programs, or choose --device cpu"
+        raise refusal(path, f"not enough memory for its network on {device}", remedy) from error
+    model = Model(
+        family=family,
+        architecture=architecture,
+        checkpoint=path,
+        accuracy=accuracy_text(contents),
+        class_names=class_names,
+        preprocessing=preprocessing,
+        notes=(*notes, *class_notes, *type_notes, *preprocessing_notes),
     )
+    return Classifier(model, network)
 
 
 def network_of(
@@ -1493,46 +1272,34 @@ def network_of(
 
     Raises ExplainError where they do not fit or are not finite.
     """
+    import torch
+
     network = build_network(architecture, classes)
     if family.landmark not in weights:
         fitting = " or ".join(each.names.pattern.partition("(")[0] + "*" for each in FAMILIES.values())
         cause = f"holds another network, without the key {family.landmark}"
         raise refusal(path, cause, f"give one of timm's {fitting}: this tool explains no others")
     check_fit(network, weights, f"{architecture} ({why})", path)
-    check_numbers(weights, path)
     weights, notes = in_float32(weights, path)
-    counters = [key for key in network.state_dict() if key not in weights]
-    network.load_state_dict(weights | {key: zero_counter() for key in counters}, strict=True, assign=True)
-    if counters:
-        notes.append(f"{len(counters)} counters of batches missing, which only training needs")
+    counters = [key for key in network.state_dict() if key not in weights]  # which only training needs
+    weights |= {key: torch.tensor(0) for key in counters}
+    network.load_state_dict(weights, strict=True, assign=True)
     return network.eval().requires_grad_(False), notes
-
-
-def zero_counter() -> torch.Tensor:
-    import torch
-
-    return torch.tensor(0)
-
-
-def moved(network: torch.nn.Module, device: str, path: Path) -> torch.nn.Module:
-    """The network on `device`. Raises ExplainError where it has no room there."""
-    try:
-        return network.to(device)
-    except (MemoryError, RuntimeError) as error:
-        why = "not enough memory" if lacks_memory(error) else type(error).__name__
-        cause = f"cannot be put on {device} ({why})"
-        raise refusal(path, cause, "free memory, or choose --device cpu") from error
 
 
 def choose_device(wanted: str) -> str:
     """The device to run on. Raises ExplainError where the wanted one is not there."""
     import torch
 
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    present = ["cpu"]
+    if torch.backends.mps.is_available():
+        present.insert(0, "mps")
+    if torch.cuda.is_available():
+        present = ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count())), *present]
     if wanted == "auto":
-        return next(name for name in ("cuda", "mps", "cpu") if present[name])
-    if not present[wanted]:
-        raise ExplainError(f"--device {wanted}: not available here; use --device cpu")
+        return present[0]
+    if wanted not in present:
+        raise ExplainError(f"--device {wanted}: not available here; use --device {' or '.join(present)}")
     return wanted
 
 
@@ -2101,9 +1868,6 @@ MARKER_MARGIN = 4  # pixels of CHECKED_SIDE round a covered marker
 
 FEW_MAPS = 20  # fewer tell more about chance than about the network
 
-TEST_BOXES = TEST_IMAGES / "fracture_boxes.csv"  # used by itself for the images beside it
-BOX_COLUMNS = ("file", "x0", "y0", "x1", "y1")  # that a table of boxes must have; class may be there
-MAX_BOX_TABLE = 100_000_000  # bytes
 
 
 # What a radiograph shows
@@ -2671,6 +2435,11 @@ class Observation:
         return next(finding.value for finding in self.findings if finding.check == check)
 
 
+def observation(explanation: Explanation, landmarks: Landmarks) -> Observation:
+    heat = heat_on_cells(explanation.raw_map)
+    return Observation(explanation.explained_class, heat, bool(landmarks.markers), explanation.findings)
+
+
 def mean_correlation(heats: np.ndarray) -> float:
     """Mean correlation (Pearson) between the maps of two different images: (n, CELLS, CELLS), none constant.
 
@@ -2730,130 +2499,49 @@ def placed_lines(placed: Sequence[Observation]) -> list[str]:
     return lines
 
 
-# Where the fracture is known (--boxes)
+# Where the fracture is known (--truth)
 
 
-def read_boxes(path: Path) -> tuple[dict[str, TrueBox], list[str]]:
-    """The boxes of a table, by the real path of the image, and the names of images that are not there.
+def pointing(explanation: Explanation, boxes: Sequence[Region]) -> Pointing:
+    """The pointing game (J. Zhang et al., ECCV 2016) and the heat inside.
 
-    Images are named from the table's folder. Lines without coordinates are images without a
-    fracture. Raises ExplainError, with the line, for whatever is no box.
-    """
-    boxes: dict[str, TrueBox] = {}
-    missing: list[str] = []
-    for number, row in box_rows(path):
-        source = f"{shown(path)}, line {number}"
-        try:
-            image, box = path.parent / row["file"], box_of(row, source)
-            if not row["file"]:
-                raise ExplainError("no file is named; name the image")
-            if not image.is_file():
-                missing.append(row["file"])
-                continue
-            if os.path.realpath(image) in boxes:
-                raise ExplainError(
-                    f"a second box for {brief(row['file'])}; keep one that holds the whole fracture"
-                )
-        except (ExplainError, ValueError, OSError) as error:
-            cause = error if isinstance(error, ExplainError) else "not a file name; correct it"
-            raise ExplainError(f"{source}: {cause}") from error
-        if box:
-            boxes[os.path.realpath(image)] = box
-    return boxes, missing
-
-
-def known_boxes(
-    table: Path | None, images: Sequence[Path], is_anonymous: bool
-) -> tuple[dict[str, TrueBox], str, list[str]]:
-    """Boxes of the table named, or of the test images' own; the table's mark; and what to say of it."""
-    if table is None:
-        are_ours = any(TEST_IMAGES in Path(os.path.realpath(image)).parents for image in images)
-        if not (are_ours and TEST_BOXES.is_file()):
-            return {}, "", []
-        return read_boxes(TEST_BOXES)[0], file_mark(TEST_BOXES), []
-    boxes, missing = read_boxes(table)
-    which = len(missing) if is_anonymous else listed(missing)
-    notes = [f"ℹ️  {shown(table)}: images that are not beside it: {which}"] * bool(missing)
-    return boxes, file_mark(table), notes
-
-
-def box_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line numbers and rows of a table of boxes. Raises ExplainError for what is no such table."""
-    try:
-        with open_regular(path) as file:
-            text = file.read(MAX_BOX_TABLE).decode("utf-8-sig")
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        header = reader.fieldnames or []
-        if any(header.count(name) != 1 for name in BOX_COLUMNS):
-            raise ExplainError(
-                f"its header is {brief(','.join(header))}, not file,class,x0,y0,x1,y1; correct it"
-            )
-        for row in reader:
-            if None in row or None in row.values():
-                cause = f"{len(header)} values expected, as in the header; correct it"
-                raise ExplainError(f"line {reader.line_num}: {cause}")
-            yield reader.line_num, row
-    except ExplainError as error:
-        raise ExplainError(f"{shown(path)}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ExplainError(f"{shown(path)}: not UTF-8 text; save it as CSV in UTF-8") from error
-    except csv.Error as error:
-        raise ExplainError(f"{shown(path)}: not a CSV table ({error}); save it as CSV again") from error
-
-
-def box_of(row: dict[str, str], source: str) -> TrueBox | None:
-    """The box of one row; None without coordinates. Raises ExplainError, without the line."""
-    if not any(row[name].strip() for name in BOX_COLUMNS[1:]):
-        return None
-    ends = {}
-    for name in BOX_COLUMNS[1:]:
-        try:
-            ends[name] = float(row[name])
-        except ValueError as error:
-            raise ExplainError(f"{name} is {brief(row[name])}, not a number; correct it") from error
-        if not np.isfinite(ends[name]):
-            raise ExplainError(f"{name} is {row[name].strip()}, not a finite number; correct it")
-        if ends[name] < 0:
-            raise ExplainError(f"{name} is {ends[name]:g}, outside the image; correct it")
-    for low, high in (("x0", "x1"), ("y0", "y1")):
-        if ends[low] >= ends[high]:
-            raise ExplainError(
-                f"{high} ({ends[high]:g}) is not larger than {low} ({ends[low]:g}); exchange or correct them"
-            )
-    return TrueBox(**ends, source=source)
-
-
-def box_in_shares(box: TrueBox, width: int, height: int) -> tuple[float, float, float, float]:
-    """A box in shares of the image's sides. Raises ExplainError where it reaches outside the image."""
-    if box.x1 > width or box.y1 > height:
-        cause = f"the box ends at ({box.x1:g}, {box.y1:g}), outside the image of {width} x {height} pixels"
-        raise ExplainError(f"{box.source}: {cause}; correct it")
-    return box.x0 / width, box.y0 / height, box.x1 / width, box.y1 / height
-
-
-def pointing(explanation: Explanation, box: tuple[float, float, float, float]) -> Pointing:
-    """The pointing game (J. Zhang et al., ECCV 2016) and the heat inside, of one map.
-
-    The box is in shares of the image's sides, and counts with half a cell of the map more on each
+    Boxes are in shares of the image's sides, and count with half a cell of the map more on each
     side: a map's maximum cannot be told more exactly.
     """
     h, w = explanation.raw_map.shape
-    x0, y0 = max(0, box[0] - 0.5 / w), max(0, box[1] - 0.5 / h)
-    x1, y1 = min(1, box[2] + 0.5 / w), min(1, box[3] + 0.5 / h)
     row, column = np.unravel_index(explanation.raw_map.argmax(), (h, w))
     x, y = (column + 0.5) / w, (row + 0.5) / h
+    grown = [with_margin(box, h, w) for box in boxes]
+    is_inside = any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in grown)
+    mask = np.zeros((CHECKED_SIDE, CHECKED_SIDE), bool)
+    for box in grown:
+        left, top, right, bottom = (round(end * CHECKED_SIDE) for end in box)
+        mask[top:bottom, left:right] = True
     heat = enlarged(explanation.heatmap, CHECKED_SIDE)
-    left, top, right, bottom = (round(end * CHECKED_SIDE) for end in (x0, y0, x1, y1))
-    share = heat[top:bottom, left:right].sum() / heat.sum() if heat.any() else 0
-    is_inside = not explanation.blankness and x0 <= x <= x1 and y0 <= y <= y1
-    return Pointing(bool(is_inside), float(share), (x1 - x0) * (y1 - y0))
+    share = heat[mask].sum() / heat.sum() if heat.any() else 0
+    return Pointing(is_inside and not explanation.blankness, float(share), united_area(grown))
+
+
+def united_area(boxes: Sequence[Region]) -> float:
+    """The area of boxes that may overlap, each part of it once."""
+    x = np.unique([end for box in boxes for end in box[::2]])
+    y = np.unique([end for box in boxes for end in box[1::2]])
+    covered = np.zeros((len(y) - 1, len(x) - 1), bool)
+    for x0, y0, x1, y1 in boxes:
+        covered |= np.outer((y[:-1] >= y0) & (y[1:] <= y1), (x[:-1] >= x0) & (x[1:] <= x1))
+    return float((covered * np.outer(np.diff(y), np.diff(x))).sum())
+
+
+def with_margin(box: Region, h: int, w: int) -> Region:
+    """A box in shares of the image's sides with half a cell of a grid (h, w) more on each side."""
+    x0, y0, x1, y1 = box
+    return max(0, x0 - 0.5 / w), max(0, y0 - 0.5 / h), min(1, x1 + 0.5 / w), min(1, y1 + 0.5 / h)
 
 
 def pointing_text(pointed: Pointing) -> str:
+    place, mark = ("inside", "") if pointed.is_inside else ("outside", "⚠️  ")
     share = f"{percent(pointed.heat)} of the heat inside, {percent(pointed.area)} of the area"
-    if pointed.is_inside:
-        return f"Maximum inside the true fracture's box; {share}"
-    return f"⚠️  Maximum outside the true fracture's box; {share}"
+    return f"{mark}Maximum {place} the true fracture's box; {share}"
 
 
 # ------------------------------------------------------------------------------------------
@@ -2870,14 +2558,12 @@ DETAILS_WIDTH = 4.1  # inches, beside panels in a row
 PANEL_AREA = 19  # square inches that a picture takes
 LONGEST_SIDE = 9  # inches
 MIN_COLUMN = 1.9  # inches: room for a panel's title over a narrow picture
-PROBABILITY_ROOM = 2.1  # inches for the list of classes
-BARE_INCHES = 6  # what a bare picture's longer side is taken for when lines are drawn on it
+LISTED_CLASSES = 4  # the likeliest; what the others have is summed
 OVERLAY_OPACITY = 0.6  # where the heat is greatest; nothing where there is none
-CONTOURS = (0.25, 0.5, 0.75)  # of the heatmap's maximum
+CONTOURS = (0.25, 0.5, 0.75)  # places on the colour bar, which are shares of the heatmap's maximum
+CONTOUR_WIDTH = 1 / 110  # of the picture's longer side
+SIGNED_CONTOURS = (0.125, 0.25, 0.375, 0.625, 0.75, 0.875)  # the same shares against and for the class
 DIVERGING = "RdBu_r"  # for signed maps: blue against, white nothing, red for
-MAX_THUMBNAILS = 24
-THUMBNAIL_PIXELS = 400  # of what is kept for the contact sheet
-SURE = 0.95  # confidence from which a wrong prediction is looked at first
 PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
 READING_GUIDE = (  # (place on the colour bar, what it means)
     (1.0, "High attention: raised the score of the explained class"),
@@ -2899,25 +2585,12 @@ READERS_CHECK = "☐ Clinical features match: for the reader to judge"
 
 @functools.cache
 def plain_matplotlib() -> Any:
-    """matplotlib as it comes: no file, variable or style of the user's reaches the figures.
-
-    A matplotlibrc in the working directory is read before all others, so the import happens in the
-    folder that holds matplotlib's own. Raises ExplainError where that fails.
-    """
-    os.environ["MPLBACKEND"] = "agg"  # a notebook leaves its own, which may not be importable from here
-    os.environ.pop("FREETYPE_PROPERTIES", None)  # how outlines of letters become pixels
-    with silenced(), contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # the working directory is gone, and no file in it
-            stack.enter_context(contextlib.chdir(Path(find_spec("matplotlib").origin).parent / "mpl-data"))
-        try:
-            import matplotlib
-            from matplotlib import font_manager  # noqa: F401  here, as it looks for a folder for its cache
-        except Exception as error:
-            cause = f"cannot be imported ({brief(str(error))})"
-            remedy = "set MPLCONFIGDIR to a folder that can be written"
-            raise ExplainError(f"matplotlib: {cause}; {remedy}") from error
+    """matplotlib as it comes, whatever style the user's own settings ask for."""
+    with silenced():
+        import matplotlib
+        from matplotlib import font_manager  # noqa: F401  which says how long it looks for fonts
     lasting = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "explainability"}
-    matplotlib.rcParams.update({**lasting, "text.hinting": "none"})
+    matplotlib.rcParams.update({**matplotlib.rcParamsDefault, **lasting, "text.hinting": "none"})
     return matplotlib
 
 
@@ -2938,7 +2611,7 @@ class Look:
         return self.points * LEADING
 
 
-LARGE, MEDIUM, BOLD = (Look(points, is_bold=True) for points in (15, 12, 10))
+LARGE, BOLD = Look(15, is_bold=True), Look(10, is_bold=True)
 BODY, SMALL = Look(10), Look(8.5)
 NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
 
@@ -2946,7 +2619,8 @@ NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
 @functools.cache
 def font_file(is_bold: bool) -> str:
     """DejaVu Sans, which comes with matplotlib, so that figures look the same everywhere."""
-    return str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' * is_bold}.ttf"))
+    name = "DejaVuSans-Bold.ttf" if is_bold else "DejaVuSans.ttf"
+    return str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", name))
 
 
 @functools.cache
@@ -2980,26 +2654,24 @@ def text_width(text: str, look: Look) -> float:
 
 def elided(text: str, look: Look, inches: float) -> str:
     """Drawable text cut in the middle until it fits; both ends of a name tell something."""
-    if text_width(text, look) <= inches:
-        return text
-    low, high = 1, len(text) // 2  # characters kept at each end
-    while low < high:
-        kept = (low + high + 1) // 2
-        fits = text_width(f"{text[:kept]}…{text[-kept:]}", look) <= inches
-        low, high = (kept, high) if fits else (low, kept - 1)
-    return f"{text[:low]}…{text[-low:]}"
+    kept, short = len(text) // 2, text
+    while text_width(short, look) > inches and kept > 1:
+        kept -= 1
+        short = f"{text[:kept]}…{text[-kept:]}"
+    return short
 
 
 def wrapped(text: str, look: Look, inches: float, most: int = 2) -> list[str]:
     """A text in at most so many lines, broken at spaces; the last is cut in the middle where it must be."""
-    words, lines = drawable(text).split(" "), []
-    while words and len(lines) < most - 1:
-        count = 1
-        while count < len(words) and text_width(" ".join(words[: count + 1]), look) <= inches:
-            count += 1
-        lines.append(elided(" ".join(words[:count]), look, inches))
-        words = words[count:]
-    return [*lines, elided(" ".join(words), look, inches)] if words else lines
+    first, *others = drawable(text).split(" ")
+    lines = [first]
+    for word in others:
+        longer = f"{lines[-1]} {word}"
+        if len(lines) == most or text_width(longer, look) <= inches:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [elided(line, look, inches) for line in lines]
 
 
 # What lies on a sheet. Each draws itself through a renderer, for a page of this height in inches.
@@ -3087,7 +2759,7 @@ class Picture:
     x: float
     y: float
     pixels: np.ndarray  # (H, W, 3) uint8
-    title: str
+    title: str  # written above it; a colour bar has none
 
     def draw(self, renderer: Any, dpi: float, height: float) -> None:
         rows, columns = self.pixels.shape[:2]
@@ -3102,45 +2774,13 @@ class Picture:
         Box(left / finer - hair, top - hair, *size, FRAME, HAIRLINE).draw(renderer, dpi, height)
 
 
-@dataclass(frozen=True)
-class Curves:
-    """Lines of equal heat over a picture, on a dark ground that shows on bright bone."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    heat: np.ndarray  # (h, w) in [0, 1]
-    colours: tuple[tuple[float, ...], ...]  # one for each of CONTOURS
-
-    def draw(self, renderer: Any, dpi: float, height: float) -> None:
-        from matplotlib.transforms import Affine2D
-
-        rows, columns = self.heat.shape
-        cells = Affine2D().translate(0.5, 0.5).scale(self.width * dpi / columns, -self.height * dpi / rows)
-        place, gc = cells.translate(self.x * dpi, (height - self.y) * dpi), renderer.new_gc()
-        for outline, colour in zip(contour_lines(self.heat), self.colours):
-            for points, shade in ((3, "black"), (1.5, colour)):
-                gc.set_linewidth(points)
-                gc.set_foreground(shade)
-                renderer.draw_path(gc, outline, place, None)
-
-
-def contour_lines(heat: np.ndarray) -> list[Any]:
-    """A matplotlib path for each of CONTOURS, in cells from the centre of the first."""
-    from matplotlib.figure import Figure
-
-    return Figure().add_subplot().contour(heat, levels=CONTOURS).get_paths()
-
-
 @dataclass
 class Sheet:
     """A page as it is filled; lines of text are placed by their top."""
 
     width: float
     height: float = 0
-    items: list[Line | Box | Picture | Curves] = dataclasses.field(default_factory=list)
-    details: Box | None = None  # the place of the details panel, margins included
+    items: list[Line | Box | Picture] = dataclasses.field(default_factory=list)
 
     def write(self, x: float, y: float, text: str, look: Look = SMALL) -> None:
         """One line of drawable text."""
@@ -3155,15 +2795,12 @@ class Sheet:
             y += look.leading
         return y
 
-    def fill(
-        self, x: float, y: float, width: float, height: float, colour: Any, is_framed: bool = False
-    ) -> None:
-        """A rectangle of one colour."""
+    def fill(self, x: float, y: float, width: float, height: float, colour: Any) -> None:
         self.items.append(Box(x, y, width, height, colour))
-        self.items += [Box(x, y, width, height, FRAME, HAIRLINE)] * is_framed
 
-    def show(self, x: float, y: float, pixels: np.ndarray, title: str = "") -> None:
-        self.items.append(Picture(x, y, pixels, title))
+    def frame(self, x: float, y: float, width: float, height: float, colour: Any) -> None:
+        """A rectangle of one colour in a thin frame."""
+        self.items += [Box(x, y, width, height, colour), Box(x, y, width, height, FRAME, HAIRLINE)]
 
 
 # Maps in colour
@@ -3180,79 +2817,64 @@ def colours_of(style: FigureStyle) -> np.ndarray:
     return colour_table(DIVERGING if style.signed else style.colormap)
 
 
-def colour_at(place: float, style: FigureStyle) -> tuple[float, ...]:
-    """The colour at a place of the colour bar, 0 to 1, as matplotlib takes it."""
-    return tuple(colours_of(style)[round(255 * place)] / 255)
-
-
-def drawn_map(explanation: Explanation, style: FigureStyle) -> np.ndarray:
-    """What is drawn of a map: heat in [0, 1] or, signed, evidence for and against in [-1, 1]."""
-    peak = np.abs(explanation.raw_map).max()
-    return explanation.raw_map / peak if style.signed and peak > 0 else explanation.heatmap
-
-
 def has_colours(explanation: Explanation, style: FigureStyle) -> bool:
     """Whether there is anything to draw of a map."""
-    return bool(drawn_map(explanation, style).any())
+    return bool((explanation.raw_map if style.signed else explanation.heatmap).any())
 
 
-def resized(values: np.ndarray, height: int, width: int, low: float = 0) -> np.ndarray:
-    """A map (h, w) at (height, width): bicubic, cell centres aligned, clipped to [low, 1]."""
+def resized(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A map (h, w) in [0, 1] at (height, width): bicubic, cell centres aligned, clipped."""
     image = Image.fromarray(values.astype(np.float32, copy=False))
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).clip(low, 1)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
 
 
-def colour_levels(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
-    """A map as places in the table of colours: (height, width) uint8."""
-    values = resized(drawn_map(explanation, style), height, width, -1 if style.signed else 0)
-    return ((values + 1) * 127.5 if style.signed else values * 255).round().astype(np.uint8)
-
-
-def opacities(style: FigureStyle) -> np.ndarray:
-    """Opacity of each colour over the radiograph, (256,) uint8: it follows the heat, so cold bone stays."""
-    places = np.arange(256)
-    strength = np.maximum(np.abs(places - 127.5) - 0.5, 0) / 127 if style.signed else places / 255
-    return (OVERLAY_OPACITY * 255 * strength).round().astype(np.uint8)
+def colour_places(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
+    """A map that has colours as places on the colour bar, (height, width) in [0, 1]; signed, 0.5 is nothing."""
+    places = explanation.heatmap
+    if style.signed:
+        places = 0.5 + explanation.raw_map / (2 * np.abs(explanation.raw_map).max())
+    return resized(places, height, width)
 
 
 def heatmap_pixels(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
     """The map alone in colour, (height, width, 3) uint8; plain grey where there is none."""
     if not has_colours(explanation, style):
         return np.full((height, width, 3), 228, np.uint8)
-    return colours_of(style)[colour_levels(explanation, height, width, style)]
+    places = colour_places(explanation, height, width, style)
+    return colours_of(style)[(places * 255).round().astype(np.uint8)]
 
 
 def overlay_pixels(picture: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
-    """The map in colour over a radiograph (H, W, 3) uint8; a blank map leaves it as it is."""
-    if style.contours or not has_colours(explanation, style):
+    """The map in colour over a radiograph (H, W, 3) uint8; a blank map leaves it as it is.
+
+    Opacity follows the heat, so that cold bone stays as it is.
+    """
+    if not has_colours(explanation, style):
         return picture
-    levels = colour_levels(explanation, *picture.shape[:2], style)
-    coloured, mask = Image.fromarray(colours_of(style)[levels]), Image.fromarray(opacities(style)[levels])
+    places = colour_places(explanation, *picture.shape[:2], style)
+    if style.contours:
+        return with_contours(picture, places, style)
+    levels, heat = (places * 255).round().astype(np.uint8), np.arange(256) / 255
+    if style.signed:
+        heat = np.maximum(np.abs(np.arange(256) - 127.5) - 0.5, 0) / 127
+    opacity = (OVERLAY_OPACITY * 255 * heat).round().astype(np.uint8)
+    coloured, mask = Image.fromarray(colours_of(style)[levels]), Image.fromarray(opacity[levels])
     return np.asarray(Image.composite(coloured, Image.fromarray(picture), mask))
 
 
-def add_contours(
-    sheet: Sheet, x: float, y: float, width: float, height: float,
-    explanation: Explanation, style: FigureStyle,
-) -> None:  # fmt: skip
-    """Lines of equal heat, where they are asked for and there is any; signed, also of what speaks against."""
-    if style.contours and has_colours(explanation, style):
-        scale = 128 / min(width, height)
-        cells = [round(min(scale * side, 1024)) for side in (height, width)]
-        for sign in (1, -1)[: 1 + style.signed]:
-            places = [(1 + sign * level) / 2 if style.signed else level for level in CONTOURS]
-            shades = tuple(colour_at(place, style) for place in places)
-            heat = resized(sign * drawn_map(explanation, style), *cells)
-            if heat.max() > CONTOURS[0]:
-                sheet.items.append(Curves(x, y, width, height, heat, shades))
+def with_contours(picture: np.ndarray, places: np.ndarray, style: FigureStyle) -> np.ndarray:
+    """Lines of equal heat over a picture, each on a dark ground that shows on bright bone.
 
-
-def bare_overlay(pixels: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
-    """The overlay alone at the radiograph's own size, (H, W, 3) uint8, contours included."""
-    over, dpi = overlay_pixels(pixels, explanation, style), max(pixels.shape[:2]) / BARE_INCHES
-    sheet = Sheet(pixels.shape[1] / dpi, pixels.shape[0] / dpi)
-    add_contours(sheet, 0, 0, sheet.width, sheet.height, explanation, style)
-    return sheet_pixels(sheet, dpi, over) if sheet.items else over
+    A pixel's distance from a line is the difference in heat over the slope there.
+    """
+    image, slope = Image.fromarray(picture), np.maximum(np.hypot(*np.gradient(places)), 1e-6)
+    levels = SIGNED_CONTOURS if style.signed else CONTOURS
+    for width, is_ground in ((CONTOUR_WIDTH, True), (CONTOUR_WIDTH / 2, False)):
+        for level in levels:
+            pixels = max(picture.shape) * width / 2 - np.abs(places - level) / slope  # inside the line
+            mask = Image.fromarray((255 * (pixels + 0.5).clip(0, 1)).astype(np.uint8))
+            image.paste((0, 0, 0) if is_ground else tuple(colours_of(style)[round(255 * level)]), mask=mask)
+    return np.asarray(image)
 
 
 # Panels
@@ -3306,7 +2928,7 @@ def draw_picture(sheet: Sheet, x: float, y: float, view: View, pixels: np.ndarra
     """A picture with its title, whose last line sits on it."""
     lines = len(wrapped(title, BODY, view.column))
     sheet.paragraph(x, y - 0.06 - BODY.leading * lines, title, view.column, BODY)
-    sheet.show(x, y, pixels, title)
+    sheet.items.append(Picture(x, y, pixels, title))
 
 
 def draw_boxes(sheet: Sheet, x: float, y: float, view: View) -> None:
@@ -3325,25 +2947,23 @@ def draw_heatmap(sheet: Sheet, x: float, y: float, view: View, explanation: Expl
         lines = wrapped(explanation.blankness, SMALL, view.column - 0.3, 4)
         width, height = max(text_width(line, SMALL) for line in lines), SMALL.leading * len(lines)
         left, top = x + max(0.1, (view.width - width) / 2), y + max(0, (view.height - height) / 2)
-        sheet.fill(left - 0.1, top - 0.08, width + 0.2, height + 0.16, "white", is_framed=True)
+        sheet.frame(left - 0.1, top - 0.08, width + 0.2, height + 0.16, "white")
         sheet.paragraph(left, top, explanation.blankness, view.column - 0.3, SMALL, 4)
 
 
 def draw_overlay(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
     """The map over the radiograph."""
     draw_picture(sheet, x, y, view, overlay_pixels(view.picture, explanation, view.style), title)
-    add_contours(sheet, x, y, view.width, view.height, explanation, view.style)
     draw_boxes(sheet, x, y, view)
 
 
 def draw_colour_bar(sheet: Sheet, x: float, y: float, view: View) -> None:
-    """The scale of the maps, its greatest value at the top; none beside a picture too low for its ticks."""
+    """The scale of the maps, its greatest value at the top."""
     height, style = view.height, view.style
-    if height < 0.3:
-        return
     levels = np.linspace(255, 0, len(view.picture)).round().astype(np.uint8)
-    sheet.show(x, y, colours_of(style)[np.repeat(levels[:, None], round(0.16 * style.dpi), axis=1)])
-    for place in (0, 0.5, 1) if height > 0.5 else (0, 1):
+    levels = np.repeat(levels[:, None], round(0.16 * style.dpi), axis=1)
+    sheet.items.append(Picture(x, y, colours_of(style)[levels], ""))
+    for place in (0, 0.5, 1):
         value = 2 * place - 1 if style.signed else place
         sheet.write(x + 0.22, y + (1 - place) * height - SMALL.leading / 2, f"{value:g}")
     label = "against    evidence    for" if style.signed else "relative importance"
@@ -3357,24 +2977,19 @@ def draw_colour_bar(sheet: Sheet, x: float, y: float, view: View) -> None:
 
 def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
     """The prediction, and a line and a bar for each of the likeliest classes."""
-    names, last = explanation.model.class_names, y + 0.26 + PROBABILITY_ROOM
-    look = LARGE if text_width(drawable(explanation.prediction), LARGE) < 1.8 * width else MEDIUM
-    y = sheet.paragraph(x, y - 0.05, explanation.prediction, width, look)
+    y = sheet.paragraph(x, y - 0.05, explanation.prediction, width, LARGE, 4)
     sheet.write(x, y, f"Confidence: {explanation.confidence:.2%}", BODY)
-    y, count = y + 0.3, 0
-    for index in explanation.ranking:
+    y += 0.3
+    for index in explanation.ranking[:LISTED_CLASSES]:
         look = BOLD if index == explanation.predicted else BODY
-        below = y + look.leading * len(wrapped(names[index], look, width - 0.8))
-        if count and below > last:
-            break
         probability = float(explanation.probabilities[index])
         text = f"{probability:.2%}"
-        sheet.paragraph(x, y, names[index], width - 0.8, look)
         sheet.write(x + width - text_width(text, look), y, text, look)
-        sheet.fill(x, below, width, 0.075, TRACK)
-        sheet.fill(x, below, width * probability, 0.075, BAR)
-        y, count = below + 0.15, count + 1
-    if rest := explanation.ranking[count:]:
+        y = sheet.paragraph(x, y, explanation.model.class_names[index], width - 0.8, look)
+        sheet.fill(x, y, width, 0.075, TRACK)
+        sheet.fill(x, y, width * probability, 0.075, BAR)
+        y += 0.15
+    if rest := explanation.ranking[LISTED_CLASSES:]:
         together = float(explanation.probabilities[rest].sum())
         y = sheet.paragraph(x, y - 0.02, f"and {len(rest)} more, together {together:.2%}", width, FAINT)
     return y + 0.06
@@ -3384,16 +2999,17 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
     """The checks: those flagged in words, the others in one line, and what only the reader can judge."""
     if not explanation.findings:
         return y
+    passed = []
     for finding in explanation.findings:
+        check = CHECKS[finding.check]
         if finding.is_flagged:
             sheet.write(x, y, "⚠", ALERT)
-            title = CHECKS[finding.check].title
-            text = f"{title}: {finding.text}" if title else finding.text
+            text = f"{check.title}: {finding.text}" if check.title else finding.text
             y = sheet.paragraph(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
-        elif CHECKS[finding.check].about == "verify":
+        elif check.about == "verify":
             y = sheet.paragraph(x, y, marked_text(finding), width, SMALL, 3) + 0.03
-    plain = [each for each in explanation.findings if CHECKS[each.check].about != "verify"]
-    passed = [check_title(each.check) for each in plain if not each.is_flagged]
+        else:
+            passed.append(check.key.replace("_", " "))
     if passed:
         y = sheet.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
     if explanation.pointing:
@@ -3401,38 +3017,31 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
     return sheet.paragraph(x, y, READERS_CHECK, width) + 0.1
 
 
-def check_title(key: str) -> str:
-    return key.replace("_", " ")
-
-
-def explained_text(explanation: Explanation) -> str:
-    """The explained class, with its probability where it is not the predicted one."""
-    if explanation.explained == explanation.predicted:
-        return explanation.explained_class
-    return f"{explanation.probabilities[explanation.explained]:.2%} {explanation.explained_class}"
-
-
 def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str, str]]:
     """What the details panel lists: (label, value)."""
-    model, raw = explanation.model, explanation.raw_map
-    is_measured_on_demos = is_demo(model.checkpoint) and model.accuracy.endswith("%")
+    model, raw, method = explanation.model, explanation.raw_map, METHODS[explanation.method]
+    explained, accuracy = explanation.explained_class, model.accuracy
+    if explanation.explained != explanation.predicted:
+        explained = f"{explanation.probabilities[explanation.explained]:.2%} {explained}"
+    if is_demo(model.checkpoint) and accuracy.endswith("%"):
+        accuracy += " (synthetic test images)"
     h, w = raw.shape
-    relative = "" if style.signed else " (the colours are relative to it)"
     lines = [
-        ("Explained class", explained_text(explanation)),
+        ("Explained class", explained),
         ("Model", model.architecture),
         ("Checkpoint", printable(model.checkpoint.name)),
-        ("", model.accuracy + " (synthetic test images)" * is_measured_on_demos),
-        ("Method", METHODS[explanation.method].title),
+        ("", accuracy),
+        ("Method", method.title),
     ]
     if explanation.method.startswith("gradcam"):
         lines.append(("Target layer", model.family.target_layer))
     lines.append(("Map", f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"))
     if explanation.heatmap.any():
+        relative = "" if style.signed else " (the colours are relative to it)"
         lines.append(("Peak of raw map", f"{raw.max():.3g}{relative}"))
     if explanation.owed is not None:
         lines.append(("Sum of raw map", f"{raw.sum():.3g}, must be {explanation.owed:.3g}"))
-    if METHODS[explanation.method].compares:
+    if method.compares:
         lines.append(("Negative share", f"{explanation.negative_share:.0%} of the map's magnitude"))
     return lines
 
@@ -3454,9 +3063,11 @@ def guide_block(sheet: Sheet, x: float, y: float, width: float, style: FigureSty
     sheet.write(x, y, "How to read the heatmap", FAINT)
     y += 0.19
     for place, text in SIGNED_GUIDE if style.signed else READING_GUIDE:
-        sheet.fill(x, y + 0.02, 0.22, 0.13, colour_at(place, style), is_framed=True)
+        sheet.frame(x, y + 0.02, 0.22, 0.13, tuple(colours_of(style)[round(255 * place)] / 255))
         y = max(sheet.paragraph(x + 0.32, y, text, width - 0.32), y + 0.19)
-    for text in ("Lines: 25, 50 and 75 % of the maximum.",) * style.contours + READING_ADVICE:
+    if style.contours:
+        y = sheet.paragraph(x, y + 0.01, "Lines: 25, 50 and 75 % of the maximum.", width)
+    for text in READING_ADVICE:
         y = sheet.paragraph(x, y + 0.01, text, width)
     return y + 0.05
 
@@ -3478,12 +3089,10 @@ def draw_details(
 # Figures
 
 
-def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool, beside: float = 0) -> float:
-    """The title, a tag for demo networks and the file's name; returns where they end.
-
-    So many inches at the right of the page are left to what lies `beside`.
-    """
-    room, tag = sheet.width - 2 * MARGIN - beside, 0.75 * is_from_demo
+def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool) -> float:
+    """The title, a tag for demo networks and the file's name; returns where they end."""
+    room = sheet.width - 2 * MARGIN
+    tag = 0.75 if is_from_demo else 0
     y = sheet.paragraph(MARGIN, 0.16, title, room - tag, LARGE)
     right = MARGIN + 0.15 + text_width(wrapped(title, LARGE, room - tag)[-1], LARGE)
     middle = y - LARGE.leading / 2
@@ -3498,7 +3107,7 @@ def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool, beside:
     return y + 0.28
 
 
-def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float, beside: float = 0) -> None:
+def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float) -> None:
     """What stands below every figure; ends the page."""
     methods = dict.fromkeys(METHODS[each.method].title for each in explanations)
     if is_demo(explanations[0].model.checkpoint):
@@ -3507,40 +3116,34 @@ def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float
     else:
         verb = "shows" if len(methods) == 1 else "show"
         text = f"{', '.join(methods)} {verb} correlation, not cause. Not for diagnosis."
-    inches = sheet.width - 2 * MARGIN - beside
-    sheet.height = sheet.paragraph(MARGIN, bottom + 0.1, text, inches, FAINT) + 0.12
-
-
-ROW = ((0, 0), (1, 0), (2, 0), (3, 0))  # column and row of radiograph, heatmap, overlay and details
-GRID = ((0, 0), (1, 0), (0, 1), (1, 1))
-STACK = ((0, 0), (0, 1), (0, 2), (0, 3))
+    sheet.height = sheet.paragraph(MARGIN, bottom + 0.1, text, sheet.width - 2 * MARGIN, FAINT) + 0.12
 
 
 def explanation_figure(view: View, explanation: Explanation) -> Sheet:
-    """The 4-panel figure: radiograph, heatmap, overlay, prediction details."""
-    aspect, column, method = view.width / view.height, view.column, METHODS[explanation.method].title
-    cells = ROW if aspect < 0.6 else GRID if aspect < 2 else STACK  # what fills the page best
-    overlay = "Overlay (Model Focus)" + view.box_note
-    titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", overlay)
-    room, model = title_room(titles, column), explanation.model
-    across = [MARGIN + number * (column + GAP) + BAR_ROOM * (number > 1) for number in range(4)]
-    details_width = DETAILS_WIDTH if cells is ROW else column + BAR_ROOM - 0.1
-    beside = details_width + GAP if cells is ROW else 0  # there the details take the page's whole height
-    sheet = Sheet(across[cells[3][0]] + details_width + MARGIN)
-    top = draw_header(sheet, f"{method}: {model.title}", view.name, is_demo(model.checkpoint), beside) + room
-    places = [(across[number], top + row * (room + view.height + GAP / 2)) for number, row in cells]
-    draw_picture(sheet, *places[0], view, view.picture, titles[0])
-    draw_heatmap(sheet, *places[1], view, explanation, titles[1])
+    """The 4-panel figure: radiograph, heatmap, overlay, prediction details.
+
+    The narrow panels of long bones stand in one row.
+    """
+    column, model, method = view.column, explanation.model, METHODS[explanation.method].title
+    overlay_title = "Overlay (Model Focus)" + view.box_note
+    titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", overlay_title)
+    room = title_room(titles, column)
+    right, down = column + GAP, room + view.height + GAP / 2
+    offsets, details_width = [(0, 0), (right, 0), (0, down), (right, down)], column + BAR_ROOM - 0.1
+    if view.width < 0.6 * view.height:
+        third, details_width = 2 * right + BAR_ROOM, DETAILS_WIDTH
+        offsets = [(0, 0), (right, 0), (third, 0), (third + right, 0)]
+    sheet = Sheet(offsets[3][0] + details_width + 2 * MARGIN)
+    top = draw_header(sheet, f"{method}: {model.title}", view.name, is_demo(model.checkpoint)) + room
+    radiograph, heatmap, overlay, details = ((MARGIN + x, top + y) for x, y in offsets)
+    draw_picture(sheet, *radiograph, view, view.picture, titles[0])
+    draw_heatmap(sheet, *heatmap, view, explanation, titles[1])
     if has_colours(explanation, view.style):
-        draw_colour_bar(sheet, places[1][0] + view.width + 0.12, places[1][1], view)
-    draw_overlay(sheet, *places[2], view, explanation, titles[2])
-    x, y = places[3][0], MARGIN if cells is ROW else places[3][1] - room + 0.06
-    end = draw_details(sheet, x, y, details_width, explanation, view.style)
-    bottom = max(place[1] + view.height for place in places[:3])
-    draw_footer(sheet, [explanation], bottom if cells is ROW else max(bottom, end), beside)
-    sheet.height = max(sheet.height, end + 0.12)
-    left, (upper, lower) = x - GAP / 2, (0, sheet.height) if cells is ROW else (y - 0.06, max(bottom, end))
-    sheet.details = Box(left, upper, sheet.width - left, lower - upper, TRACK)
+        draw_colour_bar(sheet, heatmap[0] + view.width + 0.12, heatmap[1], view)
+    draw_overlay(sheet, *overlay, view, explanation, titles[2])
+    x, y = details
+    end = draw_details(sheet, x, y - room + 0.06, details_width, explanation, view.style)
+    draw_footer(sheet, [explanation], max(overlay[1] + view.height, end))
     return sheet
 
 
@@ -3558,13 +3161,6 @@ def agreement_text(explanations: Sequence[Explanation]) -> str:
     return f"Models disagree: {', '.join(said)}"
 
 
-def row_heading(explanation: Explanation) -> str:
-    heading = f"{explanation.model.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
-    if explanation.explained != explanation.predicted:
-        heading += f" (explained class: {explanation.explained_class})"
-    return heading
-
-
 def comparison_figure(
     view: View, explanations: Sequence[Explanation], overlap: Finding | None = None
 ) -> Sheet:
@@ -3579,12 +3175,16 @@ def comparison_figure(
     title = agreement_text(explanations) if agree(explanations) else "Models disagree"
     y = draw_header(sheet, title, view.name, is_demo(explanations[0].model.checkpoint))
     if overlap is not None:
-        text = "⚠ " * overlap.is_flagged + overlap.text
-        y = sheet.paragraph(MARGIN, y - 0.04, text, inches, ALERT if overlap.is_flagged else FAINT) + 0.06
+        text, look = (f"⚠ {overlap.text}", ALERT) if overlap.is_flagged else (overlap.text, FAINT)
+        y = sheet.paragraph(MARGIN, y - 0.04, text, inches, look) + 0.06
     for explanation in explanations:
-        y = sheet.paragraph(MARGIN, y, row_heading(explanation), inches, BOLD)
+        heading = f"{explanation.model.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
+        if explanation.explained != explanation.predicted:
+            heading += f" (explained class: {explanation.explained_class})"
+        y = sheet.paragraph(MARGIN, y, heading, inches, BOLD)
         flagged = "; ".join(finding.text for finding in explanation.findings if finding.is_flagged)
-        y = sheet.paragraph(MARGIN, y, f"⚠ {flagged}", inches, ALERT, 5) if flagged else y
+        if flagged:
+            y = sheet.paragraph(MARGIN, y, f"⚠ {flagged}", inches, ALERT, 5)
         titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay" + view.box_note)
         y += title_room(titles, view.column)
         draw_picture(sheet, across[0], y, view, view.picture, titles[0])
@@ -3600,16 +3200,12 @@ def comparison_figure(
 # Several methods
 
 
-def fill_share(
-    sheet: Sheet, x: float, y: float, width: float, height: float, share: float, text: str
-) -> None:
-    """A cell of a table, white for a share of 0 to blue for 1, with its text in the middle."""
-    shade = tuple(1 - share * (1 - part) for part in (0.23, 0.43, 0.65))  # towards the colour of the bars
-    sheet.fill(x, y, width - 0.03, height - 0.03, shade, is_framed=True)
+def draw_share(sheet: Sheet, x: float, y: float, share: float) -> None:
+    """A cell of a table, white for a share of 0 to blue for 1, with its number in the middle."""
+    width, height, text = 0.57, 0.25, f"{share:.2f}"
+    sheet.frame(x, y, width, height, tuple(1 - share * (1 - part) for part in (0.23, 0.43, 0.65)))
     look = Look(SMALL.points, "white" if share > 0.6 else INK)
-    left = x + (width - 0.03 - text_width(text, look)) / 2
-    if height > SMALL.leading:
-        sheet.write(left, y + (height - 0.03 - SMALL.leading) / 2, text, look)
+    sheet.write(x + (width - text_width(text, look)) / 2, y + (height - SMALL.leading) / 2, text, look)
 
 
 def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Explanation]) -> float:
@@ -3621,8 +3217,7 @@ def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Expla
         top = y + 0.22 + 0.28 * number
         sheet.write(x, top + 0.04, f"{number + 1}  {METHODS[explanation.method].title}")
         for place, other in enumerate(explanations):
-            share = shared_heat(explanation.heatmap, other.heatmap)
-            fill_share(sheet, x + first + place * cell, top, cell, 0.28, share, f"{share:.2f}")
+            draw_share(sheet, x + first + place * cell, top, shared_heat(explanation.heatmap, other.heatmap))
     return y + 0.22 + 0.28 * len(explanations)
 
 
@@ -3663,177 +3258,17 @@ def methods_figure(view: View, explanations: Sequence[Explanation], costs: Seque
     return sheet
 
 
-# The contact sheet of a run. Its data are the rows of the table, as text.
-
-
-def said_by(row: dict[str, str], model: Model, column: str) -> str:
-    """What a row says in one of a model's columns; empty where there is no such column."""
-    return row.get(f"{model.family.key}_{column}", "")
-
-
-def confidence_in(row: dict[str, str], model: Model) -> float:
-    return max(float(said_by(row, model, f"p_{name}")) for name in model.class_names)
-
-
-def flags_in(row: dict[str, str], models: Sequence[Model]) -> str:
-    """What is flagged about the maps of a row."""
-    flags = {model.title: said_by(row, model, "flags") for model in models}
-    flags |= {model.title: "blank map" for model in models if said_by(row, model, "blank_map") == "yes"}
-    return "; ".join(f"{title}: {text}" for title, text in flags.items() if text)
-
-
-def looked_at_first(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> list[dict[str, str]]:
-    """What a person should look at: wrong and sure, disagreements, the rest of the wrong, flagged maps."""
-
-    def order(row: dict[str, str]) -> tuple[int, float]:
-        wrong = [confidence_in(row, model) for model in models if said_by(row, model, "correct") == "no"]
-        surest = max(wrong, default=0)
-        kinds = surest >= SURE, row.get("agree") == "no", bool(wrong), bool(flags_in(row, models)), True
-        return kinds.index(True), -surest
-
-    ranked = sorted((row for row in rows if not row["error"]), key=order)
-    return [row for row in ranked if order(row)[0] < 4][:MAX_THUMBNAILS]
-
-
-def draw_confusion(
-    sheet: Sheet, x: float, y: float, width: float, rows: Sequence[dict[str, str]], model: Model
-) -> None:
-    """How often each true class (a line) was predicted as each class (a column)."""
-    names, first = model.class_names, 1.25
-    pairs = ((class_key(row["true_class"]), class_key(said_by(row, model, "predicted"))) for row in rows)
-    counts, keys = Counter(pairs), [class_key(name) for name in names]
-    cell, high, is_small = (width - first) / len(names), min(0.5, 1.4 / len(names)), len(names) > 3
-    sheet.write(x + first, y, "predicted as", FAINT)
-    top = y + 0.54
-    for number, name in enumerate(names):
-        label = f"{number + 1} {name}" if is_small else name
-        heading = str(number + 1) if is_small else name
-        if high > SMALL.leading:
-            sheet.paragraph(x + first + number * cell, y + 0.19, heading, cell - 0.06)
-            lines = wrapped(label, SMALL, first - 0.1, 1 if is_small else 2)
-            middle = top + number * high + (high - SMALL.leading * len(lines)) / 2
-            sheet.paragraph(x, middle, label, first - 0.1, SMALL, 1 if is_small else 2)
-        total = sum(counts[keys[number], key] for key in keys)
-        for place, key in enumerate(keys):
-            count = counts[keys[number], key]
-            corner = x + first + place * cell, top + number * high
-            fill_share(sheet, *corner, cell, high, count / total if total else 0, str(count))
-
-
-def draw_histogram(
-    sheet: Sheet, x: float, y: float, width: float, height: float,
-    rows: Sequence[dict[str, str]], model: Model,
-) -> None:  # fmt: skip
-    """How sure right and wrong predictions are, or all where the truth is not known.
-
-    In steps of 5 % from the least possible confidence.
-    """
-    lowest = 20 // len(model.class_names)  # in steps
-    right, wrong = Look(8.5, BAR, True), Look(8.5, WARNING, True)
-    looks = {"yes": right, "no": wrong} if rows[0]["true_class"] else {"": right}
-    said = [("right ", right), ("and ", FAINT), ("wrong ", wrong)] if len(looks) > 1 else []
-    steps = {side: Counter[int]() for side in looks}
-    for row in rows:
-        step = math.floor(confidence_in(row, model) * 20 + 1e-9)
-        steps[said_by(row, model, "correct")][min(19, max(lowest, step))] += 1
-    most = max(max(counts.values(), default=1) for counts in steps.values())
-    across = x
-    for text, look in [("Confidence of ", FAINT), *said, (f"predictions; the highest bar is {most}", FAINT)]:
-        sheet.write(across, y, text, look)
-        across += text_width(text, look)
-    base, step = y + 0.3 + height, width / (20 - lowest)
-    for side, counts in steps.items():
-        for place, count in counts.items():
-            left, tall = x + (place - lowest + 0.45 * (side == "no")) * step, height * count / most
-            sheet.fill(left, base - tall, 0.42 * step, tall, looks[side].colour)
-    sheet.fill(x, base, width, 0.012, INK)
-    sheet.write(x, base + 0.05, f"{lowest / 20:.0%}")
-    sheet.write(x + width - text_width("100%", SMALL), base + 0.05, "100%")
-
-
-def draw_model(
-    sheet: Sheet, y: float, rows: Sequence[dict[str, str]], model: Model,
-    mean_map: np.ndarray | None, style: FigureStyle,
-) -> float:  # fmt: skip
-    """How one model did in a run; returns where that ends."""
-    known = [row for row in rows if row["true_class"]]
-    right = sum(said_by(row, model, "correct") == "yes" for row in known)
-    told = f"{right / len(known):.1%} of {len(known)} right" if known else "no folder is named after a class"
-    sheet.write(MARGIN, y, f"{model.title}: {told}", BOLD)
-    y += 0.28
-    if known:
-        draw_confusion(sheet, MARGIN, y, 4.3, known, model)
-    if rows:
-        draw_histogram(sheet, MARGIN + 4.7, y, 5.2, 1.4, known or rows, model)
-    if mean_map is not None:
-        side = round(1.75 * style.dpi)
-        levels = (resized(mean_map, side, side) * 255).round().astype(np.uint8)
-        sheet.write(MARGIN + 10.4, y, "Mean map of this run", FAINT)
-        sheet.show(MARGIN + 10.4, y + 0.22, colour_table(style.colormap)[levels], "Mean map")
-    return y + (2.2 if rows else 0)
-
-
-def draw_thumbnail(
-    sheet: Sheet, x: float, y: float, inches: float, row: dict[str, str], models: Sequence[Model],
-    seen: tuple[np.ndarray, Explanation] | None, style: FigureStyle,
-) -> None:  # fmt: skip
-    """An image to look at, with its name, its true class and what each model said."""
-    name = Path(row["file"]).name
-    if seen is not None:
-        overlay = Image.fromarray(bare_overlay(*seen, style))
-        overlay.thumbnail((round(inches * style.dpi),) * 2, Image.Resampling.BILINEAR)
-        sheet.show(x, y, np.asarray(overlay), name)
-    y = sheet.paragraph(x, y + inches + 0.06, name, inches, Look(8.5, INK, True), 1)
-    if row["true_class"]:
-        y = sheet.paragraph(x, y, f"true: {row['true_class']}", inches, SMALL, 1)
-    for model in models:
-        said = f"{confidence_in(row, model):.1%} {said_by(row, model, 'predicted')}"
-        y = sheet.paragraph(x, y, said, inches, ALERT if said_by(row, model, "correct") == "no" else SMALL, 1)
-    if flags := flags_in(row, models):
-        sheet.paragraph(x, y, f"⚠ {flags}", inches, ALERT, 1)
-
-
-def summary_figure(
-    rows: Sequence[dict[str, str]], models: Sequence[Model], mean_maps: dict[str, np.ndarray],
-    seen: dict[str, tuple[np.ndarray, Explanation]], style: FigureStyle,
-) -> Sheet:  # fmt: skip
-    """The contact sheet of a run: how each model did, and the images to look at first.
-
-    `rows` are those of the table; mean maps (h, w) in [0, 1] go by the family's key, what was seen
-    (pictures (H, W, 3) uint8, with the explanation to show) by the row's file.
-    """
-    sheet, done, columns, inches = Sheet(13.6), [row for row in rows if not row["error"]], 6, 1.98
-    failed = f", {len(rows) - len(done)} failed" * (len(done) < len(rows))
-    is_from_demo = is_demo(models[0].checkpoint)
-    y = draw_header(sheet, f"Run over {len(done)} images{failed}", "", is_from_demo)
-    for model in models:
-        y = draw_model(sheet, y, done, model, mean_maps.get(model.family.key), style) + 0.1
-    first = looked_at_first(done, models)
-    title = "To look at first: wrong and sure, disagreements, other wrong ones, flagged maps"
-    sheet.write(MARGIN, y, title if first else "Nothing wrong, nothing flagged, no disagreement", BOLD)
-    pitch = inches + (len(models) + 3) * SMALL.leading + 0.2
-    for number, row in enumerate(first):
-        place = MARGIN + number % columns * (inches + 0.204), y + 0.28 + number // columns * pitch
-        draw_thumbnail(sheet, *place, inches, row, models, seen.get(row["file"]), style)
-    text = f"Demo networks: {DEMO_NOTICE}." if is_from_demo else "Not for diagnosis."
-    y += 0.28 + -(-len(first) // columns) * pitch
-    sheet.height = sheet.paragraph(MARGIN, y, text, sheet.width - 2 * MARGIN, FAINT) + 0.12
-    return sheet
-
-
 # Figures as files
 
 
-def sheet_pixels(sheet: Sheet, dpi: float, background: np.ndarray | None = None) -> np.ndarray:
-    """A sheet as pixels (H, W, 3) uint8, on white or on a background of its size."""
+def sheet_pixels(sheet: Sheet, dpi: float) -> np.ndarray:
+    """A sheet as pixels (H, W, 3) uint8, on white."""
     plain_matplotlib()
     from matplotlib.backends.backend_agg import RendererAgg
 
     renderer = RendererAgg(round(sheet.width * dpi), round(sheet.height * dpi), dpi)
     pixels = np.asarray(renderer.buffer_rgba())
     pixels[:] = 255
-    if background is not None:
-        pixels[:, :, :3] = background
     for item in sheet.items:
         item.draw(renderer, dpi, renderer.height / dpi)
     return pixels[:, :, :3]
@@ -3863,8 +3298,13 @@ def png(pixels: np.ndarray, dpi: float, digest: str = "") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
-def vector_bytes(sheet: Sheet, style: FigureStyle, digest: str) -> bytes:
-    """A sheet as PDF or SVG: texts and lines as such, pictures at the size of their panels, no date."""
+def figure_bytes(sheet: Sheet, style: FigureStyle, digest: str = "") -> bytes:
+    """A sheet as a file of the style's format that holds the digest of its job.
+
+    In PDF and SVG texts and lines stay such; pictures have the size of their panels.
+    """
+    if style.format == "png":
+        return png(sheet_pixels(sheet, style.dpi), style.dpi, digest)
     plain_matplotlib()
     from matplotlib.artist import Artist
     from matplotlib.figure import Figure
@@ -3881,19 +3321,178 @@ def vector_bytes(sheet: Sheet, style: FigureStyle, digest: str) -> bytes:
     return file.getvalue()
 
 
-def figure_bytes(sheet: Sheet, style: FigureStyle, digest: str = "") -> bytes:
-    """A sheet as a file of the style's format that holds the digest of its job."""
-    if style.format == "png":
-        return png(sheet_pixels(sheet, style.dpi), style.dpi, digest)
-    return vector_bytes(sheet, style, digest)
+# ------------------------------------------------------------------------------------------
+# Truth: what folders and --truth tell of an image
+# ------------------------------------------------------------------------------------------
+
+TEST_TRUTH = TEST_IMAGES / "fracture_boxes.csv"  # used by itself for the images beside it
+SIDES = ("x0", "y0", "x1", "y1")
+TRUTH_COLUMNS = {  # how a table's header may call them, in any case
+    "file": ("file", "filename", "image", "path"),
+    "class": ("class", "label"),
+    "x0": ("x0", "xmin"),
+    "y0": ("y0", "ymin"),
+    "x1": ("x1", "xmax"),
+    "y1": ("y1", "ymax"),
+}
+NEGATIONS = {"no", "non", "not", "without"}
+
+
+def words_of(text: str) -> list[str]:
+    """Words and numbers in small letters: Simple_Fracture1 and simpleFracture 1 hold the same three."""
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
+    return re.findall(r"[^\W\d_]+|\d+", parted.casefold())
+
+
+def short_class(name: str, names: Sequence[str]) -> str:
+    """A class's name without the words that every class has, such as Fracture."""
+    common = set.intersection(*(set(each.split()) for each in names))
+    return " ".join(word for word in name.split() if word not in common) or name
+
+
+def named_class(text: str, class_names: Sequence[str]) -> str:
+    """The one class that a text names, whole or by the words it alone has (simple); else nothing."""
+    for name in class_names:
+        if class_key(name) == class_key(text):
+            return name
+    words, own = words_of(text), {name: words_of(short_class(name, class_names)) for name in class_names}
+    found = [name for name in class_names if all(is_among(each, words) for each in own[name])]
+    if len(found) != 1 or NEGATIONS & (set(words) - set(own[found[0]])):
+        return ""
+    return found[0]
+
+
+def is_among(own: str, words: Sequence[str]) -> bool:
+    """Whether a word is there, or one that begins so; short ones begin too many others."""
+    return any(word == own or (len(own) > 3 and word.startswith(own)) for word in words)
+
+
+def folder_class(image: Path, class_names: Sequence[str]) -> str:
+    """The class that the nearest folder above an image names, or nothing."""
+    folders = Path(os.path.abspath(image)).parents
+    return next((name for each in folders if (name := named_class(each.name, class_names))), "")
+
+
+def known_truth(
+    table: Path | None, images: Sequence[Path], is_anonymous: bool
+) -> tuple[dict[str, Truth], str, list[str]]:
+    """Truth by the real path of the image, of a table or the test images' own; its mark; what to say."""
+    if table is None:
+        are_ours = any(TEST_IMAGES in Path(os.path.realpath(image)).parents for image in images)
+        if not (are_ours and TEST_TRUTH.is_file()):
+            return {}, "", []
+    path = table or TEST_TRUTH
+    truths, missing = read_truth(path, images)
+    notes = []
+    if missing and table:
+        which = len(missing) if is_anonymous else listed(missing)
+        notes.append(f"ℹ️  {shown(path)}: images that are neither beside it nor in this run: {which}")
+    return truths, file_mark(path), notes
+
+
+def read_truth(path: Path, images: Sequence[Path]) -> tuple[dict[str, Truth], list[str]]:
+    """A table's truths by the real path of the image, and the names of images that are not there.
+
+    Names start from the table's folder; one that is not there may be the name of an image of the
+    run. Several lines for an image are several boxes. Raises ExplainError, with the line.
+    """
+    by_name = defaultdict(list)
+    for image in images:
+        by_name[image.name].append(image)
+    truths: dict[str, Truth] = defaultdict(Truth)
+    missing = []
+    for number, cells in truth_rows(path):
+        name = cells["file"].replace("\\", "/")
+        twins = by_name[Path(name).name]
+        image = path.parent / name
+        if not os.path.isfile(image):
+            if len(twins) != 1:
+                missing.append(name)
+                continue
+            image = twins[0]
+        key = os.path.realpath(image)
+        try:
+            truths[key] = extended(truths[key], cells)
+        except ExplainError as error:
+            raise ExplainError(f"{shown(path)}, line {number}: {error}; correct it") from error
+    return truths, missing
+
+
+def truth_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line numbers and cells of a table, between commas, semicolons or tabs. Raises ExplainError."""
+    with naming(path), open_regular(path) as file:
+        lines = decoded_text(file.read()).splitlines()
+    header = lines[0] if lines else ""
+    reader = csv.reader(lines, delimiter=max(",;\t", key=header.count), skipinitialspace=True)
+    titles = [title.strip().casefold() for title in next(reader, [])]
+    places = {
+        name: titles.index(spelling)
+        for name, spellings in TRUTH_COLUMNS.items() for spelling in spellings if spelling in titles
+    }  # fmt: skip
+    if "file" not in places or len(places) < 2:
+        cause = f"its first line is {brief(header)}"
+        raise refusal(path, cause, "begin with names of columns: file and any of class, x0, y0, x1, y1")
+    for row in reader:
+        cells = {name: row[place].strip() if place < len(row) else "" for name, place in places.items()}
+        if any(cells.values()):
+            yield reader.line_num, cells
+
+
+def decoded_text(content: bytes) -> str:
+    """Text as spreadsheet programs save it: UTF-8, UTF-16 with its mark, or else Windows' own."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", errors="replace")
+
+
+def extended(truth: Truth, cells: dict[str, str]) -> Truth:
+    """What is known of an image with one more line of a table. Raises ExplainError, without the line."""
+    name = cells.get("class", "")
+    if name and truth.name and class_key(name) != class_key(truth.name):
+        raise ExplainError(f"class {brief(name)}, and {brief(truth.name)} on a line before")
+    texts = [cells.get(side, "") for side in SIDES]
+    if not any(texts):
+        return Truth(name or truth.name, truth.boxes)
+    try:
+        box = tuple(float(text.replace(",", ".")) for text in texts)  # decimal commas go with semicolons
+    except ValueError as error:
+        raise ExplainError(f"{', '.join(SIDES)} are {brief(', '.join(texts))}, not four numbers") from error
+    if not (all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]):
+        raise ExplainError(f"{', '.join(SIDES)} are {', '.join(texts)}, not x0 < x1 and y0 < y1")
+    return Truth(name or truth.name, (*truth.boxes, box))
+
+
+def told_truth(job: Job, class_names: Sequence[str]) -> tuple[Job, str]:
+    """A job that knows its true class, of its table or its folders; and the table's word that is no class."""
+    word = job.truth.name
+    if word.isdecimal() and int(word) < len(class_names):
+        name = class_names[int(word)]
+    else:
+        name = named_class(word, class_names) if word else folder_class(job.image, class_names)
+    told = dataclasses.replace(job.truth, name=name)
+    return dataclasses.replace(job, truth=told), "" if name else word
+
+
+def boxes_in_shares(boxes: Sequence[Region], width: int, height: int) -> tuple[list[Region], list[str]]:
+    """Boxes in shares of the image's sides, cut at its edges, and notes on those that reach outside."""
+    shares, notes = [], []
+    for x0, y0, x1, y1 in boxes:
+        cut = max(0, x0), max(0, y0), min(width, x1), min(height, y1)
+        if cut[0] < cut[2] and cut[1] < cut[3]:
+            shares.append((cut[0] / width, cut[1] / height, cut[2] / width, cut[3] / height))
+        if cut != (x0, y0, x1, y1):
+            place = f"the box {x0:g}, {y0:g}, {x1:g}, {y1:g}"
+            notes.append(f"{place} reaches outside the image of {width} x {height} pixels: only what is inside counts")
+    return shares, notes
 
 
 # ------------------------------------------------------------------------------------------
 # Outputs: names and files
 # ------------------------------------------------------------------------------------------
 
-TABLE_NAME = "summary.csv"
-SHEET_STEM = "summary"  # of the contact sheet's name, which ends as the figures' do
 MAX_STEM_BYTES = 210  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
 ZIP_DIRECTORY_BYTES = 1_000_000  # holds that of 10,000 tensors
 PROBE_BYTES = 4_000_000  # room that an output folder must have: the figures of one image
@@ -3911,18 +3510,7 @@ def check_output_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(PROBE_BYTES))
     except OSError as error:
-        if folder.exists() and not folder.is_dir():
-            raise refusal(folder, "a file, not a folder", "choose another place with --output-dir") from error
         raise unwritable(folder, error) from error
-
-
-def check_temporary_folder() -> None:
-    """Raise ExplainError where torch and matplotlib would find no folder for what they keep during a run."""
-    try:
-        tempfile.gettempdir()
-    except OSError as error:
-        cause = "no folder for temporary files can be written"
-        raise ExplainError(f"{cause}; set TMPDIR to one that can") from error
 
 
 def unwritable(path: Path, error: OSError) -> ExplainError:
@@ -3945,6 +3533,36 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# Names
+
+
+def display_names(labels: Sequence[str]) -> list[str]:
+    """What figures and console call images: their names; with the folder where two have the same one."""
+    paths = [Path(label) for label in labels]
+    times = Counter(path.name for path in paths)
+    folders = [path.absolute().parent.name for path in paths]
+    return numbered(
+        f"{folder}/{path.name}" if times[path.name] > 1 else path.name for path, folder in zip(paths, folders)
+    )
+
+
+def numbered(labels: Iterable[str]) -> list[str]:
+    """The labels, with a number behind each that came before."""
+    times: Counter[str] = Counter()
+    told = []
+    for label in labels:
+        times[label] += 1
+        told.append(f"{label}_{times[label]}" if times[label] > 1 else label)
+    return told
+
+
+def content_label(image: Path) -> str:
+    """A name that says nothing about whom the image shows: the start of its content's SHA-256."""
+    with contextlib.suppress(ExplainError):
+        return file_digest(image)[:8]
+    return hashlib.sha256(os.fsencode(image)).hexdigest()[:8]  # what is wrong is said when it is read
 
 
 def short_stem(stem: str) -> str:
@@ -3970,11 +3588,32 @@ def output_stems(labels: Sequence[str]) -> list[str]:
     for path in paths:
         folder = path.absolute().parent.name if counts[path.stem.casefold()] > 1 else ""
         wanted = short_stem(f"{folder}_{path.stem}" if folder else path.stem)
-        numbered = (f"{wanted}_{number}" for number in itertools.count(2))
-        names = itertools.chain([wanted], numbered)
+        names = itertools.chain([wanted], (f"{wanted}_{number}" for number in itertools.count(2)))
         stems.append(next(stem for stem in names if stem.casefold() not in taken))
         taken.add(stems[-1].casefold())
     return stems
+
+
+def prefix_of(kind: str, method: str, key: str = "") -> str:
+    """How the name of an output begins; Grad-CAM, which came first, is not named."""
+    return "_".join(filter(None, (kind, "" if method == "gradcam" else method, key)))
+
+
+def page_prefixes(keys: Sequence[str], methods: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """How the names of an image's figures begin, and which of its explanations each shows."""
+    made = list(itertools.product(keys, methods))  # in the order in which they are explained
+    pages = {f"{method}_{key}": (index,) for index, (key, method) in enumerate(made)}
+    if len(keys) > 1:
+        for method in methods:
+            shown_here = tuple(index for index, pair in enumerate(made) if pair[1] == method)
+            pages[prefix_of("comparison", method)] = shown_here
+    if len(methods) > 1:
+        for key in keys:
+            pages[f"methods_{key}"] = tuple(index for index, pair in enumerate(made) if pair[0] == key)
+    return pages
+
+
+# Jobs
 
 
 def file_mark(path: Path) -> str:
@@ -3992,6 +3631,11 @@ def file_mark(path: Path) -> str:
     return ""
 
 
+def digest_of(*parts: object) -> str:
+    """A short checksum of values that have a repr of their own."""
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 def make_jobs(
     images: Sequence[Path], labels: Sequence[str], keys: Sequence[str], methods: Sequence[str],
     folder: Path, kinds: Sequence[str], ending: str, asked: object,
@@ -4002,70 +3646,58 @@ def make_jobs(
 
     Raises ExplainError where an output would replace one of the images, or another output.
     """
-    shown_by = page_prefixes(keys, methods) if "figures" in kinds else {}
     made = list(itertools.product(keys, methods))
-    map_prefixes = [prefix_of("map", method, key) for key, method in made if "maps" in kinds]
+    shown_by = page_prefixes(keys, methods) if "figures" in kinds else {}
+    map_prefixes = [prefix_of("map", method, key) for key, method in made] if "maps" in kinds else []
     bare = [prefix_of(kind, method, key) for key, method in made for kind in ("heatmap", "overlay")]
+    panel_prefixes = ["radiograph", *bare] if "panels" in kinds else []
     jobs = [
         Job(
-            image,
-            label,
-            tuple(Page(folder / f"{prefix}_{stem}.{ending}", shows) for prefix, shows in shown_by.items()),
-            tuple(folder / f"{prefix}_{stem}.npy" for prefix in map_prefixes),
-            digest_of(asked, file_mark(image)),
-            tuple(folder / f"{prefix}_{stem}.png" for prefix in ("radiograph", *bare) if "panels" in kinds),
+            image=image,
+            label=label,
+            name=name,
+            pages=tuple(Page(folder / f"{prefix}_{stem}.{ending}", shows) for prefix, shows in shown_by.items()),
+            maps=tuple(folder / f"{prefix}_{stem}.npy" for prefix in map_prefixes),
+            panels=tuple(folder / f"{prefix}_{stem}.png" for prefix in panel_prefixes),
+            digest=digest_of(asked, file_mark(image)),
         )
-        for image, label, stem in zip(images, labels, output_stems(labels))
+        for image, label, name, stem in zip(images, labels, display_names(labels), output_stems(labels))
     ]
+    check_outputs_apart(jobs, images, folder)
+    return jobs
+
+
+def check_outputs_apart(jobs: Sequence[Job], images: Sequence[Path], folder: Path) -> None:
+    """Raise ExplainError where an output would replace an image, or another output."""
     inputs = {os.path.realpath(image) for image in images}
     times = Counter(path for job in jobs for path in job.outputs)
-    for path in (folder / TABLE_NAME, folder / f"{SHEET_STEM}.{ending}", *times):
+    for path in (folder / TABLE_NAME, *times):
         if os.path.realpath(path) in inputs:
             cause = "is an input of this run and would be replaced"
             raise refusal(path, cause, "choose another --output-dir")
         if times[path] > 1:  # comparison_ig_x: of x by Integrated Gradients, or of ig_x by Grad-CAM
             raise refusal(path, "two results of this run would have this name", "run one --method at a time")
-    return jobs
 
 
-def prefix_of(kind: str, method: str, key: str = "") -> str:
-    """How the name of an output begins; Grad-CAM, which came first, is not named."""
-    return "_".join(filter(None, (kind, method if method != "gradcam" else "", key)))
+def is_finished(job: Job) -> bool:
+    """Whether every file that a job would write is there, and came of the same job."""
+    return all(digest_in(path) in (job.digest, "") for path in job.outputs)
 
 
-def page_prefixes(keys: Sequence[str], methods: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """How the names of an image's figures begin, and which of its explanations each shows."""
-    made = list(itertools.product(keys, methods))  # in the order in which they are explained
-    pages = {f"{method}_{key}": (index,) for index, (key, method) in enumerate(made)}
-    for method in methods if len(keys) > 1 else ():
-        pages[prefix_of("comparison", method)] = tuple(
-            index for index, pair in enumerate(made) if pair[1] == method
-        )
-    for key in keys if len(methods) > 1 else ():
-        pages[f"methods_{key}"] = tuple(index for index, pair in enumerate(made) if pair[0] == key)
-    return pages
+def digest_in(path: Path) -> str | None:
+    """The digest of the job that wrote a file; "" where it holds none, None where it is not whole."""
+    try:
+        with open_regular(path) as file:
+            if path.suffix == ".json":
+                return json.load(file)["digest"]
+            if path.suffix in DIGEST_PLACES:
+                return DIGEST_PLACES[path.suffix].search(file.read())[1].decode()
+            return ""
+    except (ExplainError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def content_label(image: Path) -> str:
-    """A name that says nothing about whom the image shows: the start of its content's SHA-256."""
-    with contextlib.suppress(ExplainError):
-        return file_digest(image)[:8]
-    return hashlib.sha256(os.fsencode(image)).hexdigest()[:8]  # what is wrong is said when it is read
-
-
-def numbered(labels: Iterable[str]) -> list[str]:
-    """The labels, with a number behind each that came before."""
-    times: Counter[str] = Counter()
-    told = []
-    for label in labels:
-        times[label] += 1
-        told.append(f"{label}_{times[label]}" if times[label] > 1 else label)
-    return told
-
-
-def digest_of(*parts: object) -> str:
-    """A short checksum of values that have a repr of their own."""
-    return hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+# Figures, pictures and maps as files
 
 
 def page_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
@@ -4075,15 +3707,13 @@ def page_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
     if explanations[0].method == explanations[1].method:
         return comparison_figure(view, explanations, map_agreement(explanations))
     passes = [METHODS[each.method].passes for each in explanations]
-    return methods_figure(
-        view, explanations, [f"{count} {'passes' if count > 1 else 'pass'}" for count in passes]
-    )
+    return methods_figure(view, explanations, ["1 pass" if count == 1 else f"{count} passes" for count in passes])
 
 
 def write_page(result: Result, page: Page, style: FigureStyle) -> None:
     """Draw one figure of a job and write it. Raises ExplainError where it cannot be written."""
     explanations = [result.explanations[index] for index in page.shows]
-    view = View(result.picture, result.job.name, style, (result.box,) if result.box else ())
+    view = View(result.picture, result.job.name, style, result.boxes)
     try:
         content = figure_bytes(page_figure(view, explanations), style, result.job.digest)
     except MemoryError as error:
@@ -4099,27 +3729,11 @@ def write_panels(result: Result, style: FigureStyle) -> None:
     pictures = [pixels]
     for explanation in result.explanations:
         pictures.append(heatmap_pixels(explanation, *pixels.shape[:2], style))
-        pictures.append(bare_overlay(pixels, explanation, style))
+        pictures.append(overlay_pixels(pixels, explanation, style))
     for path, picture in zip(result.job.panels, pictures):
         content = png(picture, style.dpi, result.job.digest)
         with replacing(path) as file:
             file.write(content)
-
-
-def write_contact_sheet(
-    path: Path, rows: Sequence[dict[str, str]], highlights: Highlights, style: FigureStyle
-) -> None:
-    """The contact sheet of a run. Raises ExplainError where it cannot be written."""
-    sheet = summary_figure(rows, highlights.models, highlights.mean_maps, highlights.seen, style)
-    content = figure_bytes(sheet, style, rows_digest(rows))
-    with replacing(path) as file:
-        file.write(content)
-
-
-def rows_digest(rows: Sequence[dict[str, str]]) -> str:
-    """What tells the contact sheet of these rows from that of others."""
-    told = ("file", "true_class", "digest", "error")
-    return digest_of(sorted([row.get(name, "") for name in told] for row in rows))
 
 
 def write_maps(result: Result) -> None:
@@ -4133,7 +3747,7 @@ def write_maps(result: Result) -> None:
 
 
 def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
-    """Everything that a raw map depends on, and what it must sum to."""
+    """Everything that a raw map depends on, and what was found about it."""
     model, method = explanation.model, METHODS[explanation.method]
     return {
         "image": shown(Path(job.label)),
@@ -4155,7 +3769,7 @@ def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
         "preprocessing": dataclasses.asdict(model.preprocessing),
         "checks": {finding.check: told_finding(finding) for finding in explanation.findings},
         "true_box": explanation.pointing and dataclasses.asdict(explanation.pointing),
-        "versions": {name: version(name) for name in ("torch", "timm", "numpy", "pillow")},
+        "versions": {name: version(name) for name in LIBRARIES},
         "digest": job.digest,
     }
 
@@ -4176,33 +3790,15 @@ def file_digest(path: Path) -> str:
         raise refusal(path, "changed or removed during the run", "run again") from error
 
 
-def is_finished(job: Job) -> bool:
-    """Whether every file that a job would write is there, and came of the same job."""
-    return all(digest_in(path) in (job.digest, "") for path in job.outputs)
-
-
-def digest_in(path: Path) -> str | None:
-    """The digest of the job that wrote a file; "" where it holds none, None where it is not whole."""
-    try:
-        with open_regular(path) as file:
-            if path.suffix == ".json":
-                return json.load(file)["digest"]
-            if path.suffix in DIGEST_PLACES:
-                return DIGEST_PLACES[path.suffix].search(file.read())[1].decode()
-            return ""
-    except (ExplainError, OSError, SyntaxError, ValueError, KeyError, TypeError):
-        return None
-
-
 # ------------------------------------------------------------------------------------------
-# The table of results
+# The table of results: a row for each image explained into the folder
 # ------------------------------------------------------------------------------------------
 
-
-def true_class(image: Path, class_names: Sequence[str]) -> str:
-    """The class that the image's folder names (simple_fracture, Simple Fracture ...), or nothing."""
-    folder = class_key(Path(os.path.abspath(image)).parent.name)
-    return next((name for name in class_names if class_key(name) == folder), "")
+TABLE_NAME = "summary.csv"
+LOCK_NAME = ".summary.lock"
+TEXT_CODING = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+BYTE_ORDER_MARK = "\ufeff"  # tells spreadsheet programs that it is UTF-8
+FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?$)[=+@-]")  # what spreadsheet programs would compute; not -0.5
 
 
 def yes_or_no(value: bool) -> str:
@@ -4210,8 +3806,8 @@ def yes_or_no(value: bool) -> str:
 
 
 def flags_text(explanation: Explanation) -> str:
-    """The keys of the flagged checks of a map; low confidence has a column of its own."""
-    return ", ".join(each.check for each in flagged_findings(explanation.findings, "map", "verify"))
+    """The keys of the flagged checks of an explanation."""
+    return ", ".join(each.check for each in explanation.findings if each.is_flagged)
 
 
 def value_text(explanation: Explanation, check: str) -> str:
@@ -4228,6 +3824,8 @@ def box_text(pointed: Pointing | None, name: str) -> str:
     return yes_or_no(value) if name == "is_inside" else f"{value:.6f}"
 
 
+FIRST_COLUMNS = ("predicted", "confidence", "correct", "flags")  # of each model; the rest stand behind
+
 MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from explanation and true class
     "predicted": lambda explanation, truth: explanation.prediction,
     "confidence": lambda explanation, truth: f"{explanation.confidence:.6f}",
@@ -4243,9 +3841,9 @@ MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from
 
 
 MAP_COLUMNS: dict[str, Callable[[Explanation], str]] = {  # by name: from explanation
+    "flags": flags_text,
     "raw_peak": lambda explanation: f"{explanation.raw_map.max():.6g}",
     "blank_map": lambda explanation: yes_or_no(not explanation.heatmap.any()),
-    "flags": flags_text,
     **{
         key: lambda explanation, key=key: value_text(explanation, key)
         for key, check in CHECKS.items()
@@ -4261,17 +3859,6 @@ MAP_COLUMNS: dict[str, Callable[[Explanation], str]] = {  # by name: from explan
 SUM_COLUMNS = ("sum", "sum_owed", "negative_share")  # of methods that compare with a reference
 
 
-def table_columns(models: Sequence[Model], methods: Sequence[str] = ("gradcam",)) -> list[str]:
-    columns = ["file", "true_class"]
-    for model in models:
-        columns += [f"{model.family.key}_{name}" for name in MODEL_COLUMNS]
-        columns += [
-            f"{model.family.key}_{name}" for key in methods for name in map_columns(key, key == methods[0])
-        ]
-        columns += [f"{model.family.key}_p_{name}" for name in model.class_names]
-    return [*columns, "agree", AGREEMENT, "notes", "digest", "outputs", "error"]
-
-
 def map_columns(method: str, is_first: bool) -> dict[str, Callable[[Explanation], str]]:
     """What the table says of each map by a method; the first method's columns go without its name."""
     has_sum = METHODS[method].compares
@@ -4279,16 +3866,28 @@ def map_columns(method: str, is_first: bool) -> dict[str, Callable[[Explanation]
     return {name if is_first else f"{method}_{name}": text_of for name, text_of in wanted.items()}
 
 
+def table_columns(models: Sequence[Model], methods: Sequence[str] = ("gradcam",)) -> list[str]:
+    """All columns that the rows of a run may fill, in the order of need."""
+    maps = [name for method in methods for name in map_columns(method, method == methods[0])]
+    first = [f"{model.family.key}_{name}" for model in models for name in FIRST_COLUMNS]
+    rest = [
+        f"{model.family.key}_{name}"
+        for model in models
+        for name in (*MODEL_COLUMNS, *maps, *(f"p_{name}" for name in model.class_names))
+        if name not in FIRST_COLUMNS
+    ]
+    return ["file", "true_class", *first, "agree", AGREEMENT, "pair_flags", "error", "notes", *rest, "digest", "outputs"]
+
+
 def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
     """One image's results, as text: yes, no, or empty where it cannot be said."""
-    job, truth = result.job, true_class(result.job.image, models[0].class_names)
+    job, truth = result.job, result.job.truth.name
     row = {"file": job.label, "true_class": truth, "notes": "; ".join(result.notes), "error": result.error}
     if result.error:
         return row
     for explanation in result.explanations:
-        for name, text_of in map_columns(
-            explanation.method, explanation.method == result.explanations[0].method
-        ).items():
+        is_first = explanation.method == result.explanations[0].method
+        for name, text_of in map_columns(explanation.method, is_first).items():
             row[f"{explanation.model.family.key}_{name}"] = text_of(explanation)
     for explanation in result.opinions:
         model = explanation.model
@@ -4298,10 +3897,11 @@ def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
             row[f"{model.family.key}_p_{name}"] = f"{probability:.6f}"
     if len(models) > 1:
         row["agree"] = yes_or_no(agree(result.opinions))
-        overlap = map_agreement(result.opinions)
-        row[AGREEMENT] = f"{overlap.value:.6f}" if overlap else ""
+        if overlap := map_agreement(result.opinions):
+            row[AGREEMENT] = f"{overlap.value:.6f}"
+            row["pair_flags"] = AGREEMENT if overlap.is_flagged else ""
     files = [path.name for path in job.outputs if path.suffix != ".json"]
-    return row | {"digest": job.digest, "outputs": ";".join(files)}
+    return row | {"digest": job.digest, "outputs": json.dumps(files, ensure_ascii=False)}
 
 
 def is_right(explanation: Explanation, truth: str) -> bool:
@@ -4313,64 +3913,117 @@ def row_key(file: str) -> str:
     return os.path.abspath(file)
 
 
-def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The whole rows of an earlier run's table, by `row_key`.
+# The file. Other runs may write to it at the same time: each row goes in under a lock.
 
-    Raises ExplainError where the table cannot be read or has other columns than this run's.
-    """
+
+@contextlib.contextmanager
+def table_alone(folder: Path) -> Iterator[Path]:
+    """A folder's table, held against other runs where the system can. Raises ExplainError."""
     path = folder / TABLE_NAME
     try:
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames not in (None, columns):
-                other = "another --model or --method, other classes, or another version of this tool"
-                cause = f"its columns are not those of this run ({other})"
-                raise refusal(path, cause, "move it away, or choose another --output-dir")
-            return {row_key(row["file"]): row for row in reader if None not in (*row, *row.values())}
-    except FileNotFoundError:
-        return {}
-    except (OSError, csv.Error) as error:
-        raise refusal(path, f"cannot be read ({error})", "move it away") from error
-
-
-def keep_table(folder: Path) -> list[str]:
-    """Rename an earlier run's table, so that none is ever lost; what to say of it."""
-    path = folder / TABLE_NAME
-    names = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(1))
-    try:
-        if not path.exists():
-            return []
-        other = next(name for name in names if not os.path.lexists(name))
-        os.rename(path, other)
-        return [f"ℹ️  {shown(path)}: the table of an earlier run, kept as {other.name}"]
+        with open(folder / LOCK_NAME, "w") as lock:
+            if fcntl:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+            yield path
     except OSError as error:
         raise unwritable(path, error) from error
 
 
-@contextlib.contextmanager
-def open_table(
-    folder: Path, columns: Sequence[str], kept: Iterable[dict[str, str]]
-) -> Iterator[Callable[[dict[str, str]], None]]:
-    """Write summary.csv row by row, each out of this process's hands before the next, after the kept rows."""
-    path = folder / TABLE_NAME
+def drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a crash left without its end, and say so."""
+    with open(path, "rb+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+                warn(f"ℹ️  {shown(path)}: its last line was torn, as a crash leaves it, and is dropped")
+
+
+def table_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]] | None:
+    """The rows of a table, with all columns; none of a missing one, None of one with other columns."""
+    if not path.exists():
+        return []
+    drop_torn_line(path)
+    with open(path, **TEXT_CODING) as file:
+        reader = csv.DictReader([line.removeprefix(BYTE_ORDER_MARK) for line in file])
+    try:
+        if not set(reader.fieldnames or ()) <= set(columns):
+            return None
+        return [{name: plain_text(row.get(name) or "") for name in columns} for row in reader]
+    except csv.Error:  # a line longer than any that is written here
+        return None
+
+
+def own_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of the table that this run writes. Raises ExplainError where another run has replaced it."""
+    rows = table_rows(path, columns)
+    if rows is None:
+        cause = "another run made it anew, with other columns"
+        raise refusal(path, cause, "give each --model and --method an --output-dir of its own")
+    return rows
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, str]], columns: Sequence[str]) -> None:
+    """A whole table anew."""
     with replacing(path) as file:
-        coding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-        text = io.TextIOWrapper(file, write_through=True, **coding)
-        writer = csv.DictWriter(text, columns, restval="")
-        writer.writeheader()
-        writer.writerows(kept)
-        text.detach()
-    with open(path, "a", **coding) as text:
-        writer = csv.DictWriter(text, columns, restval="")
+        with io.TextIOWrapper(file, **TEXT_CODING) as text:
+            text.write(BYTE_ORDER_MARK)
+            writer = csv.writer(text)
+            writer.writerow(columns)
+            writer.writerows([cell_text(row.get(name, "")) for name in columns] for row in rows)
 
-        def append(row: dict[str, str]) -> None:
-            try:
-                writer.writerow(row)
-                text.flush()
-            except OSError as error:
-                raise unwritable(path, error) from error
 
-        yield append
+def cell_text(text: str) -> str:
+    """A text that no spreadsheet program takes for a formula."""
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def plain_text(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell[1:]) else cell
+
+
+def add_row(folder: Path, row: dict[str, str], columns: Sequence[str]) -> None:
+    """Append one row to a folder's table. Raises ExplainError where that cannot be done."""
+    filled = {name for name, text in row.items() if text}
+    with table_alone(folder) as path:
+        header = header_of(path)
+        if filled <= set(header):
+            with open(path, "a", **TEXT_CODING) as file:
+                csv.writer(file).writerow([cell_text(row.get(name, "")) for name in header])
+        else:  # it is new, or left out columns that were empty so far
+            write_rows(path, [*own_rows(path, columns), row], columns)
+
+
+def header_of(path: Path) -> list[str]:
+    """The columns of a table; none where there is no table."""
+    if not path.exists():
+        return []
+    drop_torn_line(path)
+    with open(path, **TEXT_CODING) as file:
+        return next(csv.reader([file.readline().removeprefix(BYTE_ORDER_MARK)]), [])
+
+
+def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The last row of each image in a folder's table, by `row_key`; a table of another kind is renamed."""
+    with table_alone(folder) as path:
+        rows = table_rows(path, columns)
+        if rows is None:
+            names = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(1))
+            other = next(name for name in names if not os.path.lexists(name))
+            os.rename(path, other)
+            warn(f"ℹ️  {shown(path)}: the table of an earlier run with other columns, kept as {other.name}")
+    return {row_key(row["file"]): row for row in rows or ()}
+
+
+def fold_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Keep the last row of each image and the columns that say something; the rows."""
+    with table_alone(folder) as path:
+        last = {row_key(row["file"]): row for row in own_rows(path, columns)}
+        rows = sorted(last.values(), key=lambda row: row["file"])
+        write_rows(path, rows, [name for name in columns if any(row[name] for row in rows)])
+    return rows
 
 
 # ------------------------------------------------------------------------------------------
@@ -4378,41 +4031,16 @@ def open_table(
 # ------------------------------------------------------------------------------------------
 
 RULE = "=" * 80
+MOST_NAMED = 5  # files of a kind; the rest are in the table
 
 
 def say(*lines: str) -> None:
-    """Print to standard output, at once. Raises ExplainError where that cannot be written."""
-    with writing_output():
-        print(*lines, sep="\n", flush=True)
-
-
-@contextlib.contextmanager
-def writing_output() -> Iterator[None]:
-    """Turn a full disk behind standard output into an ExplainError; a reader that has gone stays that."""
-    try:
-        yield
-    except OSError as error:
-        discard(sys.stdout)
-        if isinstance(error, BrokenPipeError):
-            raise
-        cause = f"cannot be written ({error.strerror})"
-        raise ExplainError(f"standard output: {cause}; free space, or send it elsewhere") from error
-
-
-def discard(stream: TextIO) -> None:
-    """Let what is left in a stream that cannot be written go nowhere, or Python complains of it at exit."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    print(*lines, sep="\n", flush=True)
 
 
 def warn(*lines: str) -> None:
-    """Print to standard error; where that cannot be written, nothing can be said."""
-    try:
-        for line in lines:
-            print(line, file=sys.stderr, flush=True)
-    except OSError:
-        discard(sys.stderr)
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
 
 
 def note_lines(file: Path | str, notes: Sequence[str]) -> list[str]:
@@ -4426,10 +4054,12 @@ def demo_lines(checkpoints: Sequence[Path]) -> list[str]:
 
 
 def opening_lines(jobs: Sequence[Job], is_single: bool, is_random: bool, models: int) -> list[str]:
-    lines = ["🎲 No image specified. Using random test image:", f"   {shown(Path(jobs[0].label))}", ""]
+    lines = []
+    if is_random:
+        lines = ["🎲 No image specified. Using random test image:", f"   {shown(Path(jobs[0].label))}", ""]
     what = f": {printable(jobs[0].name)}" if is_single else f" {len(jobs)} images"
     verb = "Comparing" if models > 1 else "Analyzing"
-    return [*(lines if is_random else []), f"🔍 {verb} explainability for{what}", RULE]
+    return [*lines, f"🔍 {verb} explainability for{what}", RULE]
 
 
 # One image alone
@@ -4438,9 +4068,9 @@ def opening_lines(jobs: Sequence[Job], is_single: bool, is_random: bool, models:
 def single_lines(result: Result) -> list[str]:
     """What became of the one image of a run."""
     lines = [line for page in result.job.pages for line in page_lines(result, page)]
-    lines += [f"✅ Picture saved: {shown(path)}" for path in result.job.panels]
-    lines += [f"✅ Map saved: {shown(path)}" for path in result.job.maps]
-    return lines + [""] * bool(result.job.panels or result.job.maps)
+    files = [f"✅ Picture saved: {shown(path)}" for path in result.job.panels]
+    files += [f"✅ Map saved: {shown(path)}" for path in result.job.maps]
+    return [*lines, *files, ""] if files else lines
 
 
 def page_lines(result: Result, page: Page) -> list[str]:
@@ -4461,29 +4091,27 @@ def summary_lines(result: Result) -> list[str]:
     lines = [RULE, "📊 COMPARISON SUMMARY", RULE]
     for explanations in by_model:
         lines += [*prediction_lines(explanations), ""]
-    verdict = f"{agreement_text(result.opinions)}{verdict_text(result)}"
-    overlap = map_agreement(result.opinions)
-    return [*lines, f"{verdict_mark(result)} {verdict}", *([marked_text(overlap)] if overlap else [])]
+    is_good = not result.wrong if result.job.truth.name else agree(result.opinions)
+    lines.append(f"{'✅' if is_good else '⚠️ '} {agreement_text(result.opinions)}{verdict_text(result)}")
+    if overlap := map_agreement(result.opinions):
+        lines.append(marked_text(overlap))
+    return lines
 
 
 def prediction_lines(explanations: Sequence[Explanation]) -> list[str]:
     """What one model says, and what is to be known of its maps."""
     first = explanations[0]
-    lines = [
-        f"{first.model.title}:",
-        f"  Prediction: {first.prediction}",
-        f"  Confidence: {first.confidence:.2%}",
-    ]
+    lines = [f"Prediction: {first.prediction}", f"Confidence: {first.confidence:.2%}"]
     if first.explained != first.predicted:
-        lines.append(f"  Explained class: {first.explained_class}")
-    lines += [f"  {proof_text(each)}" for each in explanations if METHODS[each.method].compares]
-    titles = {
-        each.method: f"{METHODS[each.method].title}: " * (len(explanations) > 1) for each in explanations
-    }
-    lines += [f"  {line}" for each in explanations for line in map_lines(each, titles[each.method])]
-    lines += [f"  {line}" for line in network_lines(first, titles[first.method])]
-    warnings_due = [remark for each in explanations for remark in each.remarks]
-    return lines + [f"  ⚠️  {text}" for text in dict.fromkeys(warnings_due)]
+        lines.append(f"Explained class: {first.explained_class}")
+    lines += [proof_text(each) for each in explanations if METHODS[each.method].compares]
+    titles = ["" if len(explanations) == 1 else f"{METHODS[each.method].title}: " for each in explanations]
+    for explanation, title in zip(explanations, titles):
+        lines += map_lines(explanation, title)
+    lines += network_lines(first, titles[0])
+    remarks = dict.fromkeys(remark for each in explanations for remark in each.remarks)
+    lines += [f"⚠️  {text}" for text in remarks]
+    return [f"{first.model.title}:", *(f"  {line}" for line in lines)]
 
 
 def proof_text(explanation: Explanation) -> str:
@@ -4495,63 +4123,69 @@ def proof_text(explanation: Explanation) -> str:
 
 
 def map_lines(explanation: Explanation, title: str) -> list[str]:
-    """What the checks say of one map, and how it compares with the true box."""
-    mark = "⚠️  " * bool(flagged_findings(explanation.findings, "map"))
-    lines = [f"{mark}{title}{checks_text(explanation.findings)}"] if explanation.findings else []
-    return lines + ([title + pointing_text(explanation.pointing)] if explanation.pointing else [])
+    """What the checks say of one map, and how it compares with the true boxes."""
+    lines = []
+    if explanation.findings:
+        mark = "⚠️  " if flagged_findings(explanation.findings, "map") else ""
+        lines.append(f"{mark}{title}{checks_text(explanation.findings)}")
+    if explanation.pointing:
+        lines.append(title + pointing_text(explanation.pointing))
+    return lines
 
 
 def network_lines(explanation: Explanation, title: str) -> list[str]:
     """What the checks say of the network: low confidence, and all that --verify asked about this map."""
     about = {each: CHECKS[each.check].about for each in explanation.findings}
-    told = [
-        each for each in about
-        if about[each] == "verify" or (about[each] == "prediction" and each.is_flagged)
-    ]  # fmt: skip
-    passes = [f"{title}Verified with {explanation.passes} more forward passes"] * bool(explanation.passes)
-    return [*map(marked_text, told), *passes]
-
-
-def verdict_mark(result: Result) -> str:
-    """A tick for being right where the folder names the true class, else for agreeing."""
-    return "✅" if (not result.wrong if result.truth else agree(result.opinions)) else "⚠️ "
+    lines = [marked_text(each) for each in about if about[each] == "verify"]
+    lines += [marked_text(each) for each in about if about[each] == "prediction" and each.is_flagged]
+    if explanation.passes:
+        lines.append(f"{title}Verified with {explanation.passes} more forward passes")
+    return lines
 
 
 def verdict_text(result: Result) -> str:
-    """Which models contradict the folder's name, in words; empty where none does."""
+    """Which models contradict the true class, in words; empty where none does."""
     wrong = [each.model.title for each in result.wrong]
-    return f"; wrong, the folder says {result.truth}: {', '.join(wrong)}" if wrong else ""
+    return f"; wrong, the truth is {result.job.truth.name}: {', '.join(wrong)}" if wrong else ""
 
 
 # Many images
 
 
 def result_line(result: Result) -> str:
-    """One image of many in one line of a terminal."""
-    verdicts = ", ".join(
-        f"{short_class(each.prediction, each.model.class_names)} {each.confidence:.1%}"
-        f"{' (blank map)' if not each.heatmap.any() else ''}"
+    """One image of many in one line of a terminal; a tick only where nothing is wrong or flagged."""
+    verdicts = [
+        f"{each.model.title} {short_class(each.prediction, each.model.class_names)} {each.confidence:.1%}"
         for each in result.opinions
-    )
-    wrong = len(result.wrong)
-    words = [f"{wrong} wrong" if len(result.opinions) > 1 else "wrong"] * bool(wrong)
-    words += ["disagree"] * (not agree(result.opinions))
-    flags = ((each.model.title, flags_text(each)) for each in result.opinions)
-    words += [f"{title} flagged: {text}" for title, text in flags if text]
-    words += [NOTHING_TO_SEE] * (NOTHING_TO_SEE in result.notes)
+    ]
+    words = [f"wrong: {each.model.title}" for each in result.wrong]
+    if not agree(result.opinions):
+        words.append("models disagree")
+    words += flag_words(result)
+    if NOTHING_TO_SEE in result.notes:
+        words.append(NOTHING_TO_SEE)
     words += [sum_remark(each) for each in result.explanations if each.sum_error > MAX_SUM_ERROR]
-    return f"{verdict_mark(result)} {printable(result.job.name)}: {'; '.join([verdicts, *words])}"
+    mark = "⚠️ " if words else "✅"
+    return f"{mark} {printable(result.job.name)}: {'; '.join([', '.join(verdicts), *words])}"
 
 
-def short_class(name: str, names: Sequence[str]) -> str:
-    """A class's name without the words that every class has, such as Fracture."""
-    common = set.intersection(*(set(each.split()) for each in names))
-    return " ".join(word for word in name.split() if word not in common) or name
+def flag_words(result: Result) -> list[str]:
+    """The flagged checks of each explanation, and of the pair."""
+    words = []
+    has_methods = len(result.explanations) > len(result.opinions)
+    for each in result.explanations:
+        whose = f"{each.model.title}, {METHODS[each.method].title}" if has_methods else each.model.title
+        if keys := flags_text(each):
+            words.append(f"{whose} flagged: {keys}")
+    overlap = map_agreement(result.opinions)
+    if overlap and overlap.is_flagged:
+        words.append(overlap.text)
+    return words
 
 
 def run_lines(
-    rows: Sequence[dict[str, str]], models: Sequence[Model], observations: dict[str, list[Observation]],
-    fresh: int, seconds: float,
+    rows: Sequence[dict[str, str]], models: Sequence[Model], methods: Sequence[str],
+    observations: dict[str, list[Observation]], fresh: int, seconds: float,
 ) -> list[str]:  # fmt: skip
     """What a run over many images found: speed, accuracy, confusion, the images to look at.
 
@@ -4560,28 +4194,37 @@ def run_lines(
     failed = [row for row in rows if row["error"]]
     done = [row for row in rows if not row["error"]]
     lines = [RULE, "📊 RUN SUMMARY", RULE, f"Images: {len(done)} done, {len(failed)} failed"]
-    lines += [f"  Failed: {shown(Path(row['file']))}" for row in failed]
+    lines += named_lines("Failed", failed)
     if fresh:
         lines.append(f"Speed: {fresh / seconds:.2f} images per second ({fresh} images in {seconds:.1f} s)")
     for model in models:
         seen = observations.get(model.family.key, ())
-        told = [*box_lines(done, model), flags_line(done, model)]
-        told += [f"Of the {len(seen)} images explained now:"] * (0 < len(seen) < len(done))
-        lines += ["", *accuracy_lines(done, model), *(f"  {line}" for line in told + audit_lines(seen))]
+        told = [*box_lines(done, model), *flags_lines(done, model, methods)]
+        if 0 < len(seen) < len(done):
+            told.append(f"Of the {len(seen)} images explained now:")
+        told += audit_lines(seen)
+        lines += ["", f"{model.title}:", *(f"  {line}" for line in [*accuracy_lines(done, model), *told])]
     if len(models) > 1 and done:
         differ = [row for row in done if row["agree"] == "no"]
         lines += ["", f"Models agree on {len(done) - len(differ)} of {len(done)} images"]
-        lines += [f"  Disagree: {shown(Path(row['file']))}" for row in differ]
-        lines += overlap_lines(done)
+        lines += [*named_lines("Disagree", differ), *overlap_lines(done)]
+    return lines
+
+
+def named_lines(what: str, rows: Sequence[dict[str, str]]) -> list[str]:
+    """The first files of a kind, and how many more there are."""
+    lines = [f"  {what}: {shown(Path(row['file']))}" for row in rows[:MOST_NAMED]]
+    if len(rows) > MOST_NAMED:
+        lines.append(f"  {what}: {len(rows) - MOST_NAMED} more, in {TABLE_NAME}")
     return lines
 
 
 def overlap_lines(rows: Sequence[dict[str, str]]) -> list[str]:
     """How far the two models' maps agree over a run, which is another thing than the same class."""
-    shares = [float(row[AGREEMENT]) for row in rows if row[AGREEMENT]]
+    shares = [float(row[AGREEMENT]) for row in rows if row.get(AGREEMENT)]
     if not shares:
         return []
-    few = sum(share < AGREEMENT_LIMIT for share in shares)
+    few = sum(row.get("pair_flags", "") != "" for row in rows)
     mean = percent(np.mean(shares))
     return [f"Maps share {mean} of their heat on average, in {few} of {len(shares)} images too little"]
 
@@ -4589,40 +4232,44 @@ def overlap_lines(rows: Sequence[dict[str, str]]) -> list[str]:
 def box_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
     """How one model's maps compare with the true boxes, over the images that have one."""
     key = model.family.key
-    known = [row for row in rows if row[f"{key}_in_box"]]
+    known = [row for row in rows if row.get(f"{key}_in_box")]
     if not known:
         return []
     inside = sum(row[f"{key}_in_box"] == "yes" for row in known)
-    heat, area = (np.mean([float(row[f"{key}_{name}"]) for row in known]) for name in ("heat_in_box", "box_area"))
+    heat = np.mean([float(row[f"{key}_heat_in_box"]) for row in known])
+    area = np.mean([float(row[f"{key}_box_area"]) for row in known])
     share = f"{inside / len(known):.1%} ({inside} of {len(known)})"
     return [f"True fracture: maximum inside {share}, heat inside {heat:.1%}, chance {area:.1%}"]
 
 
-def flags_line(rows: Sequence[dict[str, str]], model: Model) -> str:
-    """How many maps the map checks flag, and which how often."""
-    flags = [row[f"{model.family.key}_flags"].split(", ") for row in rows]
-    found = [[key for key in each if key in CHECKS and CHECKS[key].about == "map"] for each in flags]
-    counts = Counter(itertools.chain(*found))
-    which = ": " + ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key]) if counts else ""
-    return f"Map checks: {sum(map(bool, found))} of {len(rows)} maps flagged{which}"
+def flags_lines(rows: Sequence[dict[str, str]], model: Model, methods: Sequence[str]) -> list[str]:
+    """How many images have something flagged by each method, and what how often."""
+    lines = []
+    for method in methods:
+        column = "flags" if method == methods[0] else f"{method}_flags"
+        flags = [row.get(f"{model.family.key}_{column}", "") for row in rows]
+        counts = Counter(key for text in flags if text for key in text.split(", "))
+        which = ": " + ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key]) if counts else ""
+        title = "Flagged" if len(methods) == 1 else f"{METHODS[method].title}, flagged"
+        lines.append(f"{title}: {sum(map(bool, flags))} of {len(rows)} images{which}")
+    return lines
 
 
 def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
-    """Accuracy, confusion counts and misclassified files of one model, against the folder names."""
+    """Accuracy, confusion counts and misclassified files of one model, where the truth is known."""
     key, names = model.family.key, model.class_names
-    known = [row for row in rows if row["true_class"]]
+    known = [row for row in rows if row.get("true_class")]
     if not known:
-        return [f"{model.title}:", "  Accuracy: unknown, no folder is named after a class"]
+        words = " or ".join(f'"{short_class(name, names).casefold()}"' for name in names)
+        return [f"Accuracy: unknown; a folder above the images whose name holds {words}, or --truth, would tell"]
     wrong = [row for row in known if row[f"{key}_correct"] == "no"]
     right = len(known) - len(wrong)
-    share = f"{right / len(known):.2%} ({right} of {len(known)} images in folders named after a class)"
-    lines = [f"{model.title}:", f"  Accuracy: {share}"]
+    lines = [f"Accuracy: {right / len(known):.2%} ({right} of {len(known)} images whose class is known)"]
     counts = Counter((class_key(row["true_class"]), class_key(row[f"{key}_predicted"])) for row in known)
     for truth in names:
         counted = ", ".join(f"{counts[class_key(truth), class_key(name)]} as {name}" for name in names)
-        lines.append(f"  {truth}: {counted}")
-    files = [(shown(Path(row["file"])), printable(row[f"{key}_predicted"])) for row in wrong]
-    return lines + [f"  Misclassified: {file} as {predicted}" for file, predicted in files]
+        lines.append(f"{truth}: {counted}")
+    return [*lines, *(line.strip() for line in named_lines("Misclassified", wrong))]
 
 
 # ------------------------------------------------------------------------------------------
@@ -4632,9 +4279,37 @@ def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
 MAX_DRAWING_PROCESSES = 8
 LONG_PASSES = 10  # an image: from here on a bar counts them
 MAX_WAITING_RESULTS = 24  # explained images whose figures are not drawn yet
-
+GRACE = 1.0  # seconds that a run has to notice by itself that a drawing process has ended
 
 Submit = Callable[..., "Future[None]"]  # of a function and its arguments, as an executor has it
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the arguments come to, checked as far as the file system can tell."""
+
+    jobs: tuple[Job, ...]
+    is_single: bool  # one image, named by itself or drawn: no table, and the console is about it alone
+    checkpoints: tuple[tuple[Family, Path], ...]
+    methods: tuple[str, ...]
+    style: FigureStyle
+    notes: tuple[str, ...] = ()  # lines to say beside what was asked
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How images are explained."""
+
+    classifiers: Sequence[Classifier]
+    targets: Sequence[int | None]  # of each classifier: the class to explain, or None for the predicted one
+    methods: Sequence[str]
+    batch: int  # images at once
+    style: FigureStyle
+    is_verified: bool
+
+    @property
+    def models(self) -> list[Model]:
+        return [classifier.model for classifier in self.classifiers]
 
 
 def load_classifiers(
@@ -4656,37 +4331,40 @@ def load_classifiers(
     return classifiers
 
 
-def panel_picture(radiograph: Radiograph, style: FigureStyle) -> np.ndarray:
-    return fitted(radiograph.pixels, style.dpi)
+# From jobs to results
 
 
 def read_result(job: Job, models: Sequence[Model], style: FigureStyle) -> Result:
     """Read and reduce a job's image: its size does not matter for the memory that a batch takes."""
     try:
         radiograph = load_radiograph(job.image)
-        height, width = radiograph.pixels.shape[:2]
-        box = job.box and box_in_shares(job.box, width, height)
     except ExplainError as error:
         return Result(job, error=str(error).replace(shown(job.image), shown(Path(job.label))))
-    inputs = tuple(network_input(radiograph, model.preprocessing) for model in models)
-    landmarks = landmarks_of(radiograph)
-    picture, notes = panel_picture(radiograph, style), radiograph.notes
-    return Result(job, picture, inputs, notes=notes, landmarks=landmarks, box=box)
+    height, width = radiograph.pixels.shape[:2]
+    boxes, box_notes = boxes_in_shares(job.truth.boxes, width, height)
+    return Result(
+        job,
+        picture=fitted(radiograph.pixels, style.dpi),
+        inputs=tuple(network_input(radiograph, model.preprocessing) for model in models),
+        notes=(*radiograph.notes, *box_notes),
+        landmarks=landmarks_of(radiograph),
+        boxes=tuple(boxes),
+    )
 
 
-def explained_results(
-    results: Sequence[Result], index: int, classifier: Classifier, target: int | None,
-    methods: Sequence[str], at_once: int, is_verified: bool,
-) -> list[Result]:  # fmt: skip
-    """A batch of results with the explanations of one more classifier, whose inputs have this index."""
+def explained_results(results: Sequence[Result], index: int, plan: Plan) -> list[Result]:
+    """A batch of results with the explanations of one more classifier, the one of this index."""
+    classifier, target, methods = plan.classifiers[index], plan.targets[index], plan.methods
     inputs = [result.inputs[index] for result in results if not result.error]
-    fresh = iter(explain_batch(classifier, inputs, target, methods, at_once) if inputs else ())
+    fresh = iter(explain_batch(classifier, inputs, target, methods, plan.batch) if inputs else ())
     explained = []
     for result in results:
         if not result.error:
             explanations = [next(fresh) for _ in methods]
-            asked = classifier, result.inputs[index], explanations[0], result.landmarks, at_once
-            result = with_explanations(result, explanations, tried(*asked) if is_verified else None)
+            trial = None
+            if plan.is_verified:
+                trial = tried(classifier, result.inputs[index], explanations[0], result.landmarks, plan.batch)
+            result = with_explanations(result, explanations, trial)
         explained.append(result)
     return explained
 
@@ -4698,45 +4376,52 @@ def with_explanations(
 
     The trial is of the network, and of the first map.
     """
-    warning = (NOTHING_TO_SEE,) * (NOTHING_TO_SEE in result.notes)
-    trials = [trial, *[None] * (len(explanations) - 1)]
-    checked = tuple(
-        dataclasses.replace(
-            each,
-            remarks=warning + each.remarks,
-            findings=findings_of(Evidence(each, result.landmarks, tested)) if result.landmarks else (),
-            pointing=pointing(each, result.box) if result.box else None,
-            passes=tested.passes if tested else 0,
+    checked = []
+    for explanation in explanations:
+        remarks = explanation.remarks
+        if NOTHING_TO_SEE in result.notes:
+            remarks = (NOTHING_TO_SEE, *remarks)
+        checked.append(
+            dataclasses.replace(
+                explanation,
+                remarks=remarks,
+                findings=findings_of(Evidence(explanation, result.landmarks, trial)),
+                pointing=pointing(explanation, result.boxes) if result.boxes else None,
+                passes=trial.passes if trial else 0,
+            )
         )
-        for each, tested in zip(explanations, trials)
-    )
+        trial = None
     return dataclasses.replace(result, explanations=(*result.explanations, *checked))
 
 
 def explain_jobs(
-    jobs: Sequence[Job], classifiers: Sequence[Classifier], targets: Sequence[int | None],
-    methods: Sequence[str], batch: int, style: FigureStyle, submit: Submit, is_verified: bool = False,
-) -> Iterator[tuple[Result, list[Future[None]]]]:  # fmt: skip
+    jobs: Sequence[Job], plan: Plan, submit: Submit
+) -> Iterator[tuple[Result, list[Future[None]]]]:
     """Explain images, a batch at a time: each one's result, and its figures as they are being drawn.
 
     A figure is begun as soon as the models that it shows have spoken. An image that cannot be read
     does not stop the others.
     """
-    models = [classifier.model for classifier in classifiers]
-    for start in range(0, len(jobs), batch):
-        results = [read_result(job, models, style) for job in jobs[start : start + batch]]
+    for start in range(0, len(jobs), plan.batch):
+        results = [read_result(job, plan.models, plan.style) for job in jobs[start : start + plan.batch]]
         drawings: list[list[Future[None]]] = [[] for _ in results]
-        for index, (classifier, target) in enumerate(zip(classifiers, targets)):
-            before = index * len(methods)
-            results = explained_results(results, index, classifier, target, methods, batch, is_verified)
+        for index in range(len(plan.classifiers)):
+            results = explained_results(results, index, plan)
             for result, begun in zip(results, drawings):
-                told = dataclasses.replace(result, inputs=())
-                pages = () if result.error else result.job.pages
-                ready = [page for page in pages if before <= max(page.shows) < before + len(methods)]
-                begun += [submit(write_page, told, page, style) for page in ready]
-                if index == len(classifiers) - 1 and result.job.panels and not result.error:
-                    begun.append(submit(write_panels, told, style))
+                if not result.error:
+                    begun += begun_drawings(result, index, plan, submit)
         yield from zip(results, drawings)
+
+
+def begun_drawings(result: Result, index: int, plan: Plan, submit: Submit) -> list[Future[None]]:
+    """Begin what can be drawn now that the model of this index has spoken, and not before."""
+    told = dataclasses.replace(result, inputs=())
+    known = len(result.explanations)
+    pages = [page for page in result.job.pages if known - len(plan.methods) <= max(page.shows) < known]
+    begun = [submit(write_page, told, page, plan.style) for page in pages]
+    if result.job.panels and index == len(plan.classifiers) - 1:
+        begun.append(submit(write_panels, told, plan.style))
+    return begun
 
 
 def written_results(explanations: Iterable[tuple[Result, list[Future[None]]]]) -> Iterator[Result]:
@@ -4747,14 +4432,10 @@ def written_results(explanations: Iterable[tuple[Result, list[Future[None]]]]) -
     waiting: deque[tuple[Result, list[Future[None]]]] = deque()
     for each in explanations:
         waiting.append(each)
-        while waiting and (len(waiting) > MAX_WAITING_RESULTS or are_done(waiting[0][1])):
+        while waiting and (len(waiting) > MAX_WAITING_RESULTS or all(each.done() for each in waiting[0][1])):
             yield written(*waiting.popleft())
     for result, drawings in waiting:
         yield written(result, drawings)
-
-
-def are_done(drawings: Sequence[Future[None]]) -> bool:
-    return all(drawing.done() for drawing in drawings)
 
 
 def written(result: Result, drawings: Sequence[Future[None]]) -> Result:
@@ -4769,43 +4450,7 @@ def written(result: Result, drawings: Sequence[Future[None]]) -> Result:
     return result
 
 
-@dataclass
-class Highlights:
-    """What the summary of a run takes from its results, no more than it can show."""
-
-    models: Sequence[Model]
-    heat: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # sum of the heatmaps, by family
-    seen: dict[str, tuple[np.ndarray, Explanation]] = dataclasses.field(default_factory=dict)  # by label
-    observations: dict[str, list[Observation]] = dataclasses.field(default_factory=lambda: defaultdict(list))
-
-    @property
-    def mean_maps(self) -> dict[str, np.ndarray]:
-        return {key: normalised(heat) for key, heat in self.heat.items()}
-
-    def add(self, result: Result, rows: Sequence[dict[str, str]]) -> None:
-        """Count a result in, and forget the pictures of those that others push from the sheet."""
-        if result.error:
-            return
-        for explanation in result.opinions:
-            key = explanation.model.family.key
-            self.heat[key] = self.heat.get(key, 0) + explanation.heatmap
-            self.observations[key].append(
-                Observation(
-                    explanation.explained_class, heat_on_cells(explanation.raw_map),
-                    bool(result.landmarks.markers), explanation.findings,
-                )
-            )
-        self.look_at(result)
-        if len(self.seen) > 2 * MAX_THUMBNAILS:
-            first = looked_at_first(rows, self.models)
-            self.seen = {row["file"]: self.seen[row["file"]] for row in first if row["file"] in self.seen}
-
-    def look_at(self, result: Result) -> None:
-        """Keep the picture of a result, with the surest wrong explanation or else the first."""
-        picture = Image.fromarray(result.picture)
-        picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-        shown_one = max(result.wrong or result.explanations[:1], key=lambda each: each.confidence)
-        self.seen[result.job.label] = np.asarray(picture), shown_one
+# Processes that draw
 
 
 def done_here(function: Callable[..., None], *arguments: object) -> Future[None]:
@@ -4818,86 +4463,73 @@ def done_here(function: Callable[..., None], *arguments: object) -> Future[None]
     return future
 
 
-def can_be_imported() -> bool:
-    """Whether a new process finds this code: not where it came through a pipe, an archive or exec()."""
-    module = sys.modules.get(__name__)
-    is_readable = SCRIPT.is_file() and os.access(SCRIPT, os.R_OK)
-    return is_readable and getattr(module, "can_be_imported", None) is can_be_imported
-
-
 def prepare_drawing() -> None:
-    """Run first in a drawing process: end with the parent, whatever ended that."""
+    """Run first in a drawing process: it ends when it has nothing to do, or with its parent."""
 
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
+    for name in ("SIGINT", "SIGHUP"):  # the parent heeds them
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")
 
 
-@contextlib.contextmanager
-def holding_signals() -> Iterator[None]:
-    """Let signals that end a run wait; processes that are started inside never get them.
+def warm_up(style: FigureStyle) -> None:
+    """Draw a page of each kind, so that fonts and the usual words are ready when the first map is."""
+    raw_map = np.eye(CELLS, dtype=np.float32)
+    models = [Model(family, family.full_size, Path(), "", CLASS_NAMES, Preprocessing()) for family in FAMILIES.values()]
+    explanations = [Explanation(model, np.float32([0.6, 0.4]), 0, raw_map, raw_map) for model in models]
+    view = View(np.zeros((8, 8, 3), np.uint8), "", style)
+    for explained in (explanations[:1], explanations):
+        figure_bytes(page_figure(view, explained), style)
 
-    What these have begun they finish; what waits is dropped.
+
+@contextlib.contextmanager
+def drawing_pool(processes: int, style: FigureStyle) -> Iterator[Submit]:
+    """What draws figures: processes, which import matplotlib and never torch, or this one for none.
+
+    Raises ExplainError, within seconds, where one of them is killed.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
+    if not processes:
+        yield done_here
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
+    for _ in range(processes):
+        pool.submit(warm_up, style)  # so they start now, while the networks are loaded
+    is_over, is_killed = threading.Event(), threading.Event()
+    watcher = threading.Thread(target=watch, args=(multiprocessing.active_children(), is_over, is_killed))
+    watcher.start()
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def started_pool(processes: int) -> ProcessPoolExecutor:
-    """Processes that draw figures; they import matplotlib and never torch.
-
-    Raises OSError and others where the system starts none.
-    """
-    if not can_be_imported():
-        raise OSError("they could not import this script")
-    with holding_signals():  # for the process that Python adds, too; it lets Ctrl-C through again, so:
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
-    try:
-        with holding_signals():
-            for _ in range(processes):
-                pool.submit(text_strip, "", 9, False, 150)  # so they start now, while the networks are loaded
-        return pool
-    except Exception:
-        for process in multiprocessing.active_children():
-            process.kill()
-        raise
-
-
-@contextlib.contextmanager
-def drawing_pool(processes: int, is_told: bool) -> Iterator[Submit]:
-    """What draws figures: processes, or this one where none is asked for or none can be started.
-
-    Raises ExplainError where one of them is killed.
-    """
-    try:
-        pool = started_pool(processes) if processes else None
-    except Exception as error:  # no semaphores, no shared memory, no more processes, threads or files
-        why = printable(str(getattr(error, "strerror", None) or error))
-        told = f"ℹ️  Without drawing processes ({why}), figures are drawn one after another: slower"
-        warn(*[told] * is_told)
-        pool = None
-    try:
-        yield pool.submit if pool else done_here
-    except BrokenExecutor as error:
+        yield pool.submit
+    except (BrokenExecutor, SystemExit) as error:
+        if isinstance(error, SystemExit) and not is_killed.is_set():
+            raise
         remedy = "free some memory, then go on with --skip-existing"
         raise ExplainError(f"drawing: a process that draws figures was killed; {remedy}") from error
     finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
+        is_over.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def watch(
+    processes: Sequence[multiprocessing.Process], is_over: threading.Event, is_killed: threading.Event
+) -> None:
+    """Interrupt a run when one of its drawing processes ends before it."""
+    multiprocessing.connection.wait([process.sentinel for process in processes])
+    if not is_over.wait(GRACE):
+        is_killed.set()
+        _thread.interrupt_main(signal.SIGTERM)
+
+
+# What is seen of a run
 
 
 @contextlib.contextmanager
 def progress_bar(
-    request: Request, classifiers: Sequence[Classifier], images: int, is_quiet: bool, asks_again: bool
+    plan: Plan, images: int, is_single: bool, is_quiet: bool
 ) -> Iterator[tuple[tqdm, Callable[[], None]]]:
     """A bar on a terminal, and what counts an image; elsewhere only the lines written through it.
 
@@ -4905,11 +4537,13 @@ def progress_bar(
     """
     from tqdm import tqdm
 
-    passes = passes_of(request.methods) + asks_again * MOST_TRIALS
+    passes = passes_of(plan.methods)
+    if plan.is_verified:
+        passes += MOST_TRIALS
     is_long = passes >= LONG_PASSES
-    is_shown = not is_quiet and sys.stderr.isatty() and (is_long or not request.is_single)
-    each = passes * len(classifiers) if is_long else 1
-    counted = [classifier.network for classifier in classifiers if is_long]
+    is_shown = not is_quiet and sys.stderr.isatty() and (is_long or not is_single)
+    each = passes * len(plan.classifiers) if is_long else 1
+    counted = [classifier.network for classifier in plan.classifiers if is_long]
     done = itertools.count(1)
     with tqdm(total=images * each, unit="pass" if is_long else "image", disable=not is_shown) as bar:
         with counted_inputs(counted, bar.update):
@@ -4932,130 +4566,123 @@ def counted_inputs(networks: Sequence[torch.nn.Module], count: Callable[[int], o
             handle.remove()
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the arguments come to, checked as far as the file system can tell."""
+def tell_result(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
+    """Say what became of an image, beside the bar."""
+    if not is_quiet:
+        for line in note_lines(result.job.label, result.notes):
+            bar.write(line, file=sys.stderr)
+    if result.error:
+        bar.write(f"❌ {result.error}", file=sys.stderr)
+        return
+    for line in single_lines(result) if is_single else [result_line(result)]:
+        bar.write(line, file=sys.stdout)
+    sys.stdout.flush()
 
-    jobs: tuple[Job, ...]
-    is_single: bool  # one image, named by itself or drawn: no table, and the console is about it alone
-    checkpoints: tuple[tuple[Family, Path], ...]
-    methods: tuple[str, ...]
-    style: FigureStyle
-    notes: tuple[str, ...] = ()  # lines to say beside what was asked
+
+# The whole
 
 
 def run(args: argparse.Namespace, request: Request) -> int:
     """Do what is asked; the exit status."""
-    nowhere = open(os.devnull, "w", encoding="utf-8", errors="replace")
     job = request.jobs[0]
     if request.is_single and args.skip_existing and job.outputs and is_finished(job):
         lines, status = [f"⏭️  Finished earlier, left alone: {shown(Path(job.label))}"], 0
     else:
-        with nowhere, contextlib.redirect_stdout(nowhere) if args.quiet else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if args.quiet:
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
             lines, status = explain_all(args, request)
     say(*lines, *demo_lines([path for _, path in request.checkpoints]))
     return status
+
+
+def drawing_processes(request: Request) -> int:
+    """One for one image, which a second would not serve; one a core for many."""
+    if not request.jobs[0].pages:
+        return 0
+    return min(MAX_DRAWING_PROCESSES, 1 if request.is_single else os.cpu_count() or 1)
 
 
 def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], int]:
     """Explain every image; returns what to say last, and the exit status. One image is a run of one."""
     # Read when torch is imported: its threads then sleep while they wait, and leave the cores to the drawing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    pages = sum(len(job.pages) for job in request.jobs)
-    processes = min(MAX_DRAWING_PROCESSES, os.cpu_count() or 1, pages)
-    with drawing_pool(processes, is_told=not (args.quiet or request.is_single)) as submit:
+    with drawing_pool(drawing_processes(request), request.style) as submit:
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
         classifiers = load_classifiers(request.checkpoints, args.device, args.class_names, args.quiet)
-        models = [classifier.model for classifier in classifiers]
-        targets = [target_index(args.target_class, model.class_names) for model in models]
-        batch = args.batch_size or DEFAULT_BATCH[classifiers[0].device.type]
-        asked = classifiers, targets, request.methods, batch, request.style, submit, args.verify
-        highlights = Highlights(models)
-        with (
-            results_table(request, models, args.output_dir, args.skip_existing) as (rows, jobs, append),
-            progress_bar(request, classifiers, len(jobs), args.quiet, args.verify) as (bar, count_image),
-        ):
-            started, finished = time.monotonic(), len(rows)
-            for result in written_results(explain_jobs(jobs, *asked)):
-                rows.append(table_row(result, models))
-                append(rows[-1])
-                highlights.add(result, rows)
-                report(bar, result, request.is_single, args.quiet)
-                count_image()
-        spent = time.monotonic() - started
-        sheet = args.output_dir / f"{SHEET_STEM}.{args.format}"
-        is_there = not jobs and digest_in(sheet) == rows_digest(rows)
-        if not (request.is_single or args.no_figures or is_there):
-            make_sheet(sheet, request, rows, highlights, asked)
-    status = int(any(row["error"] for row in rows))
-    if request.is_single:
-        return [] if status else summary_lines(result), status
-    fresh = sum(not row["error"] for row in rows[finished:])
-    files = [args.output_dir / TABLE_NAME, *[sheet] * (not args.no_figures)]
-    told = [f"{what}: {shown(path)}" for what, path in zip(("Table", "Contact sheet"), files)]
-    return [*run_lines(rows, models, highlights.observations, fresh, spent), *told], status
-
-
-def make_sheet(
-    path: Path, request: Request, rows: Sequence[dict[str, str]], highlights: Highlights, asked: tuple[Any, ...]
-) -> None:
-    """Write the contact sheet; what it shows of an earlier run is explained once more."""
-    classifiers, targets, methods, batch, style, submit, _ = asked
-    first = {row["file"] for row in looked_at_first(rows, highlights.models)} - set(highlights.seen)
-    again = [Job(job.image, job.label, (), (), "") for job in request.jobs if job.label in first]
-    for result, _ in explain_jobs(again, classifiers, targets, methods[:1], batch, style, submit):
-        if not result.error:
-            highlights.look_at(result)
-    submit(write_contact_sheet, path, rows, highlights, style).result()
-
-
-def report(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
-    """Say what became of an image, beside the bar."""
-    notes = [] if is_quiet else note_lines(result.job.label, result.notes)
-    for line in [*notes, *[f"❌ {result.error}"] * bool(result.error)]:
-        bar.write(line, file=sys.stderr)
-    if not result.error:
-        with writing_output():
-            for line in single_lines(result) if is_single else [result_line(result)]:
-                bar.write(line, file=sys.stdout)
-            sys.stdout.flush()
-
-
-@contextlib.contextmanager
-def results_table(
-    request: Request, models: Sequence[Model], folder: Path, goes_on: bool
-) -> Iterator[tuple[list[dict[str, str]], list[Job], Callable[[dict[str, str]], None]]]:
-    """Rows of finished images, the jobs that are left, and what adds a row to summary.csv.
-
-    One image has no table. A table goes on where an earlier run left it, or starts anew.
-    """
-    if request.is_single:
-        yield [], list(request.jobs), lambda row: None
-        return
-    columns = table_columns(models, request.methods)
-    earlier = earlier_rows(folder, columns) if goes_on else {}
-    known = ((earlier.get(row_key(job.label)), job) for job in request.jobs)
-    rows = [row for row, job in known if row and is_row_of(row, job, models[0].class_names)]
-    finished = {row_key(row["file"]) for row in rows}
-    jobs = [job for job in request.jobs if row_key(job.label) not in finished]
-    if finished:
-        say(f"⏭️  Finished earlier, left alone: {len(finished)} images", "")
-    if not goes_on:
-        warn(*keep_table(folder))
-    for job in jobs:
-        earlier.pop(row_key(job.label), None)
-    with open_table(folder, columns, earlier.values()) as append:
+        names = [classifier.model.class_names for classifier in classifiers]
+        plan = Plan(
+            classifiers=classifiers,
+            targets=[target_index(args.target_class, each) for each in names],
+            methods=request.methods,
+            batch=args.batch_size or DEFAULT_BATCH[classifiers[0].device.type],
+            style=request.style,
+            is_verified=args.verify,
+        )
+        jobs = with_truth(request.jobs, names[0])
+        if request.is_single:
+            return explain_one(jobs, plan, submit, args.quiet)
         try:
-            yield rows, jobs, append
+            return explain_many(jobs, plan, submit, args)
         except KeyboardInterrupt:
             warn("⏹️  Interrupted; --skip-existing goes on from here")
             raise
 
 
-def is_row_of(row: dict[str, str], job: Job, class_names: Sequence[str]) -> bool:
+def with_truth(jobs: Sequence[Job], class_names: Sequence[str]) -> list[Job]:
+    """Jobs that know their true classes; says which words of the table are no class."""
+    told = [told_truth(job, class_names) for job in jobs]
+    unknown = sorted({printable(word) for _, word in told if word})
+    if unknown:
+        warn(f"ℹ️  --truth: {listed(unknown)} named there, not one of {', '.join(class_names)}: taken as unknown")
+    return [job for job, _ in told]
+
+
+def explain_one(jobs: Sequence[Job], plan: Plan, submit: Submit, is_quiet: bool) -> tuple[list[str], int]:
+    with progress_bar(plan, len(jobs), True, is_quiet) as (bar, count_image):
+        (result,) = written_results(explain_jobs(jobs, plan, submit))
+        tell_result(bar, result, True, is_quiet)
+        count_image()
+    return ([], 1) if result.error else (summary_lines(result), 0)
+
+
+def explain_many(
+    jobs: Sequence[Job], plan: Plan, submit: Submit, args: argparse.Namespace
+) -> tuple[list[str], int]:
+    """Explain the images that no earlier run has finished; each one's row goes into the table at once."""
+    folder, columns = args.output_dir, table_columns(plan.models, plan.methods)
+    earlier = earlier_rows(folder, columns)
+    rows = []
+    if args.skip_existing:
+        known = ((earlier.get(row_key(job.label)), job) for job in jobs)
+        rows = [row for row, job in known if row and is_row_of(row, job)]
+    finished = {row_key(row["file"]) for row in rows}
+    left = [job for job in jobs if row_key(job.label) not in finished]
+    if finished:
+        say(f"⏭️  Finished earlier, left alone: {len(finished)} images", "")
+    observations: dict[str, list[Observation]] = defaultdict(list)
+    started = time.monotonic()
+    with progress_bar(plan, len(left), False, args.quiet) as (bar, count_image):
+        for result in written_results(explain_jobs(left, plan, submit)):
+            rows.append(dict.fromkeys(columns, "") | table_row(result, plan.models))
+            add_row(folder, rows[-1], columns)
+            for explanation in () if result.error else result.opinions:
+                observations[explanation.model.family.key].append(observation(explanation, result.landmarks))
+            tell_result(bar, result, False, args.quiet)
+            count_image()
+    spent = time.monotonic() - started
+    fold_table(folder, columns)
+    fresh = sum(not row["error"] for row in rows[len(finished) :])
+    lines = run_lines(rows, plan.models, plan.methods, observations, fresh, spent)
+    status = 1 if any(row["error"] for row in rows) else 0
+    return [*lines, f"Table: {shown(folder / TABLE_NAME)}"], status
+
+
+def is_row_of(row: dict[str, str], job: Job) -> bool:
     """Whether a row of an earlier run's table is what this job would give."""
-    is_same = row["digest"] == job.digest and row["true_class"] == true_class(job.image, class_names)
+    is_same = row["digest"] == job.digest and row["true_class"] == job.truth.name
     return is_same and not row["error"] and is_finished(job)
 
 
@@ -5063,6 +4690,7 @@ def is_row_of(row: dict[str, str], job: Job, class_names: Sequence[str]) -> bool
 # Command line
 # ------------------------------------------------------------------------------------------
 
+VERSION = "1.0"
 EXAMPLES = """examples:
   python3 explainability.py
   python3 explainability.py --image path/to/xray.jpg
@@ -5072,6 +4700,13 @@ EXAMPLES = """examples:
   python3 explainability.py --image data_original/test --skip-existing
   for img in data_original/test/*/*.jpg; do python3 explainability.py --image "$img"; done
 """
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"❌ {message}; --help lists the options\n")
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -5088,10 +4723,9 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 def colormap_name(text: str) -> str:
     """An argparse type: a colormap of matplotlib, which is imported only for other names than jet."""
-    if text != "jet":
-        if text not in plain_matplotlib().colormaps:
-            some = "viridis, magma, gray ... are there"
-            raise argparse.ArgumentTypeError(f"matplotlib has no colormap {text!r}; {some}")
+    if text != "jet" and text not in plain_matplotlib().colormaps:
+        some = "viridis, magma, gray ... are there"
+        raise argparse.ArgumentTypeError(f"matplotlib has no colormap {text!r}; {some}")
     return text
 
 
@@ -5103,89 +4737,121 @@ def class_list(text: str) -> tuple[str, ...]:
     return names
 
 
-# By heading in --help and name: its help, and how it is read.
-OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
-    "what to explain": {
-        "--image": ("X-ray images, folders or quoted patterns (default: a random test image)",
-            {"nargs": "+", "action": "extend", "metavar": "PATH"}),
-        "--model": ("which model to analyze (default: both)",
-            {"choices": [*FAMILIES, "both"], "default": "both"}),
-        "--compare": ("both models and their comparison, whatever --model says", {"action": "store_true"}),
-        "--method": (f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)",
-            {"nargs": "+", "action": "extend", "choices": METHODS, "metavar": "METHOD"}),
-        "--target-class": ("name or index of the class to explain (default: the predicted class)",
-            {"metavar": "CLASS"}),
-        "--seed": ("repeat the choice of the random test image",
-            {"type": whole_number(0, 2**63), "metavar": "N"}),
-    },
-    "networks": {
-        **{
-            f"--{key}-checkpoint": (f"default: checkpoints/{key}*", {"type": Path, "metavar": "FILE"})
-            for key in FAMILIES
-        },
-        "--class-names": ("classes in the order of the outputs, for checkpoints that record none",
-            {"type": class_list, "metavar": "A,B"}),
-        "--device": ("where to compute (default: auto)",
-            {"choices": ("auto", "cpu", "cuda", "mps"), "default": "auto"}),
-        "--batch-size": ("images computed at once (default: 4, on a GPU 32)",
-            {"type": whole_number(1, 4096), "metavar": "N"}),
-    },
-    "checks": {
-        "--verify": ("ask the networks again, markers covered or added, hot areas erased: up to 19 passes each",
-            {"action": "store_true"}),
-        "--boxes": ("table file,class,x0,y0,x1,y1 of true fractures (default: the test images' own)",
-            {"type": Path, "metavar": "CSV"}),
-    },
-    "outputs": {
-        "--output-dir": ("where results go (default: explainability_outputs)",
-            {"type": Path, "metavar": "DIR"}),
-        "--colormap": ("any matplotlib colormap (default: jet; viridis is perceptually uniform)",
-            {"type": colormap_name, "default": "jet", "metavar": "NAME"}),
-        "--signed": ("draw evidence for and against the class, not the first alone", {"action": "store_true"}),
-        "--dpi": ("resolution of the figures (default: 150)",
-            {"type": whole_number(30, 1200), "default": 150, "metavar": "N"}),
-        "--format": ("kind of the figures' files; pdf and svg for print (default: png)",
-            {"choices": ("png", "pdf", "svg"), "default": "png"}),
-        "--contours": ("lines of equal heat over the radiograph, not colours", {"action": "store_true"}),
-        "--save-panels": ("also write radiograph, heatmap and overlay as bare pictures of the radiograph's size",
-            {"action": "store_true"}),
-        "--no-figures": ("numbers alone", {"action": "store_true"}),
-        "--save-maps": ("also write the raw maps, before the ReLU, as .npy with a .json beside each",
-            {"action": "store_true"}),
-        "--anonymous": ("name images by their content's checksum, not by their files' names",
-            {"action": "store_true"}),
-        "--skip-existing": ("leave images alone that an earlier run finished", {"action": "store_true"}),
-        "--quiet": ("print only the final summary, warnings and errors", {"action": "store_true"}),
-    },
-}  # fmt: skip
+def method_list(text: str) -> list[str]:
+    """An argparse type: one method, or more between commas."""
+    keys = [key for key in text.split(",") if key]
+    for key in keys:
+        if key not in METHODS:
+            near = near_text(difflib.get_close_matches(key, METHODS, 1))
+            raise argparse.ArgumentTypeError(f"{brief(key)} is none of {', '.join(METHODS)}{near}")
+    return keys
+
+
+def device_name(text: str) -> str:
+    """An argparse type: auto, cpu, mps, cuda, or one of several GPUs as cuda:1."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{brief(text)} is none of auto, cpu, cuda, cuda:1 ..., mps")
+    return text
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Show where bone-fracture classifiers look, with Grad-CAM.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
-    for heading, options in OPTIONS.items():
-        group = parser.add_argument_group(heading)
-        for name, (what, how) in options.items():
-            group.add_argument(name, help=what, **how)
-    parser.set_defaults(output_dir=OUTPUT_FOLDER)
-    return parser
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the versions of this tool and its libraries")
+
+    group = parser.add_argument_group("what to explain")
+    group.add_argument("--image", nargs="+", action="extend", metavar="PATH",
+                       help="X-ray images, folders or quoted patterns (default: a random test image)")
+    group.add_argument("--model", choices=[*FAMILIES, "both"], default="both",
+                       help="which model to analyze (default: both)")
+    group.add_argument("--compare", action="store_true",
+                       help="both models and their comparison, whatever --model says")
+    group.add_argument("--method", nargs="+", action="extend", type=method_list, metavar="METHOD",
+                       help=f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)")
+    group.add_argument("--target-class", metavar="CLASS",
+                       help="name or index of the class to explain (default: the predicted class)")
+    group.add_argument("--seed", type=whole_number(0, 2**63), metavar="N",
+                       help="repeat the choice of the random test image")
+
+    group = parser.add_argument_group("networks")
+    for key in FAMILIES:
+        group.add_argument(f"--{key}-checkpoint", type=Path, metavar="FILE", help=f"default: checkpoints/{key}*")
+    group.add_argument("--class-names", type=class_list, metavar="A,B",
+                       help="classes in the order of the outputs, for checkpoints that record none")
+    group.add_argument("--device", type=device_name, default="auto",
+                       help="where to compute: auto, cpu, cuda, cuda:1 ..., mps (default: auto)")
+    group.add_argument("--batch-size", type=whole_number(1, 4096), metavar="N",
+                       help="images computed at once (default: 4, on a GPU 32)")
+
+    group = parser.add_argument_group("checks")
+    group.add_argument("--verify", action="store_true",
+                       help=f"ask the networks again, markers covered or added, hot areas erased: "
+                            f"up to {MOST_TRIALS} passes each")
+    group.add_argument("--truth", "--boxes", type=Path, metavar="CSV",
+                       help="table of true classes and fractures: file and any of class,x0,y0,x1,y1 "
+                            "(default: folders' names, and the test images' own)")
+
+    group = parser.add_argument_group("outputs")
+    group.add_argument("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR",
+                       help="where results go (default: explainability_outputs)")
+    group.add_argument("--colormap", type=colormap_name, default="jet", metavar="NAME",
+                       help="any matplotlib colormap (default: jet; viridis is perceptually uniform)")
+    group.add_argument("--signed", action="store_true",
+                       help="draw evidence for and against the class, not the first alone")
+    group.add_argument("--dpi", type=whole_number(30, 1200), default=150, metavar="N",
+                       help="resolution of the figures (default: 150)")
+    group.add_argument("--format", choices=("png", "pdf", "svg"), default="png",
+                       help="kind of the figures' files; pdf and svg for print (default: png)")
+    group.add_argument("--contours", action="store_true",
+                       help="lines of equal heat over the radiograph, not colours")
+    group.add_argument("--save-panels", action="store_true",
+                       help="also write radiograph, heatmap and overlay as bare pictures of the radiograph's size")
+    group.add_argument("--no-figures", action="store_true", help="numbers alone")
+    group.add_argument("--save-maps", action="store_true",
+                       help="also write the raw maps, before the ReLU, as .npy with a .json beside each")
+    group.add_argument("--anonymous", action="store_true",
+                       help="name images by their content's checksum, not by their files' names")
+    group.add_argument("--skip-existing", action="store_true",
+                       help="leave images alone that an earlier run finished")
+    group.add_argument("--quiet", action="store_true", help="print only the final summary, warnings and errors")
+    return parser  # fmt: skip
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; ends with 2 where they are wrong."""
-    parser, told = argument_parser(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(told):  # argparse would not say that --help could not be written
-            args, unknown = parser.parse_known_args(argv)
-    finally:
-        if told.getvalue():
-            say(told.getvalue().rstrip())
+    parser = argument_parser()
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
-        hint = "" if unknown[0].startswith("-") else f"; did you mean --image {printable(unknown[0])}?"
-        parser.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}{hint}")
+        word = printable(unknown[0])
+        near = [f"--image {word}"]
+        if word.startswith("-"):
+            near = near_options(word.partition("=")[0], parser.format_help())
+        parser.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}{near_text(near)}")
     return args
+
+
+def near_options(word: str, help_text: str) -> list[str]:
+    """The options that a mistaken one may stand for: it is part of them, or spelled nearly alike."""
+    options = sorted(set(re.findall(r"--[a-z-]+", help_text)))
+    name = word.lstrip("-")
+    held = [each for each in options if each.startswith(f"--{name}") or (len(name) > 3 and name in each)]
+    return held or difflib.get_close_matches(f"--{name}", options, 1)
+
+
+def near_text(near: Sequence[str]) -> str:
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def versions_text() -> str:
+    told = [f"explainability.py {VERSION}", f"Python {platform.python_version()}"]
+    return "\n".join([*told, *(f"{name} {version(name)}" for name in LIBRARIES)])
+
+
+# Images
 
 
 def images_below(folder: Path) -> list[Path]:
@@ -5198,17 +4864,15 @@ def images_below(folder: Path) -> list[Path]:
         cause = f"cannot be searched ({error.strerror})"
         raise refusal(Path(error.filename), cause, "change its mode, or name the other folders")
 
-    paths, searched = [], set(map(str, Path(os.path.realpath(folder)).parents))  # a link there would never end
-    starts = [str(folder)]
-    for start in starts:  # links last, so that what they lead to keeps its own path where it has one
-        for parent, folders, names in os.walk(start, onerror=refuse):
-            if (real := os.path.realpath(parent)) in searched:
-                folders.clear()
-                continue
-            searched.add(real)
-            paths += [Path(parent, name) for name in names]
-            below = (os.path.join(parent, name) for name in sorted(folders))
-            starts += [path for path in below if os.path.islink(path)]
+    paths, searched = [], set(map(str, Path(os.path.realpath(folder)).parents))
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in searched:  # a link there would come round again
+            folders.clear()
+            continue
+        searched.add(real)
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        paths += [Path(parent, name) for name in names]
     return sorted(path for path in paths if is_dicom(path) or path.suffix.lower() in IMAGE_SUFFIXES)
 
 
@@ -5223,15 +4887,6 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
-def is_output(path: Path, searched: Path, outputs: Path) -> bool:
-    """Whether a file found below a searched folder lies among the results: right there, or below it.
-
-    Both folders are real paths.
-    """
-    folder = Path(os.path.realpath(path)).parent
-    return folder == outputs or (searched in outputs.parents and outputs in folder.parents)
-
-
 def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
     """The images that --image names, each once: files as they are, folders and patterns sorted.
 
@@ -5241,28 +4896,29 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
     outputs = Path(os.path.realpath(output_folder))
     images: list[Path] = []
     for text in arguments:
-        if not text:
+        if not text:  # as from a variable of the shell that is not set
             raise ExplainError("--image: an empty path; name an image or a folder")
         if re.match(r"[a-z]+://", text, re.IGNORECASE):
             raise ExplainError(f"{printable(text)}: URLs are not read; download the image and name its file")
         if os.path.isdir(text):
-            folder = Path(os.path.realpath(text))
-            found = [each for each in images_below(Path(text)) if not is_output(each, folder, outputs)]
-            if not found and folder == outputs:
-                cause = "is the folder for results, whose own files are not read"
-                raise refusal(Path(text), cause, "choose another --output-dir")
+            found = [path for path in images_below(Path(text)) if not is_output(path, Path(text), outputs)]
         elif glob.has_magic(text) and not os.path.lexists(text):
             found = sorted(Path(each) for each in glob.glob(text, recursive=True) if os.path.isfile(each))
         else:
             found = [Path(text)]
         if not found:
             suffixes = ", ".join(IMAGE_SUFFIXES)
-            raise refusal(Path(text), "no image found there", f"files end in {suffixes}")
+            cause = "no image found there, beside this tool's own results"
+            raise refusal(Path(text), cause, f"name a folder or pattern with files that end in {suffixes}")
         images += found
-    once: dict[str, Path] = {}
-    for image in images:
-        once.setdefault(row_key(str(image)), image)
-    return list(once.values())
+    return list({row_key(str(image)): image for image in reversed(images)}.values())[::-1]
+
+
+def is_output(path: Path, searched: Path, outputs: Path) -> bool:
+    """Whether a file found below a searched folder lies among the results: right there, or below it."""
+    folder = Path(os.path.realpath(path)).parent
+    is_below = outputs in folder.parents and Path(os.path.realpath(searched)) in outputs.parents
+    return folder == outputs or is_below
 
 
 def random_test_image(seed: int | None) -> Path:
@@ -5274,6 +4930,9 @@ def random_test_image(seed: int | None) -> Path:
     if not paths:
         raise refusal(TEST_IMAGES, "no test images there", "give one with --image")
     return random.Random(seed).choice(paths)
+
+
+# Checkpoints
 
 
 def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Path]], list[str]]:
@@ -5316,56 +4975,25 @@ def checked_request(args: argparse.Namespace) -> Request:
         check_image_path(images[0])
     checkpoints, notes = chosen_checkpoints(args)
     check_output_folder(args.output_dir)
-    check_temporary_folder()
     style = FigureStyle(args.colormap, args.dpi, args.format, args.contours, args.signed)
-    labels = numbered(map(content_label, images)) if args.anonymous else list(map(str, images))
-    marks = [(family.key, file_mark(path)) for family, path in checkpoints]
-    methods = tuple(dict.fromkeys(args.method or ["gradcam"]))
-    boxes, table, told = known_boxes(args.boxes, images, args.anonymous)
     if args.signed and args.colormap != "jet":
-        told.append(f"ℹ️  --colormap {args.colormap}: not used, as --signed has colours of its own")
+        notes.append(f"ℹ️  --colormap {args.colormap}: not used, as --signed has colours of its own")
+    labels = numbered(map(content_label, images)) if args.anonymous else list(map(str, images))
+    methods = tuple(dict.fromkeys(itertools.chain(*(args.method or [["gradcam"]]))))
+    truths, table, told = known_truth(args.truth, images, args.anonymous)
+    marks = [(family.key, file_mark(path)) for family, path in checkpoints]
     asked = marks, args.target_class, args.class_names, methods, style, args.verify, table
-    keys = [family.key for family, _ in checkpoints]
     wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
     kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
-    jobs = make_jobs(images, labels, keys, methods, args.output_dir, kinds, args.format, asked)
-    jobs = [dataclasses.replace(job, box=boxes.get(os.path.realpath(job.image))) for job in jobs]
+    keys = [family.key for family, _ in checkpoints]
+    jobs = [
+        dataclasses.replace(job, truth=truths.get(os.path.realpath(job.image), Truth()))
+        for job in make_jobs(images, labels, keys, methods, args.output_dir, kinds, args.format, asked)
+    ]
     return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, (*notes, *told))
 
 
-def hold_streams() -> None:
-    """Open the null device in place of closed standard streams: no other file must get their numbers.
-
-    Raises ExplainError where standard output is closed.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)
-    if sys.stdout is None:
-        raise ExplainError("standard output: closed; send it somewhere, such as to /dev/null")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an emoji that the terminal lacks becomes "?"
-
-
-def check_working_folder(args: argparse.Namespace) -> None:
-    """Leave a working directory that is gone. Raises ExplainError where a path starts from it."""
-    try:
-        os.getcwd()
-    except OSError as error:
-        checkpoints = (path for key in FAMILIES if (path := vars(args)[f"{key}_checkpoint"]))
-        for path in (args.output_dir, *map(Path, args.image or ()), *checkpoints):
-            if not path.is_absolute():
-                raise working_folder_gone() from error
-        os.chdir(os.sep)
-
-
-def working_folder_gone() -> ExplainError:
-    return ExplainError("the working directory: gone; change to another, or give whole paths from there")
+# The end
 
 
 def end_on_signal(number: int, _: Any) -> None:
@@ -5373,31 +5001,18 @@ def end_on_signal(number: int, _: Any) -> None:
     sys.exit(128 + number)
 
 
-def fault_text(error: Exception) -> str:
-    """One line for an error that nothing has worded yet: of what surrounds the tool, or of a fault in it."""
-    if lacks_memory(error):
-        return "memory: not enough; close other programs, or choose a smaller --batch-size or --dpi"
-    if isinstance(error, ImportError):
-        what = printable(error.name or "a library")
-        return f"{what}: cannot be imported ({brief(str(error))}); pip install -r requirements.txt"
-    try:
-        os.getcwd()
-    except OSError:
-        return str(working_folder_gone())
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    place = f"{Path(frame.f_code.co_filename).name}:{line}"
-    cause = f"{type(error).__name__} {brief(str(error))} at {place}"
-    return f"{cause}; look at the settings that this names, or report it"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: returns the exit status."""
+    """The command line: returns the exit status. What nobody foresaw is a fault and shows its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an emoji that the terminal lacks becomes "?"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of libraries, for their programmers
-            hold_streams()
             args = parsed(argv)
-            check_working_folder(args)
+            if args.version:
+                say(versions_text())
+                return 0
             return run(args, checked_request(args))
     except ExplainError as error:
         warn(f"❌ {error}")
@@ -5407,8 +5022,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     except Exception as error:
-        warn(f"❌ {fault_text(error)}")
+        if lacks_memory(error):
+            warn("❌ memory: not enough; close other programs, or choose a smaller --batch-size or --dpi")
+        elif isinstance(error, ImportError):
+            what = printable(error.name or "a library")
+            warn(f"❌ {what}: cannot be imported ({brief(str(error))}); pip install -r requirements.txt")
+        else:
+            raise
         return 1
+
+
+def leave(status: int) -> NoReturn:
+    """End at once: what is written is written, and Python's own way out of torch takes half a second."""
+    with contextlib.suppress(OSError):  # a reader that has gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
@@ -5416,4 +5045,7 @@ if __name__ == "__main__":
     for ending in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; under nohup it is ignored, and stays so
         if hasattr(signal, ending) and signal.getsignal(getattr(signal, ending)) == signal.SIG_DFL:
             signal.signal(getattr(signal, ending), end_on_signal)
-    raise SystemExit(main())
+    try:
+        leave(main())
+    except SystemExit as ended:
+        leave(ended.code)

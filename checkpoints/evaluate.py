@@ -23,6 +23,7 @@ import csv
 import io
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,8 @@ def table_of(key: str, checkpoint: Path, images: Sequence[Path], *options: str) 
             status = tool.main(["--image", *paths, "--no-figures", "--quiet", *network, *options])
         if status != 0:
             raise SystemExit(status)
-        with open(Path(folder) / "summary.csv", newline="") as file:
-            return list(csv.DictReader(file))
+        with open(Path(folder) / "summary.csv", newline="", encoding="utf-8-sig") as file:
+            return [defaultdict(str, row) for row in csv.DictReader(file)]
 
 
 def measure(key: str, checkpoint: Path) -> Measurement:

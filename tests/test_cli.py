@@ -109,8 +109,29 @@ def test_wrong_command_lines_end_with_2(arguments, capsys, requests):
         main(arguments)
     assert end.value.code == 2
     out, error = capsys.readouterr()
-    assert "usage:" in error
+    assert error.startswith("❌ ") and error.count("\n") == 1 and "--help" in error
     assert (out, requests) == ("", [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--images", "x.png"], "did you mean --image?"), (["--output", "x"], "did you mean --output-dir?"), (["-i", "x"], "did you mean --image?"),
+        (["--checkpoint=x"], "--convnext-checkpoint"), (["--method", "gradcam,shapp"], "did you mean shap?"), (["x.png"], "did you mean --image x.png?"),
+        (["--device", "cuda:x"], "cuda:1"),
+    ],
+)  # fmt: skip
+def test_a_wrong_option_is_answered_with_the_nearest(arguments, hint, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and hint in error and error.count("\n") == 1
+
+
+def test_version_tells_those_of_the_tool_and_its_libraries(capsys):
+    assert main(["--version"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("explainability.py ") and [line.split()[0] for line in lines[2:]] == list(explainability.LIBRARIES)
 
 
 def test_unknown_colormap_is_refused_by_name(xray, tiny_arguments, tmp_path, capsys):
@@ -291,19 +312,13 @@ def test_image_may_be_given_twice(checkpoints, xray, tmp_path, requests):
     (
         (["--image", "https://example.org/x.png"], "URLs are not read"),
         (["--image", ""], "an empty path"),
-        (["--image", "XRAY", "--output-dir", "XRAY"], "a file, not a folder"),
+        (["--image", "XRAY", "--output-dir", "XRAY"], "File exists"),
     ),
 )
 def test_paths_that_cannot_be_meant_are_one_line(checkpoints, xray, capsys, arguments, word):
     assert main([str(xray) if part == "XRAY" else part for part in arguments]) == 1
     error = capsys.readouterr().err
     assert word in error and error.count("\n") == 1
-
-
-def test_a_bare_path_is_answered_with_the_option(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["xray.png"])
-    assert end.value.code == 2 and "did you mean --image xray.png?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ("one", "a,a", "a,", ","))
@@ -393,3 +408,18 @@ def test_damaged_image_is_refused_without_figures(tiny_arguments, tmp_path, caps
     assert "half.png" in error
     assert "saved" not in out
     assert not list(tmp_path.glob("figures/*"))
+
+
+def test_a_device_is_chosen_among_those_that_are_there(monkeypatch):
+    import torch
+
+    def chosen(wanted: str, gpus: int) -> str:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        return explainability.choose_device(wanted)
+
+    assert [chosen(*asked) for asked in (("auto", 0), ("auto", 2), ("cuda:1", 2), ("cpu", 2))] == ["cpu", "cuda", "cuda:1", "cpu"]
+    for wanted, gpus in (("cuda", 0), ("cuda:2", 2), ("mps", 1)):
+        with pytest.raises(explainability.ExplainError, match=f"--device {wanted}: not available here; use --device .*cpu"):
+            chosen(wanted, gpus)

@@ -54,10 +54,10 @@ EfficientNetV2-B0:
 """
 ENDINGS = {
     (0, 0): "⚠️  Both models agree: Comminuted Fracture"
-    "; wrong, the folder says Simple Fracture: ConvNeXt V2, EfficientNetV2-B0",
+    "; wrong, the truth is Simple Fracture: ConvNeXt V2, EfficientNetV2-B0",
     (1, 1): "✅ Both models agree: Simple Fracture",
     (0, 1): "⚠️  Models disagree: ConvNeXt V2 says Comminuted Fracture, EfficientNetV2-B0 says Simple Fracture"
-    "; wrong, the folder says Simple Fracture: ConvNeXt V2",
+    "; wrong, the truth is Simple Fracture: ConvNeXt V2",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 import shutil
@@ -16,9 +15,9 @@ from PIL import Image
 import explainability
 from conftest import an_explanation, in_new_process
 from explainability import (
-    FAMILIES, Box, ExplainError, Explanation, FigureStyle, Finding, Job, Line, Page, Picture, Result, Sheet, View,
+    FAMILIES, Box, Explanation, FigureStyle, Finding, Job, Line, Page, Picture, Result, Sheet, View,
     comparison_figure, digest_in, explanation_figure, figure_bytes, fitted, methods_figure, sheet_pixels,
-    summary_figure, write_page,
+    write_page,
 )  # fmt: skip
 
 STYLE = FigureStyle()
@@ -26,6 +25,7 @@ SIGNED = FigureStyle(signed=True)
 CORNER = np.zeros((7, 7), np.float32)  # a raw map that is hot in the top left cell alone
 CORNER[0, 0] = 1
 OTHER_CORNER = CORNER[::-1, ::-1].copy()
+TOP_RIGHT = CORNER[:, ::-1].copy()
 EFFICIENTNET = {
     "family": FAMILIES["efficientnet"],
     "architecture": "tf_efficientnetv2_s.in21k_ft_in1k",
@@ -170,10 +170,11 @@ def test_texts_take_the_room_that_they_are_given(text):
         assert not strip[0].any() and not strip[-1].any()
 
 
-@pytest.mark.parametrize("height, width", ((900, 600), (600, 900), (1000, 100), (100, 1000), (1, 1), (1, 3000), (3000, 1), (2600, 2100)), ids=str)
-def test_layout_holds_for_any_shape_of_radiograph(height, width):
-    for figure in both_figures(view(height=height, width=width), pair(findings=FLAGGED)):
-        check_layout(figure)
+@pytest.mark.parametrize("dpi", (30, 300))
+@pytest.mark.parametrize("height, width", ((900, 600), (600, 900), (1000, 100), (100, 1000), (1, 1)), ids=str)
+def test_layout_holds_for_any_shape_of_radiograph_and_resolution(height, width, dpi):
+    for figure in both_figures(view(height=height, width=width, style=FigureStyle(dpi=dpi)), pair(findings=FLAGGED)):
+        check_layout(figure, dpi)
 
 
 @pytest.mark.parametrize(
@@ -204,21 +205,6 @@ def test_layout_holds_for_any_explanation(changed, width):
         check_layout(figure)
 
 
-def test_layout_holds_for_long_architectures():
-    check_layout(explanation_figure(view(), an_explanation(architecture="convnextv2_base.fcmae_ft_in22k_in1k_" + "384_" * 9)))
-
-
-def test_layout_holds_where_long_named_classes_disagree():
-    first, second = pair(class_names=LONG_CLASSES[:2])[0], pair(class_names=LONG_CLASSES[:2], probabilities=np.float32([0.2, 0.8]))[1]
-    check_layout(comparison_figure(view("x" * 200), [first, second], Finding("agreement", 0.2, True, "The maps share 20 % of their heat")))
-
-
-@pytest.mark.parametrize("dpi", (30, 72, 600))
-def test_layout_holds_at_other_resolutions(dpi):
-    for figure in both_figures(view(style=FigureStyle(dpi=dpi)), pair()):
-        check_layout(figure, dpi)
-
-
 @pytest.mark.parametrize("place, text", (((0.5, 0.2), "twice"), ((9.6, 5), "leaves the page"), ((1, 3), "on a picture")))
 def test_layout_check_finds_faults(place, text):
     figure = explanation_figure(view(), an_explanation())
@@ -230,40 +216,21 @@ def test_layout_check_finds_faults(place, text):
 # The page follows the picture
 
 
-def picture_share(sheet: Sheet) -> float:
-    """Share of the page that is picture, the details panel left out."""
-    area = sum(picture.pixels.shape[0] * picture.pixels.shape[1] for picture in pictures(sheet)) / 150**2
-    details = sheet.details.width * sheet.details.height if sheet.details else 0
-    return area / (sheet.width * sheet.height - details)
-
-
 @pytest.mark.parametrize("aspect", ASPECTS)
-def test_most_of_the_page_is_picture(aspect):
-    size = {"height": 600, "width": round(600 * aspect)}
-    for figure in both_figures(view(**size), pair()):
-        assert picture_share(figure) >= 0.7
+def test_most_of_a_comparison_is_picture(aspect):
+    sheet = comparison_figure(view(height=600, width=round(600 * aspect)), pair())
+    area = sum(picture.pixels.shape[0] * picture.pixels.shape[1] for picture in pictures(sheet)) / 150**2
+    assert area >= 0.7 * sheet.width * sheet.height
 
 
-@pytest.mark.parametrize("aspect", (0.1, *ASPECTS, 10))
-def test_panels_are_equal_and_keep_the_shape_of_the_radiograph(aspect):
-    for figure in both_figures(view(height=600, width=round(600 * aspect)), pair()):
-        (shape,) = {picture.pixels.shape for picture in pictures(figure)}
-        assert shape[1] / shape[0] == pytest.approx(aspect, rel=0.02)
-        assert {len(bar.pixels) for bar in bars(figure)} == {shape[0]}
-        assert {bar.y for bar in bars(figure)} <= {picture.y for picture in pictures(figure)}
-
-
-@pytest.mark.parametrize("aspect, rows, columns", ((1 / 3, 1, 3), (0.5, 1, 3), (0.75, 2, 2), (1, 2, 2), (1.8, 2, 2), (3, 3, 1)))
-def test_panels_are_arranged_as_fills_the_page(aspect, rows, columns):
-    panels = pictures(explanation_figure(view(height=600, width=round(600 * aspect)), an_explanation()))
-    assert len({picture.y for picture in panels}) == rows
-    assert len({picture.x for picture in panels}) == columns
-
-
-def test_very_long_bones_are_as_large_as_the_page_allows():
-    for size in ({"height": 1000, "width": 100}, {"height": 100, "width": 1000}):
-        picture = pictures(explanation_figure(view(**size), an_explanation()))[0]
-        assert max(picture.pixels.shape) == explainability.LONGEST_SIDE * 150
+@pytest.mark.parametrize("aspect, rows, columns", ((0.1, 1, 3), (1 / 3, 1, 3), (0.75, 2, 2), (1, 2, 2), (3, 2, 2), (10, 2, 2)))
+def test_panels_are_equal_and_keep_the_shape_of_the_radiograph(aspect, rows, columns):
+    figure, both = both_figures(view(height=600, width=round(600 * aspect)), pair())
+    (shape,) = {picture.pixels.shape for picture in pictures(figure) + pictures(both)}
+    assert shape[1] / shape[0] == pytest.approx(aspect, rel=0.02)
+    assert {len(bar.pixels) for bar in bars(figure) + bars(both)} == {shape[0]}
+    assert len({picture.y for picture in pictures(figure)}) == rows
+    assert len({picture.x for picture in pictures(figure)}) == columns
 
 
 @pytest.mark.parametrize("aspect", (0.1, *ASPECTS))
@@ -276,51 +243,21 @@ def test_comparison_has_two_rows_of_three_panels(aspect):
     assert panels[0].x < panels[1].x < panels[2].x and panels[0].y < panels[3].y
 
 
-def test_everything_starts_at_one_left_edge():
-    figure = comparison_figure(view("x" * 200), pair(findings=FLAGGED))
-    left = min(line.x for line in lines(figure))
-    for text in ("Both models", "xxx", "ConvNeXt V2:", "EfficientNetV2-S:", "Grad-CAM shows"):
-        assert line_with(figure, text).x == left
-    assert min(picture.x for picture in pictures(figure)) == left
-
-
-@pytest.mark.parametrize("name", ("wrist.jpg", "x" * 200))
-def test_file_name_is_closer_to_the_title_than_to_the_panels(name):
-    for figure in both_figures(view(name), pair()):
-        title, named = lines(figure)[0], next(line for line in lines(figure) if line.look == explainability.NAME)
-        below = min(extent(line)[1] for line in lines(figure) if line.baseline > named.baseline + 0.01)
-        to_title = max(extent(named)[1] - extent(title)[3], 0)
-        assert to_title < below - extent(named)[3]
-
-
 # ------------------------------------------------------------------------------------------
 # What the figures say
 # ------------------------------------------------------------------------------------------
 
 
-def test_four_panels_and_a_colour_bar():
-    figure = explanation_figure(view(), an_explanation())
-    titles = ["Original X-ray", "Grad-CAM Heatmap: Comminuted Fracture", "Overlay (Model Focus)"]
-    assert [picture.title for picture in pictures(figure)] == titles
-    assert len(bars(figure)) == 1
-    assert all(title in words(figure) for title in titles)
-
-
 def test_details_name_everything_needed_to_read_the_map():
-    said = words(explanation_figure(view(), an_explanation()))
+    remark = "Every pixel is the same: there is nothing to see"
+    figure = explanation_figure(view(), an_explanation(raw_map=CORNER * 5 - OTHER_CORNER * 9, remarks=(remark,)))
     for expected in (
-        "Comminuted Fracture", "Confidence: 96.94%", "Simple Fracture", "3.06%", "convnextv2_base.fcmae_ft_in22k_in1k",
-        "convnext_v2_improved_best.pth", "Validation accuracy: 98.32%", "stages.3", "7×7 grid, interpolated", "1/49",
-        "High attention", "Low attention",
+        "Original X-ray", "Grad-CAM Heatmap: Comminuted Fracture", "Overlay (Model Focus)", "Confidence: 96.94%", "3.06%",
+        "Simple Fracture", "convnextv2_base.fcmae_ft_in22k_in1k", "convnext_v2_improved_best.pth", "High attention", "Low attention",
+        "Validation accuracy: 98.32%", "stages.3", "7×7 grid, interpolated", "1/49", "5 (the colours are relative to it)", remark,
     ):  # fmt: skip
-        assert expected in said
-
-
-def test_peak_of_the_raw_map_is_its_greatest_value():
-    figure = explanation_figure(view(), an_explanation(raw_map=CORNER * 5 - OTHER_CORNER * 9))
-    label = line_with(figure, "Peak of raw map")
-    (value,) = (line.text for line in lines(figure) if line.baseline == label.baseline and line.x > label.x)
-    assert value.startswith("5 ")
+        assert expected in words(figure)
+    assert len(bars(figure)) == 1 and "Blank map" not in words(figure) and "Constant map" not in words(figure)
 
 
 def test_explained_class_is_told_from_the_predicted_one():
@@ -356,16 +293,6 @@ def test_blank_map_says_so_and_shows_no_colours():
     assert not bars(comparison_figure(view(), pair(raw_map=-CORNER)))
 
 
-def test_usual_map_has_no_remark():
-    said = words(explanation_figure(view(), an_explanation()))
-    assert "Blank map" not in said and "Constant map" not in said
-
-
-def test_remarks_stand_in_the_details():
-    remark = "Every pixel is the same: there is nothing to see"
-    assert remark in words(explanation_figure(view(), an_explanation(remarks=(remark,))))
-
-
 @pytest.mark.parametrize("checkpoint", ("convnext_v2_demo.pth", "convnext_best.pth"))
 def test_demo_networks_are_told_from_own(checkpoint):
     is_demo = checkpoint.endswith("demo.pth")
@@ -377,37 +304,23 @@ def test_demo_networks_are_told_from_own(checkpoint):
     assert ("Validation accuracy: 98.32% (synthetic test images)" in said) == is_demo
 
 
-def test_file_name_is_not_read_as_mathematics():
-    for figure in both_figures(view("a$b$c.png"), pair()):
-        assert "a$b$c.png" in words(figure)
-        assert sheet_pixels(figure, 50).size
-
-
 def test_file_name_is_not_read_as_markup():
     figure = explanation_figure(view("--><script>x</script>.svg"), an_explanation())
     assert b"<script" not in figure_bytes(figure, FigureStyle(format="svg"))
 
 
-def test_long_file_name_keeps_both_ends():
-    for figure in both_figures(view("patient_0042_" + "x" * 200 + "_left.png"), pair()):
+def test_long_class_names_are_wrapped_and_long_file_names_keep_both_ends():
+    for figure in both_figures(view("patient_0042_" + "x" * 200 + "_left.png"), pair(class_names=LONG_CLASSES[:2])):
         name = line_with(figure, "patient_0042_").text
-        assert name.endswith("_left.png")
-        assert "…" in name
-
-
-def test_long_class_names_are_wrapped_and_not_cut():
-    explanations = pair(class_names=LONG_CLASSES[:2])
-    for figure in both_figures(view(), explanations):
-        assert LONG_CLASSES[0] in words(figure).replace("\n", " ")
-        assert "…" not in words(figure)
+        assert name.endswith("_left.png") and "…" in name
+        assert LONG_CLASSES[0] in words(figure).replace("\n", " ") and words(figure).count("…") == 1
 
 
 def test_likeliest_classes_are_listed_and_the_others_counted():
     many = an_explanation(class_names=tuple("ABCDEFGHIJ"), probabilities=np.float32([0.28] + [0.08] * 9))
     said = words(explanation_figure(view(), many))
-    listed = len(re.findall(r"^8\.00%$", said, re.MULTILINE))
-    assert 2 <= listed < 9
-    assert f"and {9 - listed} more, together {(9 - listed) * 8}.00%" in said
+    assert len(re.findall(r"^8\.00%$", said, re.MULTILINE)) == 3
+    assert "and 6 more, together 48.00%" in said
 
 
 # The checks of a map
@@ -420,13 +333,8 @@ def test_flagged_checks_are_told_in_words_and_the_others_in_one_line():
     assert "Passed: border, focus" in said.splitlines() and "10 % of the heat" not in said
     assert line_with(figure, "Attention on irr").look.colour == explainability.WARNING
     assert "☐ Clinical features match" in said
-
-
-def test_figure_without_flags_stays_clean():
-    for figure in both_figures(view(), pair(findings=CLEAN)):
-        assert "⚠" not in words(figure)
-    assert "Passed: border, focus" in words(explanation_figure(view(), an_explanation(findings=CLEAN)))
-    assert "☐" not in words(explanation_figure(view(), an_explanation()))
+    for clean in both_figures(view(), pair(findings=CLEAN)):
+        assert "⚠" not in words(clean)
 
 
 def test_comparison_flags_the_row_it_belongs_to():
@@ -490,16 +398,16 @@ def test_pictures_are_copied_to_the_page_as_they_are(title, height, width):
     assert (found[1:-1, 1:-1] == shown.pixels[1:-1, 1:-1]).all()
 
 
-def test_hot_cell_is_red_and_top_left_of_pictures_of_any_shape():
-    for height, width in ((1000, 100), (400, 300), (100, 1000), (700, 1400)):
-        figure = explanation_figure(view(height=height, width=width), an_explanation(raw_map=CORNER))
-        pixels = rendered(figure, panel(figure, "Grad-CAM Heatmap"))
-        hot = pixels[:, :, 0] > pixels[:, :, 2]
-        rows, columns = np.nonzero(hot)
-        assert hot[4, 4]
-        assert rows.max() < len(pixels) * 0.2
-        assert columns.max() < pixels.shape[1] * 0.2
-        assert (pixels[len(pixels) // 2 :, :, 2] > pixels[len(pixels) // 2 :, :, 0])[2:-2, 2:-2].all()
+@pytest.mark.parametrize("height, width", ((1000, 100), (400, 300), (100, 1000), (700, 1400)))
+def test_hot_cell_is_red_and_top_right_of_pictures_of_any_shape(height, width):
+    figure = explanation_figure(view(height=height, width=width), an_explanation(raw_map=TOP_RIGHT))
+    pixels = rendered(figure, panel(figure, "Grad-CAM Heatmap"))
+    hot = pixels[:, :, 0] > pixels[:, :, 2]
+    rows, columns = np.nonzero(hot)
+    assert hot[4, -5]
+    assert rows.max() < len(pixels) * 0.2
+    assert columns.min() > pixels.shape[1] * 0.8
+    assert (pixels[len(pixels) // 2 :, :, 2] > pixels[len(pixels) // 2 :, :, 0])[2:-2, 2:-2].all()
 
 
 def test_overlay_is_the_heat_over_the_radiograph_by_its_opacity():
@@ -511,28 +419,12 @@ def test_overlay_is_the_heat_over_the_radiograph_by_its_opacity():
     assert np.abs(panel(figure, "Overlay").pixels - expected).max() < 2.5
 
 
-def test_cold_bone_keeps_its_contrast():
-    noise = np.random.default_rng(0).integers(60, 200, (300, 260, 1), dtype=np.uint8).repeat(3, axis=2)
-    seen = View(noise, "x", STYLE)
-    overlay = panel(explanation_figure(seen, an_explanation(raw_map=CORNER)), "Overlay").pixels
-    cold = np.s_[100:, 100:]
-    assert overlay[cold].astype(float).std() >= 0.95 * noise[cold].astype(float).std()
-
-
-def test_original_panel_shows_the_radiograph_unchanged():
-    seen = view(height=400, width=400)
-    for figure in both_figures(seen, pair()):
-        originals = [picture for picture in pictures(figure) if picture.title.startswith("Original")]
-        assert all(picture.pixels is seen.picture for picture in originals)
-
-
 def test_heatmap_is_enlarged_smoothly_between_cell_centres():
     big = explainability.resized(CORNER, 70, 140)
     assert big.shape == (70, 140)
     assert big[2, 5] == 1  # inside the first half of the hot cell
     assert 0 < big[9, 19] < 0.5  # its lower right corner
-    assert big.min() == 0 and big.max() == 1
-    assert big[40:].max() == 0 == big[:, 80:].max()
+    assert big.min() == 0 and big.max() == 1 and big[40:].max() == 0 == big[:, 80:].max()
     ramp = explainability.resized(np.array([[0, 1]], np.float32), 1, 200)[0]
     steps = np.diff(ramp[50:150])
     assert (steps >= 0).all() and steps[50] > 1.5 * steps[5]  # bilinear would be straight
@@ -549,39 +441,32 @@ def test_colormap_is_sampled_from_end_to_end(name):
 
 
 @pytest.mark.parametrize("style", (STYLE, FigureStyle(colormap="viridis"), SIGNED), ids=("jet", "viridis", "signed"))
-def test_colour_bar_has_the_hottest_colour_at_the_top_beside_its_greatest_tick(style):
+def test_ticks_of_the_colour_bar_stand_at_their_colours(style):
     for figure in both_figures(view(style=style), pair(raw_map=CORNER - OTHER_CORNER)):
         table = explainability.colours_of(style)
         for bar in bars(figure):
             pixels = rendered(figure, bar)
-            assert np.abs(pixels[3, 10] - table[255]).max() < 12 and np.abs(pixels[-4, 10] - table[0]).max() < 12
             ticks = [line for line in lines(figure) if abs(line.x - bar.x - 0.22) < 0.01 and bar.y < line.baseline < extent(bar)[3] + 0.1]
-            values = [float(line.text) for line in sorted(ticks, key=lambda line: -line.baseline)]
-            assert values == ([-1, 0, 1] if style.signed else [0, 0.5, 1])
-            assert ticks[-1].baseline == pytest.approx(bar.y + 0.04, abs=0.03)
-            label = next(line for line in lines(figure) if line.is_upright and bar.y < line.baseline < extent(bar)[3])
-            assert (extent(label)[1] + extent(label)[3]) / 2 == pytest.approx(bar.y + len(bar.pixels) / 300, abs=0.02)
-
-
-def test_ticks_stand_at_their_colours():
-    figure = explanation_figure(view(), an_explanation())
-    (bar,) = bars(figure)
-    for value in (0, 0.5, 1):
-        (tick,) = (line for line in lines(figure) if line.text == f"{value:g}" and abs(line.x - bar.x - 0.22) < 0.01)
-        middle = (tick.baseline - tick.look.points * 0.365 / 72 - bar.y) * 150
-        row = min(max(round(middle), 0), len(bar.pixels) - 1)
-        assert np.abs(bar.pixels[row, 5].astype(int) - explainability.colour_table("jet")[round(255 * value)]).max() < 12
+            assert [float(tick.text) for tick in ticks] == ([-1, 0, 1] if style.signed else [0, 0.5, 1])
+            for tick, place in zip(ticks, (0, 128, 255)):
+                middle = (tick.baseline - tick.look.points * 0.365 / 72 - bar.y) * 150
+                row = min(max(round(middle), 3), len(bar.pixels) - 4)
+                assert np.abs(pixels[row, 10] - table[place]).max() < 12
+            assert any(line.is_upright and bar.y < line.baseline < extent(bar)[3] for line in lines(figure))
 
 
 def test_probability_bars_are_as_long_as_the_probabilities():
     probabilities = np.float32([0.2, 0.7, 0.1])
-    figure = explanation_figure(view(), an_explanation(class_names=("A", "B", "C"), probabilities=probabilities))
+    told = an_explanation(class_names=("A", "B", "C"), probabilities=probabilities, explained=2)
+    figure = explanation_figure(view(), told)
     for name, probability in zip("ABC", probabilities):
         label = [line for line in lines(figure) if line.text == name and line.look.points == 10][0]
         track, bar = [box for box in figure.items if isinstance(box, Box) and box.height == 0.075 and 0 < box.y - label.baseline < 0.12]
         assert (track.colour, bar.colour) == (explainability.TRACK, explainability.BAR)
         assert bar.width / track.width == pytest.approx(float(probability))
         assert f"{float(probability):.2%}" in [line.text for line in lines(figure) if line.baseline == label.baseline]
+        assert label.look.is_bold == (name == "B")  # predicted; explained is C
+    assert "Grad-CAM Heatmap: C" in words(figure) and "10.00% C" in words(figure)
 
 
 @pytest.mark.parametrize("colormap", ("jet", "gray"))
@@ -612,19 +497,8 @@ def test_white_pictures_end_in_a_frame():
     white = View(np.full((300, 260, 3), 255, np.uint8), "x", STYLE)
     figure = explanation_figure(white, an_explanation(raw_map=-CORNER))
     left, top, right, bottom = (round(150 * inches) for inches in extent(panel(figure, "Original")))
-    page = sheet_pixels(figure, 150)
-    middle, centre = (top + bottom) // 2, (left + right) // 2
-    for edge in (page[middle, left - 3 : left + 2], page[middle, right - 2 : right + 3], page[top - 3 : top + 2, centre], page[bottom - 2 : bottom + 3, centre]):
-        assert edge.min() < 220
-
-
-@pytest.mark.parametrize("line", [Box(0.1, 0.1, 0.8, 0.8, "black", 3), Box(0.1, 0.1, 0.8, 0.8, "black", 3, (90, 1))])
-def test_lines_are_as_wide_on_paper_at_any_resolution(line):
-    sheet = Sheet(1, 1)
-    sheet.items.append(line)
-    for dpi in (150, 300, 600):
-        row = 255 - sheet_pixels(sheet, dpi)[dpi // 2, : dpi // 2, 0].astype(float)
-        assert row.sum() / 255 == pytest.approx(3 * dpi / 72, rel=0.1)
+    page, middle = sheet_pixels(figure, 150), (top + bottom) // 2
+    assert page[middle, left - 3 : left + 2].min() < 220 and page[middle, right - 2 : right + 3].min() < 220
 
 
 def test_signed_maps_are_centred_on_zero():
@@ -640,14 +514,11 @@ def test_signed_maps_are_centred_on_zero():
 
 def test_contours_follow_the_levels_and_leave_the_radiograph_alone():
     style = FigureStyle(contours=True)
-    seen = view(style=style)
     cone = (1 - np.hypot(*np.mgrid[-3:4, -3:4]) / 3).clip(0).astype(np.float32)
-    figure = explanation_figure(seen, an_explanation(raw_map=cone))
-    shown = panel(figure, "Overlay")
-    assert shown.pixels is seen.picture
-    page = sheet_pixels(figure, 150)[round(shown.y * 150) :, round(shown.x * 150) :][: len(shown.pixels), : shown.pixels.shape[1]]
-    changed = (np.abs(page.astype(int) - shown.pixels) > 30).any(axis=2)[3:-3, 3:-3]
-    heat = explainability.resized(cone, *shown.pixels.shape[:2])[3:-3, 3:-3]
+    figure = explanation_figure(view(style=style), an_explanation(raw_map=cone))
+    shown = panel(figure, "Overlay").pixels.astype(int)
+    changed = (np.abs(shown - view().picture) > 30).any(axis=2)
+    heat = explainability.resized(cone, *shown.shape[:2])
     for level in (0.25, 0.5, 0.75):
         assert changed[np.abs(heat - level) < 0.005].mean() > 0.9
     assert changed[np.abs(heat[..., None] - (0.25, 0.5, 0.75)).min(axis=2) > 0.06].mean() < 0.02
@@ -657,12 +528,9 @@ def test_contours_follow_the_levels_and_leave_the_radiograph_alone():
 def test_signed_contours_have_the_colours_of_their_sign():
     style = FigureStyle(contours=True, signed=True)
     slope = np.tile(np.linspace(-1, 1, 7, dtype=np.float32), (7, 1))
-    rising, falling = (
-        explanation_figure(view(style=style), an_explanation(raw_map=each)).items for each in (slope, -slope - 1e-3)
-    )
-    for items in (rising, falling):
-        supporting, opposing = (each.colours for each in items if isinstance(each, explainability.Curves))
-        assert all(red > blue for red, _, blue in supporting[1:]) and all(red < blue for red, _, blue in opposing[1:])
+    red, _, blue = np.moveaxis(explainability.overlay_pixels(grey(300, 300), an_explanation(raw_map=slope), style).astype(int), 2, 0)
+    assert (red > blue + 30)[:, 150:].any() and not (red > blue + 30)[:, :150].any()
+    assert (blue > red + 30)[:, :150].any() and not (blue > red + 30)[:, 150:].any()
 
 
 @pytest.mark.parametrize("width", (90, 150, 260, 900))
@@ -688,102 +556,6 @@ def test_known_fractures_are_outlined_on_heatmap_and_overlay_alone():
             assert (columns.min() / width, columns.max() / width) == pytest.approx((0.25, 0.75), abs=0.01)
             assert (rows.min() / height, rows.max() / height) == pytest.approx((0.5, 0.6), abs=0.01)
         assert "dashed: the true fracture" in words(figure)
-
-
-@pytest.mark.parametrize("style", (STYLE, FigureStyle(contours=True)), ids=("colours", "contours"))
-def test_bare_pictures_have_the_size_of_the_radiograph(style):
-    pixels, explanation = grey(400, 301), an_explanation(raw_map=CORNER)
-    overlay = explainability.bare_overlay(pixels, explanation, style)
-    assert overlay.shape == pixels.shape == explainability.heatmap_pixels(explanation, 400, 301, style).shape
-    assert (overlay[200:, 150:] == pixels[200:, 150:]).all()
-    assert (overlay[:60, :60] != pixels[:60, :60]).any()
-
-
-# ------------------------------------------------------------------------------------------
-# The contact sheet
-# ------------------------------------------------------------------------------------------
-
-
-def run_row(file: str, truth: str, first: tuple[str, float], second: tuple[str, float], **extra: str) -> dict[str, str]:
-    row = {"file": file, "true_class": truth, "agree": "yes" if first[0] == second[0] else "no", "error": "", **extra}
-    for key, (said, confidence) in zip(FAMILIES, (first, second)):
-        other = "Simple Fracture" if said == "Comminuted Fracture" else "Comminuted Fracture"
-        row |= {f"{key}_predicted": said, f"{key}_p_{said}": f"{confidence:.6f}", f"{key}_p_{other}": f"{1 - confidence:.6f}"}
-        row |= {f"{key}_correct": ("yes" if said == truth else "no") if truth else "", f"{key}_blank_map": "no"}
-    return row | extra
-
-
-def models() -> list[explainability.Model]:
-    return [explanation.model for explanation in pair()]
-
-
-COMMINUTED, SIMPLE = "Comminuted Fracture", "Simple Fracture"
-ROWS = [
-    run_row("a/right.png", SIMPLE, (SIMPLE, 0.99), (SIMPLE, 0.98)),
-    run_row("a/doubtful.png", SIMPLE, (COMMINUTED, 0.6), (COMMINUTED, 0.7)),
-    run_row("a/differ.png", SIMPLE, (COMMINUTED, 0.6), (SIMPLE, 0.7)),
-    run_row("a/sure.png", SIMPLE, (COMMINUTED, 0.97), (COMMINUTED, 0.6)),
-    run_row("a/surest.png", COMMINUTED, (SIMPLE, 0.6), (SIMPLE, 0.999)),
-    run_row("a/blank.png", COMMINUTED, (COMMINUTED, 0.9), (COMMINUTED, 0.9), convnext_blank_map="yes"),
-    {"file": "a/bad.png", "true_class": "", "error": "a/bad.png: cut short"},
-]
-
-
-def contact_sheet(rows: list[dict[str, str]], thumbnails: dict[str, np.ndarray] | None = None) -> Sheet:
-    maps = {"convnext": CORNER, "efficientnet": OTHER_CORNER}
-    return summary_figure(rows, models(), maps, {file: (pixels, pair()[0]) for file, pixels in (thumbnails or {}).items()}, STYLE)
-
-
-def test_contact_sheet_shows_first_what_should_be_looked_at_first():
-    figure = contact_sheet(ROWS)
-    check_layout(figure)
-    assert line_with(figure, "97.0% Comminuted").look == explainability.ALERT  # wrong
-    assert line_with(figure, "70.0% Simple").look == explainability.SMALL  # right
-    shown = re.findall(r"^\w+\.png$", words(figure), re.MULTILINE)
-    assert shown == ["surest.png", "sure.png", "differ.png", "doubtful.png", "blank.png"]
-    assert "Run over 6 images, 1 failed" in words(figure)
-
-
-def test_contact_sheet_counts_as_arithmetic_does():
-    figure = contact_sheet(ROWS)
-    assert "ConvNeXt V2: 33.3% of 6 right" in words(figure) and "EfficientNetV2-S: 50.0% of 6 right" in words(figure)
-    counts = [line.text for line in lines(figure) if re.fullmatch(r"\d", line.text)]
-    assert counts == ["1", "1", "3", "1"] + ["1", "1", "2", "2"]  # a line for each true class
-    bars_of = {side: [box for box in figure.items if isinstance(box, Box) and box.colour == colour] for side, colour in
-               (("right", explainability.BAR), ("wrong", explainability.WARNING))}  # fmt: skip
-    highest = max(box.height for box in bars_of["wrong"])
-    assert [line.text[-1] for line in lines(figure) if "highest bar" in line.text] == ["3", "1"]
-    assert [round(box.height / highest * 3) for box in bars_of["wrong"]] == [3, 1, 3, 3, 3]  # at 60 and 95 %; at 60, 70, 95 %
-
-
-def test_contact_sheet_has_at_most_24_thumbnails_and_fits_any_run():
-    rows = [run_row(f"a/{'x' * 80}{number}.png", SIMPLE, (COMMINUTED, 0.6), (COMMINUTED, 0.7)) for number in range(40)]
-    figure = contact_sheet(rows, {row["file"]: grey(90, 200) for row in rows})
-    check_layout(figure)
-    thumbnails = [picture for picture in pictures(figure) if picture.title != "Mean map"]
-    assert len(thumbnails) == 24 and thumbnails[0].title == "x" * 80 + "0.png"
-
-
-@pytest.mark.parametrize("truth", (SIMPLE, ""))
-def test_contact_sheet_of_a_run_without_faults(truth):
-    figure = contact_sheet([run_row("a.png", truth, (SIMPLE, 0.99), (SIMPLE, 0.98))])
-    check_layout(figure)
-    assert "Nothing wrong" in words(figure)
-
-
-def test_contact_sheet_holds_for_many_classes():
-    for count in (3, 5, 12, 100):
-        names = tuple(f"{LONG_CLASSES[number % 5]} {number}" for number in range(count))
-        model = dataclasses.replace(models()[0], class_names=names)
-        row = {"file": "a.png", "true_class": names[0], "error": "", "convnext_predicted": names[1], "convnext_correct": "no"}
-        row |= {f"convnext_p_{name}": str(1 / count) for name in names}
-        check_layout(summary_figure([row], [model], {}, {"a.png": (grey(), pair()[0])}, STYLE))
-
-
-def test_contact_sheet_shows_each_models_mean_map():
-    first, second = (picture for picture in pictures(contact_sheet(ROWS)) if picture.title == "Mean map")
-    assert first.y < second.y
-    assert first.pixels[5, 5, 0] > first.pixels[5, 5, 2] and second.pixels[-5, -5, 0] > second.pixels[-5, -5, 2]
 
 
 # ------------------------------------------------------------------------------------------
@@ -821,34 +593,22 @@ def test_png_holds_every_pixel_and_the_digest(tmp_path):
 
 
 @pytest.mark.parametrize("extension", FORMATS)
-def test_digest_is_read_back_from_whole_files_alone(tmp_path, extension):
-    path = written(tmp_path, extension)
-    assert digest_in(path) == "0123abcd"
+def test_same_input_gives_the_same_bytes_with_a_digest_that_whole_files_alone_have(tmp_path, extension):
+    path, other = (written(tmp_path, extension, name=name) for name in ("first", "second"))
+    assert path.read_bytes() == other.read_bytes() and digest_in(path) == "0123abcd"
     path.write_bytes(path.read_bytes()[:-500])
-    assert digest_in(path) is None
-    assert digest_in(tmp_path / f"absent.{extension}") is None
+    assert digest_in(path) is None and digest_in(tmp_path / f"absent.{extension}") is None
 
 
-@pytest.mark.parametrize("extension", FORMATS)
-def test_same_input_gives_the_same_bytes(tmp_path, extension):
-    first, second = (written(tmp_path, extension, name=name) for name in ("first", "second"))
-    assert first.read_bytes() == second.read_bytes()
-
-
-def test_pdf_embeds_its_fonts_and_keeps_texts_as_text(tmp_path):
-    path = written(tmp_path, "pdf")
-    assert b"/FontFile2" in path.read_bytes() and path.read_bytes().count(b"/Subtype /Image") >= 4
+def test_vector_figures_hold_each_picture_once_and_their_fonts_or_shapes(tmp_path):
+    page, drawing = written(tmp_path, "pdf"), written(tmp_path, "svg").read_text()
+    assert b"/FontFile2" in page.read_bytes() and page.read_bytes().count(b"/Subtype /Image") == 8
+    assert drawing.count("<image ") == 8  # six panels and two colour bars
+    assert "<text" not in drawing and "font-family" not in drawing
     if shutil.which("pdftotext"):
-        said = subprocess.run(["pdftotext", "-layout", path, "-"], capture_output=True, text=True).stdout
+        said = subprocess.run(["pdftotext", "-layout", page, "-"], capture_output=True, text=True).stdout
         for expected in ("Both models agree: Comminuted Fracture", "wrist_0001.jpg", DARK, "relative importance"):
             assert expected in said
-
-
-def test_svg_holds_pictures_once_at_panel_size_and_texts_as_shapes(tmp_path):
-    source = written(tmp_path, "svg").read_text()
-    assert source.count("<image ") == 8  # six panels and two colour bars
-    assert "<text" not in source and "font-family" not in source
-    assert "<!-- wrist_0001.jpg -->" not in source or "<use" in source
 
 
 @pytest.mark.parametrize("program, extension", ((("pdftoppm", "-r", "150", "-png", "-singlefile"), "pdf"), (("rsvg-convert", "-d", "150", "-p", "150"), "svg")), ids=("pdf", "svg"))
@@ -867,10 +627,9 @@ def test_vector_figures_look_like_the_png(tmp_path, program, extension):
 POISON = "text.usetex: True\nfont.family: serif\nfont.size: 30\nfigure.autolayout: True\npath.sketch: 1, 100, 2\nsavefig.bbox: tight\n"
 
 
-@pytest.mark.parametrize("settings", (POISON.encode(), b"\xff\xfe garbage \x00\n: :"), ids=("another style", "garbage"))
 @pytest.mark.parametrize("extension", ("png", "svg"))
-def test_nobodys_matplotlib_settings_reach_a_figure(tmp_path, settings, extension):
-    (tmp_path / "matplotlibrc").write_bytes(settings)
+def test_nobodys_matplotlib_settings_reach_a_figure(tmp_path, extension):
+    (tmp_path / "matplotlibrc").write_text(POISON)
     script = f"""
 import os, sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(explainability.__file__).parent)!r}]
@@ -883,45 +642,49 @@ test_figures.written(test_figures.Path({str(tmp_path)!r}), {extension!r}, name="
     assert (tmp_path / f"poisoned.{extension}").read_bytes() == written(tmp_path, extension).read_bytes()
 
 
-def a_result() -> Result:
-    seen = view()
-    return Result(Job(Path("wrist.jpg"), "wrist.jpg", (), (), "0123abcd"), seen.picture, (), (an_explanation(),))
+def a_result(folder: Path) -> Result:
+    """Of a picture that is not square, and two networks that differ."""
+    image, keys = folder / "wrist.png", ("convnext", "efficientnet")
+    Image.fromarray(grey(40, 90)).save(image)
+    names = ("radiograph", *(f"{kind}_{key}" for key in keys for kind in ("heatmap", "overlay")))
+    job = Job(image, "wrist.png", (), (), "0123abcd", tuple(folder / f"{name}.png" for name in names))
+    told = an_explanation(raw_map=TOP_RIGHT), an_explanation(**EFFICIENTNET, raw_map=CORNER)
+    return Result(job, fitted(grey(40, 90), 150), (), told)
 
 
-def write(folder: Path) -> Path:
-    path = folder / "figure.png"
-    write_page(a_result(), Page(path, (0,)), STYLE)
+def write(folder: Path, shows: tuple[int, ...] = (0,)) -> Path:
+    path = folder / "out" / "figure.png"
+    path.parent.mkdir(exist_ok=True)
+    write_page(a_result(folder), Page(path, shows), STYLE)
     return path
 
 
-def test_written_page_holds_the_digest_of_its_job(tmp_path):
-    assert digest_in(write(tmp_path)) == "0123abcd"
+def reds(pixels: np.ndarray) -> tuple[float, float]:
+    """How much redder than blue a picture is in its top left and its top right corner."""
+    difference = pixels[:, :, 0].astype(int) - pixels[:, :, 2]
+    return difference[:4, :4].mean(), difference[:4, -4:].mean()
 
 
-@pytest.mark.parametrize("failure", (OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()), ids=repr)
-@pytest.mark.parametrize("older", (b"", b"an older figure"), ids=("new", "replacing"))
-def test_interrupted_writing_leaves_what_was_there(tmp_path, monkeypatch, failure, older):
-    if older:
-        (tmp_path / "figure.png").write_bytes(older)
-
-    def fail(*_: object) -> None:  # by now the temporary file is written
-        raise failure
-
-    monkeypatch.setattr(explainability.os, "replace", fail)
-    with pytest.raises((ExplainError, type(failure))):
-        write(tmp_path)
-    assert [file.read_bytes() for file in tmp_path.iterdir()] == ([older] if older else [])
+def test_each_page_shows_the_maps_that_it_names(tmp_path, monkeypatch):
+    pages = []
+    monkeypatch.setattr(explainability, "figure_bytes", lambda sheet, *_: pages.append(sheet) or b"")
+    for shows in ((0,), (1,), (0, 1)):
+        write(tmp_path, shows)
+    first, second, both = pages
+    assert "ConvNeXt V2" in words(first) and "EfficientNetV2-S" in words(second)
+    hot = [reds(picture.pixels) for page in pages for picture in pictures(page) if "Heatmap" in picture.title]
+    assert [right > left for left, right in hot] == [True, False, True, False]
+    assert [picture.title for picture in pictures(both)].count("Overlay") == 2
 
 
-def test_full_disk_is_an_error_with_path_and_remedy(tmp_path, monkeypatch):
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(explainability.os, "replace", fail)
-    with pytest.raises(ExplainError, match=r"figure\.png.*No space left on device.*--output-dir"):
-        write(tmp_path)
-
-
-def test_new_file_has_usual_permissions(tmp_path):
-    (tmp_path / "plain").touch()
-    assert write(tmp_path).stat().st_mode == (tmp_path / "plain").stat().st_mode
+@pytest.mark.parametrize("style", (STYLE, FigureStyle(contours=True)), ids=("colours", "contours"))
+def test_bare_pictures_are_what_their_names_say(tmp_path, style):
+    result = a_result(tmp_path)
+    explainability.write_panels(result, style)
+    radiograph, *maps = (np.asarray(Image.open(path)).astype(int) for path in result.job.panels)
+    assert (radiograph == grey(40, 90)).all()
+    for (heatmap, overlay), side in zip((maps[:2], maps[2:]), (np.s_[:20, -30:], np.s_[:20, :30])):
+        assert heatmap.shape == overlay.shape == (40, 90, 3)
+        assert np.argmax(reds(heatmap)) == (side == np.s_[:20, -30:])
+        assert (overlay[20:] == radiograph[20:]).all() and (overlay[side] != radiograph[side]).any()
+        assert (heatmap[20:] != radiograph[20:]).any(axis=2).all()

@@ -634,14 +634,14 @@ def test_a_run_has_columns_for_each_method_and_knows_what_is_finished(tiny_argum
         return explainability.main([*tiny_arguments, *options, "--method", *methods])
 
     assert run("gradcam", "lrp") == 0
-    (row,) = csv.DictReader((tmp_path / "figures" / "summary.csv").read_text().splitlines())
+    (row,) = csv.DictReader((tmp_path / "figures" / "summary.csv").read_text("utf-8-sig").splitlines())
     raw_map = np.load(tmp_path / "figures" / "map_lrp_convnext_xray.npy")
     assert float(row["convnext_lrp_sum"]) == pytest.approx(float(raw_map.sum(dtype=float)), rel=1e-4)
     assert float(row["convnext_lrp_sum_owed"]) == pytest.approx(float(row["convnext_lrp_sum"]), rel=1e-2)
     assert 0 < float(row["convnext_lrp_negative_share"]) < 1
     assert row["convnext_method"] == "gradcam" and "convnext_sum" not in row
     assert run("gradcam", "lrp") == 0 and "left alone: 1" in capsys.readouterr().out
-    assert run("lrp") == 1 and "another --model or --method" in capsys.readouterr().err
+    assert run("lrp") == 0 and "kept as summary_1.csv" in capsys.readouterr().err
 
 
 def test_a_figure_of_other_methods_is_not_taken_for_this_one(tiny_arguments, xray):
@@ -685,8 +685,8 @@ def test_what_takes_long_counts_its_passes_on_a_terminal(networks, monkeypatch, 
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
-    request = explainability.Request((), False, (), (method,), None)
-    with explainability.progress_bar(request, [networks["convnext"]], 1, False, asks_again) as (bar, count_image):
+    plan = explainability.Plan([networks["convnext"]], [None], (method,), 4, None, asks_again)
+    with explainability.progress_bar(plan, 1, False, False) as (bar, count_image):
         explainability.explain_batch(networks["convnext"], noise(1, 64).numpy(), None, (method,))
         assert bar.n == (METHODS[method].passes if unit == "pass" else 0)
         count_image()
@@ -696,8 +696,8 @@ def test_what_takes_long_counts_its_passes_on_a_terminal(networks, monkeypatch, 
 
 def test_one_image_by_grad_cam_has_no_bar(networks, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    request = explainability.Request((), True, (), ("gradcam",), None)
-    with explainability.progress_bar(request, [networks["convnext"]], 1, False, False) as (bar, _):
+    plan = explainability.Plan([networks["convnext"]], [None], ("gradcam",), 4, None, False)
+    with explainability.progress_bar(plan, 1, True, False) as (bar, _):
         assert bar.disable
 
 

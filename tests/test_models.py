@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import functools
+import datetime
 import io
 import json
 import os
 import pickle
 import socket
-import time
 import zipfile
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import explainability as tool
-
-HUGE = pytest.param(10**600, id="huge")  # among the largest numbers that torch's unpickler takes
 
 FUZZ = settings(
     derandomize=True, deadline=None, database=None,
@@ -110,9 +109,13 @@ def assert_same_weights(classifier: tool.Classifier, weights: dict[str, torch.Te
 # ------------------------------------------------------------------------------------------
 
 
-def test_loads_users_checkpoint_exactly(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
-    path = save(pristine[key], tmp_path / "best.pth")
+@pytest.mark.parametrize("container", ["zip", "old"])
+def test_loads_users_checkpoint_exactly(key: str, pristine: dict[str, Any], tmp_path: Path, container: str) -> None:
+    path = tmp_path / "best.pth"
+    torch.save(pristine[key], path, _use_new_zipfile_serialization=container == "zip")
+    before = torch.get_rng_state()
     classifier = load(path, key)
+    assert torch.equal(torch.get_rng_state(), before)  # no random numbers are drawn
     assert_same_weights(classifier, pristine[key]["model_state_dict"])
     assert classifier.model.architecture == TINY[key]
     assert classifier.model.accuracy == "Validation accuracy: 98.32%"
@@ -122,65 +125,34 @@ def test_loads_users_checkpoint_exactly(key: str, pristine: dict[str, Any], tmp_
     assert not classifier.network.training
     tensors = [*classifier.network.parameters(), *classifier.network.buffers()]
     assert not any(tensor.is_meta or tensor.requires_grad for tensor in tensors)
-    assert not list(classifier.network.buffers()) or key == "efficientnet"
     classifier.network(torch.zeros(1, 3, 64, 64))
 
 
-def test_random_numbers_are_not_drawn(tiny_checkpoints: dict[str, Path], key: str) -> None:
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    load(tiny_checkpoints[key], key)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "net.backbone.", "encoder."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "net.backbone.", "timm_model."])
 def test_wrapper_prefixes_are_removed(key: str, pristine: dict[str, Any], tmp_path: Path, prefix: str) -> None:
     weights = pristine[key]["model_state_dict"]
-    contents = {**pristine[key], "model_state_dict": {prefix + name: tensor for name, tensor in weights.items()}}
-    classifier = load(save(contents, tmp_path / "p.pth"), key)
+    wrapped = {prefix + name: torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    classifier = load(save({**pristine[key], "model_state_dict": {"n_averaged": torch.tensor(5), **wrapped}}, tmp_path / "p.pth"), key)
     assert_same_weights(classifier, weights)
-    assert told(classifier) == (f"prefix {prefix} removed from {len(weights)} keys",)
+    assert told(classifier) == ()
 
 
-def test_keys_that_differ_only_in_prefix_are_refused(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    weights = checkpoint["model_state_dict"]
-    weights["module.head.fc.bias"] = weights["head.fc.bias"] + 1
-    refused(save(checkpoint, tmp_path / "twice.pth"), "keys not in the network 1 (module.head.fc.bias)")
+@pytest.mark.parametrize("place", ["state_dict", "model", "net", "the top level", *tool.EMA_KEYS])
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_weights_are_found_where_trainers_put_them(checkpoint: dict[str, Any], tmp_path: Path, place: str, is_alone: bool) -> None:
+    weights = checkpoint.pop("model_state_dict") if is_alone else {name: tensor + 1 for name, tensor in checkpoint["model_state_dict"].items()}
+    inside = weights if place == "the top level" else {place: weights}
+    classifier = load(save({"model": "convnextv2_atto", **checkpoint, **inside, "epoch": 3}, tmp_path / "w.pth"))
+    assert_same_weights(classifier, weights if is_alone else checkpoint["model_state_dict"])
+    if place != "the top level":
+        said = {True: "only ones" if place in tool.EMA_KEYS else "", False: f"others beside them ({place}) not used"}[is_alone]
+        assert said in "".join(told(classifier))
 
 
 def test_weights_with_and_without_a_prefix_are_refused(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     weights = checkpoint["model_state_dict"]
     weights.update({f"teacher.{name}": tensor for name, tensor in list(weights.items())})
     refused(save(checkpoint, tmp_path / "twice.pth"), "twice", "no prefix and teacher.")
-
-
-@pytest.mark.parametrize("place", ["state_dict", "model", "net"])
-def test_weights_are_found_under_other_keys(checkpoint: dict[str, Any], tmp_path: Path, place: str) -> None:
-    weights = checkpoint.pop("model_state_dict")
-    classifier = load(save({**checkpoint, place: weights}, tmp_path / "w.pth"))
-    assert_same_weights(classifier, weights)
-    assert told(classifier) == (f"weights taken from {place}",)
-
-
-def test_a_name_under_model_is_not_taken_for_weights(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    weights = checkpoint.pop("model_state_dict")
-    classifier = load(save({"model": "convnextv2_atto", "net": weights, **checkpoint}, tmp_path / "w.pth"))
-    assert_same_weights(classifier, weights)
-
-
-def test_first_place_wins_and_the_others_are_named(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    other = {name: tensor + 1 for name, tensor in checkpoint["model_state_dict"].items()}
-    classifier = load(save({"net": other, **checkpoint}, tmp_path / "two.pth"))
-    assert_same_weights(classifier, checkpoint["model_state_dict"])
-    assert told(classifier) == ("other weights beside them (net) not used",)
-
-
-def test_bare_state_dict(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    weights = checkpoint["model_state_dict"]
-    classifier = load(save({**weights, "config": checkpoint["config"], "epoch": 3}, tmp_path / "bare.pth"))
-    assert_same_weights(classifier, weights)
-    assert classifier.model.accuracy == "Accuracy: not recorded in the checkpoint"
-    assert told(classifier) == ("weights taken from the top level",)
 
 
 @pytest.mark.slow
@@ -190,23 +162,6 @@ def test_bare_state_dict_without_config_is_the_full_size_network(tmp_path: Path)
     assert classifier.model.architecture == "tf_efficientnetv2_s.in21k_ft_in1k"
     assert classifier.model.title == "EfficientNetV2-S"
     assert_same_weights(classifier, weights)
-
-
-@pytest.mark.parametrize("place", ["model_ema", "ema_state_dict", "state_dict_ema", "ema"])
-def test_averaged_weights_beside_the_model_are_named_and_not_used(checkpoint: dict[str, Any], tmp_path: Path, place: str) -> None:
-    averaged = {name: tensor + 1 for name, tensor in checkpoint["model_state_dict"].items()}
-    classifier = load(save({place: averaged, **checkpoint}, tmp_path / "ema.pth"))
-    assert_same_weights(classifier, checkpoint["model_state_dict"])
-    assert told(classifier) == (f"EMA weights beside them ({place}) not used",)
-
-
-@pytest.mark.parametrize("place", ["model_ema", "ema"])
-def test_averaged_weights_alone_are_used_and_named(checkpoint: dict[str, Any], tmp_path: Path, place: str) -> None:
-    weights = checkpoint.pop("model_state_dict")
-    averaged = {"n_averaged": torch.tensor(5), **{f"module.{name}": tensor for name, tensor in weights.items()}}
-    classifier = load(save({place: averaged, **checkpoint}, tmp_path / "ema.pth"))
-    assert_same_weights(classifier, weights)
-    assert place in told(classifier)[0] and "only ones" in told(classifier)[0]
 
 
 def test_bookkeeping_of_trainers_is_ignored(checkpoint: dict[str, Any], tmp_path: Path) -> None:
@@ -228,60 +183,32 @@ def test_other_precisions_are_computed_in_float32(key: str, pristine: dict[str, 
     assert told(classifier) == (f"{str(kind).removeprefix('torch.')} weights computed in float32",)
 
 
-def test_parameters_that_require_gradients(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    weights = {name: torch.nn.Parameter(tensor) for name, tensor in checkpoint["model_state_dict"].items()}
-    classifier = load(save({**checkpoint, "model_state_dict": weights}, tmp_path / "g.pth"))
-    assert_same_weights(classifier, checkpoint["model_state_dict"])
-    assert not any(tensor.requires_grad for tensor in classifier.network.parameters())
-
-
 @pytest.mark.parametrize("zipped", [True, False])
-def test_tensors_saved_on_a_gpu(
-    checkpoint: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
-) -> None:
+def test_tensors_saved_on_a_gpu(checkpoint: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
         torch.save(checkpoint, tmp_path / "gpu.pth", _use_new_zipfile_serialization=zipped)
     assert b"cuda:0" in (tmp_path / "gpu.pth").read_bytes()
     classifier = load(tmp_path / "gpu.pth")
     assert_same_weights(classifier, checkpoint["model_state_dict"])
-    assert "tensors saved on cuda:0 read on the CPU" in told(classifier)
     assert all(tensor.device.type == "cpu" for tensor in classifier.network.parameters())
-
-
-def test_container_from_before_zip(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
-    torch.save(pristine[key], tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    classifier = load(tmp_path / "old.pth", key)
-    assert_same_weights(classifier, pristine[key]["model_state_dict"])
-    assert "before 1.6" in told(classifier)[0]
 
 
 def test_safetensors_with_metadata(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     metadata = {"format": "pt", "config": json.dumps(checkpoint["config"]), "val_acc": "97.5", "class_names": '["a", "b"]'}
-    save_file(checkpoint["model_state_dict"], tmp_path / "convnext.safetensors", metadata)
-    classifier = load(tmp_path / "convnext.safetensors")
+    path = tmp_path / "convnext.safetensors"
+    save_file(checkpoint["model_state_dict"], path, metadata)
+    classifier = load(path)
     assert_same_weights(classifier, checkpoint["model_state_dict"])
     assert classifier.model.class_names == ("a", "b") and classifier.model.accuracy == "Validation accuracy: 97.50%"
-    assert told(classifier) == ("weights read from a safetensors file",)
-    assert tool.find_checkpoint(tool.FAMILIES["convnext"], tmp_path).name == "convnext.safetensors"
+    assert tool.find_checkpoint(tool.FAMILIES["convnext"], tmp_path) == path
+    save_file(checkpoint["model_state_dict"], path, {"config": '{"model_name": "hf-hub:a/b"}'})
+    refused(path, "hf-hub:a/b")
 
 
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [('{"model_name": "hf-hub:a/b"}', "hf-hub:a/b"), ('{"model_name": ["convnextv2_atto"]}', "a list")],
-)
-def test_safetensors_metadata_is_not_trusted(
-    checkpoint: dict[str, Any], tmp_path: Path, text: str, word: str
-) -> None:
-    from safetensors.torch import save_file
-
-    save_file(checkpoint["model_state_dict"], tmp_path / "c.safetensors", {"config": text})
-    refused(tmp_path / "c.safetensors", word)
-
-
-@pytest.mark.parametrize("text", ["[" * 20_000, "1" * 5000, "{", "convnextv2_base"])
+@pytest.mark.parametrize("text", ["{", "convnextv2_base"])
 def test_safetensors_metadata_that_is_no_json_is_text(checkpoint: dict[str, Any], tmp_path: Path, text: str) -> None:
     from safetensors.torch import save_file
 
@@ -328,26 +255,18 @@ def test_head_without_enough_names_is_refused(stub: dict[str, Any], tmp_path: Pa
     refused(path, f"head.fc) has {count} outputs", "class names are 2 (Comminuted Fracture, Simple Fracture)", "class_names")
 
 
-@pytest.mark.parametrize("claimed", [3, 0, -2, 10**9, HUGE, "2", True, 2.0, [2], {}])
+@pytest.mark.parametrize("claimed", [3, 0, 10**9, "2", True, [2]])
 def test_num_classes_that_contradicts_the_head_is_refused(stub: dict[str, Any], tmp_path: Path, claimed: object) -> None:
     stub["config"]["num_classes"] = claimed
     refused(save(stub, tmp_path / "claim.pth"), "num_classes", "2 outputs")
 
 
 @pytest.mark.parametrize(
-    "names",
-    [
-        "ab", [], ["a"], ["a", "a"], ["a", "A "], ["a", ""], ["a", " "], ["a", 1], ["a", None], {"a": 0, "b": 1}, 7,
-        ["a", "x" * 201], [str(number) for number in range(101)], [["a"], ["b"]],
-    ],
-)  # fmt: skip
+    "names", ["ab", [], ["a"], ["a", "A "], ["a", " "], ["a", 1], 7, ["a", "x" * 201], [str(number) for number in range(101)]]
+)
 def test_unusable_class_names_are_refused(stub: dict[str, Any], tmp_path: Path, names: object) -> None:
     refused(save({**stub, "class_names": names}, tmp_path / "names.pth"), "class_names", "correct class_names")
-
-
-def test_names_that_do_not_match_the_head_are_refused(stub: dict[str, Any], tmp_path: Path) -> None:
-    path = save({**stub, "class_names": ["a", "b\n", "c", "d"]}, tmp_path / "names.pth")
-    refused(path, "2 outputs", "class names are 4 (a, b\\n, c, …)")
+    refused(save({**stub, "class_names": ["a", "b\n", "c", "d"]}, tmp_path / "n.pth"), "2 outputs", "class names are 4 (a, b\\n, c, …)")
 
 
 @pytest.mark.parametrize("size", [64, 300, [256, 256], (1024, 1024)])
@@ -360,11 +279,7 @@ def test_img_size_is_honoured(checkpoint: dict[str, Any], tmp_path: Path, size: 
     assert f"{classifier.model.preprocessing.size} pixels a side" in told(classifier)[-1]
 
 
-@pytest.mark.parametrize(
-    "size",
-    [0, -224, 32, 63, 1025, 10**9, HUGE, 224.0, "224", True, [224], [224, 256], [224, 224, 3], [[224], [224]],
-     {}, float("nan"), torch.ones(2), [torch.ones(2), torch.ones(2)]],
-)  # fmt: skip
+@pytest.mark.parametrize("size", [0, -224, 63, 1025, 10**9, 224.0, "224", True, [224, 256], [224, 224, 3], {}, torch.ones(2)])
 def test_absurd_img_size_is_refused(stub: dict[str, Any], tmp_path: Path, size: object) -> None:
     stub["config"]["img_size"] = size
     refused(save(stub, tmp_path / "size.pth"), "img_size", "one number of pixels from 64 to 1024")
@@ -378,16 +293,9 @@ def test_mean_and_std_are_honoured(checkpoint: dict[str, Any], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
-@pytest.mark.parametrize(
-    "values",
-    [0.5, [0.5], [0.5] * 4, ["a"] * 3, [True] * 3, [float("nan")] * 3, [float("inf")] * 3, [123.7, 116.3, 103.5], [-1, 0.5, 0.5],
-     pytest.param([10**600] * 3, id="huge"), {}, [None] * 3, torch.ones(3), "abc"],
-)  # fmt: skip
+@pytest.mark.parametrize("values", [0.5, [0.5] * 4, ["a"] * 3, [float("nan")] * 3, [123.7, 116.3, 103.5], [-1, 0.5, 0.5], {}, torch.ones(3)])
 def test_unusable_mean_or_std_is_refused(stub: dict[str, Any], tmp_path: Path, name: str, values: object) -> None:
     refused(save({**stub, name: values}, tmp_path / "mean.pth"), f"{name} is", "three numbers")
-
-
-def test_zero_std_is_refused(stub: dict[str, Any], tmp_path: Path) -> None:
     refused(save({**stub, "std": [0, 0.2, 0.2]}, tmp_path / "std.pth"), "std is", "0.001")
 
 
@@ -399,7 +307,7 @@ def test_zero_std_is_refused(stub: dict[str, Any], tmp_path: Path) -> None:
         ({"val_acc": 0.9832}, "Validation accuracy: 0.9832 as recorded"),
         ({"test_acc": True, "val_acc": 90.0}, "Validation accuracy: 90.00%"),
         *(({"val_acc": bad}, "Accuracy: not recorded in the checkpoint")
-          for bad in (float("nan"), float("inf"), -1, 101, 1e308, 10**600, "99", [99], None, True)),
+          for bad in (float("nan"), -1, 101, "99", [99], None, True)),
         ({}, "Accuracy: not recorded in the checkpoint"),
     ],
 )  # fmt: skip
@@ -456,11 +364,8 @@ def test_other_family_is_recognised_by_its_keys(key: str, pristine: dict[str, An
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "hf-hub:timm/convnextv2_atto", "hf_hub:x/y", "local-dir:/tmp", "convnextv2_atto/../x",
-        "https://example.org/convnextv2_atto", "resnet18", "tf_efficientnetv2_b0", "convnextv2_gigantic", "", "convnextv2_atto.a\nb", "convnextv2_atto." + "x" * 500,
-        "convnextv2_atto\n", 7, HUGE, ["convnextv2_atto"], {"a": 1}, True, torch.ones(3),
-    ],
+    ["hf-hub:timm/convnextv2_atto", "local-dir:/tmp", "convnextv2_atto/../x", "https://example.org/convnextv2_atto", "resnet18",
+     "tf_efficientnetv2_b0", "convnextv2_gigantic", "", "convnextv2_atto\n", "convnextv2_atto." + "x" * 500, 7, ["convnextv2_atto"], torch.ones(3)],
 )  # fmt: skip
 def test_foreign_network_name_is_refused(stub: dict[str, Any], tmp_path: Path, name: object) -> None:
     stub["config"]["model_name"] = name
@@ -478,25 +383,17 @@ def test_every_size_that_is_accepted_exists_in_timm() -> None:
         assert not any(other.landmark in keys for other in tool.FAMILIES.values() if other is not family)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
-def test_weights_that_are_not_finite_are_refused(
-    checkpoint: dict[str, Any], tmp_path: Path, value: float, kind: torch.dtype
-) -> None:
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(float("nan"), torch.float32), (-float("inf"), torch.float16), (1e300, torch.float64)],
+)
+def test_weights_that_are_not_finite_are_refused(checkpoint: dict[str, Any], tmp_path: Path, value: float, kind: torch.dtype) -> None:
     weights = {name: tensor.to(kind, copy=True) for name, tensor in checkpoint["model_state_dict"].items()}
     weights["stages.2.blocks.0.mlp.fc1.weight"][3, 5] = value
     path = save({**checkpoint, "model_state_dict": weights}, tmp_path / "nan.pth")
     refused(path, "NaN or infinite", "1 (stages.2.blocks.0.mlp.fc1.weight)")
-
-
-def test_doubles_beyond_float32_are_refused(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint["model_state_dict"]["head.fc.bias"] = torch.tensor([1e300, 0], dtype=torch.float64)
-    refused(save(checkpoint, tmp_path / "huge.pth"), "infinite", "head.fc.bias")
-
-
-def test_large_finite_weights_load(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint["model_state_dict"]["head.fc.bias"] = torch.tensor([3e38, 3e38])  # whose sum is infinite
-    assert_same_weights(load(save(checkpoint, tmp_path / "large.pth")), checkpoint["model_state_dict"])
+    weights["stages.2.blocks.0.mlp.fc1.weight"][3, 3:6] = 6e4 if kind == torch.float16 else 3e38  # whose sum is infinite
+    assert_same_weights(load(save({**checkpoint, "model_state_dict": weights}, path)), weights)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -505,19 +402,16 @@ def test_large_finite_weights_load(checkpoint: dict[str, Any], tmp_path: Path) -
     [
         (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "quantised"),
         (lambda tensor: tensor.to_sparse(), "sparse"),
-        (lambda tensor: tensor.to_sparse_csr(), "sparse"),
-        (lambda tensor: tensor.to("meta"), "meta"),
         (lambda tensor: tensor.to(torch.complex64), "complex64"),
         (lambda tensor: tensor.to(torch.int32), "int32"),
-        (lambda tensor: tensor.to(torch.bool), "bool"),
+        (lambda tensor: tensor.to(torch.int64), "int64"),
         (lambda tensor: tensor.to(torch.float8_e4m3fn), "float8_e4m3fn"),
     ],
 )
 def test_tensors_of_other_kinds_are_refused(checkpoint: dict[str, Any], tmp_path: Path, change: Callable, word: str) -> None:
     weights = checkpoint["model_state_dict"]
     weights["head.fc.weight"] = change(weights["head.fc.weight"])
-    named = () if word == "sparse" else ("1 (head.fc.weight",)  # sparse ones are refused before they are read
-    refused(save(checkpoint, tmp_path / "kind.pth"), word, *named, "floats")
+    refused(save(checkpoint, tmp_path / "kind.pth"), word, "1 (head.fc.weight", "floats")
 
 
 class Bomb:
@@ -530,47 +424,74 @@ class Bomb:
         return os.system, (f"touch {self.target}",)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_checkpoint_is_never_run(stub: dict[str, Any], tmp_path: Path, zipped: bool) -> None:
+@pytest.mark.parametrize("container", ["zip", "old", "plain pickle"])
+def test_code_in_a_checkpoint_is_never_run(stub: dict[str, Any], tmp_path: Path, container: str) -> None:
     path, trace = tmp_path / "bomb.pth", tmp_path / "ran"
-    torch.save({**stub, "extra": Bomb(trace)}, path, _use_new_zipfile_serialization=zipped)
-    refused(path, "system", "none is run")
+    contents = {**stub, "extra": Bomb(trace)}
+    if container == "plain pickle":
+        path.write_bytes(pickle.dumps({"extra": Bomb(trace)}))
+    else:
+        torch.save(contents, path, _use_new_zipfile_serialization=container == "zip")
+    refused(path, "not written by torch.save" if container == "plain pickle" else "none is run")
     assert not trace.exists()
-
-
-def test_the_bomb_would_go_off(tmp_path: Path) -> None:
-    pickle.loads(pickle.dumps(Bomb(tmp_path / "ran")))
-    assert (tmp_path / "ran").exists()
-
-
-def test_plain_pickle_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"a": Bomb(tmp_path / "ran")}))
-    refused(tmp_path / "plain.pth", "not written by torch.save")
-    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(contents["extra"]))
+    assert trace.exists()  # so it would have gone off
 
 
 @pytest.mark.parametrize(
-    ("value", "words"),
+    ("change", "words"),
     [
-        (np.ones(3), ("numpy", "plain values")),
-        (Path("/data"), ("pathlib", "plain values")),
+        ({"val_acc": torch.nn.Linear(2, 2)}, ("torch.nn.modules.linear.Linear", "state_dict()")),
         (torch.nn.Linear(2, 2), ("torch.nn.modules.linear.Linear", "state_dict()")),
     ],
 )
-def test_objects_are_named_with_their_remedy(stub: dict[str, Any], tmp_path: Path, value: object, words: tuple) -> None:
-    refused(save({**stub, "val_acc": value}, tmp_path / "object.pth"), *words)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_objects_are_named_with_their_remedy(stub: dict[str, Any], tmp_path: Path, change: object, words: tuple, zipped: bool) -> None:
+    path = tmp_path / "object.pth"
+    torch.save({**stub, **change} if isinstance(change, dict) else change, path, _use_new_zipfile_serialization=zipped)
+    refused(path, *words)
+
+
+HARMLESS = {
+    "args": argparse.Namespace(lr=0.1, output=Path("/data/run")),
+    "config": {"root": Path("a/b"), "windows": PureWindowsPath("c:/x"), "posix": PurePosixPath("/x")},
+    "started": datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.timezone.utc),
+    "took": datetime.timedelta(hours=3),
+    "day": datetime.date(2026, 1, 2),
+    "history": defaultdict(list, loss=[np.float32(0.5), np.float64(0.25)]),
+    "confusion": np.arange(4).reshape(2, 2),
+    "names": np.array(["a", "b"]),
+    "best": np.bool_(True),
+    "counts": Counter("aab"),
+    "size": torch.Size([2]),
+}
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("number", [np.float64(99.25), np.float32(99.25), np.int64(99)])
-def test_a_numpy_accuracy_is_read(checkpoint: dict[str, Any], tmp_path: Path, number: np.number, zipped: bool) -> None:
-    path = tmp_path / "numpy.pth"
-    torch.save({**checkpoint, "val_acc": number}, path, _use_new_zipfile_serialization=zipped)
+def test_what_trainers_save_beside_the_weights_is_harmless(checkpoint: dict[str, Any], tmp_path: Path, zipped: bool) -> None:
+    torch.save({**HARMLESS, **checkpoint}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    contents = tool.read_checkpoint(tmp_path / "x.pth")
+    assert contents["history"] == {"loss": [0.5, 0.25]} and contents["started"] == HARMLESS["started"]
+    assert contents["args"].output == PurePosixPath("/data/run") and contents["confusion"].tolist() == [[0, 1], [2, 3]]
+    assert_same_weights(load(tmp_path / "x.pth"), checkpoint["model_state_dict"])
+
+
+@pytest.mark.parametrize("name", ["pathlib WindowsPath", "pathlib._local PosixPath", "pathlib._local WindowsPath", "numpy.core.multiarray scalar"])
+def test_harmless_types_of_other_systems_and_versions_load(stub: dict[str, Any], tmp_path: Path, name: str) -> None:
+    path, module = tmp_path / "x.pth", name.split()[0]
+    value = np.float64(1) if "numpy" in name else PurePosixPath("a")
+    torch.save({**stub, "val_acc": value}, path, _use_new_zipfile_serialization=False)
+    written = {"numpy": b"cnumpy._core.multiarray\nscalar\n"}.get(module[:5], b"cpathlib\nPurePosixPath\n")
+    contents = path.read_bytes()
+    assert written in contents
+    path.write_bytes(contents.replace(written, f"c{module}\n{name.split()[1]}\n".encode()))
+    assert tool.read_checkpoint(path)["val_acc"] in (1, PurePosixPath("a"), PureWindowsPath("a"))
+
+
+@pytest.mark.parametrize("number", [np.float64(99.25), np.float32(99.25), np.int64(99), torch.tensor(99.25)])
+def test_an_accuracy_of_numpy_or_torch_is_read(checkpoint: dict[str, Any], tmp_path: Path, number: Any) -> None:
+    path = save({**checkpoint, "val_acc": number}, tmp_path / "number.pth")
     assert load(path).model.accuracy == f"Validation accuracy: {number:.2f}%"
-
-
-def test_a_numpy_number_of_another_type_is_refused(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    refused(save({**checkpoint, "val_acc": np.complex128(1)}, tmp_path / "complex.pth"), "damaged")
 
 
 def test_a_checkpoint_of_timms_trainer_loads(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
@@ -579,17 +500,6 @@ def test_a_checkpoint_of_timms_trainer_loads(key: str, pristine: dict[str, Any],
                 "optimizer": {}, "version": 2, "metric": 97.1}  # fmt: skip
     model = load(save(contents, tmp_path / "timm.pth"), key).model
     assert (model.architecture, model.preprocessing.size, model.preprocessing.std) == (TINY[key], 256, (0.5,) * 3)
-
-
-def test_missing_counters_of_batches_are_harmless(pristine: dict[str, Any], tmp_path: Path) -> None:
-    contents = copied(pristine["efficientnet"])
-    weights = contents["model_state_dict"]
-    counters = [name for name in weights if name.endswith("num_batches_tracked")]
-    for name in counters:
-        del weights[name]
-    classifier = load(save(contents, tmp_path / "counters.pth"), "efficientnet")
-    assert told(classifier) == (f"{len(counters)} counters of batches missing, which only training needs",)
-    assert classifier.network(torch.zeros(1, 3, 64, 64)).isfinite().all()
 
 
 @pytest.mark.slow
@@ -618,44 +528,19 @@ def test_assumed_order_of_classes_is_said_and_can_be_given(checkpoint: dict[str,
     assert tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", ("A", "b")).model.class_names == ("a", "b")
 
 
-def fill_memory(path: Path, zipped: bool) -> Path:
-    """A file that asks torch for a bytearray of 1 GiB, a call that torch permits."""
-    call = b"c__builtin__\nbytearray\nJ\x00\x00\x00\x40\x85R."
-    buffer = io.BytesIO()
-    torch.save(None, buffer, _use_new_zipfile_serialization=False)
-    path.write_bytes(buffer.getvalue().replace(b"\x80\x02N.", b"\x80\x02" + call))
-    if zipped:
-        with zipfile.ZipFile(path, "w") as file:
-            file.writestr("archive/data.pkl", b"\x80\x02" + call)
-            file.writestr("archive/version", "3\n")
-    return path
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_memory_is_not_filled_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool) -> None:
-    path = fill_memory(tmp_path / "memory.pth", zipped)
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch was asked"))
-    refused(path, "bytearray")
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("place", ["head.fc.weight", "beside"])
-def test_claimed_sizes_are_not_allocated(checkpoint: dict[str, Any], tmp_path: Path, zipped: bool, place: str) -> None:
-    checkpoint["model_state_dict"][place] = torch.ones(1, 1).expand(2, 10**12)
-    torch.save(checkpoint, tmp_path / "claims.pth", _use_new_zipfile_serialization=zipped)
-    refused(tmp_path / "claims.pth", place, "do not fit")
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_pickled_module_is_refused(tmp_path: Path, zipped: bool) -> None:
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth", _use_new_zipfile_serialization=zipped)
-    refused(tmp_path / "module.pth", "torch.nn.modules.linear.Linear", "state_dict()")
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_torchscript_is_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
     refused(tmp_path / "script.pt", "TorchScript", "state_dict()")
+
+
+def test_missing_counters_of_batches_are_harmless(pristine: dict[str, Any], tmp_path: Path) -> None:
+    contents = copied(pristine["efficientnet"])
+    weights = contents["model_state_dict"]
+    for name in [name for name in weights if name.endswith("num_batches_tracked")]:
+        del weights[name]
+    classifier = load(save(contents, tmp_path / "counters.pth"), "efficientnet")
+    assert told(classifier) == () and classifier.network(torch.zeros(1, 3, 64, 64)).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -680,15 +565,6 @@ def test_lack_of_memory_is_one_line(tiny_checkpoints: dict[str, Path], monkeypat
             refused(tiny_checkpoints["convnext"], word)
 
 
-def test_interruption_is_not_swallowed(tiny_checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "load", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        load(tiny_checkpoints["convnext"])
-
-
 # ------------------------------------------------------------------------------------------
 # Files that are no checkpoints
 # ------------------------------------------------------------------------------------------
@@ -700,9 +576,9 @@ def picture(kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def archive(*names: str, compression: int = zipfile.ZIP_STORED) -> bytes:
+def archive(*names: str) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as file:
+    with zipfile.ZipFile(buffer, "w") as file:
         for name in names:
             file.writestr(name, b"x" * 100)
     return buffer.getvalue()
@@ -724,7 +600,6 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b
         (picture("WEBP"), ("WebP",)),
         (b"\x00\x01\x02\x03" * 50, ("unknown kind",)),
         (archive("word/document.xml"), ("a zip archive without weights",)),
-        (archive("x/data.pkl", compression=zipfile.ZIP_DEFLATED), ("a compressed archive",)),
         (b"PK\x03\x04" + b"\x00" * 60, ("incomplete or damaged archive", "copy or download")),
         (b"\x80\x02", ("damaged",)),
         ((20).to_bytes(8, "little") + b"{", ("damaged",)),
@@ -744,65 +619,6 @@ def test_truncated_checkpoint_is_refused(checkpoint: dict[str, Any], tmp_path: P
     torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
     os.truncate(path, int(path.stat().st_size * share))
     refused(path, "damaged", "copy or download")
-
-
-def path_errors(tmp_path: Path) -> dict[str, tuple[Path, str]]:
-    (tmp_path / "broken.pth").symlink_to(tmp_path / "nowhere")
-    (tmp_path / "folder.pth").mkdir()
-    (tmp_path / "file").write_text("x")
-    os.mkfifo(tmp_path / "pipe.pth")
-    (tmp_path / "to_pipe.pth").symlink_to(tmp_path / "pipe.pth")
-    return {
-        "missing": (tmp_path / "missing.pth", "no such file"),
-        "broken link": (tmp_path / "broken.pth", "a link to a file that is not there"),
-        "folder": (tmp_path / "folder.pth", "a directory"),
-        "below a file": (tmp_path / "file" / "x.pth", "cannot be opened"),
-        "pipe": (tmp_path / "pipe.pth", "a named pipe"),
-        "link to a pipe": (tmp_path / "to_pipe.pth", "a named pipe"),
-        "device": (Path("/dev/zero"), "a device"),
-        "long name": (tmp_path / ("x" * 300), "cannot be opened"),
-        "null byte": (tmp_path / "a\0b", "not a path that a file can have"),
-    }
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-@pytest.mark.parametrize(
-    "case",
-    ["missing", "broken link", "folder", "below a file", "pipe", "link to a pipe", "device", "long name", "null byte"],
-)
-def test_paths_that_are_no_files_are_named_at_once(tmp_path: Path, case: str) -> None:
-    path, words = path_errors(tmp_path)[case]
-    start = time.monotonic()
-    with pytest.raises(tool.ExplainError) as caught:
-        tool.check_checkpoint_path(path)
-    one_line(caught.value, path, words)
-    assert time.monotonic() - start < 2
-
-
-def test_no_permission_is_named(tiny_checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(*args: object, **kwargs: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("builtins.open", denied)  # the tests may run as root, who may read everything
-    with pytest.raises(tool.ExplainError, match="no permission to read it; "):
-        tool.check_checkpoint_path(tiny_checkpoints["convnext"])
-
-
-def test_file_name_that_is_not_unicode_is_named(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/best\xff.pth"))
-    try:
-        path.write_bytes(tiny_checkpoints["convnext"].read_bytes())
-    except OSError:
-        pytest.skip("the file system takes only Unicode names")
-    refused(path, "rename it")
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_path_check_accepts_checkpoints_without_torch(checkpoint: dict[str, Any], tmp_path: Path, zipped: bool) -> None:
-    torch.save(checkpoint, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
-    file, kind = tool.open_checkpoint(tmp_path / "c.pth")
-    file.close()
-    assert kind.use == ("zip" if zipped else "pickle")
 
 
 # ------------------------------------------------------------------------------------------
@@ -850,12 +666,6 @@ def mutations(draw: st.DrawFn) -> bytes:
 def loads_or_is_refused(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     try:
-        contents, _ = tool.read_checkpoint(path)
-        weights, _ = tool.weights_of(contents, path)
-        tool.in_float32(weights, path)
-    except tool.ExplainError as error:
-        one_line(error, path)
-    try:
         load(path)
     except tool.ExplainError as error:
         one_line(error, path)
@@ -878,7 +688,7 @@ def test_any_mutation_loads_or_is_refused(tmp_path: Path, data: bytes) -> None:
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-    | st.builds(lambda: 10**5000) | st.builds(lambda: torch.ones(2)),
+    | st.builds(lambda: torch.ones(2)),
     lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
@@ -898,7 +708,7 @@ def test_any_metadata_loads_or_is_refused(
     contents = copied(pristine["convnext"])
     contents["config"] = {**contents["config"], **config}
     monkeypatch.setattr(tool, "build_network", EMPTY_NETWORK)
-    monkeypatch.setattr(tool, "read_checkpoint", lambda path: ({**contents, **top}, []))
+    monkeypatch.setattr(tool, "read_checkpoint", lambda path: {**contents, **top})
     try:
         assert load(Path("any.pth")).model.accuracy.isprintable()
     except tool.ExplainError as error:

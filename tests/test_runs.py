@@ -1,13 +1,12 @@
-"""Runs over many images: batches, the table, resuming, raw maps, names of outputs; interrupted runs."""
+"""Runs over many images: batches, the table, resuming, raw maps, names of outputs."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
+import dataclasses
 import json
 import os
-import subprocess
-import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 from PIL import Image
 
 import explainability as tool
-from conftest import ROOT, TINY, a_model, an_explanation, save, users_checkpoint
+from conftest import TINY, a_model, an_explanation, save, users_checkpoint
 from conftest import explain as explain_radiographs
 
 FIGURES = ("gradcam_convnext", "gradcam_efficientnet", "comparison")
@@ -45,8 +44,9 @@ def explain(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> Callable[..., 
 
 
 def table(tmp_path: Path) -> list[dict[str, str]]:
-    with open(tmp_path / "out" / "summary.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return list(csv.DictReader(file))
+    """The rows of the table; a column that no row fills is not there, and reads as empty."""
+    with open(tmp_path / "out" / "summary.csv", newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        return [defaultdict(str, row) for row in csv.DictReader(file)]
 
 
 # The table and the summary
@@ -60,7 +60,7 @@ def test_a_folder_gives_figures_and_a_row_for_each_image(explain, folder, tmp_pa
     ]  # fmt: skip
     assert [row["true_class"] for row in rows] == ["Comminuted Fracture"] * 2 + ["Simple Fracture"] * 3
     for row in rows:
-        written = row["outputs"].split(";")
+        written = json.loads(row["outputs"])
         assert len(written) == 3 and all((tmp_path / "out" / name).stat().st_size > 10_000 for name in written)
         assert abs(float(row["convnext_p_Comminuted Fracture"]) + float(row["convnext_p_Simple Fracture"]) - 1) < 2e-6
         assert row["convnext_correct"] == ("yes" if row["convnext_predicted"] == row["true_class"] else "no")
@@ -71,7 +71,9 @@ def test_a_folder_gives_figures_and_a_row_for_each_image(explain, folder, tmp_pa
 
 def a_result(folder: str, *confidences: float) -> tool.Result:
     """What ConvNeXt V2 and EfficientNetV2 say of an image: each confidence is that of Comminuted; Simple is explained."""
-    job = tool.Job(Path(f"{folder}/a.png"), f"{folder}/a.png", (), (), "digest")
+    image = Path(f"{folder}/a.png")
+    job = tool.Job(image, str(image), (), (), "digest", name="a.png")
+    job, _ = tool.told_truth(job, tool.CLASS_NAMES)
     names = {"convnext": "convnextv2_base.fcmae_ft_in22k_in1k", "efficientnet": "tf_efficientnetv2_s.in21k_ft_in1k"}
     explanations = (
         an_explanation(family=tool.FAMILIES[key], architecture=name, probabilities=np.float32([share, 1 - share]), explained=1)
@@ -97,29 +99,65 @@ def test_a_row_says_what_each_model_said():
 @pytest.mark.parametrize(
     "folder, confidences, line",
     (
-        ("simple_fracture", (0.9, 0.25), "⚠️  a.png: Comminuted 90.0%, Simple 75.0%; 1 wrong; disagree"),
-        ("simple_fracture", (0.9, 0.8), "⚠️  a.png: Comminuted 90.0%, Comminuted 80.0%; 2 wrong"),
-        ("comminuted_fracture", (0.9, 0.8), "✅ a.png: Comminuted 90.0%, Comminuted 80.0%"),
-        ("ward", (0.9, 0.25), "⚠️  a.png: Comminuted 90.0%, Simple 75.0%; disagree"),
-        ("ward", (0.9, 0.8), "✅ a.png: Comminuted 90.0%, Comminuted 80.0%"),
-        ("simple_fracture", (0.9,), "⚠️  a.png: Comminuted 90.0%; wrong"),
+        ("simple_fracture", (0.9, 0.25), "⚠️  a.png: {c} Comminuted 90.0%, {e} Simple 75.0%; wrong: {c}; models disagree"),
+        ("simple_fracture", (0.9, 0.8), "⚠️  a.png: {c} Comminuted 90.0%, {e} Comminuted 80.0%; wrong: {c}; wrong: {e}"),
+        ("comminuted_fracture", (0.9, 0.8), "✅ a.png: {c} Comminuted 90.0%, {e} Comminuted 80.0%"),
+        ("ward", (0.9, 0.25), "⚠️  a.png: {c} Comminuted 90.0%, {e} Simple 75.0%; models disagree"),
+        ("ward", (0.9, 0.8), "✅ a.png: {c} Comminuted 90.0%, {e} Comminuted 80.0%"),
+        ("simple_fracture", (0.9,), "⚠️  a.png: {c} Comminuted 90.0%; wrong: {c}"),
     ),
 )
 def test_the_line_of_an_image_tells_who_is_wrong(folder, confidences, line):
-    assert tool.result_line(a_result(folder, *confidences)) == line
+    assert tool.result_line(a_result(folder, *confidences)) == line.format(c="ConvNeXt V2", e="EfficientNetV2-S")
+
+
+def with_flags(result: tool.Result, *keys: str) -> tool.Result:
+    """A result whose second explanation has these checks flagged."""
+    flagged = tuple(tool.Finding(key, 0.4, True, key) for key in keys)
+    first, second = result.explanations
+    return dataclasses.replace(result, explanations=(first, dataclasses.replace(second, findings=flagged)))
+
+
+def test_what_is_flagged_is_flagged_in_line_table_and_summary():
+    result = with_flags(a_result("simple_fracture", 0.2, 0.25), "border", "confidence")
+    assert tool.result_line(result).startswith("⚠️ ") and "EfficientNetV2-S flagged: border, confidence" in tool.result_line(result)
+    models = [each.model for each in result.explanations]
+    row = tool.table_row(result, models)
+    assert (row["convnext_flags"], row["efficientnet_flags"]) == ("", "border, confidence")
+    lines = tool.run_lines([row], models, ["gradcam"], {}, 0, 1)
+    assert [line for line in lines if "Flagged" in line] == ["  Flagged: 0 of 1 images", "  Flagged: 1 of 1 images: border 1, confidence 1"]
+
+
+def test_flags_of_each_method_are_told():
+    first, second = a_result("simple_fracture", 0.2, 0.25).explanations
+    by_lrp = dataclasses.replace(first, method="lrp", findings=(tool.Finding("focus", 0.4, True, "focus"),))
+    result = dataclasses.replace(a_result("simple_fracture", 0.2), explanations=(first, by_lrp))
+    assert "ConvNeXt V2, LRP flagged: focus" in tool.result_line(result)
+    row = tool.table_row(result, [first.model])
+    assert row["convnext_lrp_flags"] == "focus"
+    assert "  LRP, flagged: 1 of 1 images: focus 1" in tool.run_lines([row], [first.model], ["gradcam", "lrp"], {}, 0, 1)
 
 
 def test_confusion_counts_and_disagreement_come_from_the_rows():
     row = {"error": "", "true_class": "Simple Fracture", "x_predicted": "Simple Fracture", "x_correct": "yes", "agree": "yes"}
-    row |= {"x_in_box": "", "map_agreement": "", "x_flags": "border, erasing"}
+    row |= {"x_flags": "border, erasing", "file": "r.png"}
     wrong = row | {"file": "w.png", "x_predicted": "Comminuted Fracture", "x_correct": "no", "agree": "no"}
     model = a_model(family=tool.dataclasses.replace(tool.FAMILIES["convnext"], key="x"))
-    lines = tool.run_lines([row, row, wrong, {"error": "bad", "file": "f.png"}], [model, model], {}, 3, 2.0)
-    assert "Images: 3 done, 1 failed" in lines and "  Failed: f.png" in lines
+    lines = tool.run_lines([row, row, *[wrong] * 7, {"error": "bad", "file": "f.png"}], [model, model], ["gradcam"], {}, 3, 2.0)
+    assert "Images: 9 done, 1 failed" in lines and "  Failed: f.png" in lines
     assert "Speed: 1.50 images per second (3 images in 2.0 s)" in lines
-    assert "  Simple Fracture: 1 as Comminuted Fracture, 2 as Simple Fracture" in lines
-    assert "  Misclassified: w.png as Comminuted Fracture" in lines and "  Disagree: w.png" in lines
-    assert "Models agree on 2 of 3 images" in lines and "  Map checks: 3 of 3 maps flagged: border 3" in lines
+    assert "  Simple Fracture: 7 as Comminuted Fracture, 2 as Simple Fracture" in lines
+    assert lines.count("  Misclassified: w.png") == 2 * 5 and "  Misclassified: 2 more, in summary.csv" in lines
+    assert lines.count("  Disagree: w.png") == 5 and "Models agree on 2 of 9 images" in lines
+    assert "  Flagged: 9 of 9 images: border 9, erasing 9" in lines
+
+
+def test_heat_and_chance_keep_their_places_in_the_summary():
+    row = {"error": "", "true_class": "", "file": "a.png", "agree": "yes"}
+    row |= {"convnext_in_box": "yes", "convnext_heat_in_box": "0.750000", "convnext_box_area": "0.200000"}
+    other = row | {"convnext_in_box": "no", "convnext_heat_in_box": "0.250000", "convnext_box_area": "0.100000"}
+    lines = tool.run_lines([row, other], [a_model()], ["gradcam"], {}, 0, 1)
+    assert "  True fracture: maximum inside 50.0% (1 of 2), heat inside 50.0%, chance 15.0%" in lines
 
 
 def test_a_bad_file_is_reported_and_the_rest_go_on(explain, folder, tmp_path, capsys):
@@ -157,7 +195,7 @@ def test_the_output_folder_is_not_searched(folder):
 def test_images_beside_the_results_are_found_or_the_reason_is_told(folder, tmp_path):
     everything = tool.found_images([str(folder)], tmp_path / "out")
     assert len(everything) == 5 and tool.found_images([str(folder)], tmp_path) == everything
-    with pytest.raises(tool.ExplainError, match="is the folder for results.*choose another --output-dir"):
+    with pytest.raises(tool.ExplainError, match="no image found there, beside this tool's own results"):
         tool.found_images([str(folder / "simple_fracture")], folder / "simple_fracture")
 
 
@@ -233,22 +271,99 @@ def test_skip_existing_leaves_a_single_finished_image_alone(explain, xray, tmp_p
     assert "left alone" in capsys.readouterr().out and figure.stat().st_mtime_ns == before
 
 
-def test_skip_existing_does_not_trust_a_torn_row(explain, folder, tmp_path):
+def test_a_torn_row_is_told_and_computed_again(explain, folder, tmp_path, capsys):
     assert explain("--image", folder, "--model", "convnext", "--no-figures") == 0
     path = tmp_path / "out" / "summary.csv"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:30])
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + lines[3][:30])
+    capsys.readouterr()
     assert explain("--image", folder, "--model", "convnext", "--no-figures", "--skip-existing") == 0
-    assert sorted(path.read_text().splitlines()) == sorted(lines)
+    assert path.read_bytes() == whole and "last line was torn" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("earlier", ["file,other\nx,y\n", "x" * 200_000 + "\n"])
-def test_skip_existing_does_not_replace_a_table_of_another_kind(explain, folder, tmp_path, capsys, earlier):
+@pytest.mark.parametrize("others", [[], ["--skip-existing"]])
+def test_a_table_with_other_columns_is_kept_under_another_name(explain, folder, tmp_path, capsys, earlier, others):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "summary.csv").write_text(earlier)
-    assert explain("--image", folder, "--model", "convnext", "--no-figures", "--skip-existing") == 1
-    assert (tmp_path / "out" / "summary.csv").read_text() == earlier
-    assert capsys.readouterr().err.count("❌") == 1
+    assert explain("--image", folder, "--model", "convnext", "--no-figures", *others) == 0
+    assert (tmp_path / "out" / "summary_1.csv").read_text() == earlier and len(table(tmp_path)) == 5
+    assert "kept as summary_1.csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("others", [[], ["--skip-existing"]])
+def test_runs_at_the_same_time_keep_each_others_rows(explain, folder, tmp_path, monkeypatch, others):
+    """A second run goes into the same folder while the first is in its middle."""
+    load, seen = tool.load_radiograph, []
+
+    def with_another_run(path: Path) -> tool.Radiograph:
+        seen.append(path)
+        if len(seen) == 2:
+            assert explain("--image", folder / "comminuted_fracture", *asked) == 0
+        return load(path)
+
+    asked = ("--model", "convnext", "--no-figures", "--batch-size", 1, *others)
+    monkeypatch.setattr(tool, "load_radiograph", with_another_run)
+    assert explain("--image", folder / "simple_fracture", *asked) == 0
+    assert sorted(Path(row["file"]).relative_to(folder).as_posix() for row in table(tmp_path)) == [
+        "comminuted_fracture/a.png", "comminuted_fracture/b.png", "simple_fracture/a.png", "simple_fracture/c.png", "simple_fracture/d.png",
+    ]  # fmt: skip
+
+
+def test_a_run_with_other_columns_at_the_same_time_loses_nothing(explain, folder, tmp_path, monkeypatch, capsys):
+    load, seen = tool.load_radiograph, []
+
+    def with_another_run(path: Path) -> tool.Radiograph:
+        seen.append(path)
+        if len(seen) == 2:
+            assert explain("--image", folder / "comminuted_fracture", "--model", "efficientnet", "--no-figures") == 0
+        return load(path)
+
+    monkeypatch.setattr(tool, "load_radiograph", with_another_run)
+    assert explain("--image", folder / "simple_fracture", "--model", "convnext", "--no-figures", "--batch-size", 1) == 1
+    assert "--output-dir of its own" in capsys.readouterr().err
+    assert len(table(tmp_path)) == 2 and (tmp_path / "out" / "summary_1.csv").read_text().count("simple_fracture/") == 1
+
+
+def test_each_image_keeps_its_last_row(explain, folder, tmp_path):
+    asked = ("--model", "convnext", "--no-figures")
+    for target in ("0", "1"):
+        assert explain("--image", folder, *asked, "--target-class", target) == 0
+    assert [row["convnext_explained"] for row in table(tmp_path)] == ["Simple Fracture"] * 5
+
+
+def test_a_column_that_becomes_needed_later_is_added(explain, folder, tmp_path):
+    plain = tmp_path / "images" / "ward" / "x.png"
+    plain.parent.mkdir()
+    (folder / "simple_fracture" / "d.png").rename(plain)
+    for place in ("ward", "comminuted_fracture", "ward"):
+        assert explain("--image", folder / place, "--model", "convnext", "--no-figures", "--skip-existing") == 0
+    assert {row["true_class"] for row in table(tmp_path)} == {"", "Comminuted Fracture"}
+    assert [bool(row["convnext_correct"]) for row in table(tmp_path)] == [True, True, False]
+
+
+def test_a_cell_that_a_spreadsheet_would_compute_is_a_text(explain, folder, tmp_path, monkeypatch):
+    image = folder / "=1+cmd|x.png"
+    (folder / "simple_fracture" / "d.png").rename(image)
+    monkeypatch.chdir(folder)
+    asked = ("--model", "convnext", "--no-figures", "--skip-existing", "--image", image.name, "simple_fracture/c.png")
+    assert explain(*asked) == 0 and explain(*asked) == 0
+    assert [row["file"] for row in table(tmp_path)] == ["'=1+cmd|x.png", "simple_fracture/c.png"]
+    texts = ["-0.5", "+1e-05", "-", "@x", "=2", "-1+2", "a=b"]
+    assert [tool.cell_text(text) for text in texts] == ["-0.5", "+1e-05", "'-", "'@x", "'=2", "'-1+2", "a=b"]
+    assert [tool.plain_text(tool.cell_text(text)) for text in texts] == texts
+
+
+def test_the_table_is_as_readme_says(explain, folder, tmp_path):
+    """UTF-8 with its mark, what is needed first, no column that no row fills, outputs as a JSON list."""
+    assert explain("--image", folder, "--save-maps") == 0
+    content = (tmp_path / "out" / "summary.csv").read_bytes()
+    header = content.decode("utf-8-sig").splitlines()[0].split(",")
+    assert content.startswith(b"\xef\xbb\xbf")
+    assert header[:4] == ["file", "true_class", "convnext_predicted", "convnext_confidence"]
+    assert not {"error", "convnext_covering", "convnext_in_box"} & set(header)
+    assert json.loads(table(tmp_path)[1]["outputs"])[0] == "gradcam_convnext_b.png"
 
 
 def test_skip_existing_keeps_rows_of_other_images(explain, folder, tmp_path):
@@ -285,24 +400,14 @@ def test_skip_existing_keeps_twins_apart_when_names_are_hidden(explain, folder, 
     for _ in range(2):
         assert explain(*asked) == 0
         told.append([line for line in capsys.readouterr().out.splitlines() if "Accuracy" in line or "done" in line])
-    first = sorted(table(tmp_path), key=lambda row: row["file"])
-    assert explain("--image", folder / "simple_fracture", *asked[2:-1]) == 0  # a new table, of one twin
+    first = [(row["file"], row["true_class"]) for row in table(tmp_path)]
+    assert explain("--image", folder / "simple_fracture", *asked[2:-1]) == 0
     assert explain(*asked) == 0
-    assert sorted(table(tmp_path), key=lambda row: row["file"]) == first
-    labels = {row["file"] for row in first}
+    assert [(row["file"], row["true_class"]) for row in table(tmp_path)] == first
+    labels = {label for label, _ in first}
     assert told[0] == told[1] and len(labels) == 5
     assert tool.content_label(twin) in labels and f"{tool.content_label(twin)}_2" in labels
     assert not any("fracture" in path.name for path in (tmp_path / "out").iterdir())
-
-
-def test_a_row_with_a_value_too_many_is_computed_again(explain, folder, tmp_path):
-    asked = ("--image", folder, "--model", "convnext", "--no-figures", "--skip-existing")
-    assert explain(*asked) == 0
-    path = tmp_path / "out" / "summary.csv"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[:-1], lines[-1] + ",more"]) + "\n")
-    assert explain(*asked) == 0
-    assert sorted(path.read_text().splitlines()) == sorted(lines)
 
 
 def test_a_resumed_run_tells_how_many_maps_it_judged(explain, folder, capsys):
@@ -310,7 +415,7 @@ def test_a_resumed_run_tells_how_many_maps_it_judged(explain, folder, capsys):
     capsys.readouterr()
     assert explain("--image", folder, "--model", "convnext", "--no-figures", "--skip-existing") == 0
     said = capsys.readouterr().out
-    assert "of 5 maps flagged" in said and "Of the 2 images explained now:" in said
+    assert "of 5 images" in said and "Of the 2 images explained now:" in said
 
 
 @pytest.mark.slow
@@ -330,9 +435,9 @@ def test_skip_existing_computes_again_what_was_asked_otherwise(explain, folder, 
 def test_rows_are_written_while_the_run_goes_on(explain, folder, tmp_path, monkeypatch):
     seen = []
     load = tool.load_radiograph
-    monkeypatch.setattr(tool, "load_radiograph", lambda path: (seen.append(len(table(tmp_path))), load(path))[1])
+    monkeypatch.setattr(tool, "load_radiograph", lambda path: (seen.append(len(table(tmp_path)) if (tmp_path / "out" / "summary.csv").exists() else -1), load(path))[1])
     assert explain("--image", folder, "--model", "convnext", "--no-figures", "--batch-size", 1) == 0
-    assert seen == [0, 1, 2, 3, 4]
+    assert seen == [-1, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("others", (["--colormap", "gray"], ["--target-class", "1"]))
@@ -354,14 +459,6 @@ def test_a_folder_named_in_two_ways_stands_once_in_the_table(explain, folder, tm
     for place in ("images", folder, "./images/../images"):
         assert explain("--image", place, "--model", "convnext", "--no-figures", "--skip-existing") == 0
     assert len(table(tmp_path)) == 5
-
-
-def test_a_table_of_an_earlier_run_is_kept_under_another_name(explain, folder, tmp_path, capsys):
-    for place in ("comminuted_fracture", "simple_fracture", "simple_fracture"):
-        assert explain("--image", folder / place, "--model", "convnext", "--no-figures") == 0
-    assert "kept as summary_1.csv" in capsys.readouterr().err
-    kept = [(tmp_path / "out" / f"summary_{number}.csv").read_text() for number in (1, 2)]
-    assert [text.count("_fracture/") for text in kept] == [2, 3] and len(table(tmp_path)) == 3
 
 
 def test_speed_counts_only_the_images_that_were_explained(explain, folder, capsys, monkeypatch):
@@ -387,7 +484,7 @@ def test_blank_maps_are_said_in_the_line_and_the_table(explain, folder, tmp_path
     assert explain("--image", folder, "--model", "convnext", "--no-figures", "--batch-size", 2) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if ".png: " in line]
     expected = [False, True, False, True, False]
-    assert ["(blank map)" in line for line in lines] == expected
+    assert ["flagged: blank" in line for line in lines] == expected
     assert [row["convnext_blank_map"] for row in table(tmp_path)] == ["yes" if blank else "no" for blank in expected]
     assert [float(row["convnext_raw_peak"]) > 0 for row in table(tmp_path)] == [not blank for blank in expected]
 
@@ -559,7 +656,7 @@ def test_dicom_without_a_suffix_is_found_in_a_folder(folder):
 def test_a_broken_link_in_a_folder_is_reported(explain, folder, tmp_path, capsys):
     (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
     assert explain("--image", folder, "--model", "convnext", "--no-figures") == 1
-    assert "gone.png: a link to a file that is not there" in capsys.readouterr().err
+    assert "gone.png: no such file" in capsys.readouterr().err
 
 
 def test_a_name_too_long_for_the_system_is_one_line(explain, tmp_path, capsys):
@@ -576,83 +673,7 @@ def test_lack_of_memory_names_the_batch_size(explain, folder, capsys, monkeypatc
     assert "--batch-size" in capsys.readouterr().err
 
 
-# Interrupted and piped runs
-
-
-def command(tiny_checkpoints: dict[str, Path], tmp_path: Path, *arguments: object) -> list[str]:
-    named = [part for key, path in tiny_checkpoints.items() for part in (f"--{key}-checkpoint", str(path))]
-    return [sys.executable, str(ROOT / "explainability.py"), *named, "--output-dir", str(tmp_path / "out"), *map(str, arguments)]
-
-
-@pytest.mark.slow
-def test_termination_leaves_no_process_and_no_half_file(tiny_checkpoints, folder, tmp_path):
-    process = subprocess.Popen(
-        command(tiny_checkpoints, tmp_path, "--image", folder), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    for line in process.stdout:
-        if "Loading EFFICIENTNET" in line:
-            break
-    process.terminate()
-    process.stdout.read()  # ends when the drawing processes, which have it too, are gone
-    assert process.wait(timeout=60) == 143
-    assert not list((tmp_path / "out").glob(".*"))
-
-
-@pytest.mark.slow
-def test_a_bar_on_a_terminal_leaves_the_lines_whole(tiny_checkpoints, folder, tmp_path):
-    pty = pytest.importorskip("pty")
-    master, slave = pty.openpty()
-    pytest.importorskip("termios").tcsetwinsize(slave, (24, 100))
-    process = subprocess.Popen(
-        command(tiny_checkpoints, tmp_path, "--image", folder, "--no-figures"), stdout=slave, stderr=slave, close_fds=True
-    )
-    os.close(slave)
-    shown = b""
-    with contextlib.suppress(OSError):  # a terminal without a program ends so
-        while part := os.read(master, 4096):
-            shown += part
-    assert process.wait(timeout=60) == 0
-    lines = [line.rpartition("\r")[2] for line in shown.decode().replace("\r\n", "\n").split("\n")]
-    assert b"/5 [" in shown
-    assert sum(line.startswith(("✅", "⚠️ ")) and ".png: " in line for line in lines) == 5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("extra", ([], ["--quiet"]))
-def test_a_locale_without_unicode_is_no_obstacle(tiny_checkpoints, xray, tmp_path, extra):
-    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
-    environment.pop("PYTHONIOENCODING", None)
-    done = subprocess.run(
-        command(tiny_checkpoints, tmp_path, "--image", xray, "--model", "convnext", *extra), env=environment, capture_output=True
-    )
-    assert done.returncode == 0 and b"Traceback" not in done.stderr and b"Confidence" in done.stdout
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_images(tiny_checkpoints, tmp_path):
-    """Peak of the process itself, in a new process each, since a peak never falls."""
-    pytest.importorskip("resource")
-    script = "import resource, sys, explainability as e; e.main(sys.argv[1:]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    rng, peaks = np.random.default_rng(0), {}
-    for count in (20, 100):
-        for number in range(count):
-            Image.fromarray(rng.integers(0, 256, (900, 900), dtype=np.uint8)).save(tmp_path / f"{number:03}.png")
-        arguments = command(tiny_checkpoints, tmp_path, "--image", tmp_path, "--no-figures", "--quiet", "--model=efficientnet")[2:]
-        done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-        peaks[count] = int(done.stdout.splitlines()[-1])
-    assert peaks[100] < 1.05 * peaks[20]
-
-
-def test_a_closed_stdout_ends_quietly(tiny_checkpoints, xray, tmp_path):
-    process = subprocess.Popen(
-        command(tiny_checkpoints, tmp_path, "--image", xray), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.stderr.read() == "" and process.wait(timeout=60) == 141
-
-
-# Formats, bare pictures and the contact sheet
+# Formats and bare pictures
 
 
 def outputs(tmp_path: Path) -> set[str]:
@@ -682,40 +703,9 @@ def test_bare_pictures_have_the_radiographs_own_size(explain, folder, tmp_path, 
     assert "overlay_convnext_b.png" in capsys.readouterr().out
 
 
-def test_a_run_ends_with_a_contact_sheet(explain, folder, tmp_path, capsys):
-    assert explain("--image", folder) == 0
-    sheet = tmp_path / "out" / "summary.png"
-    assert Image.open(sheet).size[0] > 1500
-    assert f"Contact sheet: {tool.shown(sheet)}" in capsys.readouterr().out
-    whole = sheet.read_bytes()
-    assert explain("--image", folder, "--skip-existing") == 0
-    assert sheet.read_bytes() == whole  # nothing was left to do
+def test_a_resumed_run_counts_the_images_of_the_first(explain, folder, tmp_path, capsys):
+    assert explain("--image", folder, "--no-figures") == 0
     capsys.readouterr()
-    assert explain("--image", folder / "simple_fracture", "--skip-existing") == 0
-    assert sheet.read_bytes() != whole  # that sheet was of other images
-    said = capsys.readouterr().out
-    assert "of 3 maps flagged" in said
-
-
-def test_contact_sheet_of_a_resumed_run_shows_the_images_of_the_first(explain, folder, tmp_path, monkeypatch):
-    shown = []
-    draw = tool.summary_figure
-    monkeypatch.setattr(tool, "summary_figure", lambda *told: shown.append(told) or draw(*told))
-    monkeypatch.setattr(tool.os, "cpu_count", lambda: 0)  # so that it is drawn in this process
-    monkeypatch.setattr(tool, "MAX_DRAWING_PROCESSES", 0)
-    assert explain("--image", folder) == 0
-    (tmp_path / "out" / "comparison_c.png").unlink()
-    assert explain("--image", folder, "--skip-existing") == 0
-    (rows, _, _, seen, _), (kept_rows, _, _, kept_seen, _) = shown
-    assert sorted(row["file"] for row in rows) == sorted(row["file"] for row in kept_rows)
-    first = {row["file"] for row in tool.looked_at_first(rows, [each.model for _, each in seen.values()][:1])}
-    assert first and first <= set(seen) and first <= set(kept_seen)
-    for file in first:
-        (pixels, one), (kept_pixels, other) = seen[file], kept_seen[file]
-        assert (pixels == kept_pixels).all() and one.model.family == other.model.family
-        assert one.heatmap == pytest.approx(other.heatmap, abs=1e-4)
-
-
-def test_run_without_figures_writes_no_contact_sheet(explain, folder, tmp_path):
-    assert explain("--image", folder, "--no-figures", "--model", "convnext") == 0
-    assert outputs(tmp_path) == {"summary.csv"}
+    assert explain("--image", folder / "simple_fracture", "--no-figures", "--skip-existing") == 0
+    assert "of 3 images" in capsys.readouterr().out
+    assert outputs(tmp_path) == {"summary.csv", ".summary.lock"}
