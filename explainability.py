@@ -1475,17 +1475,21 @@ def weighted_sum(weights: torch.Tensor, activations: torch.Tensor) -> torch.Tens
     return raw.where(raw.abs() > rounding, 0)
 
 
-def finer_grad_cam(seen: ForwardPass) -> torch.Tensor:
-    """Grad-CAM at the target layer times Grad-CAM one stage earlier, both after the ReLU: (B, 2h, 2w).
+def refine_cam(seen: ForwardPass) -> torch.Tensor:
+    """RefineCAM: Grad-CAM of two layers, each at the input's size and in [0, 1], multiplied: (B, S, S).
 
-    The finer map has the edges and is often hot elsewhere; the coarse one says what of it counts.
+    The finer layer's map has the edges and is often hot elsewhere; the coarse one says what of it
+    counts. Enlarged before they are multiplied, neither has the other's steps.
     """
     import torch
 
     *_, activations, gradients = layer_gradients(seen.network, seen.finer_layer, seen.inputs, seen.explained)
-    finer = grad_cam(activations, gradients).relu()
-    coarse = grad_cam(seen.activations, seen.gradients).relu()[:, None]
-    return finer * torch.nn.functional.interpolate(coarse, finer.shape[1:], mode="bilinear")[:, 0]
+    product = torch.ones_like(seen.inputs[:, 0])
+    for raw in (grad_cam(seen.activations, seen.gradients), grad_cam(activations, gradients)):
+        heat = torch.nn.functional.interpolate(raw.relu()[:, None], seen.inputs.shape[2:], mode="bilinear")[:, 0]
+        low, high = heat.amin(dim=(1, 2), keepdim=True), heat.amax(dim=(1, 2), keepdim=True)
+        product *= ((heat - low) / (high - low)).where(high > low, heat.sign())  # a constant map takes nothing away
+    return product
 
 
 # Gradients of pixels
@@ -1702,6 +1706,7 @@ class Method:
     passes: int  # inputs that go through the network for one image, the first pass and the proof among them
     owed: Callable[[ForwardPass], torch.Tensor] | None = None  # (B,) what the maps must sum to
     compares: bool = False  # with the reference; its maps then hold evidence against the class as well
+    layers: tuple[str, ...] = ()  # of a family, that the maps are made of
 
 
 METHODS = {
@@ -1709,15 +1714,15 @@ METHODS = {
     for method in (
         Method(
             "gradcam", "Grad-CAM", "Selvaraju et al., ICCV 2017",
-            lambda seen: grad_cam(seen.activations, seen.gradients), 1,
+            lambda seen: grad_cam(seen.activations, seen.gradients), 1, layers=("target_layer",),
         ),
         Method(
             "gradcam++", "Grad-CAM++", "Chattopadhay et al., WACV 2018",
-            lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients), 1,
+            lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients), 1, layers=("target_layer",),
         ),
         Method(
-            "gradcam-hires", "Grad-CAM, high resolution", "Grad-CAM at two stages, multiplied by this tool",
-            finer_grad_cam, 2,
+            "refinecam", "RefineCAM", "Domeniconi et al., arXiv 2605.14641, 2026", refine_cam, 2,
+            layers=("target_layer", "finer_layer"),
         ),
         Method(
             "ig", "Integrated Gradients", "Sundararajan et al., ICML 2017",
@@ -3033,9 +3038,13 @@ def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str
         ("", accuracy),
         ("Method", method.title),
     ]
-    if explanation.method.startswith("gradcam"):
-        lines.append(("Target layer", model.family.target_layer))
-    lines.append(("Map", f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"))
+    layers = [getattr(model.family, name) for name in METHODS[explanation.method].layers]
+    if layers:
+        lines.append(("Target layer", " and ".join(layers)))
+    if len(layers) > 1:
+        lines.append(("Map", f"{len(layers)} grids, interpolated to {h}×{w} pixels, then multiplied"))
+    else:
+        lines.append(("Map", f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"))
     if explanation.heatmap.any():
         relative = "" if style.signed else " (the colours are relative to it)"
         lines.append(("Peak of raw map", f"{raw.max():.3g}{relative}"))
