@@ -222,7 +222,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Pointing:
-    """How a map compares with the true boxes, enlarged by half a cell of the map's grid on each side."""
+    """How a map compares with the true boxes, enlarged by half a cell on each side."""
 
     is_inside: bool  # the map's maximum
     heat: float  # share of the heatmap inside
@@ -2511,12 +2511,13 @@ def pointing(explanation: Explanation, boxes: Sequence[Region]) -> Pointing:
     """The pointing game (J. Zhang et al., ECCV 2016) and the heat inside.
 
     Boxes are in shares of the image's sides, and count with half a cell of the map more on each
-    side: a map's maximum cannot be told more exactly.
+    side: a map's maximum cannot be told more exactly. For finer maps it is half a cell of the
+    checks' grid, so that methods can be compared.
     """
     h, w = explanation.raw_map.shape
     row, column = np.unravel_index(explanation.raw_map.argmax(), (h, w))
     x, y = (column + 0.5) / w, (row + 0.5) / h
-    grown = [with_margin(box, h, w) for box in boxes]
+    grown = [with_margin(box, min(h, CELLS), min(w, CELLS)) for box in boxes]
     is_inside = any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in grown)
     mask = np.zeros((CHECKED_SIDE, CHECKED_SIDE), bool)
     for box in grown:
