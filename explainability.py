@@ -1848,16 +1848,15 @@ OUTER = np.pad(np.zeros((CELLS - 2, CELLS - 2), bool), 1, constant_values=True) 
 DENSE_SHARE = 0.02  # of a cell's pixels; with fewer the cell holds nothing as dense as bone
 HOT_AREA = 0.25  # of the image
 
-# A marker or annotation is bright, thin, small and set off from all around it. Lengths in pixels
-# of CHECKED_SIDE, brightness in shares of the radiograph's range (1st to 99th percentile).
-STROKE_REACH, STROKE_CONTRAST = 4, 0.3  # an opening of 9 x 9 takes away strokes of up to 8 pixels
+# A marker or annotation is bright, thin, small, sharp and set off from all around it. Lengths in
+# pixels of CHECKED_SIDE, brightness in shares of the radiograph's range (1st to 99th percentile).
+STROKE_REACH, STROKE_CONTRAST = 4, 0.2  # an opening of 9 x 9 takes away strokes of up to 8 pixels
 JOINING_REACH = 2  # letters at most 4 pixels apart are one marker
 MARKER_PIXELS, MARKER_SIDES = 12, range(6, 50)  # fewer pixels are noise; sides are the longer ones
 TEXT_SIDES, TEXT_HEIGHT = range(6, 124), 27  # a line of text may be longer while it is lower than this
-LETTER_HEIGHT, TEXT_STROKES = 9, 4  # a line three times as long as high, of so many strokes, is text
-LONGEST_STROKE = 0.6  # of its length
-STRIP_LENGTH = 28  # longer ones of fewer strokes are no letters
-RING, RING_CONTRAST = (2, 5), 0.25  # pixels outside the box; bone's edges go on there, markers do not
+TEXT_STROKES, LONGEST_STROKE = 4, 0.6  # of a line three times as long as high; the longest in its lengths
+RING, RING_CONTRAST = (2, 5), 0.15  # pixels outside the box; bone's edges go on there, markers do not
+SHARPNESS = 0.13  # mean of |Laplacian| in and round the box; bone's edges have 0.05 to 0.11, markers 0.15 to 0.46
 
 AGREEMENT = "map_agreement"  # the check of a pair
 AGREEMENT_LIMIT = 0.4  # equal maps share 1, disjoint ones 0
@@ -1932,8 +1931,13 @@ def marker_boxes(grey: np.ndarray) -> Iterator[PixelBox]:
     strokes = grey - over_windows(eroded, STROKE_REACH, np.maximum) > STROKE_CONTRAST * (high - low)
     for rows, columns in regions(strokes, JOINING_REACH):
         box = int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
-        is_apart = stands_out(grey, rows, columns, box, RING_CONTRAST * (high - low))
-        if is_marker_size(len(rows), box) and is_letter_or_text(rows, columns, box, is_apart):
+        short, long = sorted((box[2] - box[0], box[3] - box[1]))
+        is_small = long in MARKER_SIDES or (long in TEXT_SIDES and short < TEXT_HEIGHT)
+        if len(rows) < MARKER_PIXELS or not is_small or sharpness(grey, box) < SHARPNESS * (high - low):
+            continue
+        # Text may lie over bone; strips that are no text are cortex, pins or the field's edge.
+        is_letter = long < 3 * short and set_off(grey, rows, columns, box) >= RING_CONTRAST * (high - low)
+        if is_letter or is_text(rows, columns):
             yield box
 
 
@@ -1970,37 +1974,29 @@ def connected(mask: np.ndarray) -> np.ndarray:
     return labels
 
 
-def is_marker_size(pixels: int, box: PixelBox) -> bool:
-    short, long = sorted((box[2] - box[0], box[3] - box[1]))
-    return pixels >= MARKER_PIXELS and (long in MARKER_SIDES or (long in TEXT_SIDES and short < TEXT_HEIGHT))
+def sharpness(grey: np.ndarray, box: PixelBox) -> float:
+    """Mean of the Laplacian's magnitude in a box and round it."""
+    x0, y0, x1, y1 = grown(box, RING[0], CHECKED_SIDE)
+    values = grey[y0:y1, x0:x1].astype(int)
+    neighbours = values[:-2, 1:-1] + values[2:, 1:-1] + values[1:-1, :-2] + values[1:-1, 2:]
+    return float(np.abs(4 * values[1:-1, 1:-1] - neighbours).mean())
 
 
-def is_letter_or_text(rows: np.ndarray, columns: np.ndarray, box: PixelBox, is_apart: bool) -> bool:
-    """Whether a region is set off as a letter is, or a line of several strokes as text is.
-
-    Low text may lie over bone and beside it. A strip of few strokes, or with one that runs on along
-    it, is cortex, a pin or the edge of the field.
-    """
-    x0, y0, x1, y1 = box
-    short, long = sorted((x1 - x0, y1 - y0))
-    if long < 3 * short:
-        return is_apart
-    strokes = np.zeros((y1 - y0, x1 - x0), bool)
-    strokes[rows - y0, columns - x0] = True
-    along = 1 if x1 - x0 == long else 0
+def is_text(rows: np.ndarray, columns: np.ndarray) -> bool:
+    """Whether a region is a line of several strokes, of which none runs on along it."""
+    strokes = np.zeros((np.ptp(rows) + 1, np.ptp(columns) + 1), bool)
+    strokes[rows - rows.min(), columns - columns.min()] = True
+    along = int(np.argmax(strokes.shape))
     lengths = [np.ptp(places[along]) + 1 for places in regions(strokes, 0)]
-    is_text = len(lengths) >= TEXT_STROKES and max(lengths) <= LONGEST_STROKE * long
-    return (is_text and short <= LETTER_HEIGHT) or (is_apart and (is_text or long < STRIP_LENGTH))
+    return len(lengths) >= TEXT_STROKES and max(lengths) <= LONGEST_STROKE * strokes.shape[along]
 
 
-def stands_out(grey: np.ndarray, rows: np.ndarray, columns: np.ndarray, box: PixelBox, by: float) -> bool:
-    """Whether a region's median lies `by` above the 90th percentile of the ring round its box."""
-    inner, outer = (grown(box, reach, CHECKED_SIDE) for reach in (RING[0] - 1, RING[1]))
-    x0, y0, x1, y1 = outer
-    ring = np.ones((y1 - y0, x1 - x0), bool)
-    ring[inner[1] - y0 : inner[3] - y0, inner[0] - x0 : inner[2] - x0] = False
+def set_off(grey: np.ndarray, rows: np.ndarray, columns: np.ndarray, box: PixelBox) -> float:
+    """How far a region's median lies above the 75th percentile of the ring round its box."""
+    inner, (x0, y0, x1, y1) = grown(box, RING[0] - 1, CHECKED_SIDE), grown(box, RING[1], CHECKED_SIDE)
+    ring = ~box_mask([inner], CHECKED_SIDE)[y0:y1, x0:x1]
     around = grey[y0:y1, x0:x1][ring]
-    return bool(around.size and np.median(grey[rows, columns]) - np.percentile(around, 90) >= by)
+    return float(np.median(grey[rows, columns]) - np.percentile(around, 75))
 
 
 def grown(box: PixelBox, reach: int, side: int) -> PixelBox:
