@@ -238,6 +238,10 @@ class Finding:
     is_flagged: bool
     text: str  # in words
 
+    @property
+    def is_measured(self) -> bool:
+        return not np.isnan(self.value)
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -1751,9 +1755,19 @@ def passes_of(keys: Sequence[str]) -> int:
     return own + (2 if any(method.compares for method in methods) else 1)
 
 
+def finite(raw_map: np.ndarray) -> np.ndarray:
+    """The same map. Raises ValueError where a value is NaN or infinite: no check would flag it."""
+    if not np.isfinite(raw_map).all():
+        raise ValueError("the map is not finite")
+    return raw_map
+
+
 def normalised(raw_map: np.ndarray) -> np.ndarray:
-    """ReLU (eq. 2), then division by the maximum: (h, w) in [0, 1]. A blank map stays blank."""
-    positive = np.maximum(raw_map, 0)
+    """ReLU (eq. 2), then division by the maximum: (h, w) in [0, 1]. A blank map stays blank.
+
+    Raises ValueError for a map that is not finite.
+    """
+    positive = np.maximum(finite(raw_map), 0)
     peak = positive.max()
     return positive / peak if peak > 0 else positive
 
@@ -1863,7 +1877,8 @@ AGREEMENT_LIMIT = 0.4  # equal maps share 1, disjoint ones 0
 CONFIDENCE_LIMIT = 0.95  # the guide's, for clear cases
 ERASING_BLUR = 8 / 224  # of the image's side: standard deviation of the Gaussian that erases
 ERASED_AREA = 0.2  # of the image, the hottest
-ADDED = (("a letter", "L", 22), ("a line of text", "AP SUPINE", 11))  # and size in pixels of CHECKED_SIDE
+ADDED = (("a letter", "L"), ("a line of text", "AP SUPINE"))
+ADDED_SIZE = 22  # pixels of CHECKED_SIDE; a network that reads text misses small one
 ADDED_EDGE = 8  # pixels of CHECKED_SIDE between what is added and the corner
 MOVED_MASKS = 13
 MOST_TRIALS = MOVED_MASKS + len(ADDED) + 4  # and the hot area, two covered copies and the blurred one
@@ -2017,8 +2032,11 @@ def box_mask(boxes: Iterable[PixelBox], side: int) -> np.ndarray:
 
 
 def heat_on_cells(raw_map: np.ndarray) -> np.ndarray:
-    """Share of the heat in each cell, by area: (h, w) -> (CELLS, CELLS); all 0 for a blank map."""
-    heat = np.maximum(raw_map, 0).astype(np.float64)
+    """Share of the heat in each cell, by area: (h, w) -> (CELLS, CELLS); all 0 for a blank map.
+
+    Raises ValueError for a map that is not finite.
+    """
+    heat = np.maximum(finite(raw_map), 0).astype(np.float64)
     total = heat.sum()
     if total == 0:
         return np.zeros((CELLS, CELLS))
@@ -2078,7 +2096,8 @@ def border(evidence: Evidence) -> Said:
     """Share of the heat in the frame of outer cells; 24/49 for a uniform map."""
     share = float(evidence.heat[OUTER].sum())
     area = percent(OUTER.mean())
-    return share, f"{percent(share)} of the heat lies in the outer ring of cells, which is {area} of the area"
+    told = f"{percent(share)} of the heat lies in the outer ring of cells, which is {area} of the area"
+    return share, f"{told}; a fracture may lie there"
 
 
 def dark(evidence: Evidence) -> Said:
@@ -2209,7 +2228,7 @@ class Check:
 
     key: str  # in the table's columns and in JSON; in words where passed checks are listed
     title: str  # the guide's words where it has some
-    about: str  # "map", "pair" of maps, "prediction", or "verify": asked only with --verify
+    about: str  # "map", "pair" of maps, "prediction"; with --verify "verify" and, never flagged, "statement"
     ask: Callable[[Evidence], Said | None]
     flags: Callable[[float, float], bool]  # value, limit; False for NaN: it cannot be told
     limit: float
@@ -2228,10 +2247,11 @@ CHECKS = {check.key: check for check in (
     # Covering as much elsewhere, and writing beside the bone, costs honest networks less.
     Check("covering", "Reads the side marker", "verify", covering, operator.gt, 0.1),
     Check("adding", "Heeds a marker that is added", "verify", adding, operator.gt, 0.1),
-    Check("default", "Says so of anything", "verify", default, operator.gt, 1),
+    Check("default", "", "statement", default, operator.gt, math.inf),
     # Where masks put anywhere do as much, the map says nothing.
     Check("erasing", "The hot area counts no more than others", "verify", erasing, operator.gt, 0.5),
 )}  # fmt: skip
+ASKED_AGAIN = ("verify", "statement")  # what --verify asks the network about
 MAP_CHECKS = sum(check.about == "map" for check in CHECKS.values())
 
 
@@ -2249,7 +2269,7 @@ def findings_of(evidence: Evidence) -> tuple[Finding, ...]:
     found = []
     for check in CHECKS.values():
         needs_place = check.about == "map" and check.key != "blank"
-        needs_more = check.about == "pair" or (check.about == "verify" and evidence.trial is None)
+        needs_more = check.about == "pair" or (check.about in ASKED_AGAIN and evidence.trial is None)
         if needs_more or (needs_place and evidence.explanation.blankness):
             continue
         if finding := finding_of(check, evidence):
@@ -2348,10 +2368,10 @@ def shifted(box: PixelBox, down: int, right: int, side: int) -> PixelBox:
     return x, y, x + x1 - x0, y + y1 - y0
 
 
-def with_writing(image: np.ndarray, text: str, size: int) -> np.ndarray:
-    """(3, N, N) with bright writing in its darkest corner, `size` in pixels of CHECKED_SIDE."""
+def with_writing(image: np.ndarray, text: str) -> np.ndarray:
+    """(3, N, N) with bright writing in its darkest corner."""
     side = image.shape[1]
-    font = ImageFont.load_default(max(1, round(size * side / CHECKED_SIDE)))
+    font = ImageFont.load_default(max(1, round(ADDED_SIZE * side / CHECKED_SIDE)))
     left, top, right, bottom = map(round, font.getbbox(text))
     plate = Image.new("L", (max(1, right - left), max(1, bottom - top)))
     ImageDraw.Draw(plate).text((-left, -top), text, 255, font)
@@ -2406,7 +2426,7 @@ def tried(
 ) -> Trial:
     """Ask the network about changed copies of one input (3, N, N): at most MOST_TRIALS forward passes."""
     side, erasing, covered, erased = image.shape[1], without_detail(image), [], []
-    added = [with_writing(image, text, size) for _, text, size in ADDED]
+    added = [with_writing(image, text) for _, text in ADDED]
     if landmarks.markers:
         markers, elsewhere = marker_masks(landmarks.markers, side)
         if elsewhere:
@@ -3008,8 +3028,9 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
             sheet.write(x, y, "⚠", ALERT)
             text = f"{check.title}: {finding.text}" if check.title else finding.text
             y = sheet.paragraph(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
-        elif check.about == "verify":
-            y = sheet.paragraph(x, y, marked_text(finding), width, SMALL, 3) + 0.03
+        elif check.about in ASKED_AGAIN:
+            if finding.is_measured:
+                y = sheet.paragraph(x, y, marked_text(finding), width, SMALL, 3) + 0.03
         else:
             passed.append(check.key.replace("_", " "))
     if passed:
@@ -3782,7 +3803,7 @@ def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
 
 def told_finding(finding: Finding) -> dict[str, Any]:
     """A finding for JSON, which has no NaN."""
-    value = None if np.isnan(finding.value) else finding.value
+    value = finding.value if finding.is_measured else None
     return {"value": value, "flagged": finding.is_flagged, "text": finding.text}
 
 
@@ -3818,8 +3839,10 @@ def flags_text(explanation: Explanation) -> str:
 
 def value_text(explanation: Explanation, check: str) -> str:
     """What a check measured, or nothing where it does not apply."""
-    values = [each.value for each in explanation.findings if each.check == check and not np.isnan(each.value)]
-    return f"{values[0]:.6f}" if values else ""
+    for finding in explanation.findings:
+        if finding.check == check:
+            return f"{finding.value:.6f}" if finding.is_measured else "untestable"
+    return ""
 
 
 def box_text(pointed: Pointing | None, name: str) -> str:
@@ -3841,7 +3864,7 @@ MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from
     **{
         key: lambda explanation, truth, key=key: value_text(explanation, key)
         for key, check in CHECKS.items()
-        if check.about == "verify"
+        if check.about in ASKED_AGAIN
     },
 }
 
@@ -4142,7 +4165,7 @@ def map_lines(explanation: Explanation, title: str) -> list[str]:
 def network_lines(explanation: Explanation, title: str) -> list[str]:
     """What the checks say of the network: low confidence, and all that --verify asked about this map."""
     about = {each: CHECKS[each.check].about for each in explanation.findings}
-    lines = [marked_text(each) for each in about if about[each] == "verify"]
+    lines = [marked_text(each) for each in about if about[each] in ASKED_AGAIN and each.is_measured]
     lines += [marked_text(each) for each in about if about[each] == "prediction" and each.is_flagged]
     if explanation.passes:
         lines.append(f"{title}Verified with {explanation.passes} more forward passes")

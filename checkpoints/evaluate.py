@@ -40,7 +40,7 @@ TEST = tool.TEST_IMAGES
 DEMOS = {"convnext": "convnext_v2_demo.pth", "efficientnet": "efficientnetv2_s_demo.pth"}
 ARCHITECTURES = {"convnext": "convnextv2_atto", "efficientnet": "tf_efficientnetv2_b0"}  # with random weights
 MAP_CHECKS = [key for key, check in tool.CHECKS.items() if check.about == "map"]
-VERIFY_CHECKS = [key for key, check in tool.CHECKS.items() if check.about == "verify" and key != "default"]
+VERIFY_CHECKS = [key for key, check in tool.CHECKS.items() if check.about == "verify"]
 
 Row = dict[str, str]
 
