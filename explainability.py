@@ -2608,6 +2608,7 @@ READERS_CHECK = "☐ Clinical features match: for the reader to judge"
 @functools.cache
 def plain_matplotlib() -> Any:
     """matplotlib as it comes, whatever style the user's own settings ask for."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook leaves its own, which may not be importable from here
     with silenced():
         import matplotlib
         from matplotlib import font_manager  # noqa: F401  which says how long it looks for fonts
@@ -4608,6 +4609,30 @@ def tell_result(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> N
     sys.stdout.flush()
 
 
+# From Python: one radiograph, without a command line
+
+
+def explain(
+    classifier: Classifier, radiograph: Radiograph, method: str = "gradcam", target: int | None = None
+) -> Explanation:
+    """What a classifier says of a radiograph and where that comes from, checked.
+
+    Explains class `target`, or the predicted one. Raises ExplainError as `explain_batch` does.
+    """
+    inputs = network_input(radiograph, classifier.model.preprocessing)
+    (explanation,) = explain_batch(classifier, [inputs], target, [method])
+    evidence = Evidence(explanation, landmarks_of(radiograph))
+    return dataclasses.replace(explanation, findings=findings_of(evidence))
+
+
+def draw(
+    explanation: Explanation, radiograph: Radiograph, name: str = "", style: FigureStyle = FigureStyle()
+) -> bytes:
+    """The 4-panel figure of an explanation as a file of the style's format, PNG unless it says another."""
+    view = View(fitted(radiograph.pixels, style.dpi), name, style)
+    return figure_bytes(explanation_figure(view, explanation), style)
+
+
 # The whole
 
 
@@ -4791,8 +4816,14 @@ def argument_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the versions of this tool and its libraries")
+    add_questions(parser.add_argument_group("what to explain"))
+    add_networks(parser.add_argument_group("networks"))
+    add_checks(parser.add_argument_group("checks"))
+    add_outputs(parser.add_argument_group("outputs"))
+    return parser
 
-    group = parser.add_argument_group("what to explain")
+
+def add_questions(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--image", nargs="+", action="extend", metavar="PATH",
                        help="X-ray images, folders or quoted patterns (default: a random test image)")
     group.add_argument("--model", choices=[*FAMILIES, "both"], default="both",
@@ -4804,9 +4835,10 @@ def argument_parser() -> argparse.ArgumentParser:
     group.add_argument("--target-class", metavar="CLASS",
                        help="name or index of the class to explain (default: the predicted class)")
     group.add_argument("--seed", type=whole_number(0, 2**63), metavar="N",
-                       help="repeat the choice of the random test image")
+                       help="repeat the choice of the random test image")  # fmt: skip
 
-    group = parser.add_argument_group("networks")
+
+def add_networks(group: argparse._ArgumentGroup) -> None:
     for key in FAMILIES:
         group.add_argument(f"--{key}-checkpoint", type=Path, metavar="FILE", help=f"default: checkpoints/{key}*")
     group.add_argument("--class-names", type=class_list, metavar="A,B",
@@ -4814,17 +4846,19 @@ def argument_parser() -> argparse.ArgumentParser:
     group.add_argument("--device", type=device_name, default="auto",
                        help="where to compute: auto, cpu, cuda, cuda:1 ..., mps (default: auto)")
     group.add_argument("--batch-size", type=whole_number(1, 4096), metavar="N",
-                       help="images computed at once (default: 4, on a GPU 32)")
+                       help="images computed at once (default: 4, on a GPU 32)")  # fmt: skip
 
-    group = parser.add_argument_group("checks")
+
+def add_checks(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--verify", action="store_true",
-                       help=f"ask the networks again, markers covered or added, hot areas erased: "
+                       help="ask the networks again, markers covered or added, hot areas erased: "
                             f"up to {MOST_TRIALS} passes each")
     group.add_argument("--truth", "--boxes", type=Path, metavar="CSV",
                        help="table of true classes and fractures: file and any of class,x0,y0,x1,y1 "
-                            "(default: folders' names, and the test images' own)")
+                            "(default: folders' names, and the test images' own)")  # fmt: skip
 
-    group = parser.add_argument_group("outputs")
+
+def add_outputs(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR",
                        help="where results go (default: explainability_outputs)")
     group.add_argument("--colormap", type=colormap_name, default="jet", metavar="NAME",
@@ -4846,8 +4880,8 @@ def argument_parser() -> argparse.ArgumentParser:
                        help="name images by their content's checksum, not by their files' names")
     group.add_argument("--skip-existing", action="store_true",
                        help="leave images alone that an earlier run finished")
-    group.add_argument("--quiet", action="store_true", help="print only the final summary, warnings and errors")
-    return parser  # fmt: skip
+    group.add_argument("--quiet", action="store_true",
+                       help="print only the final summary, warnings and errors")  # fmt: skip
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
