@@ -192,6 +192,7 @@ class Classifier:
 
     model: Model
     network: torch.nn.Module  # float32, eval mode, no parameter requires a gradient
+    reference: Reference | None = None  # images of the kind that it is meant for
 
     @property
     def device(self) -> torch.device:
@@ -244,6 +245,30 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class SimilarCase:
+    """A reference image that is like the one explained, to the network."""
+
+    label: str
+    class_name: str  # its true class
+    likeness: float  # cosine of the network's features
+    picture: np.ndarray  # (h, w) uint8, a thumbnail
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How an image lies among the reference images of a network."""
+
+    nearer: int  # reference images, each measured by statistics without it, that lie nearer to the others
+    images: int  # in the reference
+    similar: tuple[SimilarCase, ...]  # NEAREST of them, from the most similar on
+
+    @property
+    def p_value(self) -> float:
+        """Chance to lie at least so far for one more image of the reference's kind (conformal)."""
+        return (1 + self.images - self.nearer) / (1 + self.images)
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What one model said about one radiograph, and where in it that came from."""
 
@@ -258,6 +283,11 @@ class Explanation:
     findings: tuple[Finding, ...] = ()  # one for each check that applies
     pointing: Pointing | None = None  # where the fracture is known
     passes: int = 0  # forward passes that --verify took
+    likeness: Likeness | None = None  # where the network has a reference
+
+    @property
+    def similar(self) -> tuple[SimilarCase, ...]:
+        return self.likeness.similar if self.likeness else ()
 
     @property
     def predicted(self) -> int:
@@ -1346,6 +1376,7 @@ class ForwardPass:
     activations: torch.Tensor  # (B, C, h, w) of the target layer
     gradients: torch.Tensor  # (B, C, h, w) d score / d activations
     at_once: int  # inputs that memory has room for in one pass
+    features: torch.Tensor | None = None  # (B, D) input of the head, where there is a reference
 
     @property
     def scores(self) -> torch.Tensor:
@@ -1425,6 +1456,13 @@ def layer_gradients(
     return logits.detach(), explained, activations.detach(), gradients
 
 
+def head_inputs(network: torch.nn.Module, head: str) -> tuple[list[torch.Tensor], Any]:
+    """A list that takes the input of the head (B, D) at each pass, and the hook, which goes with its context."""
+    features: list[torch.Tensor] = []
+    layer = network.get_submodule(head)
+    return features, layer.register_forward_pre_hook(lambda layer, given: features.append(given[0].detach()))
+
+
 def forward_pass(
     classifier: Classifier, inputs: torch.Tensor, target: int | None, at_once: int
 ) -> ForwardPass:
@@ -1438,11 +1476,15 @@ def forward_pass(
     family, network = classifier.model.family, classifier.network
     at_once = min(at_once, max(1, at_once * INPUT_SIZE**2 // inputs[0, 0].numel()))
     wanted = None if target is None else torch.full((len(inputs),), target, device=inputs.device)
-    logits, *rest = layer_gradients(network, family.target_layer, inputs, wanted)
+    features, hook = [None], contextlib.nullcontext()
+    if classifier.reference:
+        features, hook = head_inputs(network, family.head)
+    with hook:
+        logits, *rest = layer_gradients(network, family.target_layer, inputs, wanted)
     if not torch.isfinite(logits).all():
         cause = "the network's output is not finite"
         raise refusal(classifier.model.checkpoint, cause, "its weights are damaged")
-    return ForwardPass(network, family.finer_layer, inputs, logits, *rest, at_once)
+    return ForwardPass(network, family.finer_layer, inputs, logits, *rest, at_once, features[0])
 
 
 # Class activation maps
@@ -1810,7 +1852,14 @@ def explain_batch(
             raise
         cause = f"not enough memory for a batch of {len(inputs)}"
         raise refusal(classifier.model.checkpoint, cause, "choose a smaller --batch-size") from error
-    return [explanation for of_image in zip(*by_method) for explanation in of_image]
+    likenesses = [None] * len(inputs)
+    if classifier.reference:
+        likenesses = classifier.reference.likenesses(seen.features.cpu().numpy())
+    return [
+        dataclasses.replace(explanation, likeness=likeness)
+        for likeness, *of_image in zip(likenesses, *by_method)
+        for explanation in of_image
+    ]
 
 
 def explanations_of(model: Model, seen: ForwardPass, method: Method) -> list[Explanation]:
@@ -1862,16 +1911,16 @@ OUTER = np.pad(np.zeros((CELLS - 2, CELLS - 2), bool), 1, constant_values=True) 
 DENSE_SHARE = 0.02  # of a cell's pixels; with fewer the cell holds nothing as dense as bone
 HOT_AREA = 0.25  # of the image
 
-# A marker or annotation is bright, thin, small, sharp and set off from all around it. Lengths in
-# pixels of CHECKED_SIDE, brightness in shares of the radiograph's range (1st to 99th percentile).
+# A marker or annotation is bright, thin, small and sharp. Lengths in pixels of CHECKED_SIDE,
+# brightness in shares of the radiograph's range (1st to 99th percentile).
 STROKE_REACH, STROKE_CONTRAST = 4, 0.2  # an opening of 9 x 9 takes away strokes of up to 8 pixels
 JOINING_REACH = 2  # letters at most 4 pixels apart are one marker
 MARKER_PIXELS, MARKER_SIDES = 12, range(6, 50)  # fewer pixels are noise; sides are the longer ones
 TEXT_SIDES, TEXT_HEIGHT = range(6, 124), 27  # a line of text may be longer while it is lower than this
-TEXT_STROKES, LONGEST_STROKE = 4, 0.6  # of a line three times as long as high; the longest in its lengths
-RING, RING_CONTRAST = (2, 5), 0.15  # pixels outside the box; bone's edges go on there, markers do not
-SHARPNESS = 0.13  # mean of |Laplacian| in and round the box; bone's edges have 0.05 to 0.11, markers 0.15 to 0.46
+TEXT_STROKES, LONGEST_STROKE = 3, 0.6  # of a line three times as long as high; the longest in its lengths
+SHARPNESS, SHARPNESS_REACH = 0.13, 2  # mean of |Laplacian| in and round a box; most edges of bone have less
 
+NEAREST = 3  # reference images that are told
 AGREEMENT = "map_agreement"  # the check of a pair
 AGREEMENT_LIMIT = 0.4  # equal maps share 1, disjoint ones 0
 CONFIDENCE_LIMIT = 0.95  # the guide's, for clear cases
@@ -1950,9 +1999,8 @@ def marker_boxes(grey: np.ndarray) -> Iterator[PixelBox]:
         is_small = long in MARKER_SIDES or (long in TEXT_SIDES and short < TEXT_HEIGHT)
         if len(rows) < MARKER_PIXELS or not is_small or sharpness(grey, box) < SHARPNESS * (high - low):
             continue
-        # Text may lie over bone; strips that are no text are cortex, pins or the field's edge.
-        is_letter = long < 3 * short and set_off(grey, rows, columns, box) >= RING_CONTRAST * (high - low)
-        if is_letter or is_text(rows, columns):
+        # Strips that are no text are cortex, pins or the field's edge.
+        if long < 3 * short or is_text(rows, columns):
             yield box
 
 
@@ -1991,7 +2039,7 @@ def connected(mask: np.ndarray) -> np.ndarray:
 
 def sharpness(grey: np.ndarray, box: PixelBox) -> float:
     """Mean of the Laplacian's magnitude in a box and round it."""
-    x0, y0, x1, y1 = grown(box, RING[0], CHECKED_SIDE)
+    x0, y0, x1, y1 = grown(box, SHARPNESS_REACH, CHECKED_SIDE)
     values = grey[y0:y1, x0:x1].astype(int)
     neighbours = values[:-2, 1:-1] + values[2:, 1:-1] + values[1:-1, :-2] + values[1:-1, 2:]
     return float(np.abs(4 * values[1:-1, 1:-1] - neighbours).mean())
@@ -2004,14 +2052,6 @@ def is_text(rows: np.ndarray, columns: np.ndarray) -> bool:
     along = int(np.argmax(strokes.shape))
     lengths = [np.ptp(places[along]) + 1 for places in regions(strokes, 0)]
     return len(lengths) >= TEXT_STROKES and max(lengths) <= LONGEST_STROKE * strokes.shape[along]
-
-
-def set_off(grey: np.ndarray, rows: np.ndarray, columns: np.ndarray, box: PixelBox) -> float:
-    """How far a region's median lies above the 75th percentile of the ring round its box."""
-    inner, (x0, y0, x1, y1) = grown(box, RING[0] - 1, CHECKED_SIDE), grown(box, RING[1], CHECKED_SIDE)
-    ring = ~box_mask([inner], CHECKED_SIDE)[y0:y1, x0:x1]
-    around = grey[y0:y1, x0:x1][ring]
-    return float(np.median(grey[rows, columns]) - np.percentile(around, 75))
 
 
 def grown(box: PixelBox, reach: int, side: int) -> PixelBox:
@@ -2139,6 +2179,28 @@ def confidence(evidence: Evidence) -> Said:
     return value, f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}"
 
 
+def unlike(evidence: Evidence) -> Said | None:
+    """The conformal p-value of the image among the reference's: small where it is of another kind.
+
+    S. Bates et al., Annals of Statistics 2023: of images of the reference's kind 5 % fall below 5 %.
+    """
+    likeness = evidence.explanation.likeness
+    if likeness is None:
+        return None
+    nearer = f"{likeness.nearer} of {likeness.images} of its own images"
+    return likeness.p_value, f"farther from the reference than {nearer}"
+
+
+def neighbours(evidence: Evidence) -> Said | None:
+    """Share of the most similar reference images that are of the predicted class."""
+    explanation = evidence.explanation
+    if explanation.likeness is None:
+        return None
+    names = [case.class_name for case in explanation.likeness.similar]
+    count = names.count(explanation.prediction)
+    return count / len(names), f"{count} of the {len(names)} most similar reference images are {explanation.prediction}"
+
+
 # What a network says of changed copies (--verify)
 
 
@@ -2228,7 +2290,7 @@ class Check:
 
     key: str  # in the table's columns and in JSON; in words where passed checks are listed
     title: str  # the guide's words where it has some
-    about: str  # "map", "pair" of maps, "prediction"; with --verify "verify" and, never flagged, "statement"
+    about: str  # "map", "pair" of maps, "prediction", "reference"; with --verify "verify", "statement"
     ask: Callable[[Evidence], Said | None]
     flags: Callable[[float, float], bool]  # value, limit; False for NaN: it cannot be told
     limit: float
@@ -2244,6 +2306,8 @@ CHECKS = {check.key: check for check in (
     Check("focus", "No clear focal point", "map", focus, operator.lt, 0.5),  # without focus it is 0.25
     Check(AGREEMENT, "Models strongly disagree", "pair", agreement, operator.lt, AGREEMENT_LIMIT),
     Check("confidence", "Low confidence overall", "prediction", confidence, operator.lt, CONFIDENCE_LIMIT),
+    Check("unlike", "Unlike the reference", "reference", unlike, operator.lt, 0.05),
+    Check("neighbours", "Similar cases contradict", "reference", neighbours, operator.lt, 1 / (2 * NEAREST)),
     # Covering as much elsewhere, and writing beside the bone, costs honest networks less.
     Check("covering", "Reads the side marker", "verify", covering, operator.gt, 0.1),
     Check("adding", "Heeds a marker that is added", "verify", adding, operator.gt, 0.1),
@@ -2300,7 +2364,11 @@ def checks_text(findings: Sequence[Finding]) -> str:
 def marked_text(finding: Finding) -> str:
     """A finding as a sentence, with a warning where it is flagged."""
     sentence = finding.text[0].upper() + finding.text[1:]
-    return f"⚠️  {sentence}" if finding.is_flagged else sentence
+    if not finding.is_flagged:
+        return sentence
+    if finding.check == "unlike":  # what its words do not say
+        sentence = f"{CHECKS[finding.check].title}: {finding.text}"
+    return f"⚠️  {sentence}"
 
 
 # --verify: copies of a radiograph in which something is covered, added or erased
@@ -2567,6 +2635,148 @@ def pointing_text(pointed: Pointing) -> str:
 
 
 # ------------------------------------------------------------------------------------------
+# Reference: images of the kind that a network is meant for (--reference)
+# ------------------------------------------------------------------------------------------
+
+FEWEST_OF_CLASS = 50  # images; of fewer, how far is far cannot be told
+MOST_OF_CLASS = 500  # of more, so many are taken, evenly over their sorted names
+FOLDS = 5  # an image is measured by statistics of the other folds' images alone
+SHRINKAGE = 0.1  # of the covariance towards its mean variance
+SAME_IMAGE = 1 - 1e-5  # likeness of an image and itself, in half precision
+THUMBNAIL = (72, 72)  # pixels, kept as JPEG
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Classes' means and their common covariance: what a Mahalanobis distance needs.
+
+    K. Lee et al., NeurIPS 2018. The covariance, (1 - a) X'X / m + a v I of centred features X (m, D)
+    with mean variance v, is inverted by way of XX' (Woodbury): there are fewer images than features.
+    """
+
+    means: np.ndarray  # (K, D)
+    centred: np.ndarray  # (m, D)
+    inverse: np.ndarray  # (m, m) of XX' + m a v / (1 - a) I
+    least: float  # a v
+
+    @classmethod
+    def of(cls, features: np.ndarray, classes: np.ndarray) -> Spread:
+        names, of_class = np.unique(classes, return_inverse=True)
+        means = np.stack([features[classes == each].mean(axis=0) for each in names])
+        centred = features - means[of_class]
+        least = SHRINKAGE * float((centred**2).mean())
+        ridge = len(centred) * least / (1 - SHRINKAGE)
+        return cls(means, centred, np.linalg.inv(centred @ centred.T + ridge * np.eye(len(centred))), least)
+
+    def distances(self, features: np.ndarray) -> np.ndarray:
+        """Squared distance to the nearest class's mean: (B, D) -> (B,)."""
+        distances = []
+        for mean in self.means:
+            away = features - mean
+            along = away @ self.centred.T
+            explained = ((along @ self.inverse) * along).sum(axis=1)
+            distances.append(((away**2).sum(axis=1) - explained) / self.least)
+        return np.min(distances, axis=0)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Images that a network is meant for, as its features show them."""
+
+    features: np.ndarray  # (n, D) float16
+    classes: np.ndarray  # (n,) names
+    labels: np.ndarray  # (n,) names of the images
+    thumbnails: tuple[bytes, ...]  # JPEG
+
+    @functools.cached_property
+    def folds(self) -> list[tuple[Spread, np.ndarray]]:
+        """For each fold the statistics of the others, and by them its own images' distances, sorted."""
+        folds, features = np.arange(len(self.features)) % FOLDS, self.features.astype(float)
+        measured = []
+        for fold in range(FOLDS):
+            spread = Spread.of(features[folds != fold], self.classes[folds != fold])
+            measured.append((spread, np.sort(spread.distances(features[folds == fold]))))
+        return measured
+
+    @functools.cached_property
+    def directions(self) -> np.ndarray:
+        return unit(self.features.astype(np.float32))
+
+    def likenesses(self, features: np.ndarray) -> list[Likeness]:
+        """How images lie among these, from their features (B, D): cross-conformal (V. Vovk, 2015)."""
+        nearer = sum(np.searchsorted(own, spread.distances(features)) for spread, own in self.folds)
+        cosines = unit(features) @ self.directions.T
+        cosines[cosines > SAME_IMAGE] = -1  # an image is no similar case of itself
+        nearest = (-cosines).argsort(axis=1, kind="stable")[:, :NEAREST]
+        return [
+            Likeness(int(count), len(self.labels), tuple(self.case(place, row[place]) for place in places))
+            for count, places, row in zip(nearer, nearest, cosines)
+        ]
+
+    def case(self, place: int, likeness: float) -> SimilarCase:
+        picture = np.asarray(Image.open(io.BytesIO(self.thumbnails[place])))
+        return SimilarCase(str(self.labels[place]), str(self.classes[place]), float(likeness), picture)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (n, D) divided by their lengths."""
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def thumbnail_of(radiograph: Radiograph) -> bytes:
+    image, file = Image.fromarray(radiograph.pixels).convert("L"), io.BytesIO()
+    image.thumbnail(THUMBNAIL)
+    image.save(file, "JPEG", quality=60)
+    return file.getvalue()
+
+
+def reference_of(classifier: Classifier, images: Sequence[tuple[Path, str, str]], batch: int) -> Reference:
+    """Pass images through a network, each with its label and class; one that cannot be read is told."""
+    import torch
+    from tqdm import tqdm
+
+    features, hook = head_inputs(classifier.network, classifier.model.family.head)
+    kept, thumbnails = [], []
+    with hook, torch.no_grad(), tqdm(images, "Reference", unit="image", disable=not sys.stderr.isatty()) as bar:
+        rest = readable(bar)
+        while some := list(itertools.islice(rest, batch)):
+            inputs = [network_input(radiograph, classifier.model.preprocessing) for radiograph, *_ in some]
+            classifier.network(torch.from_numpy(np.stack(inputs)).to(classifier.device))
+            thumbnails += [thumbnail_of(radiograph) for radiograph, *_ in some]
+            kept += [told for _, *told in some]
+    labels, classes = np.array(kept).T
+    return Reference(torch.cat(features).half().cpu().numpy(), classes, labels, tuple(thumbnails))
+
+
+def readable(images: Iterable[tuple[Path, str, str]]) -> Iterator[tuple[Radiograph, str, str]]:
+    """The images, with what goes with them; says which cannot be read."""
+    for path, *told in images:
+        try:
+            yield load_radiograph(path), *told
+        except ExplainError as error:
+            print(f"❌ {error}; left out of the reference", file=sys.stderr)
+
+
+def write_reference(reference: Reference, path: Path, mark: str) -> None:
+    thumbnails, ends = b"".join(reference.thumbnails), np.cumsum([len(each) for each in reference.thumbnails])
+    arrays = {"features": reference.features, "classes": reference.classes, "labels": reference.labels}
+    with replacing(path) as file:
+        np.savez(file, **arrays, thumbnails=np.frombuffer(thumbnails, np.uint8), ends=ends, mark=mark)
+
+
+def read_reference(path: Path, mark: str) -> Reference | None:
+    """What was written for this network and these images; None where nothing was."""
+    try:
+        with np.load(path) as file:
+            if str(file["mark"]) != mark:
+                return None
+            thumbnails = tuple(each.tobytes() for each in np.split(file["thumbnails"], file["ends"][:-1]))
+            return Reference(file["features"], file["classes"], file["labels"], thumbnails)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or cut off
+        return None
+
+
+# ------------------------------------------------------------------------------------------
 # Panels and figures
 # ------------------------------------------------------------------------------------------
 
@@ -2635,6 +2845,7 @@ class Look:
 
 
 LARGE, BOLD = Look(15, is_bold=True), Look(10, is_bold=True)
+SIMILAR_SIDE = 0.8  # inches, the longer side of a similar case's picture
 BODY, SMALL = Look(10), Look(8.5)
 NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
 
@@ -3029,7 +3240,7 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
             sheet.write(x, y, "⚠", ALERT)
             text = f"{check.title}: {finding.text}" if check.title else finding.text
             y = sheet.paragraph(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
-        elif check.about in ASKED_AGAIN:
+        elif check.about in ("reference", *ASKED_AGAIN):
             if finding.is_measured:
                 y = sheet.paragraph(x, y, marked_text(finding), width, SMALL, 3) + 0.03
         else:
@@ -3098,6 +3309,28 @@ def guide_block(sheet: Sheet, x: float, y: float, width: float, style: FigureSty
     for text in READING_ADVICE:
         y = sheet.paragraph(x, y + 0.01, text, width)
     return y + 0.05
+
+
+def draw_similar(
+    sheet: Sheet, x: float, y: float, width: float, bottom: float, explanation: Explanation, dpi: float
+) -> float:
+    """The reference images most like this one: as pictures where they end above `bottom`, else in words."""
+    if not explanation.similar:
+        return y
+    sheet.write(x, y, "Most similar reference images, to the network", FAINT)
+    y += 0.19
+    told = [f"{case.class_name}, {case.likeness:.2f}" for case in explanation.similar]
+    if y + SIMILAR_SIDE + 2 * SMALL.leading > bottom:
+        return sheet.paragraph(x, y, "; ".join(told), width) + 0.1
+    column, end = width / len(told), y
+    for place, (case, text) in enumerate(zip(explanation.similar, told)):
+        picture = Image.fromarray(case.picture).convert("RGB")
+        scale = SIMILAR_SIDE * dpi / max(picture.size)
+        pixels = np.asarray(picture.resize([max(1, round(side * scale)) for side in picture.size]))
+        sheet.items.append(Picture(x + place * column, y, pixels, text))
+        below = y + SIMILAR_SIDE + 0.04
+        end = max(end, sheet.paragraph(x + place * column, below, text, column - 0.1))
+    return end + 0.1
 
 
 def draw_details(
@@ -3171,7 +3404,9 @@ def explanation_figure(view: View, explanation: Explanation) -> Sheet:
     draw_overlay(sheet, *overlay, view, explanation, titles[2])
     x, y = details
     end = draw_details(sheet, x, y - room + 0.06, details_width, explanation, view.style)
-    draw_footer(sheet, [explanation], max(overlay[1] + view.height, end))
+    bottom = overlay[1] + view.height
+    end = draw_similar(sheet, x, end, details_width, bottom, explanation, view.style.dpi)
+    draw_footer(sheet, [explanation], max(bottom, end))
     return sheet
 
 
@@ -3796,6 +4031,10 @@ def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
         "probabilities": explanation.probabilities.tolist(),
         "preprocessing": dataclasses.asdict(model.preprocessing),
         "checks": {finding.check: told_finding(finding) for finding in explanation.findings},
+        "similar": [
+            {"file": case.label, "class": case.class_name, "likeness": case.likeness}
+            for case in explanation.similar
+        ],
         "true_box": explanation.pointing and dataclasses.asdict(explanation.pointing),
         "versions": {name: version(name) for name in LIBRARIES},
         "digest": job.digest,
@@ -3856,6 +4095,10 @@ def box_text(pointed: Pointing | None, name: str) -> str:
 
 FIRST_COLUMNS = ("predicted", "confidence", "correct", "flags")  # of each model; the rest stand behind
 
+def case_text(case: SimilarCase) -> str:
+    return f"{printable(case.label)} ({case.class_name}, {case.likeness:.2f})"
+
+
 MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from explanation and true class
     "predicted": lambda explanation, truth: explanation.prediction,
     "confidence": lambda explanation, truth: f"{explanation.confidence:.6f}",
@@ -3865,8 +4108,9 @@ MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from
     **{
         key: lambda explanation, truth, key=key: value_text(explanation, key)
         for key, check in CHECKS.items()
-        if check.about in ASKED_AGAIN
+        if check.about in ("reference", *ASKED_AGAIN)
     },
+    "similar": lambda explanation, truth: "; ".join(map(case_text, explanation.similar)),
 }
 
 
@@ -4166,7 +4410,10 @@ def map_lines(explanation: Explanation, title: str) -> list[str]:
 def network_lines(explanation: Explanation, title: str) -> list[str]:
     """What the checks say of the network: low confidence, and all that --verify asked about this map."""
     about = {each: CHECKS[each.check].about for each in explanation.findings}
-    lines = [marked_text(each) for each in about if about[each] in ASKED_AGAIN and each.is_measured]
+    asked = ("reference", *ASKED_AGAIN)
+    lines = [marked_text(each) for each in about if about[each] in asked and each.is_measured]
+    if explanation.similar:
+        lines.append(f"Similar cases: {', '.join(map(case_text, explanation.similar))}")
     lines += [marked_text(each) for each in about if about[each] == "prediction" and each.is_flagged]
     if explanation.passes:
         lines.append(f"{title}Verified with {explanation.passes} more forward passes")
@@ -4229,7 +4476,7 @@ def run_lines(
         lines.append(f"Speed: {fresh / seconds:.2f} images per second ({fresh} images in {seconds:.1f} s)")
     for model in models:
         seen = observations.get(model.family.key, ())
-        told = [*box_lines(done, model), *flags_lines(done, model, methods)]
+        told = [*box_lines(done, model), *flags_lines(done, model, methods), *reference_lines(done, model)]
         if 0 < len(seen) < len(done):
             told.append(f"Of the {len(seen)} images explained now:")
         told += audit_lines(seen)
@@ -4239,6 +4486,16 @@ def run_lines(
         lines += ["", f"Models agree on {len(done) - len(differ)} of {len(done)} images"]
         lines += [*named_lines("Disagree", differ), *overlap_lines(done)]
     return lines
+
+
+def reference_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
+    """How many images are unlike the reference, or contradicted by their similar cases."""
+    key = model.family.key
+    flags = [row[f"{key}_flags"].split(", ") for row in rows if row[f"{key}_unlike"]]
+    if not flags:
+        return []
+    unlike, contradicted = (sum(check in each for each in flags) for check in ("unlike", "neighbours"))
+    return [f"Unlike the reference: {unlike} of {len(flags)} images; contradicted by similar cases: {contradicted}"]
 
 
 def named_lines(what: str, rows: Sequence[dict[str, str]]) -> list[str]:
@@ -4324,6 +4581,7 @@ class Request:
     methods: tuple[str, ...]
     style: FigureStyle
     notes: tuple[str, ...] = ()  # lines to say beside what was asked
+    reference: tuple[Path, ...] = ()  # images that --reference names
 
 
 @dataclass(frozen=True)
@@ -4359,6 +4617,70 @@ def load_classifiers(
         gc.freeze()
         gc.enable()
     return classifiers
+
+
+# Networks with the images that they are meant for
+
+
+def network_mark(classifier: Classifier) -> str:
+    """What tells a network from those that a reference is not of."""
+    weight = classifier.network.get_submodule(classifier.model.family.head).weight.cpu().numpy()
+    return digest_of(classifier.model.architecture, classifier.model.preprocessing, weight.tobytes())
+
+
+def own_reference(family: Family) -> Path:
+    """The reference that a demo network brings."""
+    return CHECKPOINT_FOLDER / f"reference_{family.key}_demo.npz"
+
+
+def own_reference_mark(family: Family, checkpoint: Path) -> str:
+    return file_mark(own_reference(family)) if is_demo(checkpoint) else ""
+
+
+def stamps(images: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """What tells whether files are others, without reading them."""
+    stats = [image.stat() for image in images]
+    return [(str(image), each.st_size, each.st_mtime_ns) for image, each in zip(images, stats)]
+
+
+def with_reference(classifier: Classifier, args: argparse.Namespace, images: Sequence[Path]) -> Classifier:
+    """A classifier with the images that --reference names, or those that a demo network brings.
+
+    Raises ExplainError where too few of a class are there.
+    """
+    model, mark = classifier.model, network_mark(classifier)
+    if args.reference is None:
+        is_ours = is_demo(model.checkpoint)
+        return dataclasses.replace(
+            classifier, reference=read_reference(own_reference(model.family), mark) if is_ours else None
+        )
+    cases = reference_cases(images, args.reference, model.class_names, args.anonymous)
+    mark = digest_of(mark, cases, stamps([image for image, *_ in cases]))
+    path = args.output_dir / f"reference_{model.family.key}_{mark}.npz"
+    reference = read_reference(path, mark)
+    if reference is None:
+        batch = args.batch_size or DEFAULT_BATCH[classifier.device.type]
+        reference = reference_of(classifier, cases, batch)
+        write_reference(reference, path, mark)
+        say(f"✅ Reference saved: {shown(path)}", "")
+    return dataclasses.replace(classifier, reference=reference)
+
+
+def reference_cases(
+    images: Sequence[Path], folder: Path, class_names: Sequence[str], is_anonymous: bool
+) -> list[tuple[Path, str, str]]:
+    """Images whose folders name a class, each with label and class: the same count of each fold."""
+    cases = []
+    for name in class_names:
+        of_class = [image for image in images if folder_class(image, class_names) == name]
+        if len(of_class) < FEWEST_OF_CLASS:
+            cause = f"{len(of_class)} images in folders named {name}, too few to tell what is unlike them"
+            raise refusal(folder, cause, f"name a folder with {FEWEST_OF_CLASS} or more of each class")
+        places = np.linspace(0, len(of_class) - 1, min(MOST_OF_CLASS, len(of_class))).round().astype(int)
+        for image in (of_class[place] for place in places):
+            label = content_label(image) if is_anonymous else image.relative_to(folder).as_posix()
+            cases.append((image, label, name))
+    return cases
 
 
 # From jobs to results
@@ -4666,6 +4988,7 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
         classifiers = load_classifiers(request.checkpoints, args.device, args.class_names, args.quiet)
+        classifiers = [with_reference(each, args, request.reference) for each in classifiers]
         names = [classifier.model.class_names for classifier in classifiers]
         plan = Plan(
             classifiers=classifiers,
@@ -4853,6 +5176,9 @@ def add_checks(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--verify", action="store_true",
                        help="ask the networks again, markers covered or added, hot areas erased: "
                             f"up to {MOST_TRIALS} passes each")
+    group.add_argument("--reference", type=Path, metavar="FOLDER",
+                       help="images that the networks are meant for, in a folder for each class: tells what is unlike "
+                            "them, and similar cases (default: the demo networks' own)")
     group.add_argument("--truth", "--boxes", type=Path, metavar="CSV",
                        help="table of true classes and fractures: file and any of class,x0,y0,x1,y1 "
                             "(default: folders' names, and the test images' own)")  # fmt: skip
@@ -5044,8 +5370,10 @@ def checked_request(args: argparse.Namespace) -> Request:
     labels = numbered(map(content_label, images)) if args.anonymous else list(map(str, images))
     methods = tuple(dict.fromkeys(itertools.chain(*(args.method or [["gradcam"]]))))
     truths, table, told = known_truth(args.truth, images, args.anonymous)
+    reference = images_below(args.reference) if args.reference else []
     marks = [(family.key, file_mark(path)) for family, path in checkpoints]
-    asked = marks, args.target_class, args.class_names, methods, style, args.verify, table
+    marks += [own_reference_mark(family, path) for family, path in checkpoints if not args.reference]
+    asked = marks, args.target_class, args.class_names, methods, style, args.verify, table, stamps(reference)
     wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
     kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
     keys = [family.key for family, _ in checkpoints]
@@ -5053,7 +5381,8 @@ def checked_request(args: argparse.Namespace) -> Request:
         dataclasses.replace(job, truth=truths.get(os.path.realpath(job.image), Truth()))
         for job in make_jobs(images, labels, keys, methods, args.output_dir, kinds, args.format, asked)
     ]
-    return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, (*notes, *told))
+    told = (*notes, *told)
+    return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, told, tuple(reference))
 
 
 # The end
