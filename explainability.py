@@ -1922,7 +1922,7 @@ SHARPNESS, SHARPNESS_REACH = 0.13, 2  # mean of |Laplacian| in and round a box; 
 
 NEAREST = 3  # reference images that are told
 AGREEMENT = "map_agreement"  # the check of a pair
-AGREEMENT_LIMIT = 0.4  # equal maps share 1, disjoint ones 0
+AGREEMENT_LIMIT = 0.05  # equal maps share 1, of parts of one fracture less, of two places next to nothing
 CONFIDENCE_LIMIT = 0.95  # the guide's, for clear cases
 ERASING_BLUR = 8 / 224  # of the image's side: standard deviation of the Gaussian that erases
 ERASED_AREA = 0.2  # of the image, the hottest
@@ -2187,8 +2187,8 @@ def unlike(evidence: Evidence) -> Said | None:
     likeness = evidence.explanation.likeness
     if likeness is None:
         return None
-    nearer = f"{likeness.nearer} of {likeness.images} of its own images"
-    return likeness.p_value, f"farther from the reference than {nearer}"
+    nearer = f"{likeness.nearer} of the {likeness.images} themselves"
+    return likeness.p_value, f"farther from the reference images than {nearer}"
 
 
 def neighbours(evidence: Evidence) -> Said | None:
@@ -2303,7 +2303,8 @@ CHECKS = {check.key: check for check in (
     Check("dark", "Attention on irrelevant areas", "map", dark, operator.gt, 0.35),
     # A marker touches 1 to 4 of 49 cells: 0.02 to 0.08 by chance.
     Check("markers", "Focus on text/labels/artifacts", "map", markers, operator.gt, 0.2),
-    Check("focus", "No clear focal point", "map", focus, operator.lt, 0.5),  # without focus it is 0.25
+    # Of noise that is positive in half of the cells it is 0.8; of a uniform map 0.25.
+    Check("focus", "No clear focal point", "map", focus, operator.lt, 0.8),
     Check(AGREEMENT, "Models strongly disagree", "pair", agreement, operator.lt, AGREEMENT_LIMIT),
     Check("confidence", "Low confidence overall", "prediction", confidence, operator.lt, CONFIDENCE_LIMIT),
     Check("unlike", "Unlike the reference", "reference", unlike, operator.lt, 0.05),
@@ -3319,7 +3320,7 @@ def draw_similar(
         return y
     sheet.write(x, y, "Most similar reference images, to the network", FAINT)
     y += 0.19
-    told = [f"{case.class_name}, {case.likeness:.2f}" for case in explanation.similar]
+    told = [f"{case.class_name}, {case.likeness:.3f}" for case in explanation.similar]
     if y + SIMILAR_SIDE + 2 * SMALL.leading > bottom:
         return sheet.paragraph(x, y, "; ".join(told), width) + 0.1
     column, end = width / len(told), y
@@ -4096,7 +4097,7 @@ def box_text(pointed: Pointing | None, name: str) -> str:
 FIRST_COLUMNS = ("predicted", "confidence", "correct", "flags")  # of each model; the rest stand behind
 
 def case_text(case: SimilarCase) -> str:
-    return f"{printable(case.label)} ({case.class_name}, {case.likeness:.2f})"
+    return f"{printable(case.label)} ({case.class_name}, {case.likeness:.3f})"
 
 
 MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from explanation and true class
