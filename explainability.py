@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import base64
 import contextlib
 import csv
 import dataclasses
@@ -84,6 +85,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
+from urllib.parse import quote
 
 try:
     import fcntl
@@ -136,8 +138,11 @@ class Family:
     title: str  # {size} stands for the size in the architecture's name
     full_size: str  # timm name of what a checkpoint holds where neither name nor shapes tell
     names: re.Pattern[str]  # timm names accepted from a checkpoint; group 1 is the size
-    sizes: dict[tuple[int, int], str]  # other sizes' timm names, by count of weights and inputs of the head
+    sizes: dict[tuple[int, int], str]  # other sizes' timm names, by count of (C, c, h, w) weights and `width`
     landmark: str  # a key that weights of this family have and of others have not
+    stem: str  # key of the first convolution
+    body: tuple[str, ...]  # starts of the keys of all but the head
+    width: str  # a key of as many numbers as the head has inputs
     head: str  # dotted path of the last layer, one output a class
     target_layer: str  # dotted path for torch.nn.Module.get_submodule
     finer_layer: str  # the last one whose grid has twice as many cells a side
@@ -150,14 +155,14 @@ class Radiograph:
 
     pixels: np.ndarray  # (H, W, 3) uint8, upright RGB
     notes: tuple[str, ...] = ()  # what was done to the file's values that its reader should know
-    small: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, compare=False)  # by `squashed`
+    small: dict[tuple[int, str], np.ndarray] = dataclasses.field(default_factory=dict, compare=False)
 
-    def squashed(self, side: int) -> np.ndarray:
-        """(side, side, 3) uint8, bilinear and antialiased: what networks and checks see, made once."""
-        if side not in self.small:
-            image = Image.fromarray(self.pixels).resize((side, side), Image.Resampling.BILINEAR)
-            self.small[side] = np.asarray(image)
-        return self.small[side]
+    def squashed(self, side: int, interpolation: str = "bilinear") -> np.ndarray:
+        """(side, side, 3) uint8, antialiased: what networks and checks see, made once."""
+        if (side, interpolation) not in self.small:
+            image = Image.fromarray(self.pixels).resize((side, side), Image.Resampling[interpolation.upper()])
+            self.small[side, interpolation] = np.asarray(image)
+        return self.small[side, interpolation]
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,7 @@ class Preprocessing:
     size: int = INPUT_SIZE  # pixels a side
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bilinear"  # Pillow's filter, antialiased
 
 
 @dataclass(frozen=True)
@@ -179,6 +185,7 @@ class Model:
     accuracy: str  # what the checkpoint records, in words
     class_names: tuple[str, ...]  # K, printable
     preprocessing: Preprocessing
+    score_scale: float = 1.0  # of maps; 2 where one logit z speaks for two classes, which score -z/2 and z/2
     notes: tuple[str, ...] = ()  # what was done in loading, beyond the ordinary
 
     @property
@@ -442,7 +449,7 @@ FILE_KINDS = (  # the first that fits counts
     FileKind(rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", remedy="convert it to PNG or JPEG"),
     FileKind(rb"%PDF-", "a PDF document", remedy="export its page as PNG"),
     FileKind(rb"\x89HDF\r\n", "an HDF5 file, as Keras writes", remedy="this tool explains networks of PyTorch"),
-    FileKind(rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", remedy="export it again"),
+    FileKind(rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", "dicom"),
     FileKind(rb"\Z", "an empty file", remedy=COPY_AGAIN),
     FileKind(rb"[^\x00-\x08\x0e-\x1f]+\Z|\xff\xfe|\xfe\xff", "a text file"),
     FileKind(rb"", "a file of an unknown kind"),
@@ -699,13 +706,40 @@ def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
         import pydicom
     except ImportError as error:
         raise ExplainError("a DICOM file, which needs pydicom; pip install pydicom") from error
-    dataset = pydicom.dcmread(file)
+    dataset = pydicom.dcmread(file, force=True)  # also without preamble and file meta information
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        dataset.file_meta.TransferSyntaxUID = uncompressed(dataset)
     if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise ExplainError("a DICOM file without an image in it; give one that holds the radiograph")
     check_size(dataset.Columns, dataset.Rows)
     stored = decoded(dataset)
     pixels, scaling = dicom_grey(dataset, stored) if dataset.SamplesPerPixel == 1 else to_8_bits(stored)
     return pixels, frame_notes(int(dataset.get("NumberOfFrames") or 1)) + scaling
+
+
+def uncompressed(dataset: Dataset) -> str:
+    """The transfer syntax by which pydicom read a file that does not tell its own."""
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    is_implicit, is_little = dataset.original_encoding
+    if is_implicit:
+        return ImplicitVRLittleEndian
+    return ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
+
+
+def is_no_radiograph(path: Path) -> bool:
+    """Whether a file from a folder is none, whatever its name: of macOS, or DICOM without pixels."""
+    if path.name.startswith("._") or "__MACOSX" in path.parts:
+        return True
+    try:
+        with naming(path), opened(path, "image") as (file, use):
+            import pydicom
+
+            if use != "dicom":
+                return False
+            return "Rows" not in pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=["Rows"])
+    except ExplainError:
+        return False  # what is wrong with it is said when it is read
 
 
 def decoded(dataset: Dataset) -> np.ndarray:
@@ -728,8 +762,8 @@ def decoded(dataset: Dataset) -> np.ndarray:
 def dicom_grey(dataset: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Stored values of one sample a pixel as they are meant to be seen: uint8, and notes.
 
-    Modality LUT, then VOI LUT or first window, then MONOCHROME1 inverted (PS3.3 C.7.6.3, C.11.1
-    and C.11.2); padding black. Without a usable LUT or window the rule of `to_8_bits`.
+    Modality LUT, then VOI LUT or first window, then MONOCHROME1 or INVERSE inverted, once
+    (PS3.3 C.7.6.3, C.11.1, C.11.2 and C.11.6); padding black. Without a usable LUT or window the rule of `to_8_bits`.
     """
     from pydicom.pixels import apply_color_lut
 
@@ -738,7 +772,7 @@ def dicom_grey(dataset: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[s
     padding = padding_mask(dataset, stored)
     values = modality_values(dataset, stored)
     pixels, notes = windowed(dataset, values) or to_8_bits(values, padding)
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
+    if dataset.PhotometricInterpretation == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE":
         pixels = 255 - pixels
     return np.where(padding, np.uint8(0), pixels), notes
 
@@ -815,7 +849,8 @@ def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.nd
 
     Equals torchvision's Resize((size, size)) + ToTensor + Normalize(mean, std).
     """
-    values = radiograph.squashed(preprocessing.size).astype(np.float32) / np.float32(255)
+    squashed = radiograph.squashed(preprocessing.size, preprocessing.interpolation)
+    values = squashed.astype(np.float32) / np.float32(255)
     mean, std = np.float32(preprocessing.mean), np.float32(preprocessing.std)
     return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1))
 
@@ -825,15 +860,51 @@ def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.nd
 # ------------------------------------------------------------------------------------------
 
 INPUT_SIZES = range(64, 1025)  # pixels a side that are accepted
-CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
-MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net")  # where trainers put the weights, in order
-EMA_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema")  # the same, averaged over the training
-AGAIN = "copy or download the checkpoint again"
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder beside its config.json
+TOP = "the top level"
+MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net", TOP)  # where trainers put weights, in order
+AVERAGED = {"ema", "swa", "averaged", "average", "avg"}  # words in the names of weights averaged in training
+TEACHERS = {"teacher", "momentum", "target"}  # and of networks beside the one that is trained
+BESIDE = re.compile(r"loss|criterion|metric")  # in keys that are no part of any network
+OPS = re.compile(r"(.*\.)?(total_ops|total_params|n_averaged)")  # counters that tools put among the weights
+COUNTER = "num_batches_tracked"  # end of the keys of counters of batches, which inference never reads
 FLOATS = ("float32", "float16", "bfloat16", "float64")
-COUNTER = "num_batches_tracked"  # end of the keys of those counters, which inference never reads
+GREY_OF_RGB = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision turn colour into grey
 MAX_CLASSES = 100
 MAX_NAME = 200  # characters of a class name
 TAG = r"(?:\.[a-z0-9_]{1,60})?"  # of timm's names: what the weights were trained on
+
+# Where files say something of themselves (also one in another), and under which names
+RECORDS = (
+    "config", "args", "hyper_parameters", "hparams", "datamodule_hyper_parameters", "meta", "dataset_meta",
+    "config.json", "pretrained_cfg",
+)  # fmt: skip
+ARCHITECTURES = ("model_name", "arch", "architecture")
+SIDE_KEYS = ("img_size", "image_size", "input_size")
+NAME_KEYS = (  # lists in the order of the outputs, or dictionaries from name to index or back
+    "class_names", "classes", "class_to_idx", "idx_to_class", "id2label", "label2id", "label_names", "labels",
+    "names",
+)  # fmt: skip
+PREPARATION = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+AGAIN = "copy or download the checkpoint again"
+PLAIN = "torch.save(model.state_dict(), PATH)"
+ZERO = "run the zero_to_fp32.py that lies in its folder"
+FOREIGN = (  # by the name of a file, class or key: what it is, and what makes a plain state dict of it
+    (r"\blora_|adapter_(model|config)|^base_model\.model\.|^peft\b", "LoRA or another adapter of PEFT",
+     f"merge it with model = model.merge_and_unload(), then {PLAIN}"),
+    (r"^(bf16_)?zero_pp_rank|^ds_(config|version)$|^deepspeed\b|^zero_to_fp32", "a part of what DeepSpeed saved", ZERO),
+    (r"\.distcp$|^\.metadata$|ShardedTensor|DTensor", "a part of what FSDP saved",
+     "gather its full state dict, or python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER PATH"),
+    (r"^fastai\b|^fastcore\b", "a Learner of fastai", "torch.save(learn.model.state_dict(), PATH)"),
+    (r"_packed_params|\.zero_point$|\.absmax$|quantize|torchao|bitsandbytes", "a quantised network",
+     f"{PLAIN} before it is quantised"),
+    (r"\.weight_(orig|mask|[gv])$|\.parametrizations\.", "a pruned or parametrized network",
+     f"torch.nn.utils.prune.remove or parametrize.remove_parametrizations, then {PLAIN}"),
+    (r"^(pytorch_)?lightning\b", "objects of Lightning's trainer",
+     "torch.save({'state_dict': checkpoint['state_dict']}, PATH)"),
+)  # fmt: skip
 
 
 FAMILIES = {
@@ -845,11 +916,14 @@ FAMILIES = {
             full_size="convnextv2_base.fcmae_ft_in22k_in1k",
             names=re.compile(rf"convnextv2_(atto|femto|pico|nano|tiny|small|base|large|huge){TAG}"),
             sizes={
-                (140, 320): "convnextv2_atto", (140, 384): "convnextv2_femto", (140, 512): "convnextv2_pico",
-                (160, 640): "convnextv2_nano", (200, 768): "convnextv2_tiny", (380, 768): "convnextv2_small",
-                (380, 1536): "convnextv2_large", (380, 2816): "convnextv2_huge",
+                (40, 320): "convnextv2_atto", (40, 384): "convnextv2_femto", (40, 512): "convnextv2_pico",
+                (46, 640): "convnextv2_nano", (22, 768): "convnextv2_tiny", (40, 768): "convnextv2_small",
+                (40, 1536): "convnextv2_large", (40, 2816): "convnextv2_huge",
             },  # fmt: skip
             landmark="stages.0.blocks.0.mlp.grn.weight",
+            stem="stem.0.weight",
+            body=("stem.", "stages.", "head.norm."),
+            width="stages.3.blocks.0.norm.weight",
             head="head.fc",
             target_layer="stages.3",  # the last stage
             finer_layer="stages.2",
@@ -861,12 +935,15 @@ FAMILIES = {
             full_size="tf_efficientnetv2_s.in21k_ft_in1k",
             names=re.compile(rf"tf_efficientnetv2_(s|m|l|xl|b[0-3]){TAG}"),
             sizes={
-                (361, 1280): "tf_efficientnetv2_b0", (443, 1280): "tf_efficientnetv2_b1",
-                (462, 1408): "tf_efficientnetv2_b2", (538, 1536): "tf_efficientnetv2_b3",
-                (963, 1280): "tf_efficientnetv2_m", (1331, 1280): "tf_efficientnetv2_l",
-                (1712, 1280): "tf_efficientnetv2_xl",
+                (91, 1280): "tf_efficientnetv2_b0", (111, 1280): "tf_efficientnetv2_b1",
+                (116, 1408): "tf_efficientnetv2_b2", (136, 1536): "tf_efficientnetv2_b3",
+                (245, 1280): "tf_efficientnetv2_m", (339, 1280): "tf_efficientnetv2_l",
+                (438, 1280): "tf_efficientnetv2_xl",
             },  # fmt: skip
             landmark="conv_stem.weight",
+            stem="conv_stem.weight",
+            body=("conv_stem.", "bn1.", "blocks.", "conv_head.", "bn2."),
+            width="bn2.weight",
             head="classifier",
             target_layer="conv_head",
             finer_layer="blocks.4",
@@ -882,7 +959,9 @@ def is_demo(checkpoint: Path) -> bool:
 
 def candidates(family: Family, folder: Path) -> list[Path]:
     """The checkpoints of a family in a folder; demos only where there are no others."""
-    found = sorted(path for path in folder.glob(f"{family.key}*") if path.suffix in CHECKPOINT_SUFFIXES)
+    found = sorted(
+        path for path in folder.glob(f"{family.key}*") if path.suffix in CHECKPOINT_SUFFIXES or hub_files(path)
+    )
     return [path for path in found if not is_demo(path)] or found
 
 
@@ -894,7 +973,23 @@ def find_checkpoint(family: Family, folder: Path) -> Path:
     if len(found) > 1:
         names = ", ".join(printable(path.name) for path in found)
         raise refusal(folder, f"more than one {family.key} checkpoint ({names})", f"choose with {option}")
-    return found[0]
+    return weights_file(found[0])
+
+
+def hub_files(folder: Path) -> list[Path]:
+    return [folder / name for name in HUB_FILES if (folder / name).is_file()]
+
+
+def weights_file(path: Path) -> Path:
+    """The file of weights that a path names: itself, or the one in a folder. Raises ExplainError without."""
+    if not path.is_dir():
+        return path
+    names = sorted(os.listdir(path))
+    check_not_foreign(names, path)
+    found = [path / name for name in names if name.endswith(CHECKPOINT_SUFFIXES)]
+    if len(found) != 1 and not hub_files(path):
+        raise refusal(path, f"a folder with {len(found)} files of weights", "name the file")
+    return (hub_files(path) or found)[0]
 
 
 def check_not_mixed(checkpoints: Sequence[Path]) -> None:
@@ -922,8 +1017,12 @@ def listed(items: Sequence[str]) -> str:
     return f"{len(items)} ({', '.join(first)})"
 
 
+# Files
+
+
 def check_checkpoint_path(path: Path) -> None:
     """Raise ExplainError where a file cannot be a checkpoint, as far as can be told without torch."""
+    check_not_foreign([path.name], path)
     with naming(path), opened(path, "checkpoint") as (file, use):
         if use == "zip":
             check_archive(file)
@@ -935,12 +1034,24 @@ def check_archive(file: BinaryIO) -> None:
         entries = zipfile.ZipFile(file).infolist()
     except Exception as error:  # zipfile lets out more than BadZipFile on damaged archives
         raise ExplainError(f"an incomplete or damaged archive; {AGAIN}") from error
-    names = {entry.filename.partition("/")[2] for entry in entries}
+    names = {entry.filename.rpartition("/")[2] for entry in entries}
     if "constants.pkl" in names:
-        cause = "a TorchScript archive, which holds code"
-        raise ExplainError(f"{cause}; save the network's state_dict() with torch.save instead")
+        raise ExplainError(f"a TorchScript archive, which holds code; {PLAIN} of the network itself")
     if "data.pkl" not in names:
-        raise ExplainError(f"a zip archive without weights; {WANTED['checkpoint'][2]}")
+        what = "an archive of Keras" if "model.weights.h5" in names else "a zip archive without weights"
+        raise ExplainError(f"{what}; {WANTED['checkpoint'][2]}")
+
+
+def foreign_kind(names: Iterable[str]) -> tuple[str, str] | None:
+    """What else than a plain state dict these names of files, classes or keys tell of, and the remedy."""
+    text = "\n".join(names)
+    found = (kind for kind in FOREIGN if re.search(kind[0], text, re.MULTILINE))
+    return next(((f"holds {what}", remedy) for _, what, remedy in found), None)
+
+
+def check_not_foreign(names: Iterable[str], path: Path) -> None:
+    if kind := foreign_kind(names):
+        raise refusal(path, *kind)
 
 
 def read_checkpoint(path: Path) -> dict[Any, Any]:
@@ -955,8 +1066,7 @@ def read_checkpoint(path: Path) -> dict[Any, Any]:
     except Exception as error:  # torch lets out KeyError, EOFError, UnpicklingError; damaged files anything
         raise refusal(path, *why_unreadable(error)) from error
     if not isinstance(contents, dict):
-        cause = f"holds {brief(contents)}, not a dictionary of weights"
-        raise refusal(path, cause, "save the network's state_dict()")
+        raise refusal(path, f"holds {brief(contents)}, not a dictionary of weights", PLAIN)
     return contents
 
 
@@ -964,11 +1074,11 @@ def why_unreadable(error: Exception) -> tuple[str, str]:
     """Cause and remedy for a file that torch rejects; not in its words, which advise to run the code."""
     if lacks_memory(error):
         return "too large for the memory of this computer", "close other programs"
-    found = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
+    found = re.search(r"(?<=GLOBAL )[\w.]{1,80}|DTensor", str(error))
     if not found:
         return f"damaged, or not written by torch.save ({type(error).__name__})", AGAIN
-    cause = f"holds an object ({found.group(1)}) that only code from the file could restore, and none is run"
-    return cause, "save it again with state_dict() and plain values only"
+    cause = f"holds a whole network or another object ({found[0]}), for which code from the file would run"
+    return foreign_kind([found[0]]) or (f"{cause}, and none is run", f"{PLAIN} where it was trained")
 
 
 def read_torch(path: Path, is_mapped: bool) -> Any:
@@ -1025,60 +1135,189 @@ def json_or_text(text: str) -> Any:
         return text
 
 
+def with_config_beside(family: Family, contents: dict[Any, Any], path: Path) -> dict[Any, Any]:
+    """Contents and what a config.json beside the file says, where that is of this network.
+
+    Raises ExplainError where it is not JSON.
+    """
+    beside = path.with_name("config.json")
+    if not beside.is_file():
+        return contents
+    config = json_or_text(beside.read_text(encoding="utf-8", errors="replace"))
+    if not isinstance(config, dict):
+        raise refusal(beside, "not what a hub or Trainer writes", "correct it, or take it away")
+    own, other = recorded(contents, *ARCHITECTURES), str(config.get("architecture"))
+    belongs = path.name in HUB_FILES or family.names.fullmatch(other)
+    return {**contents, "config.json": config} if belongs and own in (None, other) else contents
+
+
+def records(contents: dict[Any, Any]) -> list[dict[Any, Any]]:
+    """The dictionaries in which a file says something of itself: the whole, and those within."""
+    found = [contents]
+    for record in found:
+        for name in RECORDS:
+            inner = record.get(name)
+            if isinstance(inner, argparse.Namespace):
+                inner = vars(inner)
+            if isinstance(inner, dict):  # timm's pretrained_cfg tells of other weights' classes
+                found.append({**inner, "num_classes": None} if name == "pretrained_cfg" else inner)
+    return found
+
+
 def recorded(contents: dict[Any, Any], *names: str) -> Any:
-    """The first that a checkpoint records under these names, itself or in its options; else None."""
-    options = [contents.get("config"), contents.get("args")]
-    places = [contents, *(vars(each) if isinstance(each, argparse.Namespace) else each for each in options)]
-    found = (place.get(name) for name in names for place in places if isinstance(place, dict))
-    return next((value for value in found if value is not None), None)
+    """The first that a checkpoint records under these names; else None."""
+    found = (record.get(name) for name in names for record in records(contents))
+    return next((value for value in found if not (value is None or isinstance(value, str) and not value)), None)
 
 
-def weights_of(contents: dict[Any, Any], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The network's tensors from wherever trainers put them, and notes. Raises ExplainError without any."""
-    places = {key: tensors_in(contents.get(key)) for key in MODEL_KEYS}
-    places["the top level"] = tensors_in(contents)
-    places |= {key: tensors_in(contents.get(key)) for key in EMA_KEYS}
-    filled = [key for key, weights in places.items() if weights]
-    if not filled:
-        cause = f"holds no weights under {', '.join(MODEL_KEYS)} or at its top level"
-        raise refusal(path, cause, "save the network's state_dict()")
-    taken, *others = filled
-    notes = [f"EMA weights taken from {taken}: the only ones in the file"] if taken in EMA_KEYS else []
-    beside = [key for key in others if key in MODEL_KEYS + EMA_KEYS]
-    if beside:
-        notes.append(f"weights taken from {taken}; others beside them ({', '.join(beside)}) not used")
-    return places[taken], notes
+# The network's weights among all else
 
 
-def tensors_in(value: object) -> dict[str, torch.Tensor]:
+class Source(NamedTuple):
+    """A whole set of a family's weights in a file."""
+
+    place: str  # of the dictionary in the file
+    prefix: str  # that wrappers put before the keys (module., model. ...)
+    tensors: dict[str, torch.Tensor]  # all of the dictionary
+
+    @property
+    def name(self) -> str:
+        return printable(f"{self.place}, {self.prefix}*" if self.prefix else self.place)
+
+    @property
+    def words(self) -> set[str]:
+        return words(f"{self.place}.{self.prefix}")
+
+
+def words(key: str) -> set[str]:
+    return set(re.split(r"[._]", key.lower()))
+
+
+def dictionaries(
+    inside: dict[Any, Any], place: str = TOP, levels: int = 3
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Each dictionary in a file, down to the third level: its place, and its tensors with text keys."""
     import torch
 
-    items = value.items() if isinstance(value, dict) else ()
-    return {key: item for key, item in items if isinstance(key, str) and isinstance(item, torch.Tensor)}
+    yield place, {key: value for key, value in inside.items() if isinstance(value, torch.Tensor) and type(key) is str}
+    for key, value in inside.items():
+        if isinstance(value, dict) and levels > 1:
+            yield from dictionaries(value, f"{place}.{key}".removeprefix(f"{TOP}."), levels - 1)
 
 
-def without_prefix(family: Family, weights: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    """Keys as the network names them, without what wrappers put before all of them (module., model. ...).
+def sources(family: Family, contents: dict[Any, Any]) -> list[Source]:
+    """Where a file holds weights of a family: wherever its landmark is among the keys."""
+    return [
+        Source(place, key.removesuffix(family.landmark), tensors)
+        for place, tensors in dictionaries(contents)
+        for key in tensors
+        if f".{key}".endswith(f".{family.landmark}")
+    ]
 
-    Raises ExplainError where the family's landmark is there more than once, or another family's is.
+
+def chosen_source(family: Family, contents: dict[Any, Any], wanted: str, path: Path) -> tuple[Source, list[str]]:
+    """The weights to take, averaged ones first unless `wanted` is plain; and notes.
+
+    Raises ExplainError where there are none of this family, or several and nothing tells which.
     """
-    found = prefixes_of(family, weights)
-    if len(found) > 1:
-        names = " and ".join(printable(prefix[:80]) or "no prefix" for prefix in found[:3])
-        raise refusal(path, f"holds weights twice, with {names}", "save one state_dict() alone")
+    found = sources(family, contents)
+    if not found:
+        raise without_network(family, contents, path)
+    students = [source for source in found if not source.words & TEACHERS] or found
+    averaged = [source for source in students if source.words & AVERAGED]
+    plain = [source for source in students if source not in averaged]
+    pool = (averaged if wanted == "ema" else plain) or averaged or plain
+    ranks = [MODEL_KEYS.index(source.place) if source.place in MODEL_KEYS else len(MODEL_KEYS) for source in pool]
+    if ranks.count(min(ranks)) > 1:
+        names = " and ".join(source.name for source in pool[:3])
+        raise refusal(path, f"holds weights more than once ({names})", f"choose with {PLAIN}")
+    taken = pool[ranks.index(min(ranks))]
+    return taken, source_notes(taken, averaged, plain, found)
+
+
+def source_notes(
+    taken: Source, averaged: list[Source], plain: list[Source], found: list[Source]
+) -> list[str]:
+    """What to say where a file holds more than one set of weights, or averaged ones alone."""
+    if averaged and taken in plain:
+        return [f"plain weights taken from {taken.name}; --weights ema takes those of {averaged[0].name}"]
+    if averaged:
+        told = f"not {plain[0].name}; --weights plain takes those" if plain else "the only ones in the file"
+        return [f"averaged (EMA) weights taken from {taken.name}, {told}"]
+    others = ", ".join(source.name for source in found if source != taken)
+    return [f"weights taken from {taken.name}; others ({others}) not used"] if others else []
+
+
+def without_network(family: Family, contents: dict[Any, Any], path: Path) -> ExplainError:
+    """The refusal of a file that holds no weights of a family, by what it holds instead."""
     for other in FAMILIES.values():
-        if not found and prefixes_of(other, weights):
+        if sources(other, contents):
             cause = f"holds weights of the {other.key} family (key {other.landmark}), not of {family.key}"
-            raise refusal(path, cause, f"give it to --{other.key}-checkpoint")
-    bare = {key.removeprefix("".join(found)): tensor for key, tensor in weights.items()}
-    bare.pop("n_averaged", None)  # the counter that torch.optim.swa_utils.AveragedModel keeps
-    return bare
+            return refusal(path, cause, f"give it to --{other.key}-checkpoint")
+    keys = [key for _, tensors in dictionaries(contents) for key in tensors]
+    check_not_foreign([*keys, *map(str, contents)], path)
+    if not keys:
+        cause = f"holds no weights under {', '.join(MODEL_KEYS[:4])} or at its top level"
+        return refusal(path, cause, PLAIN)
+    fitting = " or ".join(each.names.pattern.partition("(")[0] + "*" for each in FAMILIES.values())
+    cause = f"holds another network, without the key {family.landmark}"
+    return refusal(path, cause, f"give one of timm's {fitting}: this tool explains no others")
 
 
-def prefixes_of(family: Family, weights: dict[str, torch.Tensor]) -> list[str]:
-    """What stands before a family's landmark, wherever that is among the keys."""
-    ends = [key.removesuffix(family.landmark) for key in weights if key.endswith(family.landmark)]
-    return sorted(prefix for prefix in ends if not prefix or prefix.endswith("."))
+def weights_of(family: Family, source: Source, path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The network's tensors by its own keys, and notes on what lies beside them.
+
+    Raises ExplainError where that is a part of the network as well.
+    """
+    check_not_foreign([*source.tensors, *{type(tensor).__name__ for tensor in source.tensors.values()}], path)
+    if not source.tensors[f"{source.prefix}{family.landmark}"].numel():
+        raise refusal(path, "holds the places of weights alone, as DeepSpeed saves them", ZERO)
+    ends = [f"{family.head}.weight", f"{family.head}.bias"]
+    copies = {copy.prefix for copy in sources(family, {"": source.tensors})} - {source.prefix, ""}
+    weights, rest = {}, {}
+    for name, tensor in source.tensors.items():
+        key = name.removeprefix(source.prefix)
+        if name.startswith(source.prefix) and key.startswith((*family.body, *ends)) and not OPS.fullmatch(key):
+            weights[key] = tensor
+        elif not name.startswith(tuple(copies)):
+            rest[name] = tensor
+    notes = []
+    if ends[0] not in weights:
+        layer = lone_layer(family, source, rest, path)
+        weights |= {end: rest.pop(layer + end.removeprefix(family.head)) for end in ends}
+        notes.append(f"its linear layer {printable(layer)} taken for {family.head}")
+    if rest:
+        notes.append(f"left out, as no part of the network: {listed(list(rest))}")
+    return weights, notes
+
+
+def lone_layer(family: Family, source: Source, rest: dict[str, torch.Tensor], path: Path) -> str:
+    """The one linear layer that is left over for a head, nearest to the network's other weights.
+
+    Raises ExplainError where there is none, or where it is not alone.
+    """
+    inputs = len(source.tensors.get(f"{source.prefix}{family.width}", ()))
+    beside = (AVERAGED | TEACHERS) - source.words
+    layers = {
+        key.removesuffix(".weight"): tensor
+        for key, tensor in rest.items()
+        if key.endswith(".weight") and (tensor.ndim > 1 or len(tensor) == inputs)  # linear ones, convolutions, norms
+        if not BESIDE.search(key) and not words(key) & beside
+    }
+    parents = source.prefix.split(".")[:-1]
+    for count in range(len(parents), -1, -1):  # from the network's own modules to the whole
+        start = "".join(f"{name}." for name in parents[:count])
+        near = {name: tensor for name, tensor in layers.items() if name.startswith(start)}
+        if [tensor.shape[1:] for tensor in near.values()] == [(inputs,)]:
+            return next(iter(near))
+        if near:
+            cause = f"its head has other layers than a single linear one, {listed(list(near))}"
+            raise refusal(path, cause, "train it with one linear layer behind the pooling: no other can be explained")
+    cause = f"holds no head: neither {family.head} nor another linear layer of {inputs} inputs"
+    raise refusal(path, cause, f"{PLAIN} of the whole network")
+
+
+# What a file says of its network
 
 
 def architecture_of(
@@ -1088,12 +1327,11 @@ def architecture_of(
 
     The name is checked against the family's own: a foreign one could send timm to the network.
     """
-    name = recorded(contents, "model_name", "arch")
+    name = recorded(contents, *ARCHITECTURES)
     if name is None:
-        head = weights.get(f"{family.head}.weight")
-        inputs = head.shape[-1] if head is not None and head.ndim else 0
-        count = sum(not key.endswith(COUNTER) for key in weights)
-        return family.sizes.get((count, inputs), family.full_size), "assumed, as its config names none"
+        depth = sum(tensor.ndim == 4 for tensor in weights.values())
+        width = len(weights.get(family.width, ()))
+        return family.sizes.get((depth, width), family.full_size), "assumed, as its config names none"
     if not isinstance(name, str) or not family.names.fullmatch(name):
         cause = f"records the network {brief(name)}, which is not of the family of {family.full_size}"
         raise refusal(path, cause, "give it to the option of its own family")
@@ -1101,40 +1339,74 @@ def architecture_of(
 
 
 def class_names_of(
-    family: Family, contents: dict[Any, Any], weights: dict[str, Any], given: Sequence[str] | None, path: Path
+    contents: dict[Any, Any], outputs: int, given: Sequence[str] | None, path: Path
 ) -> tuple[tuple[str, ...], list[str]]:
-    """The names of the classes, one for each output of the network's head, and notes.
+    """The names of the classes in the order of the outputs, of one output those of both its sides; and notes.
 
     `given` are the user's, for files that record none. Raises ExplainError where names, head and
-    config do not agree. The head alone tells the number of outputs; none is built from config.
+    records do not agree.
     """
-    names, notes = recorded(contents, "class_names"), []
-    if names is None:
-        names = given or CLASS_NAMES
-        order = ", ".join(f"{index} = {printable(name)}" for index, name in enumerate(names))
-        notes = [] if given else [f"class order assumed: {order}; --class-names says another"]
-    elif not are_class_names(names):
-        wanted = f"a list of 2 to {MAX_CLASSES} different names of at most {MAX_NAME} characters"
-        cause = f"class_names is {brief(names)}, not {wanted}"
-        raise refusal(path, cause, "correct class_names in the checkpoint")
-    elif given and [*map(class_key, names)] != [*map(class_key, given)]:
+    found = class_lists(contents, path)
+    fitting = [key for key, names in found.items() if len(names) == max(2, outputs)] or list(found)
+    orders = {tuple(map(class_key, found[key])): key for key in fitting}
+    if len(orders) > 1:
+        told = " and ".join(f"{key} says {', '.join(found[key])}" for key in orders.values())
+        raise refusal(path, f"contradicts itself on the order of its classes: {told}", "correct it in the file")
+    names = found[fitting[0]] if fitting else usual_names(given or CLASS_NAMES)
+    if given and [*map(class_key, names)] != [*map(class_key, usual_names(given))]:
         raise refusal(path, f"records its own class names, {listed(names)}", "leave --class-names out")
-    head = weights.get(f"{family.head}.weight")
-    if head is None or head.ndim != 2:
-        return CLASS_NAMES, []  # the comparison with the network names what is missing
-    check_outputs(family, head.shape[0], recorded(contents, "num_classes"), names, path)
-    usual = {class_key(name): name for name in CLASS_NAMES}
-    return tuple(usual.get(class_key(name), printable(name)) for name in names), notes
+    check_outputs(outputs, recorded(contents, "num_classes"), names, path)
+    if fitting or given:
+        return names, []
+    order = ", ".join(f"{index} = {name}" for index, name in enumerate(names))
+    return names, [f"class order assumed: {order}; --class-names says another"]
 
 
-def check_outputs(family: Family, outputs: int, claimed: object, names: Sequence[str], path: Path) -> None:
-    """Raise ExplainError unless the head has an output for each name, as many as the file claims."""
-    head = f"its head ({family.head}) has {outputs} outputs"
-    if claimed is not None and (type(claimed) is not int or claimed != outputs):
-        raise refusal(
-            path, f"records num_classes {brief(claimed)}, but {head}", "correct num_classes in the checkpoint"
-        )
-    if outputs != len(names):
+def class_lists(contents: dict[Any, Any], path: Path) -> dict[str, tuple[str, ...]]:
+    """All that a file says of the order of its classes, by its own name for that.
+
+    Raises ExplainError where class_names is unusable; other names may stand for other things.
+    """
+    found = {}
+    for key, value in ((key, record[key]) for record in records(contents) for key in NAME_KEYS if key in record):
+        names = in_order(value)
+        if are_class_names(names):
+            if not all(re.fullmatch(r"(label|class)?[_ ]*\d+", name, re.IGNORECASE) for name in names):
+                found.setdefault(key, usual_names(names))  # LABEL_0, LABEL_1 say nothing
+        elif key == "class_names" and value is not None:
+            wanted = f"a list of 2 to {MAX_CLASSES} different names of at most {MAX_NAME} characters"
+            raise refusal(path, f"class_names is {brief(value)}, not {wanted}", "correct class_names in the checkpoint")
+    return found
+
+
+def in_order(value: object) -> object:
+    """Names in the order of the outputs, from a list or from a dictionary of names and indices."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if not isinstance(value, dict):
+        return value
+    if all(type(index) is int for index in value.values()):  # from name to index
+        value = {index: name for name, index in value.items()}
+    return [value[index] for index in sorted(value, key=str)] if {*map(str, value)} == {*map(str, range(len(value)))} else None
+
+
+def usual_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names as they are shown: simple_fracture and simple are Simple Fracture, where no other is that too."""
+    meant = {class_key(short): usual for usual in CLASS_NAMES for short in (usual, usual.split()[0])}
+    usual = tuple(meant.get(class_key(name), printable(name)) for name in names)
+    return usual if len(set(usual)) == len(names) else tuple(map(printable, names))
+
+
+def check_outputs(outputs: int, claimed: object, names: Sequence[str], path: Path) -> None:
+    """Raise ExplainError unless the head has an output for each name, as many as the file claims.
+
+    One output speaks for two classes.
+    """
+    head = f"its head has {outputs} outputs"
+    if claimed is not None and (type(claimed) is not int or claimed not in (outputs, max(2, outputs))):
+        cause = f"records num_classes {brief(claimed)}, but {head}"
+        raise refusal(path, cause, "correct num_classes in the checkpoint")
+    if max(2, outputs) != len(names):
         remedy = "name them with --class-names, or save class_names in the checkpoint"
         raise refusal(path, f"{head}, but the class names are {listed(names)}", remedy)
 
@@ -1148,34 +1420,46 @@ def are_class_names(value: object) -> bool:
     return len({class_key(name) for name in value} - {""}) == len(value)
 
 
-def preprocessing_of(contents: dict[Any, Any], path: Path) -> tuple[Preprocessing, list[str]]:
-    """How the checkpoint says images are prepared, else as both networks were trained.
+def preprocessing_of(contents: dict[Any, Any], channels: int, path: Path) -> tuple[Preprocessing, list[str]]:
+    """How the checkpoint says images are prepared, else as both networks were trained; and notes.
 
     Raises ExplainError where it says something unusable.
     """
-    side = recorded(contents, "img_size")
-    sides = side if isinstance(side, (list, tuple)) else [INPUT_SIZE if side is None else side] * 2
+    side = recorded(contents, *SIDE_KEYS)
+    sides = list(side[-2:]) if isinstance(side, (list, tuple)) else [INPUT_SIZE if side is None else side] * 2
     are_numbers = all(type(each) is int and each in INPUT_SIZES for each in sides)
     if not are_numbers or len(sides) != 2 or sides[0] != sides[1]:
         wanted = f"one number of pixels from {INPUT_SIZES[0]} to {INPUT_SIZES[-1]}"
-        cause = f"img_size is {brief(side)}, not {wanted}"
-        raise refusal(path, cause, "correct img_size in the checkpoint")
+        raise refusal(path, f"img_size is {brief(side)}, not {wanted}", "correct img_size in the checkpoint")
     mean = channel_values(contents, "mean", IMAGENET_MEAN, 0, path)
     std = channel_values(contents, "std", IMAGENET_STD, 0.001, path)
-    preprocessing = Preprocessing(sides[0], mean, std)
-    if preprocessing == Preprocessing():
-        return preprocessing, []
-    told = f"{sides[0]} pixels a side, mean {mean}, std {std}"
-    return preprocessing, [f"preprocessing as the checkpoint says: {told}"]
+    if channels == 1:
+        mean, std = ((round(sum(values) / 3, 6),) * 3 for values in (mean, std))
+    preprocessing = Preprocessing(sides[0], mean, std, interpolation_of(contents))
+    notes = []
+    if preprocessing != Preprocessing():
+        told = f"{sides[0]} pixels a side, mean {mean}, std {std}, {preprocessing.interpolation}"
+        notes.append(f"preprocessing as the checkpoint says: {told}")
+    crop, mode = recorded(contents, "crop_pct"), recorded(contents, "crop_mode")
+    if (isinstance(crop, float) and crop < 1) or mode in ("center", "border"):
+        notes.append(f"its crop of images (crop_pct {brief(crop)}) is not made: the whole radiograph is squashed")
+    return preprocessing, notes
+
+
+def interpolation_of(contents: dict[Any, Any]) -> str:
+    """The name of Pillow's filter for resizing, where the checkpoint says one; else bilinear."""
+    name = str(recorded(contents, "interpolation")).lower()
+    return name if name.upper() in Image.Resampling.__members__ else "bilinear"
 
 
 def channel_values(
     contents: dict[Any, Any], name: str, default: tuple[float, ...], least: float, path: Path
 ) -> tuple[float, ...]:
-    """Three numbers, one for each of RGB in [0, 1]. Raises ExplainError for anything else."""
+    """Three numbers, one for each of RGB in [0, 1]; one stands for all. Raises ExplainError for anything else."""
     values = recorded(contents, name)
     if values is None:
         return default
+    values = list(values) * (3 // len(values)) if isinstance(values, (list, tuple)) and len(values) == 1 else values
     is_list = isinstance(values, (list, tuple)) and len(values) == 3
     if not is_list or not all(type(value) in (int, float) and least <= value <= 1 for value in values):
         cause = f"{name} is {brief(values)}, not three numbers from {least} to 1 for pixels in [0, 1]"
@@ -1197,45 +1481,40 @@ def accuracy_text(contents: dict[Any, Any]) -> str:
     return "Accuracy: not recorded in the checkpoint"
 
 
-def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], name: str, path: Path) -> None:
+# Into the network
+
+
+def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], why: str, path: Path) -> None:
     """Raise ExplainError unless the weights have the network's keys, shapes and kinds of number.
 
-    `name` says which network that is and why.
+    `why` says which network that is and how that is known.
     """
     expected = network.state_dict()
-    present = [(key, tensor, weights[key]) for key, tensor in expected.items() if key in weights]
-    kinds = [
-        f"{key} is {number_kind(found)}"
-        for key, tensor, found in present
-        if number_kind(found) not in (FLOATS if tensor.is_floating_point() else ("int64",))
-    ]
-    if kinds:
-        cause = f"not the floats of a network: {listed(kinds)}"
-        raise refusal(path, cause, "save the trained weights as dense floats")
     missing = [key for key in expected if key not in weights and not key.endswith(COUNTER)]
     unexpected = [key for key in weights if key not in expected]
-    shapes = [
-        f"{key} is {shape_text(found)} in the file, {shape_text(tensor)} in the network"
-        for key, tensor, found in present
-        if found.shape != tensor.shape
+    others = [
+        f"{key} is {described(weights[key])} in the file, {described(tensor)} in the network"
+        for key, tensor in expected.items()
+        if key in weights and described(weights[key]) != described(tensor)
     ]
-    faults = (("keys missing", missing), ("keys not in the network", unexpected), ("other shapes", shapes))
+    faults = (("keys missing", missing), ("keys not in the network", unexpected), ("of another kind", others))
     told = [f"{what} {listed(items)}" for what, items in faults if items]
     if told:
-        cause = f"its {len(weights)} weights do not fit the {len(expected)} of {name}: {', '.join(told)}"
-        raise refusal(path, cause, "record the timm name of the trained network as model_name in its config")
+        cause = f"its {len(weights)} weights do not fit the {len(expected)} of {why}: {', '.join(told)}"
+        remedy = "give the file that was trained with that network, or correct the name in its config"
+        if "assumed" in why:
+            remedy = "record the timm name of the trained network as model_name in its config"
+        raise refusal(path, cause, remedy)
 
 
-def shape_text(tensor: torch.Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "one number"
-
-
-def number_kind(tensor: torch.Tensor) -> str:
-    """The type of a tensor's numbers, and what else keeps it from being a plain array."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if tensor.is_quantized:
-        return f"quantised {dtype}"
-    return f"{dtype} of layout {tensor.layout}" if "strided" not in str(tensor.layout) else dtype
+def described(tensor: torch.Tensor) -> str:
+    """Shape and kind of number: dense floats of all precisions are alike."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if kind in FLOATS:
+        kind = "floats"
+    if tensor.is_quantized or "strided" not in str(tensor.layout):
+        kind = f"quantised or sparse {kind}"
+    return f"{'x'.join(map(str, tensor.shape)) or 'one'} {kind}"
 
 
 def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -1248,7 +1527,7 @@ def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, 
     if bad:
         cause = f"NaN or infinite weights in {listed(bad)}"
         raise refusal(path, cause, "use a checkpoint from before the training diverged")
-    kinds = {number_kind(tensor) for tensor in weights.values()} - {"float32", "int64"}
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()} - {"float32", "int64"}
     return ready, [f"{kind} weights computed in float32" for kind in sorted(kinds)]
 
 
@@ -1257,30 +1536,81 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def build_network(architecture: str, classes: int) -> torch.nn.Module:
+def for_all(family: Family, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights for one grey channel or one output as those for RGB and two classes, which give the same.
+
+    The first convolution sums to the grey of its input. One output z becomes -z / 2 and z / 2, whose
+    softmax is 1 - p and p = sigmoid(z).
+    """
+    import torch
+
+    ends = [f"{family.head}.weight", f"{family.head}.bias"]
+    stem, halves = weights[family.stem], {end: weights[end] / 2 for end in ends}
+    if stem.shape[1] == 1:
+        weights = {**weights, family.stem: stem * torch.tensor(GREY_OF_RGB).view(1, 3, 1, 1)}
+    if len(weights[ends[0]]) == 1:
+        weights = weights | {end: torch.cat([-half, half]) for end, half in halves.items()}
+    return weights
+
+
+def build_network(architecture: str, outputs: int, channels: int = 3) -> torch.nn.Module:
     """The timm network without memory for its weights, so without random initialisation."""
     import timm
     import torch
 
     with torch.device("meta"):
-        return timm.create_model(architecture.partition(".")[0], pretrained=False, num_classes=classes)
+        name = architecture.partition(".")[0]
+        return timm.create_model(name, pretrained=False, num_classes=outputs, in_chans=channels)
+
+
+def network_of(
+    family: Family, architecture: str, why: str, weights: dict[str, torch.Tensor], path: Path
+) -> tuple[torch.nn.Module, list[str]]:
+    """The network with these weights on the CPU, for RGB and two or more classes, in eval mode; and notes.
+
+    Raises ExplainError where they do not fit or are not finite.
+    """
+    import torch
+
+    outputs, channels = len(weights[f"{family.head}.weight"]), channels_of(family, weights)
+    network = build_network(architecture, outputs, channels)
+    check_fit(network, weights, f"{architecture} ({why})", path)
+    weights, notes = in_float32(weights, path)
+    if channels == 1:
+        notes.append("takes one grey value a pixel: that of the radiograph")
+    if channels == 1 or outputs == 1:
+        network, weights = build_network(architecture, max(2, outputs)), for_all(family, weights)
+    counters = [key for key in network.state_dict() if key not in weights]  # which only training needs
+    weights |= {key: torch.tensor(0) for key in counters}
+    network.load_state_dict(weights, strict=True, assign=True)
+    return network.eval().requires_grad_(False), notes
+
+
+def channels_of(family: Family, weights: dict[str, torch.Tensor]) -> int:
+    """1 where the network takes grey images, else 3, whatever does not fit."""
+    stem = weights.get(family.stem)
+    return 1 if stem is not None and stem.ndim == 4 and stem.shape[1] == 1 else 3
 
 
 def load_classifier(
-    family: Family, path: Path, device: str, class_names: Sequence[str] | None = None
+    family: Family, path: Path, device: str, class_names: Sequence[str] | None = None, weights: str = "ema"
 ) -> Classifier:
-    """Read a checkpoint into a classifier on `device`; `class_names` where the file records none.
+    """Read a checkpoint into a classifier on `device`.
 
+    `class_names` are for files that record none. `weights`: ema or plain, where both lie in the file.
     Raises ExplainError where the file is no checkpoint of this family.
     """
-    contents = read_checkpoint(path)
-    weights, notes = weights_of(contents, path)
-    weights = without_prefix(family, weights, path)
-    architecture, why = architecture_of(family, contents, weights, path)
-    class_names, class_notes = class_names_of(family, contents, weights, class_names, path)
-    preprocessing, preprocessing_notes = preprocessing_of(contents, path)
+    path = weights_file(path)
+    contents = with_config_beside(family, read_checkpoint(path), path)
+    source, source_notes = chosen_source(family, contents, weights, path)
+    tensors, rest_notes = weights_of(family, source, path)
+    architecture, why = architecture_of(family, contents, tensors, path)
+    outputs = len(tensors[f"{family.head}.weight"])
+    class_names, class_notes = class_names_of(contents, outputs, class_names, path)
+    contents = with_trainers_defaults(contents, architecture)
+    preprocessing, preprocessing_notes = preprocessing_of(contents, channels_of(family, tensors), path)
     try:
-        network, type_notes = network_of(family, architecture, why, len(class_names), weights, path)
+        network, number_notes = network_of(family, architecture, why, tensors, path)
         network.to(device)
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
@@ -1294,31 +1624,20 @@ def load_classifier(
         accuracy=accuracy_text(contents),
         class_names=class_names,
         preprocessing=preprocessing,
-        notes=(*notes, *class_notes, *type_notes, *preprocessing_notes),
+        score_scale=2.0 if outputs == 1 else 1.0,
+        notes=(*source_notes, *rest_notes, *class_notes, *number_notes, *preprocessing_notes),
     )
     return Classifier(model, network)
 
 
-def network_of(
-    family: Family, architecture: str, why: str, classes: int, weights: dict[str, torch.Tensor], path: Path
-) -> tuple[torch.nn.Module, list[str]]:
-    """The network with these weights on the CPU, in eval mode, and notes.
+def with_trainers_defaults(contents: dict[Any, Any], architecture: str) -> dict[Any, Any]:
+    """Contents of timm's trainer with what it prepares images by where its options say nothing."""
+    import timm
 
-    Raises ExplainError where they do not fit or are not finite.
-    """
-    import torch
-
-    network = build_network(architecture, classes)
-    if family.landmark not in weights:
-        fitting = " or ".join(each.names.pattern.partition("(")[0] + "*" for each in FAMILIES.values())
-        cause = f"holds another network, without the key {family.landmark}"
-        raise refusal(path, cause, f"give one of timm's {fitting}: this tool explains no others")
-    check_fit(network, weights, f"{architecture} ({why})", path)
-    weights, notes = in_float32(weights, path)
-    counters = [key for key in network.state_dict() if key not in weights]  # which only training needs
-    weights |= {key: torch.tensor(0) for key in counters}
-    network.load_state_dict(weights, strict=True, assign=True)
-    return network.eval().requires_grad_(False), notes
+    if "arch" not in contents or not isinstance(contents.get("args"), argparse.Namespace):
+        return contents
+    defaults = timm.get_pretrained_cfg(architecture).to_dict()
+    return {**contents, "pretrained_cfg": {key: defaults.get(key) for key in PREPARATION}}
 
 
 def choose_device(wanted: str) -> str:
@@ -1822,8 +2141,9 @@ def target_index(target_class: str | None, class_names: Sequence[str]) -> int | 
     if target_class is None:
         return None
     names = [class_key(name) for name in class_names]
-    if class_key(target_class) in names:
-        return names.index(class_key(target_class))
+    for name in (target_class, *usual_names([target_class])):  # simple is Simple Fracture
+        if class_key(name) in names:
+            return names.index(class_key(name))
     if target_class.strip() in map(str, range(len(names))):
         return int(target_class)
     choices = ", ".join(f"{index} = {printable(name)}" for index, name in enumerate(class_names))
@@ -1864,11 +2184,11 @@ def explain_batch(
 
 def explanations_of(model: Model, seen: ForwardPass, method: Method) -> list[Explanation]:
     """A batch's explanations by one method."""
-    raw_maps = method.maps(seen).cpu().numpy()  # (B, h, w)
+    raw_maps = model.score_scale * method.maps(seen).cpu().numpy()  # (B, h, w)
     if not np.isfinite(raw_maps).all():
         raise refusal(model.checkpoint, f"the map by {method.title} is not finite", "choose another --method")
     probabilities, explained = seen.logits.softmax(dim=1).cpu().numpy(), seen.explained.tolist()
-    owed = method.owed(seen).tolist() if method.owed else [None] * len(raw_maps)
+    owed = (model.score_scale * method.owed(seen)).tolist() if method.owed else [None] * len(raw_maps)
     explanations = [
         Explanation(model, scores, index, raw_map, normalised(raw_map), method.key, due)
         for scores, index, raw_map, due in zip(probabilities, explained, raw_maps, owed)
@@ -4561,6 +4881,343 @@ def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------
+# The report: every image in the table, on a page to browse
+# ------------------------------------------------------------------------------------------
+
+REPORT_NAME = "report.html"
+SURE = 0.95  # confidence from which a wrong prediction is looked at first
+NORMAL_95 = 1.96  # standard deviations to each side that hold 95 % of a normal distribution
+HEAT_COLUMNS = {"border": "on border", "dark": "on dark", "markers": "on markers", "heat_in_box": "in box"}
+REPORT = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none'; form-action 'none';
+ img-src 'self' file: data:; style-src {style-hash}; script-src {script-hash}">
+<meta name="viewport" content="width=device-width">
+<title>Explainability report</title>
+<style>
+:root { color-scheme: light dark; --ink: #1a1a1a; --muted: #5f5f5f; --page: #fff; --panel: #f4f6f8;
+  --line: #d5d9de; --bar: #3b6ea5; --bad: #a33b00; font: 15px/1.45 system-ui, sans-serif }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --muted: #a3a8ae; --page: #14171a;
+  --panel: #1e2327; --line: #3a4148; --bar: #7fb0e6; --bad: #ff9a5c } }
+* { box-sizing: border-box; min-width: 0 }
+body { margin: 8px clamp(10px, 2vw, 32px); color: var(--ink); background: var(--page) }
+p { overflow-wrap: anywhere } h1, h2, p, figure { margin: 4px 0 }
+p:empty, div:empty { display: none } .name, summary { font-weight: 600 }
+.muted, caption, figcaption { color: var(--muted); text-align: left } .bad { color: var(--bad) }
+section, article { padding: 12px; background: var(--panel); border: 1px solid var(--line); border-radius: 8px }
+.models, .cards { display: grid; gap: 14px }
+.models { grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
+.cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)) }
+.graphs { display: flex; flex-wrap: wrap; gap: 8px 24px } .wide { overflow-x: auto; margin: 14px 0 }
+table { border-collapse: collapse; overflow-wrap: normal } a, path { color: var(--bar); fill: var(--bar) }
+td, th { border: 1px solid var(--line); padding: 4px 9px; text-align: left; vertical-align: top }
+td { background: color-mix(in srgb, var(--bar) calc(var(--share, 0) * 75%), transparent) }
+figure { width: 240px } svg { width: 100%; height: 130px; border: solid var(--ink); border-width: 0 0 1px 1px }
+line { stroke: var(--ink); vector-effect: non-scaling-stroke }
+form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 6px; padding: 8px 0;
+  background: var(--page); border-block: 1px solid var(--line) }
+select, input, button, label { font: inherit; color: inherit; background: var(--panel); padding: 3px 10px;
+  border: 1px solid var(--line); border-radius: 6px; max-width: 100% }
+label:has(:checked) { background: var(--bar); color: var(--page) }
+article { content-visibility: auto; contain-intrinsic-size: auto 440px }
+article button { width: 100%; padding: 0; background: #fff; cursor: zoom-in }
+article img { display: block; width: 100%; aspect-ratio: 1.2; object-fit: contain }
+dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0; color: inherit;
+  background: var(--page) } dialog[open] { display: flex; flex-direction: column; gap: 8px }
+#frame { flex: 1; overflow: auto; text-align: center; cursor: zoom-in }
+#frame:not(.whole) img { max-width: 100%; max-height: 100% }
+@media (max-width: 700px) { form { position: static } }
+@media print { form, summary { display: none } .cards { grid-template-columns: 1fr 1fr }
+  article { content-visibility: visible } article, section { break-inside: avoid } }
+</style>
+<header id="about"></header>
+<form id="filters" aria-label="Filters"></form>
+<main><p id="count" role="status"></p><div id="images"></div></main>
+<footer id="notice" class="muted"></footer>
+<dialog id="large" aria-label="One image, large">
+<div><button id="before" aria-label="Image before">←</button>
+<button id="after" aria-label="Image after">→</button>
+<button id="close" aria-label="Close">✕</button> <span id="caption"></span></div>
+<div id="frame"></div><div id="links"></div></dialog>
+<script type="application/json" id="data">{data}</script>
+<script>
+"use strict";
+const at = id => document.getElementById(id), form = at("filters"), large = at("large");
+const {places, rows} = JSON.parse(at("data").textContent);
+const isPictured = rows.some(row => row.isDrawn);  // else the images are the lines of a table
+let left = rows, opened = null;  // what the filters leave, in order; the row that is shown large
+
+// A node is a text or [tag, attributes, ...children]. Texts stay texts, whatever stands in a name.
+function build(part, space = "http://www.w3.org/1999/xhtml") {
+  if (!Array.isArray(part)) return document.createTextNode(part);
+  const [tag, attributes, ...children] = part, inner = tag === "svg" ? "http://www.w3.org/2000/svg" : space;
+  const node = document.createElementNS(inner, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  if (attributes.share) node.style.setProperty("--share", attributes.share);
+  node.append(...children.map(child => build(child, inner)));
+  return node;
+}
+const fill = (id, ...parts) => at(id).replaceChildren(...parts.map(part => build(part)));
+function card(row) {
+  const [outer, inner] = isPictured ? ["article", "div"] : ["tr", "td"];
+  return build([outer, {}, ...row.cells.map(cell => [inner, {}, ...cell])]);
+}
+
+// All filters that are chosen hold for each image that is left. The address keeps them, and the image
+// that is open, so that it can be sent to a colleague.
+const chosen = () => new URLSearchParams([...new FormData(form)].filter(([, value]) => value));
+function passes(row, asked) {
+  const kinds = asked.has("model") ? row.kinds[asked.get("model")] : Object.values(row.kinds).flat();
+  return asked.getAll("only").every(kind => kinds.includes(kind))
+    && row.file.toLowerCase().includes((asked.get("name") ?? "").toLowerCase());
+}
+function show() {
+  const asked = chosen(), by = asked.get("order");
+  left = rows.filter(row => passes(row, asked));
+  if (by === "file") left.sort((a, b) => a.file.localeCompare(b.file, "en", {numeric: true}));
+  else if (by) left.sort((a, b) => a[by] - b[by]);
+  at("list").replaceChildren(...left.map(row => row.node ??= card(row)));
+  at("count").textContent = `${left.length} of ${rows.length} images`;
+  remember();
+}
+function remember() {
+  const asked = chosen();
+  if (opened) asked.set("image", opened.file);
+  history.replaceState(null, "", `#${asked}`);
+}
+function recall() {
+  const asked = new URLSearchParams(location.hash.slice(1)), only = asked.getAll("only");
+  for (const field of form.elements) {
+    if (field.type === "checkbox") field.checked = only.includes(field.value);
+    else field.value = asked.get(field.name) ?? "";
+  }
+  show();
+  open(rows.find(row => row.file === asked.get("image")));
+}
+
+// One image, large
+function open(row) {
+  if (!row?.picture) return;
+  opened = row;
+  at("caption").textContent = `${left.indexOf(row) + 1} of ${left.length}: ${row.caption}`;
+  fill("frame", ["img", {src: row.picture, alt: `Figure of ${row.caption}`}]);
+  fill("links", ...row.links);
+  if (!large.open) large.showModal();
+  remember();
+}
+function step(by) {
+  const seen = left.filter(row => row.picture);
+  open(seen[seen.indexOf(opened) + by]);
+}
+at("before").onclick = () => step(-1);
+at("after").onclick = () => step(1);
+at("close").onclick = () => large.close();
+at("frame").onclick = () => at("frame").classList.toggle("whole");
+large.onkeydown = event => step({ArrowRight: 1, ArrowLeft: -1}[event.key]);
+large.onclose = () => { opened = null; remember(); };
+at("images").onclick = event => open(left.find(row => row.node.contains(event.target.closest("button"))));
+
+for (const [id, parts] of Object.entries(places)) fill(id, ...parts);
+fill("images", isPictured ? ["div", {class: "cards", id: "list"}] : ["table", {id: "list"}]);
+form.oninput = show;
+form.onsubmit = event => event.preventDefault();
+onhashchange = recall;
+onbeforeprint = () => document.querySelectorAll("img").forEach(image => { image.loading = "eager"; });
+recall();
+</script>
+</html>
+"""
+
+Node = list[Any]  # of the page: [tag, attributes, *children], where children are nodes and texts
+
+
+def said_in(row: dict[str, str], model: Model, column: str) -> str:
+    """What a row says in one of a model's columns; empty where there is no such column."""
+    return row.get(f"{model.family.key}_{column}", "")
+
+
+def kinds_of(row: dict[str, str], model: Model) -> list[str]:
+    """What filters find of an image as one model saw it: its faults, its flags by any method, its class."""
+    columns = [name for name in row if re.fullmatch(rf"({model.family.key}_(\S+_)?|pair_)flags", name)]
+    flags = [key for name in columns for key in row[name].split(", ") if key]
+    answers = {"wrong": said_in(row, model, "correct"), "disagree": row.get("agree")}
+    faults = [kind for kind, answer in answers.items() if answer == "no"]
+    if row.get("error"):
+        faults.append("failed")
+    named = row.get("true_class") or said_in(row, model, "predicted")
+    return [*faults, *dict.fromkeys(flags), class_key(named)]
+
+
+def line_node(text: str) -> Node:
+    """A line of text, coloured where it begins with a warning."""
+    return ["p", {"class": "bad" if text.startswith(("✗", "⚠", "🚩")) else ""}, text]
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """Where a share lies with 95 % confidence (E. B. Wilson, JASA 22, 1927)."""
+    share, square = right / count, NORMAL_95**2 / count
+    half = NORMAL_95 * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    return (share + square / 2 - half) / (1 + square), (share + square / 2 + half) / (1 + square)
+
+
+def confidence_node(rows: Sequence[dict[str, str]], model: Model, is_known: bool) -> Node:
+    """A reliability diagram with the expected calibration error (Guo et al., ICML 2017, eq. 3).
+
+    Where no class is known: how many images there are in each tenth of confidence.
+    """
+    steps: dict[int, list[tuple[float, bool]]] = defaultdict(list)
+    for row in rows:
+        confidence = float(said_in(row, model, "confidence"))
+        steps[min(int(10 * confidence), 9)].append((confidence, said_in(row, model, "correct") == "yes"))
+    most, error, bars = max(map(len, steps.values())), 0.0, ""
+    for place, step in sorted(steps.items()):
+        confidence, right = np.mean(step, axis=0)
+        error += len(step) / len(rows) * abs(confidence - right)
+        height = 100 * (right if is_known else len(step) / most)
+        bars += f"M{10 * place} 100v{-height:.1f}h9v{height:.1f}z"
+    told, drawn = f"Images by confidence, 0 to 100 %; the highest bar is {most}", [["path", {"d": bars}]]
+    if is_known:
+        told = f"Share right by confidence, both 0 to 100 %; calibration error {error:.3f}"
+        drawn.append(["line", {"x1": 0, "y1": 100, "x2": 100, "y2": 0}])  # where confidence is right
+    box = {"viewBox": "0 0 100 100", "preserveAspectRatio": "none", "role": "img", "aria-label": told}
+    return ["figure", {}, ["figcaption", {}, told], ["svg", box, *drawn]]
+
+
+def model_node(rows: Sequence[dict[str, str]], model: Model, observations: Sequence[Observation]) -> Node:
+    """How one model did, over the images that it was asked about."""
+    rows = [row for row in rows if said_in(row, model, "predicted")]
+    known = [row for row in rows if row.get("true_class")]
+    told, graphs = "No true class is known", []
+    if known:
+        right = sum(said_in(row, model, "correct") == "yes" for row in known)
+        low, high = wilson_interval(right, len(known))
+        told = f"{right / len(known):.1%} of {len(known)} right (95 % interval {low:.1%} to {high:.1%})"
+    if rows:
+        graphs.append(confidence_node(known or rows, model, bool(known)))
+    if observations:
+        heat = resized(normalised(np.mean([each.heat for each in observations], axis=0)), 130, 130)
+        pixels = png(colour_table("jet")[(heat * 255).round().astype(np.uint8)], 96)
+        caption = f"Mean of the {len(observations)} maps made last"
+        image = ["img", {"src": f"data:image/png;base64,{base64.b64encode(pixels).decode()}", "alt": caption}]
+        graphs.append(["figure", {}, ["figcaption", {}, caption], image])
+    where = f"{model.architecture}, {printable(model.checkpoint.name)}; {model.accuracy}"
+    lines = map(line_node, [told, where, *audit_lines(observations)])
+    return ["section", {}, ["h2", {}, model.title], *lines, ["div", {"class": "graphs"}, *graphs]]
+
+
+def classes_node(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> Node:
+    """Class by class: predictions (the confusion matrix, shaded), flags, and where the heat lies."""
+    names = models[0].class_names
+    found = {kind for row in rows for model in models for kind in kinds_of(row, model)}
+    flags = [key for key in CHECKS if key in found]
+    head = ["Model", "Class", "Images", *(f"as {name}" for name in names), *(f"⚠ {key}" for key in flags)]
+    lines = [["tr", {}, *(["th", {"scope": "col"}, text] for text in [*head, *HEAT_COLUMNS.values()])]]
+    for model, name in itertools.product(models, names):
+        mine = [row for row in rows if class_key(name) in kinds_of(row, model)]
+        said = Counter(class_key(said_in(row, model, "predicted")) for row in mine)
+        counts = [said[class_key(other)] for other in names]
+        cells = [["td", {"share": count / max(len(mine), 1)}, f"{count}"] for count in counts]
+        texts = [f"{sum(key in kinds_of(row, model) for row in mine)}" for key in flags]
+        for column in HEAT_COLUMNS:
+            shares = [float(said_in(row, model, column)) for row in mine if said_in(row, model, column)]
+            texts.append(percent(np.mean(shares)) if shares else "–")
+        first = [["th", {"scope": "row"}, model.title], ["td", {}, name], ["td", {}, f"{len(mine)}"]]
+        lines.append(["tr", {}, *first, *cells, *(["td", {}, text] for text in texts)])
+    caption = "By true class, or by the predicted one where that is not known"
+    return ["section", {"class": "wide"}, ["table", {}, ["caption", {}, caption], *lines]]
+
+
+def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[str, Any]:
+    """What the page's script takes of an image: its card, and what filters and orders ask for."""
+    links = {file: quote(os.fsencode(file), safe="") for file in json.loads(row.get("outputs") or "[]")}
+    pages = [file for file in links if not re.match(r"radiograph_|heatmap_|overlay_|.*\.npy$", file)]
+    page = next((file for file in pages if file.startswith("comparison")), pages[0] if pages else "")
+    kinds = {model.family.key: kinds_of(row, model) for model in models}
+    said, flags, sure, wrong = [], [], [], [0.0]
+    for model in models:
+        found = kinds[model.family.key]
+        flags += [f"⚠ {model.title}: {CHECKS[key].title or key}" for key in found if key in CHECKS]
+        if predicted := said_in(row, model, "predicted"):
+            sure.append(float(said_in(row, model, "confidence")))
+            said.append(f"{model.title}: {predicted}, {sure[-1]:.1%}")
+            if "wrong" in found:
+                said[-1] = f"✗ {said[-1]}, wrong"
+                wrong.append(sure[-1])
+    every = set(itertools.chain(*kinds.values()))
+    steps = max(wrong) >= SURE, "disagree" in every, len(wrong) > 1, bool(flags), "failed" not in every, True
+    picture = "" if page.endswith(".pdf") else links.get(page, "")
+    image = ["img", {"src": picture, "alt": f"Figure of {name}", "loading": "lazy"}]
+    heading = [["button", {"aria-label": f"Open {name}"}, image]] if picture else []
+    heading.append(["p", {"class": "name"}, ["a", {"href": links[page]}, name] if page else name])
+    if row.get("true_class"):
+        heading.append(line_node(f"true: {row['true_class']}"))
+    notes = [f"✗ {row['error']}" if row.get("error") else "", row.get("notes", "")]
+    return {
+        "file": printable(row["file"]),
+        "kinds": kinds,
+        "first": (steps.index(True), -max(wrong)),
+        "confidence": min(sure, default=2),
+        "agreement": float(row.get(AGREEMENT) or 2),
+        "isDrawn": page != "",
+        "picture": picture,
+        "caption": " · ".join([name, *said]),
+        "links": [["a", {"href": link}, f"{printable(file)} "] for file, link in links.items()],
+        "cells": [heading, *([line_node(text) for text in texts] for texts in (said, flags, notes))],
+    }
+
+
+def filter_nodes(counts: Counter[str], models: Sequence[Model]) -> list[Node]:
+    """What chooses among the images, and how many each choice has."""
+    texts = {"wrong": "wrong", "disagree": "models disagree", "failed": "failed"}
+    texts |= {key: f"⚠ {check.title or key}" for key, check in CHECKS.items()}
+    texts |= {class_key(name): name for name in models[0].class_names}
+    boxes = {kind: ["input", {"type": "checkbox", "name": "only", "value": kind}] for kind in texts}
+    chips = [["label", {}, boxes[kind], f" {text} {counts[kind]}"] for kind, text in texts.items() if counts[kind]]
+    seen = {"": "as any model saw it"} | {model.family.key: f"as {model.title} saw it" for model in models}
+    orders = {"": "to look at first", "confidence": "least sure", "agreement": "maps least alike", "file": "by name"}
+    for name, choices in (("model", seen), ("order", orders)):
+        options = [["option", {"value": value}, text] for value, text in choices.items()]
+        chips.append(["select", {"name": name, "aria-label": name}, *options])
+    return [*chips, ["input", {"type": "search", "name": "name", "placeholder": "search names"}]]
+
+
+def report_page(
+    rows: Sequence[dict[str, str]], models: Sequence[Model], observations: dict[str, list[Observation]],
+    told: Sequence[str],
+) -> str:  # fmt: skip
+    """The page of these rows of the table.
+
+    The observations, by family, are of the maps made last, which need not be all; `told` is what else
+    its reader must know of the run.
+    """
+    names = Counter(Path(row["file"]).name for row in rows)
+    cards = []
+    for row in rows:
+        name = Path(row["file"]).name
+        cards.append(row_data(row, printable(name if names[name] == 1 else row["file"]), models))
+    cards.sort(key=lambda card: (card["first"], card["file"]))
+    counts = Counter(kind for card in cards for kind in set(itertools.chain(*card["kinds"].values())))
+    done = [row for row in rows if not row.get("error")]
+    facts = [f"{len(done)} explained, {counts['failed']} failed", *told]
+    if len(models) > 1 and done:
+        facts.append(f"The models agree on {len(done) - counts['disagree']} of {len(done)} images")
+        facts += overlap_lines(done)
+    sections = [model_node(rows, model, observations.get(model.family.key, ())) for model in models]
+    about = [["h1", {}, f"Explainability of {len(rows)} images"], *map(line_node, facts)]
+    about.append(["details", {"open": ""}, ["summary", {}, "The models"], ["div", {"class": "models"}, *sections]])
+    about[-1].append(classes_node(done, models))
+    notice = f"Demo networks: {DEMO_NOTICE}." if is_demo(models[0].checkpoint) else "Not for diagnosis."
+    places = {"about": about, "filters": filter_nodes(counts, models), "notice": [notice]}
+    page = REPORT
+    for kind in ("style", "script"):
+        content = re.search(rf"<{kind}>(.*?)</{kind}>", REPORT, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        page = page.replace(f"{{{kind}-hash}}", f"'sha256-{digest}'")
+    return page.replace("{data}", json.dumps({"places": places, "rows": cards}).replace("<", "\\u003c"))
+
+
+# ------------------------------------------------------------------------------------------
 # Runs: jobs -> read -> explained in batches -> figures and maps written -> row, lines
 # ------------------------------------------------------------------------------------------
 
@@ -4602,14 +5259,18 @@ class Plan:
 
 
 def load_classifiers(
-    checkpoints: Sequence[tuple[Family, Path]], device: str, class_names: Sequence[str] | None, quiet: bool
+    checkpoints: Sequence[tuple[Family, Path]],
+    device: str,
+    class_names: Sequence[str] | None,
+    weights: str,
+    quiet: bool,
 ) -> list[Classifier]:
     """Load every model, and say so. Raises ExplainError where one cannot be used."""
     use_exact_float32()
     present, classifiers = choose_device(device), []
     for family, path in checkpoints:
         say(f"📦 Loading {family.key.upper()} model...")
-        classifier = load_classifier(family, path, present, class_names)
+        classifier = load_classifier(family, path, present, class_names, weights)
         if not (quiet or is_demo(path)):  # what the demo files are, the README says
             warn(*note_lines(path, classifier.model.notes))
         say(f"✅ Model loaded: {classifier.model.architecture}", f"   {classifier.model.accuracy}", "")
@@ -4988,7 +5649,9 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
     with drawing_pool(drawing_processes(request), request.style) as submit:
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
-        classifiers = load_classifiers(request.checkpoints, args.device, args.class_names, args.quiet)
+        classifiers = load_classifiers(
+            request.checkpoints, args.device, args.class_names, args.weights, args.quiet
+        )
         classifiers = [with_reference(each, args, request.reference) for each in classifiers]
         names = [classifier.model.class_names for classifier in classifiers]
         plan = Plan(
@@ -5051,11 +5714,15 @@ def explain_many(
             tell_result(bar, result, False, args.quiet)
             count_image()
     spent = time.monotonic() - started
-    fold_table(folder, columns)
+    kept = fold_table(folder, columns)
+    told = [options_text(args), versions_text().replace("\n", ", ")]
+    with replacing(folder / REPORT_NAME) as file:
+        file.write(report_page(kept, plan.models, observations, told).encode())
     fresh = sum(not row["error"] for row in rows[len(finished) :])
     lines = run_lines(rows, plan.models, plan.methods, observations, fresh, spent)
     status = 1 if any(row["error"] for row in rows) else 0
-    return [*lines, f"Table: {shown(folder / TABLE_NAME)}"], status
+    files = [f"Table: {shown(folder / TABLE_NAME)}", f"Report: {shown(folder / REPORT_NAME)}"]
+    return [*lines, *files], status
 
 
 def is_row_of(row: dict[str, str], job: Job) -> bool:
@@ -5164,9 +5831,12 @@ def add_questions(group: argparse._ArgumentGroup) -> None:
 
 def add_networks(group: argparse._ArgumentGroup) -> None:
     for key in FAMILIES:
-        group.add_argument(f"--{key}-checkpoint", type=Path, metavar="FILE", help=f"default: checkpoints/{key}*")
+        group.add_argument(f"--{key}-checkpoint", type=Path, metavar="FILE",
+                           help=f"or a folder with config.json (default: checkpoints/{key}*)")
     group.add_argument("--class-names", type=class_list, metavar="A,B",
                        help="classes in the order of the outputs, for checkpoints that record none")
+    group.add_argument("--weights", choices=("ema", "plain"), default="ema",
+                       help="which to take where averaged and plain ones lie side by side (default: ema)")
     group.add_argument("--device", type=device_name, default="auto",
                        help="where to compute: auto, cpu, cuda, cuda:1 ..., mps (default: auto)")
     group.add_argument("--batch-size", type=whole_number(1, 4096), metavar="N",
@@ -5234,6 +5904,15 @@ def near_options(word: str, help_text: str) -> list[str]:
 
 def near_text(near: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def options_text(args: argparse.Namespace) -> str:
+    """What was asked of the networks and the figures, beside images, files and what is the default."""
+    usual, told = vars(argument_parser().parse_args([])), [f"method {' '.join(args.method or ['gradcam'])}"]
+    for name in ("target_class", "weights", "verify", "signed", "contours", "colormap", "format"):
+        if vars(args).get(name) != usual.get(name):
+            told.append(f"{name.replace('_', ' ')} {vars(args)[name]}")
+    return ", ".join(told)
 
 
 def versions_text() -> str:
@@ -5304,6 +5983,19 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
     return list({row_key(str(image)): image for image in reversed(images)}.values())[::-1]
 
 
+def without_other_files(images: list[Path], named: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Images less what lies beside them in folders and is none, unless named by itself; and a line that counts it.
+
+    Raises ExplainError where nothing is left.
+    """
+    others = [path for path in images if str(path) not in named and is_no_radiograph(path)]
+    if others and len(others) == len(images):
+        raise refusal(others[0].parent, f"no radiograph there, only {listed([path.name for path in others])}", "name others")
+    left = [path for path in images if path not in others]
+    names = listed([path.name for path in others])
+    return left, [f"ℹ️  passed over, as no radiographs: {names}"] if others else []
+
+
 def is_output(path: Path, searched: Path, outputs: Path) -> bool:
     """Whether a file found below a searched folder lies among the results: right there, or below it."""
     folder = Path(os.path.realpath(path)).parent
@@ -5332,7 +6024,7 @@ def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Pat
     Raises ExplainError where one is missing or cannot be a checkpoint.
     """
     keys = list(FAMILIES) if args.compare or args.model == "both" else [args.model]
-    named = {key: path for key in keys if (path := vars(args)[f"{key}_checkpoint"])}
+    named = {key: weights_file(path) for key in keys if (path := vars(args)[f"{key}_checkpoint"])}
     for path in named.values():
         check_checkpoint_path(path)
     lone = lone_family(keys, named) if not args.compare else None
@@ -5360,10 +6052,12 @@ def lone_family(keys: Sequence[str], named: dict[str, Path]) -> list[str] | None
 def checked_request(args: argparse.Namespace) -> Request:
     """What the arguments ask for. Raises ExplainError for all that files alone can tell."""
     images = found_images(args.image, args.output_dir) if args.image else [random_test_image(args.seed)]
+    images, told = without_other_files(images, args.image or [])
     is_single = not args.image or (len(args.image) == 1 and images == [Path(args.image[0])])
     if is_single:
         check_image_path(images[0])
     checkpoints, notes = chosen_checkpoints(args)
+    notes += told
     check_output_folder(args.output_dir)
     style = FigureStyle(args.colormap, args.dpi, args.format, args.contours, args.signed)
     if args.signed and args.colormap != "jet":
@@ -5372,9 +6066,13 @@ def checked_request(args: argparse.Namespace) -> Request:
     methods = tuple(dict.fromkeys(itertools.chain(*(args.method or [["gradcam"]]))))
     truths, table, told = known_truth(args.truth, images, args.anonymous)
     reference = images_below(args.reference) if args.reference else []
-    marks = [(family.key, file_mark(path)) for family, path in checkpoints]
-    marks += [own_reference_mark(family, path) for family, path in checkpoints if not args.reference]
-    asked = marks, args.target_class, args.class_names, methods, style, args.verify, table, stamps(reference)
+    marks = [
+        (family.key, file_mark(path), file_mark(path.with_name("config.json"))) for family, path in checkpoints
+    ]
+    if not args.reference:
+        marks += [own_reference_mark(family, path) for family, path in checkpoints]
+    question = args.weights, args.target_class, args.class_names, methods, style, args.verify
+    asked = marks, question, table, stamps(reference)
     wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
     kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
     keys = [family.key for family, _ in checkpoints]

@@ -366,7 +366,7 @@ FOREIGN = {
     "zip": (b"PK\x03\x04" + bytes(100), "a zip archive"),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a text file"),
     "eps with preview": (b"\xc5\xd0\xd3\xc6" + bytes(60), "unknown kind"),
-    "DICOM without preamble": (b"\x08\0\x05\0CS\x0a\0ISO_IR 100", "a DICOM file without its preamble"),
+    "DICOM without preamble or pixels": (b"\x08\0\x05\0CS\x0a\0ISO_IR 100", "a DICOM file without an image in it"),
     "heic": (HEIC, "a HEIC image"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 9\n", "a Git LFS pointer"),
     "empty": (b"", "an empty file"),
@@ -381,8 +381,9 @@ def test_what_is_no_image_is_named(tmp_path: Path, key: str) -> None:
     contents, name = FOREIGN[key]
     path = written(tmp_path / "xray.png", contents)
     assert name in refusal(path)
-    with pytest.raises(ExplainError, match=name):
-        tool.check_image_path(path)
+    if "DICOM" not in key:
+        with pytest.raises(ExplainError, match=name):
+            tool.check_image_path(path)
 
 
 def test_libraries_say_nothing_of_their_own(tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture) -> None:
@@ -517,7 +518,7 @@ def test_the_first_window_is_applied_as_pydicom_does(tmp_path: Path, function: s
 LUT = (np.arange(1000) ** 2 // 16).astype(np.uint16)
 
 
-@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2", "MONOCHROME1 INVERSE", "MONOCHROME2 INVERSE", "MONOCHROME2 IDENTITY"])
 @pytest.mark.parametrize(
     ("tags", "expected"),
     [
@@ -534,7 +535,7 @@ LUT = (np.arange(1000) ** 2 // 16).astype(np.uint16)
     ],
     ids=["none", "10 bits", "window", "rescale and window", "rescale", "VOI LUT", "modality LUT", "zeros count"],
 )  # fmt: skip
-def test_monochrome1_is_inverted_once_whatever_its_values_go_through(
+def test_monochrome1_and_inverse_are_inverted_once_whatever_the_values_go_through(
     tmp_path: Path, photometric: str, tags: dict[str, object], expected: Callable[[np.ndarray], np.ndarray]
 ) -> None:
     for rows, name in ((12, "portrait"), (6, "landscape")):  # two pictures, neither square
@@ -542,9 +543,12 @@ def test_monochrome1_is_inverted_once_whatever_its_values_go_through(
         given = {key: lut_item(0, value, 16) if "LUT" in key else value for key, value in tags.items()}
         if "ModalityLUTSequence" in given:
             given["ModalityLUTSequence"][0].ModalityLUTType = "US"
-        contents = dicom(values, PhotometricInterpretation=photometric, **given)
+        kind, *shape = photometric.split()
+        given |= {"PresentationLUTShape": shape[0]} if shape else {}
+        contents = dicom(values, PhotometricInterpretation=kind, **given)
         seen = expected(values.astype(int))
-        assert np.array_equal(grey(load_radiograph(written(tmp_path / name, contents))), 255 - seen if photometric == "MONOCHROME1" else seen)
+        is_inverted = photometric.startswith("MONOCHROME1") or photometric.endswith("INVERSE")
+        assert np.array_equal(grey(load_radiograph(written(tmp_path / name, contents))), 255 - seen if is_inverted else seen)
 
 
 @pytest.mark.parametrize(
@@ -622,6 +626,54 @@ def test_nan_in_float_dicom_is_refused(tmp_path: Path, window: dict[str, object]
     dataset.FloatPixelData = values.tobytes()
     dataset.save_as(tmp_path / "x")
     assert "NaN" in refusal(tmp_path / "x")
+
+
+@pytest.mark.parametrize("lost", ["preamble", "preamble and meta information"])
+@pytest.mark.parametrize("implicit", [True, False])
+def test_dicom_without_its_preamble_is_read(tmp_path: Path, lost: str, implicit: bool) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.dcmread(io.BytesIO(dicom(DEEP, PhotometricInterpretation="MONOCHROME1")))
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset, implicit_vr=implicit, little_endian=True)
+    contents = buffer.getvalue()[132:]
+    if "meta" in lost:
+        contents = contents[12 + int.from_bytes(contents[8:12], "little") :]  # the group's length is its first element
+    path = written(tmp_path / "x", contents)
+    tool.check_image_path(path)
+    assert np.array_equal(grey(load_radiograph(path)), 255 - SCALED)
+    assert tool.is_dicom(path) and not tool.is_no_radiograph(path)
+
+
+def other_files(folder: Path) -> list[Path]:
+    """What lies beside radiographs in the folders of a Mac, a CD and an archive of images."""
+    pydicom = pytest.importorskip("pydicom")
+    (folder / "__MACOSX").mkdir(parents=True)
+    dataset = pydicom.dcmread(io.BytesIO(dicom(RAMP.astype(np.uint8))))
+    for name in ("PixelData", "Rows", "Columns", "BitsAllocated", "SamplesPerPixel", "PhotometricInterpretation"):
+        delattr(dataset, name)
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.88.11"  # a structured report
+    for name in ("report.dcm", "DICOMDIR"):
+        dataset.save_as(folder / name)
+    mac = [folder / "._a.png", folder / "__MACOSX" / "a.png"]
+    for path in mac:
+        written(path, b"\0\5\x16\7" + bytes(100))
+    return [*mac, folder / "report.dcm", folder / "DICOMDIR"]
+
+
+def test_other_files_in_folders_are_passed_over_and_counted(tmp_path: Path) -> None:
+    others = other_files(tmp_path / "cd")
+    images = [written(tmp_path / "cd" / name, contents) for name, contents in (("a.png", png(GREY8, 0)), ("IM0001", dicom(DEEP)), ("broken.dcm", b"x"))]
+    found = tool.found_images([str(tmp_path / "cd")], tmp_path / "out")
+    assert set(found) == {*others, *images}
+    left, (line,) = tool.without_other_files(found, [str(tmp_path / "cd")])
+    assert set(left) == set(images) and "passed over, as no radiographs: 4 (" in line
+    assert tool.without_other_files(images, []) == (images, [])
+    named = [str(others[2])]
+    assert tool.without_other_files([others[2]], named) == ([others[2]], [])  # and so it gets its line
+    assert "without an image" in refusal(others[2])
+    with pytest.raises(ExplainError, match="no radiograph there, only 1"):
+        tool.without_other_files([others[2]], [str(tmp_path / "cd")])
 
 
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.90"], ids=["JPEG", "JPEG 2000"])

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY, save, users_checkpoint
+from conftest import TINY, explain, save, users_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -59,9 +59,10 @@ def checkpoint(pristine: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.fixture
 def stub(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The same with the head alone, and so quick to save: for what is refused before weights are compared."""
-    weights = checkpoint["model_state_dict"]
-    checkpoint["model_state_dict"] = {name: tensor.clone() for name, tensor in weights.items() if name.startswith("head.")}
+    """The same with few weights, and so quick to save: for what is refused before weights are compared."""
+    weights, family = checkpoint["model_state_dict"], tool.FAMILIES["convnext"]
+    kept = ("head.", family.landmark, family.width, family.stem)
+    checkpoint["model_state_dict"] = {name: tensor.clone() for name, tensor in weights.items() if name.startswith(kept)}
     return checkpoint
 
 
@@ -132,27 +133,124 @@ def test_loads_users_checkpoint_exactly(key: str, pristine: dict[str, Any], tmp_
 def test_wrapper_prefixes_are_removed(key: str, pristine: dict[str, Any], tmp_path: Path, prefix: str) -> None:
     weights = pristine[key]["model_state_dict"]
     wrapped = {prefix + name: torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    classifier = load(save({**pristine[key], "model_state_dict": {"n_averaged": torch.tensor(5), **wrapped}}, tmp_path / "p.pth"), key)
+    classifier = load(save({**pristine[key], "model_state_dict": wrapped}, tmp_path / "p.pth"), key)
     assert_same_weights(classifier, weights)
     assert told(classifier) == ()
 
 
-@pytest.mark.parametrize("place", ["state_dict", "model", "net", "the top level", *tool.EMA_KEYS])
-@pytest.mark.parametrize("is_alone", [True, False])
-def test_weights_are_found_where_trainers_put_them(checkpoint: dict[str, Any], tmp_path: Path, place: str, is_alone: bool) -> None:
-    weights = checkpoint.pop("model_state_dict") if is_alone else {name: tensor + 1 for name, tensor in checkpoint["model_state_dict"].items()}
+AVERAGED = ["state_dict_ema", "model_ema", "ema_state_dict", "ema", "swa_model", "averaged_model"]
+
+
+@pytest.mark.parametrize("place", ["state_dict", "model", "net", "module", "weights", "the top level", *AVERAGED])
+def test_weights_are_found_wherever_trainers_put_them(checkpoint: dict[str, Any], tmp_path: Path, place: str) -> None:
+    weights = checkpoint.pop("model_state_dict")
     inside = weights if place == "the top level" else {place: weights}
     classifier = load(save({"model": "convnextv2_atto", **checkpoint, **inside, "epoch": 3}, tmp_path / "w.pth"))
-    assert_same_weights(classifier, weights if is_alone else checkpoint["model_state_dict"])
-    if place != "the top level":
-        said = {True: "only ones" if place in tool.EMA_KEYS else "", False: f"others beside them ({place}) not used"}[is_alone]
-        assert said in "".join(told(classifier))
+    assert_same_weights(classifier, weights)
+    only = f"averaged (EMA) weights taken from {place}, the only ones in the file"
+    assert told(classifier) == ((only,) if place in AVERAGED else ())
 
 
-def test_weights_with_and_without_a_prefix_are_refused(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+def shifted(weights: dict[str, torch.Tensor], by: float = 1) -> dict[str, torch.Tensor]:
+    return {name: tensor + by for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize(("place", "inner"), [*((place, "") for place in AVERAGED), ("ema", "state_dict"), ("callbacks", "EMA")])
+@pytest.mark.parametrize("wanted", ["ema", "plain"])
+def test_averaged_weights_go_before_plain_ones(checkpoint: dict[str, Any], tmp_path: Path, place: str, inner: str, wanted: str) -> None:
+    plain = checkpoint["model_state_dict"]
+    averaged = {f"module.{name}": tensor for name, tensor in shifted(plain).items()}
+    path = save({place: {inner: averaged} if inner else averaged, **checkpoint}, tmp_path / "ema.pth")
+    classifier = tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", weights=wanted)
+    assert_same_weights(classifier, plain if wanted == "plain" else shifted(plain))
+    name = f"{place}.{inner}" if inner else place
+    assert told(classifier)[0].startswith(
+        f"plain weights taken from model_state_dict; --weights ema takes those of {name}" if wanted == "plain"
+        else f"averaged (EMA) weights taken from {name}, module.*, not model_state_dict; --weights plain"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("wanted", ["ema", "plain"])
+def test_averaged_weights_beside_plain_ones_in_one_dictionary(checkpoint: dict[str, Any], tmp_path: Path, wanted: str) -> None:
+    plain = checkpoint.pop("model_state_dict")
+    both = {f"model.{name}": tensor for name, tensor in plain.items()} | {f"ema_model.{name}": tensor for name, tensor in shifted(plain).items()}
+    path = save({"state_dict": both, **checkpoint}, tmp_path / "x.ckpt")
+    classifier = tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", weights=wanted)
+    assert_same_weights(classifier, plain if wanted == "plain" else shifted(plain))
+    assert "--weights" in told(classifier)[0]
+
+
+def test_of_several_sets_of_weights_the_usual_place_counts_else_none(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     weights = checkpoint["model_state_dict"]
-    weights.update({f"teacher.{name}": tensor for name, tensor in list(weights.items())})
-    refused(save(checkpoint, tmp_path / "twice.pth"), "twice", "no prefix and teacher.")
+    classifier = load(save({"net": shifted(weights), "last": shifted(weights), **checkpoint}, tmp_path / "x.pth"))
+    assert_same_weights(classifier, weights)
+    assert told(classifier) == ("weights taken from model_state_dict; others (net, last) not used",)
+    refused(save({"first": weights, "second": shifted(weights)}, tmp_path / "x.pth"), "more than once (first and second)")
+    both = {**weights, **{f"model.{name}": tensor for name, tensor in shifted(weights).items()}}
+    refused(save(both, tmp_path / "x.pth"), "more than once", "the top level, model.*")
+
+
+BESIDE = {
+    "criterion.pos_weight": torch.ones(2), "loss_fn.weight": torch.ones(2), "metrics.confusion": torch.ones(2, 2),
+    "train_acc.tp": torch.zeros(2), "model.total_ops": torch.zeros(1), "model.stages.0.total_params": torch.zeros(1),
+    "ema.decay": torch.ones(()), "class_weights": torch.ones(2), "center_loss.weight": torch.ones(2, 320),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", ["", "model.fc."])
+def test_what_lies_beside_the_network_is_left_out_with_a_note(checkpoint: dict[str, Any], tmp_path: Path, head: str) -> None:
+    weights = checkpoint.pop("model_state_dict")
+    prefix = "model.backbone." if head else "model."
+    own = {prefix + name: tensor for name, tensor in weights.items()}
+    if head:
+        own = {name.replace(f"{prefix}head.fc.", head): tensor for name, tensor in own.items()}
+    teacher = {name.replace("model.", "teacher.", 1): tensor + 1 for name, tensor in own.items()}
+    classifier = load(save({"state_dict": {**own, **BESIDE, **teacher}, "hyper_parameters": checkpoint["config"]}, tmp_path / "x.ckpt"))
+    assert_same_weights(classifier, weights)
+    assert f"left out, as no part of the network: {len(BESIDE) + (2 if head else 0)} (criterion.pos_weight" in "".join(told(classifier))
+    assert ("its linear layer model.fc taken for head.fc" in told(classifier)) == bool(head)
+
+
+HEADS = {
+    "Sequential(Dropout, Linear)": {"head.fc": "head.fc.1", "classifier": "classifier.1"},
+    "backbone and fc": {"head.fc": "../fc", "classifier": "../fc"},
+    "backbone and classifier": {"head.fc": "../classifier.1", "classifier": "../classifier.1"},
+    "Sequential(network, Dropout, Linear)": {"head.fc": "../2", "classifier": "../2"},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_single_linear_layer_that_is_left_over_is_the_head(key: str, pristine: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    weights = pristine[key]["model_state_dict"]
+    head = tool.FAMILIES[key].head
+    layer = HEADS[kind][head]
+    prefix = {"S": "0." if "network" in kind else "", "b": "backbone."}[kind[0]]
+    moved = {prefix + name.replace(f"{head}.", f"{layer}."): tensor for name, tensor in weights.items()}
+    moved = {name.replace(f"{prefix}../", ""): tensor for name, tensor in moved.items()}
+    classifier = load(save({"state_dict": moved}, tmp_path / "head.pth"), key)
+    assert_same_weights(classifier, weights)
+    assert told(classifier) == (f"its linear layer {layer.removeprefix('../')} taken for {head}",)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ({"head.fc.0": (64, 320), "head.fc.3": (2, 64)}, "other layers than a single linear one, 2 (head.fc.0, head.fc.3)"),
+        ({"fc.0": (320,), "fc.1": (2, 320)}, "other layers than a single linear one, 2 (fc.0, fc.1)"),  # a norm before it
+        ({"fc": (2, 640)}, "other layers than a single linear one"),
+        ({"attention": (320, 320), "fc": (2, 320)}, "other layers than a single linear one"),
+        ({}, "holds no head: neither head.fc nor another linear layer of 320 inputs"),
+    ],
+)
+def test_a_head_of_other_layers_is_refused(checkpoint: dict[str, Any], tmp_path: Path, layers: dict[str, tuple[int, ...]], words: str) -> None:
+    weights = {name: tensor for name, tensor in checkpoint["model_state_dict"].items() if not name.startswith("head.fc.")}
+    weights |= {f"{name}.weight": torch.ones(shape) for name, shape in layers.items()}
+    refused(save(weights, tmp_path / "head.pth"), words)
+
+
+def test_layers_inside_the_network_are_never_left_out(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint["model_state_dict"]["stages.0.attention.weight"] = torch.ones(40, 40)
+    refused(save(checkpoint, tmp_path / "x.pth"), "keys not in the network 1 (stages.0.attention.weight)")
 
 
 @pytest.mark.slow
@@ -239,20 +337,109 @@ def with_classes(checkpoint: dict[str, Any], count: int) -> dict[str, Any]:
     return checkpoint
 
 
-@pytest.mark.parametrize("in_config", [True, False])
-def test_three_classes_with_three_names(checkpoint: dict[str, Any], tmp_path: Path, in_config: bool) -> None:
-    names = ["simple", "comminuted", "none"]
-    with_classes(checkpoint, 3)
-    (checkpoint["config"] if in_config else checkpoint)["class_names"] = names
-    classifier = load(save(checkpoint, tmp_path / "three.pth"))
-    assert classifier.model.class_names == tuple(names)
+ORDERS = {
+    "class_names": ["simple_fracture", "comminuted_fracture"],
+    "classes": ["simple", "comminuted"],
+    "class_to_idx": {"comminuted_fracture": 1, "simple_fracture": 0},
+    "id2label": {"1": "Comminuted Fracture", "0": "Simple Fracture"},
+    "label2id": {"Simple": 0, "Comminuted": 1},
+    "label_names": ("Simple Fracture", "comminuted"),
+    "labels": np.array(["simple", "comminuted"]),
+    "names": {0: "simple", 1: "comminuted"},
+}
+PLACES = ["", "config", "args", "hyper_parameters", "pretrained_cfg", "meta.dataset_meta", "config.pretrained_cfg"]
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_recorded_order_of_the_classes_counts(stub: dict[str, Any], name: str, place: str) -> None:
+    record = {name: ORDERS[name]}
+    for part in reversed(place.split(".") if place else ()):
+        record = {part: argparse.Namespace(**record) if part == "args" else record}
+    names, notes = tool.class_names_of({**stub, **record}, 2, None, Path("x"))
+    assert names == ("Simple Fracture", "Comminuted Fracture") and not notes
+
+
+def test_recorded_orders_that_contradict_each_other_are_refused(stub: dict[str, Any], tmp_path: Path) -> None:
+    stub["config"] |= {"id2label": {0: "comminuted", 1: "simple"}}
+    refused(save({**stub, "classes": ["simple", "comminuted"]}, tmp_path / "x.pth"), "contradicts itself", "classes says Simple Fracture, Com", "id2label says Com")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"id2label": {0: "LABEL_0", 1: "LABEL_1"}}, {"class_to_idx": {"0": 0, "1": 1}}, {"classes": 2}, {"labels": torch.zeros(9)}, {"names": "fractures"},
+     {"label2id": {"a": 0, "b": 7}}],
+)  # fmt: skip
+def test_what_names_no_class_is_no_order(stub: dict[str, Any], record: dict[str, Any]) -> None:
+    names, notes = tool.class_names_of({**stub, **record}, 2, None, Path("x"))
+    assert names == tool.CLASS_NAMES and "class order assumed" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "shown"),
+    [
+        (["simple", "comminuted", "none"], ("Simple Fracture", "Comminuted Fracture", "none")),
+        (["comminuted", "no_fracture", "simple"], ("Comminuted Fracture", "no_fracture", "Simple Fracture")),
+        (["simple", "Simple Fracture", "x"], ("simple", "Simple Fracture", "x")),  # not to be told apart
+    ],
+)
+def test_three_classes_with_three_names(checkpoint: dict[str, Any], tmp_path: Path, recorded: list[str], shown: tuple[str, ...]) -> None:
+    classifier = load(save({**with_classes(checkpoint, 3), "class_names": recorded}, tmp_path / "three.pth"))
+    assert classifier.model.class_names == shown
     assert classifier.network(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
 
 
-@pytest.mark.parametrize("count", [1, 3, 1000])
+def random_head(checkpoint: dict[str, Any], outputs: int) -> None:
+    weights = checkpoint["model_state_dict"]
+    weights["head.fc.weight"], weights["head.fc.bias"] = torch.randn(outputs, 320), torch.randn(outputs)
+
+
+def pictures(*shapes: tuple[int, ...]) -> list[tool.Radiograph]:
+    rng = np.random.default_rng(3)
+    return [tool.Radiograph(np.repeat(rng.integers(0, 256, (*shape, 1), dtype=np.uint8), 3, axis=2)) for shape in shapes]
+
+
+@pytest.mark.parametrize("claimed", [1, 2, None])
+def test_one_output_speaks_for_two_classes(checkpoint: dict[str, Any], tmp_path: Path, claimed: int | None) -> None:
+    random_head(checkpoint, 1)
+    checkpoint["config"] |= {"num_classes": claimed, "class_names": ["simple", "comminuted"]}
+    classifier = load(save(checkpoint, tmp_path / "one.pth"))
+    assert classifier.model.class_names == ("Simple Fracture", "Comminuted Fracture")
+    plain = timm.create_model("convnextv2_atto", num_classes=1).eval()
+    plain.load_state_dict(checkpoint["model_state_dict"])
+    radiographs = pictures((100, 60), (50, 80))
+    inputs = torch.from_numpy(np.stack([tool.network_input(each, classifier.model.preprocessing) for each in radiographs]))
+    activations = plain.forward_features(inputs).detach().requires_grad_()
+    logits = plain.forward_head(activations)[:, 0]
+    (gradients,) = torch.autograd.grad(logits.sum(), activations)
+    raw = (gradients.mean(dim=(2, 3), keepdim=True) * activations).sum(dim=1).detach().numpy()
+    for target, sign in ((0, -1), (1, 1)):
+        for each, logit, expected in zip(explain(classifier, radiographs, target), logits, raw):
+            assert each.probabilities[1] == pytest.approx(float(torch.sigmoid(logit)), abs=1e-6)
+            assert each.probabilities.sum() == pytest.approx(1)
+            np.testing.assert_allclose(each.raw_map, sign * expected, atol=1e-5 * np.abs(expected).max())
+            assert each.explained == target
+
+
+@pytest.mark.parametrize("normalised", [{}, {"mean": [0.5], "std": [0.25]}, {"mean": [0.4, 0.5, 0.6]}])
+def test_a_network_for_grey_images_gets_the_grey_radiograph(key: str, tmp_path: Path, normalised: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    plain = timm.create_model(TINY[key], num_classes=2, in_chans=1).eval()
+    classifier = load(save({"state_dict": plain.state_dict(), "config": {"model_name": TINY[key], **normalised}}, tmp_path / "grey.pth"), key)
+    assert any("grey" in note for note in told(classifier))
+    colour = tool.Radiograph(np.random.default_rng(3).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+    mean, std = (np.mean(normalised.get(name, default)) for name, default in (("mean", tool.IMAGENET_MEAN), ("std", tool.IMAGENET_STD)))
+    for radiograph in (*pictures((100, 60)), colour):
+        luminance = radiograph.squashed(224).astype(float) @ [0.299, 0.587, 0.114] / 255
+        with torch.no_grad():
+            expected = plain(torch.from_numpy((luminance - mean) / std).float()[None, None]).softmax(dim=1)[0].numpy()
+        np.testing.assert_allclose(explain(classifier, [radiograph])[0].probabilities, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [3, 1000])
 def test_head_without_enough_names_is_refused(stub: dict[str, Any], tmp_path: Path, count: int) -> None:
     path = save(with_classes(stub, count), tmp_path / "head.pth")
-    refused(path, f"head.fc) has {count} outputs", "class names are 2 (Comminuted Fracture, Simple Fracture)", "class_names")
+    refused(path, f"its head has {count} outputs", "class names are 2 (Comminuted Fracture, Simple Fracture)", "class_names")
 
 
 @pytest.mark.parametrize("claimed", [3, 0, 10**9, "2", True, [2]])
@@ -285,11 +472,30 @@ def test_absurd_img_size_is_refused(stub: dict[str, Any], tmp_path: Path, size: 
     refused(save(stub, tmp_path / "size.pth"), "img_size", "one number of pixels from 64 to 1024")
 
 
-def test_mean_and_std_are_honoured(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint["config"]["std"] = [0.25, 0.5, 1]
-    classifier = load(save({**checkpoint, "mean": (0.5, 0, 0.25)}, tmp_path / "mean.pth"))
-    assert classifier.model.preprocessing == tool.Preprocessing(224, (0.5, 0.0, 0.25), (0.25, 0.5, 1.0))
-    assert "mean (0.5, 0.0, 0.25)" in told(classifier)[-1]
+@pytest.mark.parametrize(
+    ("recorded", "expected", "words"),
+    [
+        ({"mean": (0.5, 0, 0.25), "config": {"std": [0.25, 0.5, 1]}}, tool.Preprocessing(224, (0.5, 0.0, 0.25), (0.25, 0.5, 1.0)), "mean (0.5, 0.0, 0.25)"),
+        ({"hyper_parameters": {"image_size": 96, "mean": [0.5], "std": [0.5]}}, tool.Preprocessing(96, (0.5,) * 3, (0.5,) * 3), "96 pixels"),
+        ({"pretrained_cfg": {"input_size": (3, 288, 288), "interpolation": "bicubic"}}, tool.Preprocessing(288, interpolation="bicubic"), "bicubic"),
+        ({"args": argparse.Namespace(interpolation="random", img_size=None)}, tool.Preprocessing(), ""),
+        ({"pretrained_cfg": {"crop_pct": 0.875}}, tool.Preprocessing(), "crop_pct 0.875"),
+        ({"pretrained_cfg": {"crop_pct": 1.0, "crop_mode": "center"}}, tool.Preprocessing(), "crop_pct 1.0"),
+        ({"pretrained_cfg": {"crop_pct": 1.0, "crop_mode": "squash", "num_classes": 1000}}, tool.Preprocessing(), ""),
+    ],
+)  # fmt: skip
+def test_recorded_preprocessing_is_done_or_told(recorded: dict[str, Any], expected: tool.Preprocessing, words: str) -> None:
+    preprocessing, notes = tool.preprocessing_of(recorded, 3, Path("x"))
+    assert preprocessing == expected
+    assert words in "".join(notes) and bool(words) == bool(notes)
+
+
+def test_the_recorded_interpolation_makes_the_input() -> None:
+    (radiograph,) = pictures((300, 100))
+    for name in ("bicubic", "bilinear", "nearest"):
+        seen = tool.network_input(radiograph, tool.Preprocessing(64, (0.0,) * 3, (1.0,) * 3, name))
+        expected = np.asarray(Image.fromarray(radiograph.pixels).resize((64, 64), Image.Resampling[name.upper()]))
+        assert np.array_equal(np.rint(seen * 255), expected.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
@@ -323,17 +529,18 @@ def test_accuracy_is_named_as_the_file_names_it(recorded: dict[str, Any], text: 
 def test_missing_and_unexpected_keys_are_named_and_counted(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     weights = checkpoint["model_state_dict"]
     for name in ("stem.0.weight", "stem.0.bias", "head.norm.weight", "head.norm.bias"):
-        weights[f"my_{name}\n"] = weights.pop(name)
-    path = save(checkpoint, tmp_path / "renamed.pth")
-    text = refused(path, "140 weights", "140 of convnextv2_atto (which its config names)", "model_name")
+        weights[name.replace(".", ".my_", 1) + "\n"] = weights.pop(name)
+    text = refused(save(checkpoint, tmp_path / "renamed.pth"), "of convnextv2_atto (which its config names)", "correct the name in its config")
     assert "keys missing 4 (stem.0.weight, stem.0.bias, head.norm.weight, …)" in text
-    assert "keys not in the network 4 (my_stem.0.weight\\n, " in text
+    assert "keys not in the network 2 (stem.my_0.weight\\n, " in text
+    del weights["stem.my_0.weight\n"], weights["stages.3.blocks.0.norm.weight"]
+    refused(save(weights, tmp_path / "bare.pth"), "assumed, as its config names none", "record the timm name")
 
 
 def test_other_shape_is_named_with_both_sides(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint["model_state_dict"]["stem.0.weight"] = torch.zeros(40, 1, 4, 4)
+    checkpoint["model_state_dict"]["stem.0.weight"] = torch.zeros(40, 2, 4, 4)
     path = save(checkpoint, tmp_path / "grey.pth")
-    refused(path, "other shapes 1 (stem.0.weight is 40x1x4x4 in the file, 40x3x4x4 in the network)")
+    refused(path, "of another kind 1 (stem.0.weight is 40x2x4x4 floats in the file, 40x3x4x4 floats in the network)")
 
 
 def test_size_that_differs_from_config_is_refused(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
@@ -341,7 +548,7 @@ def test_size_that_differs_from_config_is_refused(key: str, pristine: dict[str, 
     contents = copied(pristine[key])
     contents["config"]["model_name"] = larger
     found, needed = (len(tool.build_network(name, 2).state_dict()) for name in (TINY[key], larger))
-    wrong = {"convnext": "other shapes", "efficientnet": "keys missing"}[key]
+    wrong = {"convnext": "of another kind", "efficientnet": "keys missing"}[key]
     path = save(contents, tmp_path / "size.pth")
     refused(path, f"its {found} weights do not fit the {needed} of {larger} (which its config names)", wrong, key=key)
 
@@ -352,7 +559,7 @@ def test_size_without_config_is_told_by_shapes_else_assumed_and_said(checkpoint:
     weights = checkpoint["model_state_dict"]
     del weights["head.norm.weight"]
     path = save(weights, tmp_path / "incomplete.pth")
-    refused(path, "convnextv2_base.fcmae_ft_in22k_in1k (assumed, as its config names none)", "other shapes", "model_name")
+    refused(path, "convnextv2_atto (assumed, as its config names none)", "keys missing 1 (head.norm.weight)", "model_name")
 
 
 @pytest.mark.parametrize("with_config", [True, False])
@@ -365,7 +572,7 @@ def test_other_family_is_recognised_by_its_keys(key: str, pristine: dict[str, An
 @pytest.mark.parametrize(
     "name",
     ["hf-hub:timm/convnextv2_atto", "local-dir:/tmp", "convnextv2_atto/../x", "https://example.org/convnextv2_atto", "resnet18",
-     "tf_efficientnetv2_b0", "convnextv2_gigantic", "", "convnextv2_atto\n", "convnextv2_atto." + "x" * 500, 7, ["convnextv2_atto"], torch.ones(3)],
+     "tf_efficientnetv2_b0", "convnextv2_gigantic", "convnextv2_atto\n", "convnextv2_atto." + "x" * 500, 7, ["convnextv2_atto"], torch.ones(3)],
 )  # fmt: skip
 def test_foreign_network_name_is_refused(stub: dict[str, Any], tmp_path: Path, name: object) -> None:
     stub["config"]["model_name"] = name
@@ -411,7 +618,7 @@ def test_weights_that_are_not_finite_are_refused(checkpoint: dict[str, Any], tmp
 def test_tensors_of_other_kinds_are_refused(checkpoint: dict[str, Any], tmp_path: Path, change: Callable, word: str) -> None:
     weights = checkpoint["model_state_dict"]
     weights["head.fc.weight"] = change(weights["head.fc.weight"])
-    refused(save(checkpoint, tmp_path / "kind.pth"), word, "1 (head.fc.weight", "floats")
+    refused(save(checkpoint, tmp_path / "kind.pth"), word, "of another kind 1 (head.fc.weight", "floats in the network")
 
 
 class Bomb:
@@ -495,11 +702,14 @@ def test_an_accuracy_of_numpy_or_torch_is_read(checkpoint: dict[str, Any], tmp_p
 
 
 def test_a_checkpoint_of_timms_trainer_loads(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
-    options = argparse.Namespace(model=TINY[key], img_size=256, num_classes=None, mean=None, std=(0.5, 0.5, 0.5), lr=0.1)
+    options = argparse.Namespace(model=TINY[key], img_size=256, num_classes=None, mean=None, std=(0.5, 0.5, 0.5), interpolation="", lr=0.1)
     contents = {"epoch": 3, "arch": TINY[key], "state_dict": pristine[key]["model_state_dict"], "args": options,
                 "optimizer": {}, "version": 2, "metric": 97.1}  # fmt: skip
-    model = load(save(contents, tmp_path / "timm.pth"), key).model
-    assert (model.architecture, model.preprocessing.size, model.preprocessing.std) == (TINY[key], 256, (0.5,) * 3)
+    classifier = load(save(contents, tmp_path / "timm.pth"), key)
+    usual = timm.get_pretrained_cfg(TINY[key])  # what timm's trainer takes where it is given nothing
+    assert classifier.model.architecture == TINY[key]
+    assert classifier.model.preprocessing == tool.Preprocessing(256, usual.mean, (0.5,) * 3, usual.interpolation)
+    assert "crop_pct 0.875" in told(classifier)[-1]
 
 
 @pytest.mark.slow
@@ -507,7 +717,7 @@ def test_every_size_is_told_by_its_shapes() -> None:
     for family in tool.FAMILIES.values():
         sizes = [*family.sizes.values(), family.full_size]
         for name in sizes:
-            weights = tool.build_network(name, 3).state_dict()
+            weights = tool.build_network(name, 0).state_dict()
             assert tool.architecture_of(family, {}, weights, Path("x"))[0] == name
         assert len({family.names.fullmatch(name).group(1) for name in sizes}) == len(sizes)
 
@@ -517,11 +727,157 @@ def test_another_kind_of_network_is_told_which_fit(key: str, tmp_path: Path) -> 
     refused(path, "another network", "convnextv2_*", "tf_efficientnetv2_*", key=key)
 
 
+# ------------------------------------------------------------------------------------------
+# Files and folders as other tools write them
+# ------------------------------------------------------------------------------------------
+
+
+def hub_folder(folder: Path, weights: dict[str, torch.Tensor], config: dict[str, Any], name: str = "model.safetensors") -> Path:
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    if name.endswith(".safetensors"):
+        save_file(weights, folder / name)
+    else:
+        torch.save(weights, folder / name)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+TRANSFORMERS = {
+    "architectures": ["TimmWrapperForImageClassification"], "model_type": "timm_wrapper", "initializer_range": 0.02,
+    "architecture": "convnextv2_atto.fcmae", "label_names": ["simple", "comminuted"], "num_classes": 2,
+    "id2label": {"0": "simple", "1": "comminuted"}, "label2id": {"simple": 0, "comminuted": 1},
+    "pretrained_cfg": {"input_size": [3, 96, 96], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic",
+                       "crop_pct": 0.9, "num_classes": 1000},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_hubs_or_trainers_folder_loads(checkpoint: dict[str, Any], tmp_path: Path, name: str, is_folder: bool) -> None:
+    weights = checkpoint["model_state_dict"]
+    folder = hub_folder(tmp_path / "convnext_run", {f"timm_model.{key}": tensor for key, tensor in weights.items()}, TRANSFORMERS, name)
+    torch.save({}, folder / "training_args.bin")
+    classifier = load(folder if is_folder else folder / name)
+    assert_same_weights(classifier, weights)
+    assert classifier.model.checkpoint == folder / name
+    assert classifier.model.architecture == "convnextv2_atto.fcmae"
+    assert classifier.model.class_names == ("Simple Fracture", "Comminuted Fracture")
+    assert classifier.model.preprocessing == tool.Preprocessing(96, (0.5,) * 3, (0.5,) * 3, "bicubic")
+    assert "crop_pct 0.9" in told(classifier)[-1]
+    assert tool.find_checkpoint(tool.FAMILIES["convnext"], tmp_path) == folder / name
+
+
+def test_a_config_beside_counts_only_for_its_own_network(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
+    (other,) = set(TINY) - {key}
+    folder = hub_folder(tmp_path / "run", {}, {**TRANSFORMERS, "architecture": TINY[other]})
+    assert load(save(pristine[key]["model_state_dict"], folder / "x.pth"), key).model.class_names == tool.CLASS_NAMES
+    (folder / "config.json").write_text(json.dumps({**TRANSFORMERS, "architecture": TINY[key]}))
+    assert load(folder / "x.pth", key).model.class_names == tool.CLASS_NAMES[::-1]
+    (folder / "config.json").write_text("{")
+    with pytest.raises(tool.ExplainError, match=r"config\.json: not what a hub or Trainer writes"):
+        load(folder / "x.pth", key)
+
+
+def test_a_folder_of_timm_itself_loads(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    hub = pytest.importorskip("timm.models._hub")
+    network = timm.create_model("convnextv2_atto", num_classes=2)
+    network.load_state_dict(checkpoint["model_state_dict"])
+    hub.save_for_hf(network, tmp_path / "hub", model_config={"label_names": ["simple", "comminuted"]}, safe_serialization=True)
+    classifier = load(tmp_path / "hub")
+    assert_same_weights(classifier, checkpoint["model_state_dict"])
+    assert classifier.model.class_names == tool.CLASS_NAMES[::-1]
+    assert classifier.model.preprocessing.interpolation == "bicubic" and "crop_pct 0.875" in told(classifier)[-1]
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], ("PEFT", "merge_and_unload()")),
+        ([".metadata", "__0_0.distcp"], ("FSDP", "dcp_to_torch")),
+        (["zero_to_fp32.py", "latest"], ("DeepSpeed", "zero_to_fp32.py")),
+        (["saved_model.pb"], ("a folder with 0 files of weights", "name the file")),
+        (["a.pth", "b.pth"], ("a folder with 2 files of weights", "name the file")),
+    ],
+)
+def test_other_folders_are_named_as_what_they_are(tmp_path: Path, files: list[str], words: tuple[str, ...]) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    refused(tmp_path, *words)
+
+
+def with_lora(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    layer = "stages.3.blocks.0.mlp.fc1"
+    base = {f"base_model.model.{name.replace(layer, layer + '.base_layer')}": tensor for name, tensor in weights.items()}
+    return base | {f"base_model.model.{layer}.lora_A.default.weight": torch.ones(4, 320)}
+
+
+FOREIGN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], tuple[str, ...]]] = {
+    "PEFT": (with_lora, ("LoRA", "merge_and_unload()")),
+    "loralib": (lambda weights: {**weights, "stages.3.blocks.0.mlp.fc1.lora_A": torch.ones(4, 320)}, ("LoRA", "merge_and_unload()")),
+    "adapter alone": (lambda weights: {"base_model.model.head.fc.lora_A.weight": torch.ones(4, 320)}, ("PEFT", "merge_and_unload()")),
+    "ZeRO 3": (lambda weights: {"module": {name: torch.empty(0) for name in weights}, "ds_version": "0.14"}, ("DeepSpeed", "zero_to_fp32.py")),
+    "ZeRO shard": (lambda weights: {"optimizer_state_dict": {"zero_stage": 2}, "ds_config": {}}, ("DeepSpeed", "zero_to_fp32.py")),
+    "quantised": (lambda weights: {"stem.0.scale": torch.ones(()), "head.fc._packed_params._packed_params": torch.ones(2)}, ("quantised",)),
+    "quantised here and there": (lambda weights: {**weights, "head.fc.zero_point": torch.ones(1)}, ("quantised",)),
+    "pruned": (lambda weights: {**weights, "stem.0.weight_mask": torch.ones(1)}, ("pruned", "prune.remove")),
+    "fastai": (lambda weights: {"model": {**{f"0.model.{name}": tensor for name, tensor in weights.items() if "head.fc" not in name},
+                                          "1.2.weight": torch.ones(640), "1.4.weight": torch.ones(512, 640), "1.8.weight": torch.ones(2, 512)}, "opt": {}},
+               ("other layers than a single linear one",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_other_kinds_of_checkpoints_are_named_with_what_helps(checkpoint: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    build, words = FOREIGN[kind]
+    assert "timm name" not in refused(save(build(checkpoint["model_state_dict"]), tmp_path / "x.pth"), *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fastai.learner Learner", ("a Learner of fastai", "learn.model.state_dict()")),
+        ("torch.distributed.tensor._api DTensor", ("FSDP", "dcp_to_torch")),
+        ("torch.distributed._shard.sharded_tensor.api ShardedTensor", ("FSDP", "dcp_to_torch")),
+        ("torch.ao.nn.quantized.modules.linear Linear", ("quantised",)),
+        ("deepspeed.runtime.zero.config ZeroStageEnum", ("DeepSpeed", "zero_to_fp32.py")),
+        ("pytorch_lightning.callbacks.model_checkpoint ModelCheckpoint", ("Lightning", "['state_dict']")),
+        ("timm.models.convnext ConvNeXt", ("a whole network", "timm.models.convnext.ConvNeXt", "model.state_dict()", "none is run")),
+        ("__main__ FractureNet", ("a whole network", "__main__.FractureNet", "model.state_dict()")),
+    ],
+)
+def test_objects_are_named_with_the_call_that_helps(tmp_path: Path, name: str, words: tuple[str, ...]) -> None:
+    torch.save({"epoch": PurePosixPath("x")}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    contents = (tmp_path / "x.pth").read_bytes()
+    (tmp_path / "x.pth").write_bytes(contents.replace(b"cpathlib\nPurePosixPath\n", "c{}\n{}\n".format(*name.split()).encode()))
+    refused(tmp_path / "x.pth", *words)
+    for file, said in (("__0_0.distcp", "FSDP"), ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "DeepSpeed"), ("adapter_model.bin", "PEFT")):
+        refused(save({"a": torch.ones(2)}, tmp_path / file), said)
+
+
+def test_a_checkpoint_of_lightning_is_found_by_its_suffix_and_loads(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    weights = checkpoint["model_state_dict"]
+    contents = {
+        "state_dict": {f"model.{name}": tensor for name, tensor in weights.items()}, "epoch": 3, "global_step": 9, "pytorch-lightning_version": "2.4",
+        "callbacks": {"ModelCheckpoint{'monitor': 'val'}": {"best_model_score": torch.tensor(0.9), "best_model_path": "/x"}},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}], "lr_schedulers": [], "loops": {"fit_loop": {}},
+        "hyper_parameters": {"model_name": "convnextv2_atto", "num_classes": 2, "class_names": ["simple", "comminuted"]},
+    }  # fmt: skip
+    for suffix in (".ckpt", ".bin"):
+        path = save(contents, tmp_path / f"convnext{suffix}")
+        assert tool.find_checkpoint(tool.FAMILIES["convnext"], tmp_path) == path
+        classifier = load(path)
+        assert_same_weights(classifier, weights)
+        assert classifier.model.class_names == tool.CLASS_NAMES[::-1] and told(classifier) == ()
+        path.unlink()
+
+
 def test_assumed_order_of_classes_is_said_and_can_be_given(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     path = save(checkpoint, tmp_path / "x.pth")
     assert load(path).model.notes[0].startswith("class order assumed: 0 = Comminuted Fracture, 1 = Simple Fracture")
     given = tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", ("simple_fracture", "Comminuted"))
-    assert given.model.class_names == ("Simple Fracture", "Comminuted") and given.model.notes == ()
+    assert given.model.class_names == ("Simple Fracture", "Comminuted Fracture") and given.model.notes == ()
     save({**checkpoint, "class_names": ["a", "b"]}, path)
     with pytest.raises(tool.ExplainError, match="records its own class names"):
         tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", ("b", "a"))
