@@ -47,12 +47,13 @@ class Judgement:
 
 def test_images(per_class: int) -> list[tuple[tool.Radiograph, np.ndarray]]:
     """The first test images of each class, and the fracture's box as shares of the sides: x0, y0, x1, y1."""
-    boxes, images = tool.read_boxes(tool.TEST_BOXES)[0], []
-    for folder in sorted({Path(name).parent for name in boxes}):
-        for name in sorted(name for name in boxes if Path(name).parent == folder)[:per_class]:
+    truths, images = tool.read_truth(tool.TEST_TRUTH, ())[0], []
+    for folder in sorted({Path(name).parent for name in truths}):
+        for name in sorted(name for name in truths if Path(name).parent == folder)[:per_class]:
             radiograph = tool.load_radiograph(Path(name))
             height, width = radiograph.pixels.shape[:2]
-            images.append((radiograph, np.array(tool.box_in_shares(boxes[name], width, height))))
+            (box,) = tool.boxes_in_shares(truths[name].boxes, width, height)[0]
+            images.append((radiograph, np.array(box)))
     return images
 
 
