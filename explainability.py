@@ -4811,7 +4811,7 @@ def run_lines(
 def reference_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
     """How many images are unlike the reference, or contradicted by their similar cases."""
     key = model.family.key
-    flags = [row[f"{key}_flags"].split(", ") for row in rows if row[f"{key}_unlike"]]
+    flags = [row[f"{key}_flags"].split(", ") for row in rows if row.get(f"{key}_unlike")]
     if not flags:
         return []
     unlike, contradicted = (sum(check in each for each in flags) for check in ("unlike", "neighbours"))
