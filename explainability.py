@@ -18,7 +18,8 @@ Glossary
     gradients     d logit / d activations, (B, C, h, w)
     raw map       what a method makes of one image, signed, (h, w): for Grad-CAM the weighted sum of
                   the activations before the ReLU
-    reference     the radiograph blurred: what methods compare it with, (B, 3, S, S)
+    reference     the radiograph blurred: what methods compare it with, (B, 3, S, S); reference images
+                  are those of --reference, which the network is meant for
     heatmap       the raw map after ReLU and division by its maximum, float32 in [0, 1], (h, w)
     probability   softmax of the logits, in [0, 1]; percent only in text
 
@@ -32,6 +33,7 @@ The file, from top to bottom; each section uses only what stands above it
                          weights or names: the tables at the section's start
     Methods              a batch -> signed maps. A new method: one function and one entry of METHODS
     Checks               a map -> Findings. A new check: one function and one entry of CHECKS
+    Reference            images that a network is meant for -> how far another is from them, and the most similar
     Panels and figures   Explanations -> a Sheet -> PNG, PDF or SVG. A new panel: one draw_ function
     Truth                what folders' names and --truth tell of an image
     Outputs              names, jobs, files
@@ -448,7 +450,7 @@ FILE_KINDS = (  # the first that fits counts
     FileKind(rb"version https://git-lfs", LFS_POINTER, remedy="run git lfs pull"),
     FileKind(rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", remedy="convert it to PNG or JPEG"),
     FileKind(rb"%PDF-", "a PDF document", remedy="export its page as PNG"),
-    FileKind(rb"\x89HDF\r\n", "an HDF5 file, as Keras writes", remedy="this tool explains networks of PyTorch"),
+    FileKind(rb"\x89HDF\r\n", "an HDF5 file, as of Keras", remedy="networks of PyTorch are explained here"),
     FileKind(rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)", "a DICOM file without its preamble", "dicom"),
     FileKind(rb"\Z", "an empty file", remedy=COPY_AGAIN),
     FileKind(rb"[^\x00-\x08\x0e-\x1f]+\Z|\xff\xfe|\xfe\xff", "a text file"),
@@ -457,12 +459,8 @@ FILE_KINDS = (  # the first that fits counts
 
 
 WANTED = {  # which of the uses count, what they are together, and what to do without one
-    "image": (
-        ("image", "dicom"), "an image that can be read here", "give a radiograph, or convert it to PNG",
-    ),
-    "checkpoint": (
-        ("zip", "pickle", "safetensors"), "a checkpoint", "give a file that torch.save wrote, or a .safetensors file",
-    ),
+    "image": (("image", "dicom"), "an image that can be read here", "give a radiograph or convert it to PNG"),
+    "checkpoint": (("zip", "pickle", "safetensors"), "a checkpoint", "give a file of torch.save or safetensors"),
 }  # fmt: skip
 
 
@@ -708,23 +706,17 @@ def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
         raise ExplainError("a DICOM file, which needs pydicom; pip install pydicom") from error
     dataset = pydicom.dcmread(file, force=True)  # also without preamble and file meta information
     if "TransferSyntaxUID" not in dataset.file_meta:
-        dataset.file_meta.TransferSyntaxUID = uncompressed(dataset)
+        is_implicit, _ = dataset.original_encoding
+        uids = pydicom.uid
+        dataset.file_meta.TransferSyntaxUID = (
+            uids.ImplicitVRLittleEndian if is_implicit else uids.ExplicitVRLittleEndian
+        )
     if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise ExplainError("a DICOM file without an image in it; give one that holds the radiograph")
     check_size(dataset.Columns, dataset.Rows)
     stored = decoded(dataset)
     pixels, scaling = dicom_grey(dataset, stored) if dataset.SamplesPerPixel == 1 else to_8_bits(stored)
     return pixels, frame_notes(int(dataset.get("NumberOfFrames") or 1)) + scaling
-
-
-def uncompressed(dataset: Dataset) -> str:
-    """The transfer syntax by which pydicom read a file that does not tell its own."""
-    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-
-    is_implicit, is_little = dataset.original_encoding
-    if is_implicit:
-        return ImplicitVRLittleEndian
-    return ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
 
 
 def is_no_radiograph(path: Path) -> bool:
@@ -737,7 +729,7 @@ def is_no_radiograph(path: Path) -> bool:
 
             if use != "dicom":
                 return False
-            return "Rows" not in pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=["Rows"])
+            return "Rows" not in pydicom.dcmread(file, force=True, stop_before_pixels=True)
     except ExplainError:
         return False  # what is wrong with it is said when it is read
 
@@ -762,8 +754,8 @@ def decoded(dataset: Dataset) -> np.ndarray:
 def dicom_grey(dataset: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Stored values of one sample a pixel as they are meant to be seen: uint8, and notes.
 
-    Modality LUT, then VOI LUT or first window, then MONOCHROME1 or INVERSE inverted, once
-    (PS3.3 C.7.6.3, C.11.1, C.11.2 and C.11.6); padding black. Without a usable LUT or window the rule of `to_8_bits`.
+    Modality LUT, then VOI LUT or first window, then MONOCHROME1 or INVERSE inverted, once (PS3.3
+    C.7.6.3, C.11.1, C.11.2, C.11.6); padding black. Without a usable LUT or window the rule of `to_8_bits`.
     """
     from pydicom.pixels import apply_color_lut
 
@@ -860,7 +852,7 @@ def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.nd
 # ------------------------------------------------------------------------------------------
 
 INPUT_SIZES = range(64, 1025)  # pixels a side that are accepted
-CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")  # timm's trainer: .pth.tar
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder beside its config.json
 TOP = "the top level"
 MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net", TOP)  # where trainers put weights, in order
@@ -869,10 +861,8 @@ TEACHERS = {"teacher", "momentum", "target"}  # and of networks beside the one t
 BESIDE = re.compile(r"loss|criterion|metric")  # in keys that are no part of any network
 OPS = re.compile(r"(.*\.)?(total_ops|total_params|n_averaged)")  # counters that tools put among the weights
 COUNTER = "num_batches_tracked"  # end of the keys of counters of batches, which inference never reads
-FLOATS = ("float32", "float16", "bfloat16", "float64")
 GREY_OF_RGB = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision turn colour into grey
 MAX_CLASSES = 100
-MAX_NAME = 200  # characters of a class name
 TAG = r"(?:\.[a-z0-9_]{1,60})?"  # of timm's names: what the weights were trained on
 
 # Where files say something of themselves (also one in another), and under which names
@@ -892,11 +882,12 @@ AGAIN = "copy or download the checkpoint again"
 PLAIN = "torch.save(model.state_dict(), PATH)"
 ZERO = "run the zero_to_fp32.py that lies in its folder"
 FOREIGN = (  # by the name of a file, class or key: what it is, and what makes a plain state dict of it
-    (r"\blora_|adapter_(model|config)|^base_model\.model\.|^peft\b", "LoRA or another adapter of PEFT",
-     f"merge it with model = model.merge_and_unload(), then {PLAIN}"),
-    (r"^(bf16_)?zero_pp_rank|^ds_(config|version)$|^deepspeed\b|^zero_to_fp32", "a part of what DeepSpeed saved", ZERO),
+    (r"\b(lora|ia3|hada|lokr|oft|boft|vera)_|\.base_layer\.|adapter_(model|config)|^peft\b",
+     "an adapter of PEFT, as LoRA", f"merge it with model = model.merge_and_unload(), then {PLAIN}"),
+    (r"^(bf16_)?zero_pp_rank|^ds_(config|version)$|^deepspeed\b|^zero_to_fp32",
+     "a part of what DeepSpeed saved", ZERO),
     (r"\.distcp$|^\.metadata$|ShardedTensor|DTensor", "a part of what FSDP saved",
-     "gather its full state dict, or python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER PATH"),
+     "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER PATH makes it whole"),
     (r"^fastai\b|^fastcore\b", "a Learner of fastai", "torch.save(learn.model.state_dict(), PATH)"),
     (r"_packed_params|\.zero_point$|\.absmax$|quantize|torchao|bitsandbytes", "a quantised network",
      f"{PLAIN} before it is quantised"),
@@ -959,9 +950,8 @@ def is_demo(checkpoint: Path) -> bool:
 
 def candidates(family: Family, folder: Path) -> list[Path]:
     """The checkpoints of a family in a folder; demos only where there are no others."""
-    found = sorted(
-        path for path in folder.glob(f"{family.key}*") if path.suffix in CHECKPOINT_SUFFIXES or hub_files(path)
-    )
+    named = sorted(folder.glob(f"{family.key}*"))
+    found = [path for path in named if path.suffix in CHECKPOINT_SUFFIXES or hub_files(path)]
     return [path for path in found if not is_demo(path)] or found
 
 
@@ -1076,7 +1066,7 @@ def why_unreadable(error: Exception) -> tuple[str, str]:
         return "too large for the memory of this computer", "close other programs"
     found = re.search(r"(?<=GLOBAL )[\w.]{1,80}|DTensor", str(error))
     if not found:
-        return f"damaged, or not written by torch.save ({type(error).__name__})", AGAIN
+        return f"damaged, or not written by torch.save ({type(error).__name__})", f"{AGAIN}, or {PLAIN}"
     cause = f"holds a whole network or another object ({found[0]}), for which code from the file would run"
     return foreign_kind([found[0]]) or (f"{cause}, and none is run", f"{PLAIN} where it was trained")
 
@@ -1095,7 +1085,7 @@ def harmless_types() -> list[tuple[Any, str]]:
     None runs code. Paths may come from another system, and defaultdicts become dicts.
     """
     array = np.zeros(0).__reduce__()[0]
-    named = [(np.dtype, "numpy.dtype"), (np.ndarray, "numpy.ndarray"), (argparse.Namespace, "argparse.Namespace")]
+    named = [(np.dtype, "numpy.dtype"), (np.ndarray, "numpy.ndarray")]
     for core in ("numpy.core", "numpy._core"):  # before and from NumPy 2
         named += [(plain_number, f"{core}.multiarray.scalar"), (array, f"{core}.multiarray._reconstruct")]
     for kind in {type(np.dtype(code)) for code in "?bhilqBHILQefdU"}:
@@ -1105,7 +1095,8 @@ def harmless_types() -> list[tuple[Any, str]]:
             named += [(path, f"{module}.{path.__name__}"), (path, f"{module}.{path.__name__[4:]}")]
     for each in (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone):
         named.append((each, f"datetime.{each.__name__}"))
-    return [*named, (plain_dict, "collections.defaultdict"), (list, "builtins.list")]
+    named += [(plain_dict, "collections.defaultdict"), (list, "builtins.list")]
+    return [*named, (argparse.Namespace, "argparse.Namespace")]
 
 
 def plain_number(kind: np.dtype[Any], content: bytes) -> float:
@@ -1146,9 +1137,9 @@ def with_config_beside(family: Family, contents: dict[Any, Any], path: Path) -> 
     config = json_or_text(beside.read_text(encoding="utf-8", errors="replace"))
     if not isinstance(config, dict):
         raise refusal(beside, "not what a hub or Trainer writes", "correct it, or take it away")
-    own, other = recorded(contents, *ARCHITECTURES), str(config.get("architecture"))
+    own, other = (str(recorded(each, *ARCHITECTURES)).partition(".")[0] for each in (contents, config))
     belongs = path.name in HUB_FILES or family.names.fullmatch(other)
-    return {**contents, "config.json": config} if belongs and own in (None, other) else contents
+    return {**contents, "config.json": config} if belongs and own in ("None", other) else contents
 
 
 def records(contents: dict[Any, Any]) -> list[dict[Any, Any]]:
@@ -1167,7 +1158,7 @@ def records(contents: dict[Any, Any]) -> list[dict[Any, Any]]:
 def recorded(contents: dict[Any, Any], *names: str) -> Any:
     """The first that a checkpoint records under these names; else None."""
     found = (record.get(name) for name in names for record in records(contents))
-    return next((value for value in found if not (value is None or isinstance(value, str) and not value)), None)
+    return next((value for value in found if str(value) not in ("None", "")), None)
 
 
 # The network's weights among all else
@@ -1184,13 +1175,9 @@ class Source(NamedTuple):
     def name(self) -> str:
         return printable(f"{self.place}, {self.prefix}*" if self.prefix else self.place)
 
-    @property
-    def words(self) -> set[str]:
-        return words(f"{self.place}.{self.prefix}")
-
 
 def words(key: str) -> set[str]:
-    return set(re.split(r"[._]", key.lower()))
+    return set(re.split(r"[\W_]+", key.lower()))
 
 
 def dictionaries(
@@ -1199,9 +1186,10 @@ def dictionaries(
     """Each dictionary in a file, down to the third level: its place, and its tensors with text keys."""
     import torch
 
-    yield place, {key: value for key, value in inside.items() if isinstance(value, torch.Tensor) and type(key) is str}
+    tensors = {key: value for key, value in inside.items() if isinstance(value, torch.Tensor)}
+    yield place, {key: tensor for key, tensor in tensors.items() if isinstance(key, str)}
     for key, value in inside.items():
-        if isinstance(value, dict) and levels > 1:
+        if isinstance(value, dict) and levels > 1 and not str(key).startswith("optim"):  # momenta have names too
             yield from dictionaries(value, f"{place}.{key}".removeprefix(f"{TOP}."), levels - 1)
 
 
@@ -1215,7 +1203,9 @@ def sources(family: Family, contents: dict[Any, Any]) -> list[Source]:
     ]
 
 
-def chosen_source(family: Family, contents: dict[Any, Any], wanted: str, path: Path) -> tuple[Source, list[str]]:
+def chosen_source(
+    family: Family, contents: dict[Any, Any], wanted: str, path: Path
+) -> tuple[Source, list[str]]:
     """The weights to take, averaged ones first unless `wanted` is plain; and notes.
 
     Raises ExplainError where there are none of this family, or several and nothing tells which.
@@ -1223,29 +1213,30 @@ def chosen_source(family: Family, contents: dict[Any, Any], wanted: str, path: P
     found = sources(family, contents)
     if not found:
         raise without_network(family, contents, path)
-    students = [source for source in found if not source.words & TEACHERS] or found
-    averaged = [source for source in students if source.words & AVERAGED]
+    students = [source for source in found if not words(source.name) & TEACHERS] or found
+    averaged = [source for source in students if words(source.name) & AVERAGED]
     plain = [source for source in students if source not in averaged]
     pool = (averaged if wanted == "ema" else plain) or averaged or plain
-    ranks = [MODEL_KEYS.index(source.place) if source.place in MODEL_KEYS else len(MODEL_KEYS) for source in pool]
-    if ranks.count(min(ranks)) > 1:
-        names = " and ".join(source.name for source in pool[:3])
-        raise refusal(path, f"holds weights more than once ({names})", f"choose with {PLAIN}")
-    taken = pool[ranks.index(min(ranks))]
-    return taken, source_notes(taken, averaged, plain, found)
+    usual = [[source for source in pool if source.place == place] for place in MODEL_KEYS]
+    first = next(filter(None, usual), pool)
+    if len(first) > 1:
+        names = " and ".join(source.name for source in first[:3])
+        raise refusal(path, f"holds weights more than once ({names})", f"save one set alone: {PLAIN}")
+    taken = first[0]
+    lists = [str(key) for key, value in contents.items() if isinstance(value, dict) and words(str(key)) & AVERAGED]
+    if lists and not averaged:  # without keys, as torch_ema saves them
+        return taken, [f"what averaged weights lie under {', '.join(lists)} cannot be told and is not used"]
+    return taken, source_note(taken, found, averaged)
 
 
-def source_notes(
-    taken: Source, averaged: list[Source], plain: list[Source], found: list[Source]
-) -> list[str]:
-    """What to say where a file holds more than one set of weights, or averaged ones alone."""
-    if averaged and taken in plain:
-        return [f"plain weights taken from {taken.name}; --weights ema takes those of {averaged[0].name}"]
-    if averaged:
-        told = f"not {plain[0].name}; --weights plain takes those" if plain else "the only ones in the file"
-        return [f"averaged (EMA) weights taken from {taken.name}, {told}"]
-    others = ", ".join(source.name for source in found if source != taken)
-    return [f"weights taken from {taken.name}; others ({others}) not used"] if others else []
+def source_note(taken: Source, found: list[Source], averaged: list[Source]) -> list[str]:
+    """What to say where a file holds averaged weights, or more than one set."""
+    others = ", ".join(source.name for source in found if source is not taken)
+    kind = "averaged (EMA) weights" if taken in averaged else "plain weights" if averaged else "weights"
+    if not others:
+        return [f"{kind} taken from {taken.name}, the only ones in the file"] if averaged else []
+    other = f"; --weights {'plain' if taken in averaged else 'ema'} takes others" if averaged else ""
+    return [f"{kind} taken from {taken.name}, not from {others}{other}"]
 
 
 def without_network(family: Family, contents: dict[Any, Any], path: Path) -> ExplainError:
@@ -1273,21 +1264,23 @@ def weights_of(family: Family, source: Source, path: Path) -> tuple[dict[str, to
     if not source.tensors[f"{source.prefix}{family.landmark}"].numel():
         raise refusal(path, "holds the places of weights alone, as DeepSpeed saves them", ZERO)
     ends = [f"{family.head}.weight", f"{family.head}.bias"]
+    own = (*family.body, *ends)
     copies = {copy.prefix for copy in sources(family, {"": source.tensors})} - {source.prefix, ""}
     weights, rest = {}, {}
     for name, tensor in source.tensors.items():
         key = name.removeprefix(source.prefix)
-        if name.startswith(source.prefix) and key.startswith((*family.body, *ends)) and not OPS.fullmatch(key):
+        if name.startswith(source.prefix) and key.startswith(own) and not OPS.fullmatch(key):
             weights[key] = tensor
         elif not name.startswith(tuple(copies)):
             rest[name] = tensor
     notes = []
     if ends[0] not in weights:
         layer = lone_layer(family, source, rest, path)
-        weights |= {end: rest.pop(layer + end.removeprefix(family.head)) for end in ends}
+        weights[ends[0]] = rest.pop(f"{layer}.weight")
+        weights[ends[1]] = rest.pop(f"{layer}.bias", weights[ends[0]].new_zeros(len(weights[ends[0]])))
         notes.append(f"its linear layer {printable(layer)} taken for {family.head}")
     if rest:
-        notes.append(f"left out, as no part of the network: {listed(list(rest))}")
+        notes.append(f"left out, as the network is whole without: {listed(list(rest))}")
     return weights, notes
 
 
@@ -1297,12 +1290,12 @@ def lone_layer(family: Family, source: Source, rest: dict[str, torch.Tensor], pa
     Raises ExplainError where there is none, or where it is not alone.
     """
     inputs = len(source.tensors.get(f"{source.prefix}{family.width}", ()))
-    beside = (AVERAGED | TEACHERS) - source.words
+    beside = (AVERAGED | TEACHERS) - words(source.name)
     layers = {
         key.removesuffix(".weight"): tensor
         for key, tensor in rest.items()
-        if key.endswith(".weight") and (tensor.ndim > 1 or len(tensor) == inputs)  # linear ones, convolutions, norms
-        if not BESIDE.search(key) and not words(key) & beside
+        if key.endswith(".weight") and not BESIDE.search(key) and not words(key) & beside
+        if tensor.ndim > 1 or len(tensor) == inputs  # other linear layers, convolutions, norms
     }
     parents = source.prefix.split(".")[:-1]
     for count in range(len(parents), -1, -1):  # from the network's own modules to the whole
@@ -1312,7 +1305,7 @@ def lone_layer(family: Family, source: Source, rest: dict[str, torch.Tensor], pa
             return next(iter(near))
         if near:
             cause = f"its head has other layers than a single linear one, {listed(list(near))}"
-            raise refusal(path, cause, "train it with one linear layer behind the pooling: no other can be explained")
+            raise refusal(path, cause, "no other head can be explained here: train one linear layer")
     cause = f"holds no head: neither {family.head} nor another linear layer of {inputs} inputs"
     raise refusal(path, cause, f"{PLAIN} of the whole network")
 
@@ -1351,15 +1344,16 @@ def class_names_of(
     orders = {tuple(map(class_key, found[key])): key for key in fitting}
     if len(orders) > 1:
         told = " and ".join(f"{key} says {', '.join(found[key])}" for key in orders.values())
-        raise refusal(path, f"contradicts itself on the order of its classes: {told}", "correct it in the file")
+        raise refusal(path, f"contradicts itself on the order of its classes: {told}", "correct the file")
     names = found[fitting[0]] if fitting else usual_names(given or CLASS_NAMES)
     if given and [*map(class_key, names)] != [*map(class_key, usual_names(given))]:
         raise refusal(path, f"records its own class names, {listed(names)}", "leave --class-names out")
     check_outputs(outputs, recorded(contents, "num_classes"), names, path)
-    if fitting or given:
-        return names, []
-    order = ", ".join(f"{index} = {name}" for index, name in enumerate(names))
-    return names, [f"class order assumed: {order}; --class-names says another"]
+    notes = [f"one output: its sigmoid is the probability of {names[1]}"] if outputs == 1 else []
+    if not (fitting or given):
+        order = ", ".join(f"{index} = {name}" for index, name in enumerate(names))
+        notes.append(f"class order assumed: {order}; --class-names says another")
+    return names, notes
 
 
 def class_lists(contents: dict[Any, Any], path: Path) -> dict[str, tuple[str, ...]]:
@@ -1368,14 +1362,15 @@ def class_lists(contents: dict[Any, Any], path: Path) -> dict[str, tuple[str, ..
     Raises ExplainError where class_names is unusable; other names may stand for other things.
     """
     found = {}
-    for key, value in ((key, record[key]) for record in records(contents) for key in NAME_KEYS if key in record):
+    for record, key in itertools.product(records(contents), NAME_KEYS):
+        value = record.get(key)
         names = in_order(value)
         if are_class_names(names):
             if not all(re.fullmatch(r"(label|class)?[_ ]*\d+", name, re.IGNORECASE) for name in names):
                 found.setdefault(key, usual_names(names))  # LABEL_0, LABEL_1 say nothing
         elif key == "class_names" and value is not None:
-            wanted = f"a list of 2 to {MAX_CLASSES} different names of at most {MAX_NAME} characters"
-            raise refusal(path, f"class_names is {brief(value)}, not {wanted}", "correct class_names in the checkpoint")
+            cause = f"class_names is {brief(value)}, not a list of 2 to {MAX_CLASSES} different names"
+            raise refusal(path, cause, "correct class_names in the checkpoint")
     return found
 
 
@@ -1387,7 +1382,8 @@ def in_order(value: object) -> object:
         return value
     if all(type(index) is int for index in value.values()):  # from name to index
         value = {index: name for name, index in value.items()}
-    return [value[index] for index in sorted(value, key=str)] if {*map(str, value)} == {*map(str, range(len(value)))} else None
+    by_index = {str(index): name for index, name in value.items()}
+    return [by_index.get(str(index)) for index in range(len(value))]
 
 
 def usual_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -1413,14 +1409,13 @@ def check_outputs(outputs: int, claimed: object, names: Sequence[str], path: Pat
 
 def are_class_names(value: object) -> bool:
     """Whether these are names that can be told apart by their letters and digits."""
-    if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= MAX_CLASSES:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
         return False
-    if not all(isinstance(name, str) and name.strip() and len(name) <= MAX_NAME for name in value):
-        return False
-    return len({class_key(name) for name in value} - {""}) == len(value)
+    keys = {class_key(name) for name in value} - {""}
+    return 2 <= len(keys) == len(value) <= MAX_CLASSES
 
 
-def preprocessing_of(contents: dict[Any, Any], channels: int, path: Path) -> tuple[Preprocessing, list[str]]:
+def preprocessing_of(contents: dict[Any, Any], is_grey: bool, path: Path) -> tuple[Preprocessing, list[str]]:
     """How the checkpoint says images are prepared, else as both networks were trained; and notes.
 
     Raises ExplainError where it says something unusable.
@@ -1433,16 +1428,17 @@ def preprocessing_of(contents: dict[Any, Any], channels: int, path: Path) -> tup
         raise refusal(path, f"img_size is {brief(side)}, not {wanted}", "correct img_size in the checkpoint")
     mean = channel_values(contents, "mean", IMAGENET_MEAN, 0, path)
     std = channel_values(contents, "std", IMAGENET_STD, 0.001, path)
-    if channels == 1:
-        mean, std = ((round(sum(values) / 3, 6),) * 3 for values in (mean, std))
-    preprocessing = Preprocessing(sides[0], mean, std, interpolation_of(contents))
     notes = []
-    if preprocessing != Preprocessing():
+    if is_grey:
+        mean, std = (round(sum(mean) / 3, 6),) * 3, (round(sum(std) / 3, 6),) * 3
+        notes.append(f"takes one grey value a pixel: that of the radiograph, mean {mean[0]}, std {std[0]}")
+    preprocessing = Preprocessing(sides[0], mean, std, interpolation_of(contents))
+    if preprocessing not in (Preprocessing(), Preprocessing(mean=mean, std=std) if is_grey else None):
         told = f"{sides[0]} pixels a side, mean {mean}, std {std}, {preprocessing.interpolation}"
         notes.append(f"preprocessing as the checkpoint says: {told}")
     crop, mode = recorded(contents, "crop_pct"), recorded(contents, "crop_mode")
     if (isinstance(crop, float) and crop < 1) or mode in ("center", "border"):
-        notes.append(f"its crop of images (crop_pct {brief(crop)}) is not made: the whole radiograph is squashed")
+        notes.append(f"its crop (crop_pct {brief(crop)}) is not made: the whole radiograph is squashed")
     return preprocessing, notes
 
 
@@ -1455,11 +1451,12 @@ def interpolation_of(contents: dict[Any, Any]) -> str:
 def channel_values(
     contents: dict[Any, Any], name: str, default: tuple[float, ...], least: float, path: Path
 ) -> tuple[float, ...]:
-    """Three numbers, one for each of RGB in [0, 1]; one stands for all. Raises ExplainError for anything else."""
+    """Three numbers, one for each of RGB in [0, 1]; one stands for all. Raises ExplainError for all else."""
     values = recorded(contents, name)
     if values is None:
         return default
-    values = list(values) * (3 // len(values)) if isinstance(values, (list, tuple)) and len(values) == 1 else values
+    if isinstance(values, (list, tuple)) and len(values) == 1:
+        values = [values[0]] * 3
     is_list = isinstance(values, (list, tuple)) and len(values) == 3
     if not is_list or not all(type(value) in (int, float) and least <= value <= 1 for value in values):
         cause = f"{name} is {brief(values)}, not three numbers from {least} to 1 for pixels in [0, 1]"
@@ -1508,27 +1505,20 @@ def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], why: s
 
 
 def described(tensor: torch.Tensor) -> str:
-    """Shape and kind of number: dense floats of all precisions are alike."""
-    kind = str(tensor.dtype).removeprefix("torch.")
-    if kind in FLOATS:
-        kind = "floats"
-    if tensor.is_quantized or "strided" not in str(tensor.layout):
-        kind = f"quantised or sparse {kind}"
-    return f"{'x'.join(map(str, tensor.shape)) or 'one'} {kind}"
+    """Shape and kind of number."""
+    return f"{'x'.join(map(str, tensor.shape)) or 'one'} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The weights as they are computed with. Raises ExplainError where some are NaN or infinite."""
-    ready = {
-        key: tensor.detach().float() if tensor.is_floating_point() else tensor
-        for key, tensor in weights.items()
-    }
+    floats = {key: tensor.detach() for key, tensor in weights.items() if tensor.is_floating_point()}
+    ready = {key: tensor.float() for key, tensor in floats.items()}
     bad = [key for key, tensor in ready.items() if not is_finite(tensor)]
     if bad:
         cause = f"NaN or infinite weights in {listed(bad)}"
         raise refusal(path, cause, "use a checkpoint from before the training diverged")
-    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()} - {"float32", "int64"}
-    return ready, [f"{kind} weights computed in float32" for kind in sorted(kinds)]
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in floats.values()} - {"float32"}
+    return weights | ready, [f"{kind} weights computed in float32" for kind in sorted(kinds)]
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -1536,31 +1526,21 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def for_all(family: Family, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights for one grey channel or one output as those for RGB and two classes, which give the same.
-
-    The first convolution sums to the grey of its input. One output z becomes -z / 2 and z / 2, whose
-    softmax is 1 - p and p = sigmoid(z).
-    """
+def for_two_classes(weights: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
+    """Weights with one output z as those with -z / 2 and z / 2, whose softmax is 1 - p and p = sigmoid(z)."""
     import torch
 
-    ends = [f"{family.head}.weight", f"{family.head}.bias"]
-    stem, halves = weights[family.stem], {end: weights[end] / 2 for end in ends}
-    if stem.shape[1] == 1:
-        weights = {**weights, family.stem: stem * torch.tensor(GREY_OF_RGB).view(1, 3, 1, 1)}
-    if len(weights[ends[0]]) == 1:
-        weights = weights | {end: torch.cat([-half, half]) for end, half in halves.items()}
-    return weights
+    halves = {key: tensor / 2 for key, tensor in weights.items() if key.startswith(f"{family.head}.")}
+    return weights | {key: torch.cat([-half, half]) for key, half in halves.items()}
 
 
-def build_network(architecture: str, outputs: int, channels: int = 3) -> torch.nn.Module:
+def build_network(architecture: str, outputs: int) -> torch.nn.Module:
     """The timm network without memory for its weights, so without random initialisation."""
     import timm
     import torch
 
     with torch.device("meta"):
-        name = architecture.partition(".")[0]
-        return timm.create_model(name, pretrained=False, num_classes=outputs, in_chans=channels)
+        return timm.create_model(architecture.partition(".")[0], pretrained=False, num_classes=outputs)
 
 
 def network_of(
@@ -1572,24 +1552,21 @@ def network_of(
     """
     import torch
 
-    outputs, channels = len(weights[f"{family.head}.weight"]), channels_of(family, weights)
-    network = build_network(architecture, outputs, channels)
-    check_fit(network, weights, f"{architecture} ({why})", path)
     weights, notes = in_float32(weights, path)
-    if channels == 1:
-        notes.append("takes one grey value a pixel: that of the radiograph")
-    if channels == 1 or outputs == 1:
-        network, weights = build_network(architecture, max(2, outputs)), for_all(family, weights)
+    if takes_grey(family, weights):  # of RGB, the sum that is its grey
+        weights[family.stem] = weights[family.stem] * torch.tensor(GREY_OF_RGB).view(1, 3, 1, 1)
+    if len(weights[f"{family.head}.weight"]) == 1:
+        weights = for_two_classes(weights, family)
+    network = build_network(architecture, len(weights[f"{family.head}.weight"]))
+    check_fit(network, weights, f"{architecture} ({why})", path)
     counters = [key for key in network.state_dict() if key not in weights]  # which only training needs
     weights |= {key: torch.tensor(0) for key in counters}
     network.load_state_dict(weights, strict=True, assign=True)
     return network.eval().requires_grad_(False), notes
 
 
-def channels_of(family: Family, weights: dict[str, torch.Tensor]) -> int:
-    """1 where the network takes grey images, else 3, whatever does not fit."""
-    stem = weights.get(family.stem)
-    return 1 if stem is not None and stem.ndim == 4 and stem.shape[1] == 1 else 3
+def takes_grey(family: Family, weights: dict[str, torch.Tensor]) -> bool:
+    return family.stem in weights and weights[family.stem].shape[1:2] == (1,)
 
 
 def load_classifier(
@@ -1608,7 +1585,7 @@ def load_classifier(
     outputs = len(tensors[f"{family.head}.weight"])
     class_names, class_notes = class_names_of(contents, outputs, class_names, path)
     contents = with_trainers_defaults(contents, architecture)
-    preprocessing, preprocessing_notes = preprocessing_of(contents, channels_of(family, tensors), path)
+    preprocessing, preprocessing_notes = preprocessing_of(contents, takes_grey(family, tensors), path)
     try:
         network, number_notes = network_of(family, architecture, why, tensors, path)
         network.to(device)
@@ -1636,8 +1613,9 @@ def with_trainers_defaults(contents: dict[Any, Any], architecture: str) -> dict[
 
     if "arch" not in contents or not isinstance(contents.get("args"), argparse.Namespace):
         return contents
-    defaults = timm.get_pretrained_cfg(architecture).to_dict()
-    return {**contents, "pretrained_cfg": {key: defaults.get(key) for key in PREPARATION}}
+    is_known = timm.models.is_model_pretrained(architecture)
+    defaults = timm.get_pretrained_cfg(architecture if is_known else architecture.partition(".")[0])
+    return {**contents, "pretrained_cfg": {key: getattr(defaults, key) for key in PREPARATION}}
 
 
 def choose_device(wanted: str) -> str:
@@ -3130,6 +3108,8 @@ READING_ADVICE = (
     "Good: on the fracture line and the bone around it.",
     "Red flag: on borders, markers, text, or nowhere in particular.",
 )
+MISSING = "□"  # for a character that no installed font has
+BOX_LEGEND = "Dashed: the true fracture; thin line: as it is counted, with half a cell of the map more."
 READERS_CHECK = "☐ Clinical features match: for the reader to judge"
 
 # A figure is a sheet: texts, boxes and pictures at places in inches from its top left. matplotlib's
@@ -3171,40 +3151,63 @@ BODY, SMALL = Look(10), Look(8.5)
 NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
 
 
-@functools.cache
-def font_file(is_bold: bool) -> str:
+def own_font(is_bold: bool) -> str:
     """DejaVu Sans, which comes with matplotlib, so that figures look the same everywhere."""
     name = "DejaVuSans-Bold.ttf" if is_bold else "DejaVuSans.ttf"
     return str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", name))
 
 
 @functools.cache
-def advances(is_bold: bool) -> dict[str, float]:
-    """Width of each character that the figures' font can draw, in inches for each point of size."""
+def opened_font(path: str) -> Any:
     plain_matplotlib()
-    from matplotlib.ft2font import FT2Font, LoadFlags
+    from matplotlib.ft2font import FT2Font
 
-    font = FT2Font(font_file(is_bold))
-    scale = 1 / font.units_per_EM / 72
-    codes = font.get_charmap().items()
-    glyphs = {chr(code): font.load_glyph(index, LoadFlags.NO_SCALE) for code, index in codes}
-    return {character: glyph.horiAdvance * scale for character, glyph in glyphs.items()}
+    return FT2Font(path)
+
+
+@functools.cache
+def glyphs(font: str) -> dict[str, int]:
+    """Which glyph of a font's file draws each character; none where it cannot be drawn at every size."""
+    face = opened_font(font)
+    return {chr(code): index for code, index in face.get_charmap().items()} if face.scalable else {}
+
+
+@functools.lru_cache(maxsize=4096)
+def font_file(text: str, is_bold: bool) -> str:
+    """The figures' own font, or for what it lacks the first installed one that has the whole text."""
+    own = own_font(is_bold)
+    if glyphs(own).keys() >= set(text):
+        return own
+    from matplotlib.font_manager import fontManager
+
+    upright = {entry.fname for entry in fontManager.ttflist if entry.style == "normal"}
+    upright = {font for font in upright if "LastResort" not in font}  # has a box for every character
+    installed = sorted(filter(os.path.isfile, upright), key=lambda font: (("bold" in font.lower()) != is_bold, font))
+    return next((font for font in installed if glyphs(font).keys() >= set(text)), own)
 
 
 @functools.lru_cache(maxsize=4096)
 def drawable(text: str) -> str:
-    """Text in which every character that the figures' font lacks is shown as an escape."""
-    known = advances(False)
-    return "".join(
-        character if character in known else character.encode("unicode_escape").decode()
-        for character in printable(text)
-    )
+    """A text in one line of which each character can be drawn; where no font has all, some are boxes."""
+    text = re.sub(r"(?<=\d) %", "\u00a0%", printable(text))  # a number and its sign stay on one line
+    font = font_file(text, False)
+    return "".join(character if character in glyphs(font) else MISSING for character in text)
+
+
+@functools.cache
+def advance(character: str, font: str) -> float:
+    """Width of a character in inches for each point of size."""
+    from matplotlib.ft2font import LoadFlags
+
+    face = opened_font(font)
+    glyph = face.load_glyph(glyphs(font).get(character, 0), LoadFlags.NO_SCALE)
+    return glyph.horiAdvance / face.units_per_EM / 72
 
 
 def text_width(text: str, look: Look) -> float:
     """Inches that a line of drawable text takes; kerning is left out."""
-    widths = advances(look.is_bold)
-    return look.points * sum(widths.get(character, widths["M"]) for character in text)
+    font = font_file(text, look.is_bold)
+    return look.points * sum(advance(character, font) for character in text)
 
 
 def elided(text: str, look: Look, inches: float) -> str:
@@ -3242,7 +3245,7 @@ def text_strip(text: str, points: float, is_bold: bool, dpi: float) -> np.ndarra
     pad = strip_pad(points, dpi)
     width = round(text_width(text, Look(points, is_bold=is_bold)) * dpi) + 2 * pad
     renderer = RendererAgg(width, 6 * pad, dpi)
-    font = FontProperties(fname=font_file(is_bold), size=points)
+    font = FontProperties(fname=font_file(text, is_bold), size=points)
     renderer.draw_text(renderer.new_gc(), pad, 4 * pad, text, font, 0)
     return np.array(renderer.buffer_rgba())[:, :, 3]
 
@@ -3268,7 +3271,7 @@ class Line:
         gc, x, y = renderer.new_gc(), self.x * dpi, (height - self.baseline) * dpi
         gc.set_foreground(self.look.colour)
         if not hasattr(renderer, "buffer_rgba"):  # text stays text
-            font = FontProperties(fname=font_file(self.look.is_bold), size=self.look.points)
+            font = FontProperties(fname=font_file(self.text, self.look.is_bold), size=self.look.points)
             y = self.baseline * dpi if renderer.flipy() else y
             renderer.draw_text(gc, x, y, self.text, font, 90 * self.is_upright)
             return
@@ -3458,11 +3461,6 @@ class View:
         """Inches that a panel takes with its title."""
         return max(self.width, MIN_COLUMN)
 
-    @property
-    def box_note(self) -> str:
-        """What the title of a picture with boxes ends with."""
-        return ", dashed: the true fracture" if self.boxes else ""
-
 
 def fitted(pixels: np.ndarray, dpi: float) -> np.ndarray:
     """A radiograph (H, W, 3) at the size of a panel: about the same area whatever its shape."""
@@ -3486,18 +3484,23 @@ def draw_picture(sheet: Sheet, x: float, y: float, view: View, pixels: np.ndarra
     sheet.items.append(Picture(x, y, pixels, title))
 
 
-def draw_boxes(sheet: Sheet, x: float, y: float, view: View) -> None:
-    """Dashed outlines of what is known to be there."""
-    for left, top, right, bottom in view.boxes:
-        size = (right - left) * view.width, (bottom - top) * view.height
-        place = (x + left * view.width, y + top * view.height, *size)
-        sheet.items += [Box(*place, "black", 2.5), Box(*place, "white", 1.2, (4, 3))]
+def draw_boxes(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation) -> None:
+    """Dashed outlines of known fractures, and thin ones of what counts as inside."""
+    h, w = explanation.raw_map.shape
+    for box in view.boxes:
+        for (left, top, right, bottom), is_counted in ((box, False), (with_margin(box, h, w), True)):
+            size = (right - left) * view.width, (bottom - top) * view.height
+            place = (x + left * view.width, y + top * view.height, *size)
+            if is_counted:
+                sheet.items.append(Box(*place, "white", HAIRLINE))
+            else:
+                sheet.items += [Box(*place, "black", 2.5), Box(*place, "white", 1.2, (4, 3))]
 
 
 def draw_heatmap(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
     """The map alone, at the size of the picture; a map with nothing to show says so."""
     draw_picture(sheet, x, y, view, heatmap_pixels(explanation, *view.picture.shape[:2], view.style), title)
-    draw_boxes(sheet, x, y, view)
+    draw_boxes(sheet, x, y, view, explanation)
     if explanation.blankness:
         lines = wrapped(explanation.blankness, SMALL, view.column - 0.3, 4)
         width, height = max(text_width(line, SMALL) for line in lines), SMALL.leading * len(lines)
@@ -3509,7 +3512,7 @@ def draw_heatmap(sheet: Sheet, x: float, y: float, view: View, explanation: Expl
 def draw_overlay(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
     """The map over the radiograph."""
     draw_picture(sheet, x, y, view, overlay_pixels(view.picture, explanation, view.style), title)
-    draw_boxes(sheet, x, y, view)
+    draw_boxes(sheet, x, y, view, explanation)
 
 
 def draw_colour_bar(sheet: Sheet, x: float, y: float, view: View) -> None:
@@ -3551,10 +3554,10 @@ def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation
 
 
 def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
-    """The checks: those flagged in words, the others in one line, and what only the reader can judge."""
+    """The checks: those flagged in words and first, others in one line, and what only the reader can judge."""
     if not explanation.findings:
         return y
-    passed = []
+    told, passed = [], []
     for finding in explanation.findings:
         check = CHECKS[finding.check]
         if finding.is_flagged:
@@ -3563,33 +3566,30 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
             y = sheet.paragraph(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
         elif check.about in ("reference", *ASKED_AGAIN):
             if finding.is_measured:
-                y = sheet.paragraph(x, y, marked_text(finding), width, SMALL, 3) + 0.03
+                told.append(marked_text(finding))
         else:
             passed.append(check.key.replace("_", " "))
+    if explanation.pointing:
+        told += pointing_text(explanation.pointing).replace("⚠️  ", "⚠ ").split("; ")
+    for text in sorted(told, key=lambda text: not text.startswith("⚠")):
+        y = sheet.paragraph(x, y, text, width, ALERT if text.startswith("⚠") else SMALL, 3)
     if passed:
         y = sheet.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
-    if explanation.pointing:
-        y = sheet.paragraph(x, y, pointing_text(explanation.pointing), width)
     return sheet.paragraph(x, y, READERS_CHECK, width) + 0.1
 
 
 def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str, str]]:
     """What the details panel lists: (label, value)."""
     model, raw, method = explanation.model, explanation.raw_map, METHODS[explanation.method]
-    explained, accuracy = explanation.explained_class, model.accuracy
-    if explanation.explained != explanation.predicted:
-        explained = f"{explanation.probabilities[explanation.explained]:.2%} {explained}"
+    accuracy = model.accuracy
     if is_demo(model.checkpoint) and accuracy.endswith("%"):
         accuracy += " (synthetic test images)"
     h, w = raw.shape
-    lines = [
-        ("Explained class", explained),
-        ("Model", model.architecture),
-        ("Checkpoint", printable(model.checkpoint.name)),
-        ("", accuracy),
-        ("Method", method.title),
-    ]
-    layers = [getattr(model.family, name) for name in METHODS[explanation.method].layers]
+    lines = [("Model", model.architecture), ("Checkpoint", printable(model.checkpoint.name)), ("", accuracy)]
+    if explanation.explained != explanation.predicted:
+        probability = explanation.probabilities[explanation.explained]
+        lines.insert(0, ("Explained class", f"{probability:.2%} {explanation.explained_class}"))
+    layers = [getattr(model.family, name) for name in method.layers]
     if layers:
         lines.append(("Target layer", " and ".join(layers)))
     if len(layers) > 1:
@@ -3685,8 +3685,13 @@ def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool) -> floa
     return y + 0.28
 
 
-def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float) -> None:
+def draw_footer(sheet: Sheet, view: View, explanations: Sequence[Explanation], bottom: float) -> None:
     """What stands below every figure; ends the page."""
+    inches, y = sheet.width - 2 * MARGIN, bottom + 0.1
+    if view.boxes:
+        y = sheet.paragraph(MARGIN, y, BOX_LEGEND, inches, FAINT)
+    if MISSING in drawable(view.name):
+        y = sheet.paragraph(MARGIN, y, f"{MISSING}: a character that no font here has", inches, FAINT)
     methods = dict.fromkeys(METHODS[each.method].title for each in explanations)
     if is_demo(explanations[0].model.checkpoint):
         is_pair = len({each.model.family.key for each in explanations}) > 1
@@ -3694,7 +3699,7 @@ def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float
     else:
         verb = "shows" if len(methods) == 1 else "show"
         text = f"{', '.join(methods)} {verb} correlation, not cause. Not for diagnosis."
-    sheet.height = sheet.paragraph(MARGIN, bottom + 0.1, text, sheet.width - 2 * MARGIN, FAINT) + 0.12
+    sheet.height = sheet.paragraph(MARGIN, y, text, inches, FAINT) + 0.12
 
 
 def explanation_figure(view: View, explanation: Explanation) -> Sheet:
@@ -3703,8 +3708,7 @@ def explanation_figure(view: View, explanation: Explanation) -> Sheet:
     The narrow panels of long bones stand in one row.
     """
     column, model, method = view.column, explanation.model, METHODS[explanation.method].title
-    overlay_title = "Overlay (Model Focus)" + view.box_note
-    titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", overlay_title)
+    titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", "Overlay (Model Focus)")
     room = title_room(titles, column)
     right, down = column + GAP, room + view.height + GAP / 2
     offsets, details_width = [(0, 0), (right, 0), (0, down), (right, down)], column + BAR_ROOM - 0.1
@@ -3726,7 +3730,7 @@ def explanation_figure(view: View, explanation: Explanation) -> Sheet:
         end = draw_similar(sheet, x, end, details_width, explanation, view.style.dpi)
     elif explanation.similar:
         bottom = draw_similar(sheet, overlay[0], bottom + 0.12, column, explanation, view.style.dpi)
-    draw_footer(sheet, [explanation], max(bottom, end))
+    draw_footer(sheet, view, [explanation], max(bottom, end))
     return sheet
 
 
@@ -3768,7 +3772,7 @@ def comparison_figure(
         flagged = "; ".join(finding.text for finding in explanation.findings if finding.is_flagged)
         if flagged:
             y = sheet.paragraph(MARGIN, y, f"⚠ {flagged}", inches, ALERT, 5)
-        titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay" + view.box_note)
+        titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay")
         y += title_room(titles, view.column)
         draw_picture(sheet, across[0], y, view, view.picture, titles[0])
         draw_heatmap(sheet, across[1], y, view, explanation, titles[1])
@@ -3776,7 +3780,7 @@ def comparison_figure(
         if has_colours(explanation, view.style):
             draw_colour_bar(sheet, bar, y, view)
         y += view.height + 0.16
-    draw_footer(sheet, explanations, y - 0.16)
+    draw_footer(sheet, view, explanations, y - 0.16)
     return sheet
 
 
@@ -3807,9 +3811,9 @@ def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Expla
 def draw_method(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, cost: str) -> None:
     """One method's overlay, with its cost and the sum of its map beside what it owes."""
     draw_overlay(sheet, x, y, view, explanation, METHODS[explanation.method].title)
-    owed = "" if explanation.owed is None else f", must be {explanation.owed:.3g}"
-    text = f"{cost}; sum {explanation.raw_map.sum():.3g}{owed}"
-    end = sheet.paragraph(x, y + view.height + 0.05, text, view.column)
+    if explanation.owed is not None:
+        cost += f"; sum {explanation.raw_map.sum():.3g}, must be {explanation.owed:.3g}"
+    end = sheet.paragraph(x, y + view.height + 0.05, cost, view.column)
     sheet.paragraph(x, end, explanation.blankness, view.column, ALERT, 1)
 
 
@@ -3832,12 +3836,11 @@ def methods_figure(view: View, explanations: Sequence[Explanation], costs: Seque
     down = room + view.height + 3 * SMALL.leading
     places = [(MARGIN + n % columns * pitch, y + n // columns * down) for n in range(count)]
     draw_picture(sheet, *places[0], view, view.picture, "Original X-ray")
-    sheet.paragraph(MARGIN, y + view.height + 0.05, view.box_note[2:].capitalize(), view.column)
     for place, explanation, cost in zip(places[1:], explanations, costs):
         draw_method(sheet, *place, view, explanation, cost)
     draw_colour_bar(sheet, places[columns - 1][0] + view.width + 0.12, y, view)
     end = draw_overlaps(sheet, MARGIN, places[-1][1] + down - room + 0.1, explanations)
-    draw_footer(sheet, explanations, end)
+    draw_footer(sheet, view, explanations, end)
     return sheet
 
 
@@ -4885,7 +4888,7 @@ def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
 
 REPORT_NAME = "report.html"
 SURE = 0.95  # confidence from which a wrong prediction is looked at first
-NORMAL_95 = 1.96  # standard deviations to each side that hold 95 % of a normal distribution
+Z = 1.96  # standard deviations to each side that hold 95 % of a normal distribution
 HEAT_COLUMNS = {"border": "on border", "dark": "on dark", "markers": "on markers", "heat_in_box": "in box"}
 REPORT = """<!doctype html>
 <html lang="en">
@@ -4901,19 +4904,19 @@ REPORT = """<!doctype html>
   --panel: #1e2327; --line: #3a4148; --bar: #7fb0e6; --bad: #ff9a5c } }
 * { box-sizing: border-box; min-width: 0 }
 body { margin: 8px clamp(10px, 2vw, 32px); color: var(--ink); background: var(--page) }
-p { overflow-wrap: anywhere } h1, h2, p, figure { margin: 4px 0 }
+p, #links { overflow-wrap: anywhere } h1, h2, p, figure { margin: 4px 0 }
 p:empty, div:empty { display: none } .name, summary { font-weight: 600 }
 .muted, caption, figcaption { color: var(--muted); text-align: left } .bad { color: var(--bad) }
-section, article { padding: 12px; background: var(--panel); border: 1px solid var(--line); border-radius: 8px }
+section, article { padding: 12px; background: var(--panel); border: 1px solid var(--line) }
 .models, .cards { display: grid; gap: 14px }
 .models { grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
 .cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)) }
 .graphs { display: flex; flex-wrap: wrap; gap: 8px 24px } .wide { overflow-x: auto; margin: 14px 0 }
 table { border-collapse: collapse; overflow-wrap: normal } a, path { color: var(--bar); fill: var(--bar) }
-td, th { border: 1px solid var(--line); padding: 4px 9px; text-align: left; vertical-align: top }
+td, th { border: 1px solid var(--line); padding: .3em .6em; text-align: left; vertical-align: top }
 td { background: color-mix(in srgb, var(--bar) calc(var(--share, 0) * 75%), transparent) }
-figure { width: 240px } svg { width: 100%; height: 130px; border: solid var(--ink); border-width: 0 0 1px 1px }
-line { stroke: var(--ink); vector-effect: non-scaling-stroke }
+figure { width: 240px } line { stroke: var(--ink); vector-effect: non-scaling-stroke }
+svg { width: 100%; height: 130px; border: solid var(--ink); border-width: 0 0 1px 1px }
 form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 6px; padding: 8px 0;
   background: var(--page); border-block: 1px solid var(--line) }
 select, input, button, label { font: inherit; color: inherit; background: var(--panel); padding: 3px 10px;
@@ -4927,7 +4930,7 @@ dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0
 #frame { flex: 1; overflow: auto; text-align: center; cursor: zoom-in }
 #frame:not(.whole) img { max-width: 100%; max-height: 100% }
 @media (max-width: 700px) { form { position: static } }
-@media print { form, summary { display: none } .cards { grid-template-columns: 1fr 1fr }
+@media print { :root { font-size: 9px } .cards { grid-template-columns: 1fr 1fr 1fr } form, summary { display: none }
   article { content-visibility: visible } article, section { break-inside: avoid } }
 </style>
 <header id="about"></header>
@@ -4945,7 +4948,7 @@ dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0
 const at = id => document.getElementById(id), form = at("filters"), large = at("large");
 const {places, rows} = JSON.parse(at("data").textContent);
 const isPictured = rows.some(row => row.isDrawn);  // else the images are the lines of a table
-let left = rows, opened = null;  // what the filters leave, in order; the row that is shown large
+let left = rows, opened = null, later;  // what the filters leave, in order; the row that is shown large
 
 // A node is a text or [tag, attributes, ...children]. Texts stay texts, whatever stands in a name.
 function build(part, space = "http://www.w3.org/1999/xhtml") {
@@ -4953,6 +4956,7 @@ function build(part, space = "http://www.w3.org/1999/xhtml") {
   const [tag, attributes, ...children] = part, inner = tag === "svg" ? "http://www.w3.org/2000/svg" : space;
   const node = document.createElementNS(inner, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  if (/^[✗⚠🚩]/u.test(children[0])) node.className = "bad";
   if (attributes.share) node.style.setProperty("--share", attributes.share);
   node.append(...children.map(child => build(child, inner)));
   return node;
@@ -4976,9 +4980,15 @@ function show() {
   left = rows.filter(row => passes(row, asked));
   if (by === "file") left.sort((a, b) => a.file.localeCompare(b.file, "en", {numeric: true}));
   else if (by) left.sort((a, b) => a[by] - b[by]);
-  at("list").replaceChildren(...left.map(row => row.node ??= card(row)));
+  at("list").replaceChildren();
+  clearTimeout(later);
+  add(0);
   at("count").textContent = `${left.length} of ${rows.length} images`;
   remember();
+}
+function add(start) {  // a part of the cards at a time, so that the page answers meanwhile
+  at("list").append(...left.slice(start, start + 200).map(row => row.node ??= card(row)));
+  if (start + 200 < left.length) later = setTimeout(add, 0, start + 200);
 }
 function remember() {
   const asked = chosen();
@@ -5015,7 +5025,7 @@ at("close").onclick = () => large.close();
 at("frame").onclick = () => at("frame").classList.toggle("whole");
 large.onkeydown = event => step({ArrowRight: 1, ArrowLeft: -1}[event.key]);
 large.onclose = () => { opened = null; remember(); };
-at("images").onclick = event => open(left.find(row => row.node.contains(event.target.closest("button"))));
+at("images").onclick = event => open(left.find(row => row.node?.contains(event.target.closest("button"))));
 
 for (const [id, parts] of Object.entries(places)) fill(id, ...parts);
 fill("images", isPictured ? ["div", {class: "cards", id: "list"}] : ["table", {id: "list"}]);
@@ -5048,15 +5058,14 @@ def kinds_of(row: dict[str, str], model: Model) -> list[str]:
     return [*faults, *dict.fromkeys(flags), class_key(named)]
 
 
-def line_node(text: str) -> Node:
-    """A line of text, coloured where it begins with a warning."""
-    return ["p", {"class": "bad" if text.startswith(("✗", "⚠", "🚩")) else ""}, text]
+def flag_text(key: str) -> str:
+    return f"⚠ {CHECKS[key].title or key}"
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
     """Where a share lies with 95 % confidence (E. B. Wilson, JASA 22, 1927)."""
-    share, square = right / count, NORMAL_95**2 / count
-    half = NORMAL_95 * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    share, square = right / count, Z**2 / count
+    half = Z * math.sqrt(share * (1 - share) / count + square / (4 * count))
     return (share + square / 2 - half) / (1 + square), (share + square / 2 + half) / (1 + square)
 
 
@@ -5097,33 +5106,34 @@ def model_node(rows: Sequence[dict[str, str]], model: Model, observations: Seque
     if observations:
         heat = resized(normalised(np.mean([each.heat for each in observations], axis=0)), 130, 130)
         pixels = png(colour_table("jet")[(heat * 255).round().astype(np.uint8)], 96)
-        caption = f"Mean of the {len(observations)} maps made last"
+        caption = f"Mean map of {len(observations)} images"
         image = ["img", {"src": f"data:image/png;base64,{base64.b64encode(pixels).decode()}", "alt": caption}]
         graphs.append(["figure", {}, ["figcaption", {}, caption], image])
     where = f"{model.architecture}, {printable(model.checkpoint.name)}; {model.accuracy}"
-    lines = map(line_node, [told, where, *audit_lines(observations)])
+    lines = [["p", {}, line] for line in (told, where, *audit_lines(observations))]
     return ["section", {}, ["h2", {}, model.title], *lines, ["div", {"class": "graphs"}, *graphs]]
 
 
 def classes_node(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> Node:
     """Class by class: predictions (the confusion matrix, shaded), flags, and where the heat lies."""
-    names = models[0].class_names
-    found = {kind for row in rows for model in models for kind in kinds_of(row, model)}
+    names, kinds = models[0].class_names, [[kinds_of(row, model) for row in rows] for model in models]
+    found = set(itertools.chain(*itertools.chain(*kinds)))
     flags = [key for key in CHECKS if key in found]
-    head = ["Model", "Class", "Images", *(f"as {name}" for name in names), *(f"⚠ {key}" for key in flags)]
-    lines = [["tr", {}, *(["th", {"scope": "col"}, text] for text in [*head, *HEAT_COLUMNS.values()])]]
-    for model, name in itertools.product(models, names):
-        mine = [row for row in rows if class_key(name) in kinds_of(row, model)]
-        said = Counter(class_key(said_in(row, model, "predicted")) for row in mine)
+    head = ["Model", "Class", "Images", *(f"as {name}" for name in names)]
+    head += [*(f"⚠ {key}".replace("_", " ") for key in flags), *HEAT_COLUMNS.values()]
+    lines = [["tr", {}, *(["th", {"scope": "col"}, text] for text in head)]]
+    for (model, its_kinds), name in itertools.product(zip(models, kinds), names):
+        mine = [(row, each) for row, each in zip(rows, its_kinds) if class_key(name) in each]
+        said = Counter(class_key(said_in(row, model, "predicted")) for row, _ in mine)
         counts = [said[class_key(other)] for other in names]
         cells = [["td", {"share": count / max(len(mine), 1)}, f"{count}"] for count in counts]
-        texts = [f"{sum(key in kinds_of(row, model) for row in mine)}" for key in flags]
+        texts = [f"{sum(key in each for _, each in mine)}" for key in flags]
         for column in HEAT_COLUMNS:
-            shares = [float(said_in(row, model, column)) for row in mine if said_in(row, model, column)]
-            texts.append(percent(np.mean(shares)) if shares else "–")
+            shares = [float(text) for row, _ in mine if (text := said_in(row, model, column))]
+            texts.append(f"{np.mean(shares):.0%}" if shares else "–")
         first = [["th", {"scope": "row"}, model.title], ["td", {}, name], ["td", {}, f"{len(mine)}"]]
         lines.append(["tr", {}, *first, *cells, *(["td", {}, text] for text in texts)])
-    caption = "By true class, or by the predicted one where that is not known"
+    caption = "By true class, or the predicted one where that is not known; at the right, where the heat lies"
     return ["section", {"class": "wide"}, ["table", {}, ["caption", {}, caption], *lines]]
 
 
@@ -5132,26 +5142,27 @@ def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[st
     links = {file: quote(os.fsencode(file), safe="") for file in json.loads(row.get("outputs") or "[]")}
     pages = [file for file in links if not re.match(r"radiograph_|heatmap_|overlay_|.*\.npy$", file)]
     page = next((file for file in pages if file.startswith("comparison")), pages[0] if pages else "")
+    picture = "" if page.endswith(".pdf") else links.get(page, "")
     kinds = {model.family.key: kinds_of(row, model) for model in models}
-    said, flags, sure, wrong = [], [], [], [0.0]
+    flagged, said, sure, wrong = defaultdict(list), [], [], [0.0]
     for model in models:
         found = kinds[model.family.key]
-        flags += [f"⚠ {model.title}: {CHECKS[key].title or key}" for key in found if key in CHECKS]
+        for key in filter(CHECKS.get, found):
+            flagged[key].append(model.title)
         if predicted := said_in(row, model, "predicted"):
             sure.append(float(said_in(row, model, "confidence")))
-            said.append(f"{model.title}: {predicted}, {sure[-1]:.1%}")
-            if "wrong" in found:
-                said[-1] = f"✗ {said[-1]}, wrong"
+            mark = "✗ wrong, " if "wrong" in found else ""
+            said.append(f"{mark}{model.title}: {predicted}, {sure[-1]:.1%}")
+            if mark:
                 wrong.append(sure[-1])
+    flags = [f"{flag_text(key)}: {', '.join(titles)}" for key, titles in flagged.items()]
     every = set(itertools.chain(*kinds.values()))
     steps = max(wrong) >= SURE, "disagree" in every, len(wrong) > 1, bool(flags), "failed" not in every, True
-    picture = "" if page.endswith(".pdf") else links.get(page, "")
+    truth = [f"true: {row['true_class']}"] if row.get("true_class") else []
+    notes = [f"✗ {row['error']}" if row.get("error") else "", row.get("notes", "")]
     image = ["img", {"src": picture, "alt": f"Figure of {name}", "loading": "lazy"}]
     heading = [["button", {"aria-label": f"Open {name}"}, image]] if picture else []
     heading.append(["p", {"class": "name"}, ["a", {"href": links[page]}, name] if page else name])
-    if row.get("true_class"):
-        heading.append(line_node(f"true: {row['true_class']}"))
-    notes = [f"✗ {row['error']}" if row.get("error") else "", row.get("notes", "")]
     return {
         "file": printable(row["file"]),
         "kinds": kinds,
@@ -5160,25 +5171,29 @@ def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[st
         "agreement": float(row.get(AGREEMENT) or 2),
         "isDrawn": page != "",
         "picture": picture,
-        "caption": " · ".join([name, *said]),
-        "links": [["a", {"href": link}, f"{printable(file)} "] for file, link in links.items()],
-        "cells": [heading, *([line_node(text) for text in texts] for texts in (said, flags, notes))],
+        "caption": " · ".join([name, *truth, *said]),
+        "links": [["div", {}, ["a", {"href": link}, printable(file)]] for file, link in links.items()],
+        "cells": [heading, *([["p", {}, text] for text in texts] for texts in (truth + said, flags, notes))],
     }
 
 
 def filter_nodes(counts: Counter[str], models: Sequence[Model]) -> list[Node]:
     """What chooses among the images, and how many each choice has."""
     texts = {"wrong": "wrong", "disagree": "models disagree", "failed": "failed"}
-    texts |= {key: f"⚠ {check.title or key}" for key, check in CHECKS.items()}
+    texts |= {key: flag_text(key) for key in CHECKS}
     texts |= {class_key(name): name for name in models[0].class_names}
-    boxes = {kind: ["input", {"type": "checkbox", "name": "only", "value": kind}] for kind in texts}
-    chips = [["label", {}, boxes[kind], f" {text} {counts[kind]}"] for kind, text in texts.items() if counts[kind]]
+    chips = []
+    for kind, text in texts.items():
+        if counts[kind]:
+            box = ["input", {"type": "checkbox", "name": "only", "value": kind}]
+            chips.append(["label", {}, box, f" {text} {counts[kind]}"])
     seen = {"": "as any model saw it"} | {model.family.key: f"as {model.title} saw it" for model in models}
-    orders = {"": "to look at first", "confidence": "least sure", "agreement": "maps least alike", "file": "by name"}
+    orders = {"": "to look at first", "confidence": "least sure", "agreement": "maps least alike", "file": "name"}
     for name, choices in (("model", seen), ("order", orders)):
         options = [["option", {"value": value}, text] for value, text in choices.items()]
         chips.append(["select", {"name": name, "aria-label": name}, *options])
-    return [*chips, ["input", {"type": "search", "name": "name", "placeholder": "search names"}]]
+    search = {"type": "search", "name": "name", "placeholder": "search names", "aria-label": "search names"}
+    return [*chips, ["input", search]]
 
 
 def report_page(
@@ -5196,16 +5211,17 @@ def report_page(
         name = Path(row["file"]).name
         cards.append(row_data(row, printable(name if names[name] == 1 else row["file"]), models))
     cards.sort(key=lambda card: (card["first"], card["file"]))
-    counts = Counter(kind for card in cards for kind in set(itertools.chain(*card["kinds"].values())))
+    kinds = [set(itertools.chain(*card["kinds"].values())) for card in cards]
+    counts, flagged = Counter(itertools.chain(*kinds)), sum(not CHECKS.keys().isdisjoint(each) for each in kinds)
     done = [row for row in rows if not row.get("error")]
-    facts = [f"{len(done)} explained, {counts['failed']} failed", *told]
+    facts = [f"{len(done)} explained", f"{counts['failed']} failed", f"{flagged} flagged"]
     if len(models) > 1 and done:
         facts.append(f"The models agree on {len(done) - counts['disagree']} of {len(done)} images")
         facts += overlap_lines(done)
     sections = [model_node(rows, model, observations.get(model.family.key, ())) for model in models]
-    about = [["h1", {}, f"Explainability of {len(rows)} images"], *map(line_node, facts)]
-    about.append(["details", {"open": ""}, ["summary", {}, "The models"], ["div", {"class": "models"}, *sections]])
-    about[-1].append(classes_node(done, models))
+    parts = [["summary", {}, "The models"], ["div", {"class": "models"}, *sections], classes_node(done, models)]
+    about = [["h1", {}, f"Explainability of {len(rows)} images"], ["p", {}, " · ".join(facts)]]
+    about += [["p", {"class": "muted"}, " · ".join(told)], ["details", {"open": ""}, *parts]]
     notice = f"Demo networks: {DEMO_NOTICE}." if is_demo(models[0].checkpoint) else "Not for diagnosis."
     places = {"about": about, "filters": filter_nodes(counts, models), "notice": [notice]}
     page = REPORT
@@ -5907,8 +5923,9 @@ def near_text(near: Sequence[str]) -> str:
 
 def options_text(args: argparse.Namespace) -> str:
     """What was asked of the networks and the figures, beside images, files and what is the default."""
-    usual, told = vars(argument_parser().parse_args([])), [f"method {' '.join(args.method or ['gradcam'])}"]
-    for name in ("target_class", "weights", "verify", "signed", "contours", "colormap", "format"):
+    methods = itertools.chain(*(args.method or [["gradcam"]]))
+    usual, told = vars(argument_parser().parse_args([])), [f"method {' '.join(methods)}"]
+    for name in ("target_class", "weights", "reference", "verify", "signed", "contours", "colormap", "format"):
         if vars(args).get(name) != usual.get(name):
             told.append(f"{name.replace('_', ' ')} {vars(args)[name]}")
     return ", ".join(told)

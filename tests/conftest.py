@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from explainability import Classifier, Explanation, Model, Radiograph
+    from explainability import Classifier, Explanation, Family, Model, Radiograph
 
 TINY = {"convnext": "convnextv2_atto", "efficientnet": "tf_efficientnetv2_b0"}
 HEADS = {"convnext": "head.fc.bias", "efficientnet": "classifier.bias"}  # what the class scores start from
@@ -80,10 +80,21 @@ def tiny_classifiers(tiny_checkpoints: dict[str, Path]) -> dict[str, Classifier]
 
 
 @pytest.fixture
-def tiny_arguments(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> list[str]:
-    """Options for a run over the tiny pair on the CPU, figures in tmp_path/figures."""
+def tiny_arguments(
+    tiny_checkpoints: dict[str, Path], tiny_classifiers: dict[str, Classifier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """Options for a run over the tiny pair on the CPU, small figures in tmp_path/figures; the pair is loaded once."""
+    import explainability
+
+    load = explainability.load_classifier
+
+    def loaded_once(family: Family, path: Path, *others: object) -> Classifier:
+        is_tiny = path == tiny_checkpoints[family.key] and others == ("cpu", None)
+        return tiny_classifiers[family.key] if is_tiny else load(family, path, *others)
+
+    monkeypatch.setattr(explainability, "load_classifier", loaded_once)
     pair = [f"--{key}-checkpoint={path}" for key, path in tiny_checkpoints.items()]
-    return [*pair, "--device=cpu", f"--output-dir={tmp_path / 'figures'}"]
+    return [*pair, "--device=cpu", "--dpi=30", f"--output-dir={tmp_path / 'figures'}"]
 
 
 def explain(

@@ -90,11 +90,11 @@ def panel(sheet: Sheet, title: str) -> Picture:
 
 
 def words(sheet: Sheet) -> str:
-    return "\n".join(line.text for line in lines(sheet))
+    return "\n".join(line.text for line in lines(sheet)).replace("\u00a0", " ")
 
 
 def line_with(sheet: Sheet, text: str) -> Line:
-    (found,) = (line for line in lines(sheet) if line.text.startswith(text))
+    (found,) = (line for line in lines(sheet) if line.text.replace("\u00a0", " ").startswith(text))
     return found
 
 
@@ -199,7 +199,7 @@ def test_layout_holds_for_any_shape_of_radiograph_and_resolution(height, width, 
     ),
     ids=lambda changed: " ".join(changed),
 )  # fmt: skip
-@pytest.mark.parametrize("width", (100, 260, 450, 800))
+@pytest.mark.parametrize("width", (100, 260, 800))
 def test_layout_holds_for_any_explanation(changed, width):
     for figure in both_figures(view(width=width), pair(**changed)):
         check_layout(figure)
@@ -356,7 +356,7 @@ def test_method_is_named_and_its_sum_told():
 
 def test_methods_figure_has_a_panel_with_cost_and_sum_for_each_method():
     methods = ("gradcam", "ig", "lrp", "shap")
-    explanations = [an_explanation(raw_map=each, method=method, owed=1.5) for each, method in zip((CORNER, CORNER, OTHER_CORNER, CORNER + OTHER_CORNER), methods)]
+    explanations = [an_explanation(raw_map=each, method=method, owed=None if method == "gradcam" else 1.5) for each, method in zip((CORNER, CORNER, OTHER_CORNER, CORNER + OTHER_CORNER), methods)]
     costs = ("1 pass", "32 passes", "1 pass", "1,024 passes")
     for width in (100, 260, 900):
         figure = methods_figure(view(width=width), explanations, costs)
@@ -364,6 +364,7 @@ def test_methods_figure_has_a_panel_with_cost_and_sum_for_each_method():
         assert [picture.title for picture in pictures(figure)] == ["Original X-ray", "Grad-CAM", "Integrated Gradients", "LRP", "SHAP"]
         said = words(figure).replace("\n", " ")
         assert "32 passes; sum 1, must be 1.5" in said and "1,024 passes; sum 2, must be 1.5" in said
+        assert "1 pass\n" in words(figure)  # no sum where it must be nothing
         assert "Grad-CAM, Integrated Gradients, LRP, SHAP show correlation, not cause" in said
     shares = [line.text for line in lines(figure) if re.fullmatch(r"[01]\.\d\d", line.text)]
     assert " ".join(shares) == "1.00 1.00 0.00 0.50 1.00 1.00 0.00 0.50 0.00 0.00 1.00 0.50 0.50 0.50 0.50 1.00"
@@ -385,17 +386,6 @@ def rendered(sheet: Sheet, item: Picture | Box, dpi: int = 150) -> np.ndarray:
     """The pixels of the page at the place of a picture or box."""
     left, top, right, bottom = (round(inches * dpi) for inches in extent(item, dpi))
     return sheet_pixels(sheet, dpi)[top:bottom, left:right].astype(int)
-
-
-@pytest.mark.parametrize("title", ("Original", "Grad-CAM Heatmap", "Overlay"))
-@pytest.mark.parametrize("height, width", ((1000, 100), (400, 300), (700, 1400), (100, 1000)))
-def test_pictures_are_copied_to_the_page_as_they_are(title, height, width):
-    figure = explanation_figure(view(height=height, width=width), an_explanation())
-    shown = panel(figure, title)
-    page = sheet_pixels(figure, 150)
-    column, bottom = round(shown.x * 150), len(page) - round((len(page) / 150 - shown.y) * 150)
-    found = page[bottom : bottom + len(shown.pixels), column : column + shown.pixels.shape[1]]
-    assert (found[1:-1, 1:-1] == shown.pixels[1:-1, 1:-1]).all()
 
 
 @pytest.mark.parametrize("height, width", ((1000, 100), (400, 300), (100, 1000), (700, 1400)))
@@ -493,14 +483,6 @@ def test_rows_of_the_comparison_show_the_model_that_they_name():
         assert red > blue + 50
 
 
-def test_white_pictures_end_in_a_frame():
-    white = View(np.full((300, 260, 3), 255, np.uint8), "x", STYLE)
-    figure = explanation_figure(white, an_explanation(raw_map=-CORNER))
-    left, top, right, bottom = (round(150 * inches) for inches in extent(panel(figure, "Original")))
-    page, middle = sheet_pixels(figure, 150), (top + bottom) // 2
-    assert page[middle, left - 3 : left + 2].min() < 220 and page[middle, right - 2 : right + 3].min() < 220
-
-
 def test_signed_maps_are_centred_on_zero():
     half = CORNER - 0.5 * OTHER_CORNER
     figure = explanation_figure(view(style=SIGNED), an_explanation(raw_map=half, method="ig"))
@@ -543,19 +525,48 @@ def test_the_note_on_known_fractures_has_room(width):
 
 
 def test_known_fractures_are_outlined_on_heatmap_and_overlay_alone():
-    boxes = ((0.25, 0.5, 0.75, 0.6),)
-    for figure, plain in zip(both_figures(view(boxes=boxes), pair()), both_figures(view(), pair())):
-        changed = (sheet_pixels(figure, 150) != sheet_pixels(plain, 150)).any(axis=2)
-        for picture in pictures(figure):
-            left, top, right, bottom = (round(150 * inches) for inches in extent(picture))
-            rows, columns = np.nonzero(changed[top:bottom, left:right])
+    seen = view(boxes=((0.25, 0.5, 0.75, 0.6),))
+    for figure, plain in zip(both_figures(seen, pair()), both_figures(view(), pair())):
+        for picture, bare in zip(pictures(figure), pictures(plain)):
+            changed = (rendered(figure, picture) != rendered(plain, bare)).any(axis=2)
             if picture.title.startswith("Original"):
-                assert not len(rows)
+                assert not changed.any()
                 continue
-            height, width = picture.pixels.shape[:2]
-            assert (columns.min() / width, columns.max() / width) == pytest.approx((0.25, 0.75), abs=0.01)
-            assert (rows.min() / height, rows.max() / height) == pytest.approx((0.5, 0.6), abs=0.01)
-        assert "dashed: the true fracture" in words(figure)
+            height, width = changed.shape
+            counted = np.nonzero(changed.any(axis=0))[0][[0, -1]] / width, np.nonzero(changed.any(axis=1))[0][[0, -1]] / height
+            half = 1 / 14  # a thin line shows what counts as inside: half a cell more
+            assert counted[0] == pytest.approx((0.25 - half, 0.75 + half), abs=0.01)
+            assert counted[1] == pytest.approx((0.5 - half, 0.6 + half), abs=0.01)
+            assert changed[round(0.55 * height), round(0.25 * width) - 1 : round(0.25 * width) + 2].any()
+        assert "Dashed: the true fracture" in words(figure)
+
+
+def test_numbers_stay_with_their_sign_and_flags_come_first():
+    told = {"findings": (*CLEAN, FLAGGED[-1]), "pointing": explainability.Pointing(True, 1.0, 0.46)}
+    figure = explanation_figure(view(boxes=((0.25, 0.5, 0.75, 0.6),)), an_explanation(**told))
+    said = [line.text for line in lines(figure)]
+    assert "100\u00a0% of the heat inside, 46\u00a0% of the area" in said
+    order = [words(figure).index(text) for text in ("71 % of the heat", "Maximum inside", "Passed: border", "stages.3")]
+    assert order == sorted(order)
+    assert words(figure).count("Comminuted Fracture") == 3  # heatmap's title, prediction, its probability
+
+
+def other_fonts_character() -> str:
+    """What the figures' own font lacks and another one that comes with matplotlib has."""
+    own, other = (explainability.glyphs(explainability.own_font(False).replace("DejaVuSans", name)) for name in ("DejaVuSans", "STIXGeneral"))
+    return next(character for character in sorted(other) if character not in own and character.isprintable())
+
+
+def test_names_that_the_own_font_lacks_are_drawn_with_another_or_as_boxes():
+    rare = other_fonts_character()
+    unknown = "\N{YI SYLLABLE LEP}\N{TANGUT COMPONENT-001}\N{CUNEIFORM SIGN A}"  # of no one font
+    for name, shown in ((f"a{rare}.png", f"a{rare}.png"), (f"a{unknown}.png", "a□□□.png"), ("\x07.png", r"\x07.png")):
+        figure = explanation_figure(view(name), an_explanation())
+        check_layout(figure)
+        assert line_with(figure, shown).look == explainability.NAME
+        assert ("□: a character" in words(figure)) == ("□" in shown)
+    assert "STIX" in explainability.font_file(f"a{rare}.png", False)
+    assert "DejaVu" in explainability.font_file("a.png", False)
 
 
 # ------------------------------------------------------------------------------------------
@@ -611,14 +622,11 @@ def test_vector_figures_hold_each_picture_once_and_their_fonts_or_shapes(tmp_pat
             assert expected in said
 
 
-@pytest.mark.parametrize("program, extension", ((("pdftoppm", "-r", "150", "-png", "-singlefile"), "pdf"), (("rsvg-convert", "-d", "150", "-p", "150"), "svg")), ids=("pdf", "svg"))
-def test_vector_figures_look_like_the_png(tmp_path, program, extension):
-    if not shutil.which(program[0]):
-        pytest.skip(f"{program[0]} is not installed")
-    path, drawn = written(tmp_path, extension), tmp_path / "drawn.png"
-    target = [path, drawn.with_suffix("")] if extension == "pdf" else ["-o", drawn, path]
-    subprocess.run([*program, *target], check=True)
-    with Image.open(drawn) as vector, Image.open(written(tmp_path, "png")) as page:
+def test_pdf_looks_like_the_png(tmp_path):
+    if not shutil.which("pdftoppm"):
+        pytest.skip("pdftoppm is not installed")
+    subprocess.run(["pdftoppm", "-r", "150", "-png", "-singlefile", written(tmp_path, "pdf"), tmp_path / "drawn"], check=True)
+    with Image.open(tmp_path / "drawn.png") as vector, Image.open(written(tmp_path, "png")) as page:
         size = (page.width // 8, page.height // 8)
         one, other = (np.asarray(each.convert("RGB").resize(size, Image.Resampling.BOX), int) for each in (vector, page))
     assert np.abs(one - other).mean() < 3 and (np.abs(one - other).max(axis=2) > 60).mean() < 0.005

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import re
 import socket
 import zipfile
 from collections import Counter, defaultdict
@@ -130,25 +131,42 @@ def test_loads_users_checkpoint_exactly(key: str, pristine: dict[str, Any], tmp_
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "net.backbone.", "timm_model."])
-def test_wrapper_prefixes_are_removed(key: str, pristine: dict[str, Any], tmp_path: Path, prefix: str) -> None:
+def test_wrapper_prefixes_are_removed(key: str, pristine: dict[str, Any], prefix: str) -> None:
     weights = pristine[key]["model_state_dict"]
-    wrapped = {prefix + name: torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    found, notes = taken({"model_state_dict": {prefix + name: tensor for name, tensor in weights.items()}}, key)
+    assert are_same(found, weights) and notes == []
+
+
+def test_parameters_of_a_parallel_network_load(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
+    weights = pristine[key]["model_state_dict"]
+    wrapped = {f"module.{name}": torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     classifier = load(save({**pristine[key], "model_state_dict": wrapped}, tmp_path / "p.pth"), key)
     assert_same_weights(classifier, weights)
     assert told(classifier) == ()
+
+
+def taken(contents: dict[Any, Any], key: str = "convnext", wanted: str = "ema") -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Weights and notes from the contents of a file, without one: for what is found before a network is built."""
+    source, notes = tool.chosen_source(tool.FAMILIES[key], contents, wanted, Path("x.pth"))
+    weights, more = tool.weights_of(tool.FAMILIES[key], source, Path("x.pth"))
+    return weights, notes + more
+
+
+def are_same(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 AVERAGED = ["state_dict_ema", "model_ema", "ema_state_dict", "ema", "swa_model", "averaged_model"]
 
 
 @pytest.mark.parametrize("place", ["state_dict", "model", "net", "module", "weights", "the top level", *AVERAGED])
-def test_weights_are_found_wherever_trainers_put_them(checkpoint: dict[str, Any], tmp_path: Path, place: str) -> None:
+def test_weights_are_found_wherever_trainers_put_them(checkpoint: dict[str, Any], place: str) -> None:
     weights = checkpoint.pop("model_state_dict")
     inside = weights if place == "the top level" else {place: weights}
-    classifier = load(save({"model": "convnextv2_atto", **checkpoint, **inside, "epoch": 3}, tmp_path / "w.pth"))
-    assert_same_weights(classifier, weights)
+    found, notes = taken({"model": "convnextv2_atto", **checkpoint, **inside, "epoch": 3})
+    assert are_same(found, weights)
     only = f"averaged (EMA) weights taken from {place}, the only ones in the file"
-    assert told(classifier) == ((only,) if place in AVERAGED else ())
+    assert notes == ([only] if place in AVERAGED else [])
 
 
 def shifted(weights: dict[str, torch.Tensor], by: float = 1) -> dict[str, torch.Tensor]:
@@ -157,16 +175,15 @@ def shifted(weights: dict[str, torch.Tensor], by: float = 1) -> dict[str, torch.
 
 @pytest.mark.parametrize(("place", "inner"), [*((place, "") for place in AVERAGED), ("ema", "state_dict"), ("callbacks", "EMA")])
 @pytest.mark.parametrize("wanted", ["ema", "plain"])
-def test_averaged_weights_go_before_plain_ones(checkpoint: dict[str, Any], tmp_path: Path, place: str, inner: str, wanted: str) -> None:
+def test_averaged_weights_go_before_plain_ones(checkpoint: dict[str, Any], place: str, inner: str, wanted: str) -> None:
     plain = checkpoint["model_state_dict"]
     averaged = {f"module.{name}": tensor for name, tensor in shifted(plain).items()}
-    path = save({place: {inner: averaged} if inner else averaged, **checkpoint}, tmp_path / "ema.pth")
-    classifier = tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", weights=wanted)
-    assert_same_weights(classifier, plain if wanted == "plain" else shifted(plain))
+    weights, notes = taken({place: {inner: averaged} if inner else averaged, **checkpoint}, wanted=wanted)
+    assert are_same(weights, plain if wanted == "plain" else shifted(plain))
     name = f"{place}.{inner}" if inner else place
-    assert told(classifier)[0].startswith(
-        f"plain weights taken from model_state_dict; --weights ema takes those of {name}" if wanted == "plain"
-        else f"averaged (EMA) weights taken from {name}, module.*, not model_state_dict; --weights plain"
+    assert notes[0] == (
+        f"plain weights taken from model_state_dict, not from {name}, module.*; --weights ema takes others" if wanted == "plain"
+        else f"averaged (EMA) weights taken from {name}, module.*, not from model_state_dict; --weights plain takes others"
     )  # fmt: skip
 
 
@@ -180,14 +197,34 @@ def test_averaged_weights_beside_plain_ones_in_one_dictionary(checkpoint: dict[s
     assert "--weights" in told(classifier)[0]
 
 
+def test_the_command_line_names_folders_and_chooses_weights(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    plain = checkpoint["model_state_dict"]
+    path = save({**checkpoint, "state_dict_ema": shifted(plain)}, tmp_path / "best.pth.tar")
+    args = tool.parsed(["--model=convnext", f"--convnext-checkpoint={tmp_path}"])
+    checkpoints, _ = tool.chosen_checkpoints(args)
+    assert args.weights == "ema" and checkpoints == [(tool.FAMILIES["convnext"], path)]
+    for wanted in ("ema", "plain"):
+        (classifier,) = tool.load_classifiers(checkpoints, "cpu", None, wanted, quiet=True)
+        assert_same_weights(classifier, plain if wanted == "plain" else shifted(plain))
+
+
+def test_averaged_weights_without_keys_are_told(checkpoint: dict[str, Any]) -> None:
+    weights = checkpoint["model_state_dict"]
+    found, notes = taken({**checkpoint, "ema": {"decay": 0.9, "shadow_params": [*weights.values()]}})
+    assert are_same(found, weights) and notes == ["what averaged weights lie under ema cannot be told and is not used"]
+
+
 def test_of_several_sets_of_weights_the_usual_place_counts_else_none(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     weights = checkpoint["model_state_dict"]
     classifier = load(save({"net": shifted(weights), "last": shifted(weights), **checkpoint}, tmp_path / "x.pth"))
     assert_same_weights(classifier, weights)
-    assert told(classifier) == ("weights taken from model_state_dict; others (net, last) not used",)
-    refused(save({"first": weights, "second": shifted(weights)}, tmp_path / "x.pth"), "more than once (first and second)")
-    both = {**weights, **{f"model.{name}": tensor for name, tensor in shifted(weights).items()}}
-    refused(save(both, tmp_path / "x.pth"), "more than once", "the top level, model.*")
+    assert told(classifier) == ("weights taken from model_state_dict, not from net, last",)
+    for contents, words in (
+        ({"first": weights, "second": shifted(weights)}, "more than once \\(first and second\\)"),
+        ({**weights, **{f"model.{name}": tensor for name, tensor in weights.items()}}, "more than once .*the top level, model"),
+    ):
+        with pytest.raises(tool.ExplainError, match=words):
+            taken(contents)
 
 
 BESIDE = {
@@ -207,7 +244,7 @@ def test_what_lies_beside_the_network_is_left_out_with_a_note(checkpoint: dict[s
     teacher = {name.replace("model.", "teacher.", 1): tensor + 1 for name, tensor in own.items()}
     classifier = load(save({"state_dict": {**own, **BESIDE, **teacher}, "hyper_parameters": checkpoint["config"]}, tmp_path / "x.ckpt"))
     assert_same_weights(classifier, weights)
-    assert f"left out, as no part of the network: {len(BESIDE) + (2 if head else 0)} (criterion.pos_weight" in "".join(told(classifier))
+    assert f"left out, as the network is whole without: {len(BESIDE) + (2 if head else 0)} (criterion.pos_weight" in "".join(told(classifier))
     assert ("its linear layer model.fc taken for head.fc" in told(classifier)) == bool(head)
 
 
@@ -220,16 +257,19 @@ HEADS = {
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_single_linear_layer_that_is_left_over_is_the_head(key: str, pristine: dict[str, Any], tmp_path: Path, kind: str) -> None:
+def test_a_single_linear_layer_that_is_left_over_is_the_head(key: str, pristine: dict[str, Any], kind: str) -> None:
     weights = pristine[key]["model_state_dict"]
     head = tool.FAMILIES[key].head
     layer = HEADS[kind][head]
     prefix = {"S": "0." if "network" in kind else "", "b": "backbone."}[kind[0]]
     moved = {prefix + name.replace(f"{head}.", f"{layer}."): tensor for name, tensor in weights.items()}
     moved = {name.replace(f"{prefix}../", ""): tensor for name, tensor in moved.items()}
-    classifier = load(save({"state_dict": moved}, tmp_path / "head.pth"), key)
-    assert_same_weights(classifier, weights)
-    assert told(classifier) == (f"its linear layer {layer.removeprefix('../')} taken for {head}",)
+    if "Sequential(network" in kind:  # without a bias
+        del moved["2.bias"]
+        weights = {**weights, f"{head}.bias": torch.zeros(2)}
+    found, notes = taken({"state_dict": moved}, key)
+    assert are_same(found, weights)
+    assert notes == [f"its linear layer {layer.removeprefix('../')} taken for {head}"]
 
 
 @pytest.mark.parametrize(
@@ -242,24 +282,16 @@ def test_a_single_linear_layer_that_is_left_over_is_the_head(key: str, pristine:
         ({}, "holds no head: neither head.fc nor another linear layer of 320 inputs"),
     ],
 )
-def test_a_head_of_other_layers_is_refused(checkpoint: dict[str, Any], tmp_path: Path, layers: dict[str, tuple[int, ...]], words: str) -> None:
+def test_a_head_of_other_layers_is_refused(checkpoint: dict[str, Any], layers: dict[str, tuple[int, ...]], words: str) -> None:
     weights = {name: tensor for name, tensor in checkpoint["model_state_dict"].items() if not name.startswith("head.fc.")}
     weights |= {f"{name}.weight": torch.ones(shape) for name, shape in layers.items()}
-    refused(save(weights, tmp_path / "head.pth"), words)
+    with pytest.raises(tool.ExplainError, match=re.escape(words)):
+        taken(weights)
 
 
 def test_layers_inside_the_network_are_never_left_out(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     checkpoint["model_state_dict"]["stages.0.attention.weight"] = torch.ones(40, 40)
     refused(save(checkpoint, tmp_path / "x.pth"), "keys not in the network 1 (stages.0.attention.weight)")
-
-
-@pytest.mark.slow
-def test_bare_state_dict_without_config_is_the_full_size_network(tmp_path: Path) -> None:
-    weights = users_checkpoint("tf_efficientnetv2_s")["model_state_dict"]
-    classifier = load(save(weights, tmp_path / "bare.pth"), "efficientnet")
-    assert classifier.model.architecture == "tf_efficientnetv2_s.in21k_ft_in1k"
-    assert classifier.model.title == "EfficientNetV2-S"
-    assert_same_weights(classifier, weights)
 
 
 def test_bookkeeping_of_trainers_is_ignored(checkpoint: dict[str, Any], tmp_path: Path) -> None:
@@ -306,14 +338,6 @@ def test_safetensors_with_metadata(checkpoint: dict[str, Any], tmp_path: Path) -
     refused(path, "hf-hub:a/b")
 
 
-@pytest.mark.parametrize("text", ["{", "convnextv2_base"])
-def test_safetensors_metadata_that_is_no_json_is_text(checkpoint: dict[str, Any], tmp_path: Path, text: str) -> None:
-    from safetensors.torch import save_file
-
-    save_file(checkpoint["model_state_dict"], tmp_path / "c.safetensors", {"config": text})
-    assert load(tmp_path / "c.safetensors").model.architecture == "convnextv2_atto"
-
-
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not list mappings")
 def test_file_is_mapped_not_copied(tiny_checkpoints: dict[str, Path], key: str) -> None:
     classifier = load(tiny_checkpoints[key], key)
@@ -345,6 +369,7 @@ ORDERS = {
     "label2id": {"Simple": 0, "Comminuted": 1},
     "label_names": ("Simple Fracture", "comminuted"),
     "labels": np.array(["simple", "comminuted"]),
+    "idx_to_class": {"0": "simple", "1": "comminuted"},
     "names": {0: "simple", 1: "comminuted"},
 }
 PLACES = ["", "config", "args", "hyper_parameters", "pretrained_cfg", "meta.dataset_meta", "config.pretrained_cfg"]
@@ -389,6 +414,11 @@ def test_three_classes_with_three_names(checkpoint: dict[str, Any], tmp_path: Pa
     assert classifier.network(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
 
 
+def test_more_than_ten_classes_keep_their_order(stub: dict[str, Any]) -> None:
+    stub["config"] |= {"num_classes": 12, "id2label": {str(index): f"kind {chr(97 + index)}" for index in reversed(range(12))}}
+    assert tool.class_names_of(stub, 12, None, Path("x"))[0] == tuple(f"kind {letter}" for letter in "abcdefghijkl")
+
+
 def random_head(checkpoint: dict[str, Any], outputs: int) -> None:
     weights = checkpoint["model_state_dict"]
     weights["head.fc.weight"], weights["head.fc.bias"] = torch.randn(outputs, 320), torch.randn(outputs)
@@ -405,6 +435,7 @@ def test_one_output_speaks_for_two_classes(checkpoint: dict[str, Any], tmp_path:
     checkpoint["config"] |= {"num_classes": claimed, "class_names": ["simple", "comminuted"]}
     classifier = load(save(checkpoint, tmp_path / "one.pth"))
     assert classifier.model.class_names == ("Simple Fracture", "Comminuted Fracture")
+    assert told(classifier) == ("one output: its sigmoid is the probability of Comminuted Fracture",)
     plain = timm.create_model("convnextv2_atto", num_classes=1).eval()
     plain.load_state_dict(checkpoint["model_state_dict"])
     radiographs = pictures((100, 60), (50, 80))
@@ -449,21 +480,11 @@ def test_num_classes_that_contradicts_the_head_is_refused(stub: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    "names", ["ab", [], ["a"], ["a", "A "], ["a", " "], ["a", 1], 7, ["a", "x" * 201], [str(number) for number in range(101)]]
+    "names", ["ab", [], ["a"], ["a", "A "], ["a", " "], ["a", 1], 7, [str(number) for number in range(101)]]
 )
 def test_unusable_class_names_are_refused(stub: dict[str, Any], tmp_path: Path, names: object) -> None:
     refused(save({**stub, "class_names": names}, tmp_path / "names.pth"), "class_names", "correct class_names")
     refused(save({**stub, "class_names": ["a", "b\n", "c", "d"]}, tmp_path / "n.pth"), "2 outputs", "class names are 4 (a, b\\n, c, …)")
-
-
-@pytest.mark.parametrize("size", [64, 300, [256, 256], (1024, 1024)])
-@pytest.mark.parametrize("in_config", [True, False])
-def test_img_size_is_honoured(checkpoint: dict[str, Any], tmp_path: Path, size: Any, in_config: bool) -> None:
-    checkpoint["config"].pop("img_size")
-    (checkpoint["config"] if in_config else checkpoint)["img_size"] = size
-    classifier = load(save(checkpoint, tmp_path / "size.pth"))
-    assert classifier.model.preprocessing.size == (size if isinstance(size, int) else size[0])
-    assert f"{classifier.model.preprocessing.size} pixels a side" in told(classifier)[-1]
 
 
 @pytest.mark.parametrize("size", [0, -224, 63, 1025, 10**9, 224.0, "224", True, [224, 256], [224, 224, 3], {}, torch.ones(2)])
@@ -476,6 +497,7 @@ def test_absurd_img_size_is_refused(stub: dict[str, Any], tmp_path: Path, size: 
     ("recorded", "expected", "words"),
     [
         ({"mean": (0.5, 0, 0.25), "config": {"std": [0.25, 0.5, 1]}}, tool.Preprocessing(224, (0.5, 0.0, 0.25), (0.25, 0.5, 1.0)), "mean (0.5, 0.0, 0.25)"),
+        *(({"config": {"img_size": size}}, tool.Preprocessing(side), f"{side} pixels") for size, side in ((64, 64), ([300, 300], 300), ((1024, 1024), 1024))),
         ({"hyper_parameters": {"image_size": 96, "mean": [0.5], "std": [0.5]}}, tool.Preprocessing(96, (0.5,) * 3, (0.5,) * 3), "96 pixels"),
         ({"pretrained_cfg": {"input_size": (3, 288, 288), "interpolation": "bicubic"}}, tool.Preprocessing(288, interpolation="bicubic"), "bicubic"),
         ({"args": argparse.Namespace(interpolation="random", img_size=None)}, tool.Preprocessing(), ""),
@@ -485,7 +507,7 @@ def test_absurd_img_size_is_refused(stub: dict[str, Any], tmp_path: Path, size: 
     ],
 )  # fmt: skip
 def test_recorded_preprocessing_is_done_or_told(recorded: dict[str, Any], expected: tool.Preprocessing, words: str) -> None:
-    preprocessing, notes = tool.preprocessing_of(recorded, 3, Path("x"))
+    preprocessing, notes = tool.preprocessing_of(recorded, False, Path("x"))
     assert preprocessing == expected
     assert words in "".join(notes) and bool(words) == bool(notes)
 
@@ -540,7 +562,7 @@ def test_missing_and_unexpected_keys_are_named_and_counted(checkpoint: dict[str,
 def test_other_shape_is_named_with_both_sides(checkpoint: dict[str, Any], tmp_path: Path) -> None:
     checkpoint["model_state_dict"]["stem.0.weight"] = torch.zeros(40, 2, 4, 4)
     path = save(checkpoint, tmp_path / "grey.pth")
-    refused(path, "of another kind 1 (stem.0.weight is 40x2x4x4 floats in the file, 40x3x4x4 floats in the network)")
+    refused(path, "of another kind 1 (stem.0.weight is 40x2x4x4 float32 in the file, 40x3x4x4 float32 in the network)")
 
 
 def test_size_that_differs_from_config_is_refused(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
@@ -607,18 +629,16 @@ def test_weights_that_are_not_finite_are_refused(checkpoint: dict[str, Any], tmp
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "quantised"),
-        (lambda tensor: tensor.to_sparse(), "sparse"),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "2x320 qint8 in the file"),
         (lambda tensor: tensor.to(torch.complex64), "complex64"),
         (lambda tensor: tensor.to(torch.int32), "int32"),
         (lambda tensor: tensor.to(torch.int64), "int64"),
-        (lambda tensor: tensor.to(torch.float8_e4m3fn), "float8_e4m3fn"),
     ],
 )
 def test_tensors_of_other_kinds_are_refused(checkpoint: dict[str, Any], tmp_path: Path, change: Callable, word: str) -> None:
     weights = checkpoint["model_state_dict"]
     weights["head.fc.weight"] = change(weights["head.fc.weight"])
-    refused(save(checkpoint, tmp_path / "kind.pth"), word, "of another kind 1 (head.fc.weight", "floats in the network")
+    refused(save(checkpoint, tmp_path / "kind.pth"), word, "of another kind 1 (head.fc.weight", "2x320 float32 in the network")
 
 
 class Bomb:
@@ -643,20 +663,6 @@ def test_code_in_a_checkpoint_is_never_run(stub: dict[str, Any], tmp_path: Path,
     assert not trace.exists()
     pickle.loads(pickle.dumps(contents["extra"]))
     assert trace.exists()  # so it would have gone off
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"val_acc": torch.nn.Linear(2, 2)}, ("torch.nn.modules.linear.Linear", "state_dict()")),
-        (torch.nn.Linear(2, 2), ("torch.nn.modules.linear.Linear", "state_dict()")),
-    ],
-)
-@pytest.mark.parametrize("zipped", [True, False])
-def test_objects_are_named_with_their_remedy(stub: dict[str, Any], tmp_path: Path, change: object, words: tuple, zipped: bool) -> None:
-    path = tmp_path / "object.pth"
-    torch.save({**stub, **change} if isinstance(change, dict) else change, path, _use_new_zipfile_serialization=zipped)
-    refused(path, *words)
 
 
 HARMLESS = {
@@ -771,13 +777,13 @@ def test_a_hubs_or_trainers_folder_loads(checkpoint: dict[str, Any], tmp_path: P
 
 def test_a_config_beside_counts_only_for_its_own_network(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
     (other,) = set(TINY) - {key}
-    folder = hub_folder(tmp_path / "run", {}, {**TRANSFORMERS, "architecture": TINY[other]})
+    folder = hub_folder(tmp_path / "run", pristine[key]["model_state_dict"], {**TRANSFORMERS, "architecture": TINY[other]})
     assert load(save(pristine[key]["model_state_dict"], folder / "x.pth"), key).model.class_names == tool.CLASS_NAMES
     (folder / "config.json").write_text(json.dumps({**TRANSFORMERS, "architecture": TINY[key]}))
     assert load(folder / "x.pth", key).model.class_names == tool.CLASS_NAMES[::-1]
     (folder / "config.json").write_text("{")
     with pytest.raises(tool.ExplainError, match=r"config\.json: not what a hub or Trainer writes"):
-        load(folder / "x.pth", key)
+        load(folder, key)
 
 
 def test_a_folder_of_timm_itself_loads(checkpoint: dict[str, Any], tmp_path: Path) -> None:
@@ -816,11 +822,13 @@ def with_lora(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 FOREIGN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], tuple[str, ...]]] = {
     "PEFT": (with_lora, ("LoRA", "merge_and_unload()")),
     "loralib": (lambda weights: {**weights, "stages.3.blocks.0.mlp.fc1.lora_A": torch.ones(4, 320)}, ("LoRA", "merge_and_unload()")),
-    "adapter alone": (lambda weights: {"base_model.model.head.fc.lora_A.weight": torch.ones(4, 320)}, ("PEFT", "merge_and_unload()")),
+    "adapter alone": (lambda weights: {"base_model.model.head.fc.ia3_l": torch.ones(4, 320)}, ("PEFT", "merge_and_unload()")),
     "ZeRO 3": (lambda weights: {"module": {name: torch.empty(0) for name in weights}, "ds_version": "0.14"}, ("DeepSpeed", "zero_to_fp32.py")),
     "ZeRO shard": (lambda weights: {"optimizer_state_dict": {"zero_stage": 2}, "ds_config": {}}, ("DeepSpeed", "zero_to_fp32.py")),
     "quantised": (lambda weights: {"stem.0.scale": torch.ones(()), "head.fc._packed_params._packed_params": torch.ones(2)}, ("quantised",)),
     "quantised here and there": (lambda weights: {**weights, "head.fc.zero_point": torch.ones(1)}, ("quantised",)),
+    "a whole network": (lambda weights: torch.nn.Sequential(torch.nn.Linear(2, 2)), ("container.Sequential", "model.state_dict()", "none is run")),
+    "a network in a dictionary": (lambda weights: {"model": torch.nn.Linear(2, 2)}, ("linear.Linear", "model.state_dict()")),
     "pruned": (lambda weights: {**weights, "stem.0.weight_mask": torch.ones(1)}, ("pruned", "prune.remove")),
     "fastai": (lambda weights: {"model": {**{f"0.model.{name}": tensor for name, tensor in weights.items() if "head.fc" not in name},
                                           "1.2.weight": torch.ones(640), "1.4.weight": torch.ones(512, 640), "1.8.weight": torch.ones(2, 512)}, "opt": {}},
@@ -832,6 +840,12 @@ FOREIGN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], tuple[str,
 def test_other_kinds_of_checkpoints_are_named_with_what_helps(checkpoint: dict[str, Any], tmp_path: Path, kind: str) -> None:
     build, words = FOREIGN[kind]
     assert "timm name" not in refused(save(build(checkpoint["model_state_dict"]), tmp_path / "x.pth"), *words)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_is_refused(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
+    refused(tmp_path / "script.pt", "TorchScript", "state_dict()")
 
 
 @pytest.mark.parametrize(
@@ -862,9 +876,10 @@ def test_a_checkpoint_of_lightning_is_found_by_its_suffix_and_loads(checkpoint: 
         "state_dict": {f"model.{name}": tensor for name, tensor in weights.items()}, "epoch": 3, "global_step": 9, "pytorch-lightning_version": "2.4",
         "callbacks": {"ModelCheckpoint{'monitor': 'val'}": {"best_model_score": torch.tensor(0.9), "best_model_path": "/x"}},
         "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}], "lr_schedulers": [], "loops": {"fit_loop": {}},
+        "optimizer": {"exp_avg": shifted(weights)},
         "hyper_parameters": {"model_name": "convnextv2_atto", "num_classes": 2, "class_names": ["simple", "comminuted"]},
     }  # fmt: skip
-    for suffix in (".ckpt", ".bin"):
+    for suffix in (".ckpt", ".bin", ".pth.tar"):
         path = save(contents, tmp_path / f"convnext{suffix}")
         assert tool.find_checkpoint(tool.FAMILIES["convnext"], tmp_path) == path
         classifier = load(path)
@@ -882,12 +897,6 @@ def test_assumed_order_of_classes_is_said_and_can_be_given(checkpoint: dict[str,
     with pytest.raises(tool.ExplainError, match="records its own class names"):
         tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", ("b", "a"))
     assert tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", ("A", "b")).model.class_names == ("a", "b")
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_torchscript_is_refused(tmp_path: Path) -> None:
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
-    refused(tmp_path / "script.pt", "TorchScript", "state_dict()")
 
 
 def test_missing_counters_of_batches_are_harmless(pristine: dict[str, Any], tmp_path: Path) -> None:
@@ -1025,14 +1034,6 @@ def loads_or_is_refused(path: Path, data: bytes) -> None:
         load(path)
     except tool.ExplainError as error:
         one_line(error, path)
-
-
-@settings(FUZZ, max_examples=150)
-@given(data=st.binary(max_size=65_536))
-@pytest.mark.slow
-def test_any_bytes_load_or_are_refused(tmp_path: Path, data: bytes) -> None:
-    for start in (b"", b"PK\x03\x04", b"\x80\x02", (64).to_bytes(8, "little") + b"{"):
-        loads_or_is_refused(tmp_path / "fuzz.pth", start + data)
 
 
 @settings(FUZZ, max_examples=400)
