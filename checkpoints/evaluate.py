@@ -2,6 +2,7 @@
 
     python3 checkpoints/evaluate.py
     python3 checkpoints/evaluate.py --methods  # the table of the methods, explained in methods.py
+    python3 checkpoints/evaluate.py --methods --images 50 --passes 10  # of those that take fewer
     python3 checkpoints/evaluate.py --checks
     python3 checkpoints/evaluate.py --checks --network "Marker reader" efficientnet reader.pth pictures/
     python3 checkpoints/evaluate.py --unlike --folder chests/
@@ -321,6 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--images", type=int, metavar="N",
         help="with --methods: of each class (5); with --checks: of each folder (100)",
     )  # fmt: skip
+    parser.add_argument("--passes", type=int, default=1000, help="with --methods: those that take fewer alone")
     parser.add_argument("--unlike", action="store_true", help="how many images are unlike the references")
     parser.add_argument("--folder", type=Path, action="append", default=[], help="with --unlike: further images")
     parser.add_argument("--make-references", action="store_true", help="write the demo networks' references")
@@ -339,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.make_references or args.markers or args.unlike:
         return 0
     if args.methods:
-        methods.print_tables({key: HERE / name for key, name in DEMOS.items()}, args.images or 5)
+        methods.print_tables({key: HERE / name for key, name in DEMOS.items()}, args.images or 5, args.passes)
         return 0
     if args.checks:
         print_checks(args.network, args.images or 100)

@@ -125,7 +125,7 @@ def row(method: tool.Method, judgements: list[Judgement]) -> str:
     }
     error = "" if np.isnan(mean["error"]) else f"{mean['error']:.2%}"
     cost = np.median([each.cost for each in judgements])
-    values = method.title, method.passes, f"{cost:.1f}", error, f"{mean['points']:.2f}", f"{mean['heat']:.2f}"
+    values = method.title, method.passes, f"{cost:.1f}", error, f"{mean['points']:.2f}", f"{mean['heat']:.3f}"
     return line(*values, f"{mean['fall']:.2f}", sum(each.blank for each in judgements))
 
 
@@ -147,8 +147,8 @@ def random_row(classifier: tool.Classifier, images: list[tuple[torch.Tensor, np.
     )
 
 
-def print_tables(networks: dict[str, Path], per_class: int) -> None:
-    """A table for each network, by family."""
+def print_tables(networks: dict[str, Path], per_class: int, passes: int) -> None:
+    """A table for each network, by family, of the methods that take fewer passes than `passes`."""
     torch.set_num_threads(1)  # seconds of one core, whatever else runs
     for key, path in networks.items():
         classifier, images = tool.load_classifier(tool.FAMILIES[key], path, "cpu"), []
@@ -158,5 +158,6 @@ def print_tables(networks: dict[str, Path], per_class: int) -> None:
         print(f"\n{classifier.model.title} ({path.name}), {len(images)} images\n")
         print(line(*COLUMNS), line(*["---"] * len(COLUMNS)), sep="\n")
         print(random_row(classifier, images), flush=True)
-        for method in sorted([*tool.METHODS.values(), CONTROL], key=lambda each: each.passes):
+        wanted = [method for method in (*tool.METHODS.values(), CONTROL) if method.passes < passes]
+        for method in sorted(wanted, key=lambda each: each.passes):
             print(row(method, judge_method(classifier, method, images)), flush=True)

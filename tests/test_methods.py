@@ -263,6 +263,9 @@ def test_a_constant_factor_takes_nothing_from_the_other(networks, monkeypatch):
     monkeypatch.setattr(explainability, "grad_cam", lambda a, g: flat if a.shape[2:] == (2, 2) else real(a, g))
     finer = METHODS["refinecam"].maps(seen)
     assert finer.max() == 1 and finer.min() == 0
+    slope = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])  # above zero everywhere: the least is no evidence
+    monkeypatch.setattr(explainability, "grad_cam", lambda a, g: slope if a.shape[2:] == (2, 2) else flat)
+    assert METHODS["refinecam"].maps(seen)[0, :: 63, :: 63] == pytest.approx((slope[0] - 1) / 3)
     monkeypatch.setattr(explainability, "grad_cam", lambda a, g: -flat if a.shape[2:] == (2, 2) else real(a, g))
     assert not METHODS["refinecam"].maps(seen).any()
 
