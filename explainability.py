@@ -18,7 +18,8 @@ Glossary
     gradients     d logit / d activations, (B, C, h, w)
     raw map       what a method makes of one image, signed, (h, w): for Grad-CAM the weighted sum of
                   the activations before the ReLU
-    reference     the radiograph blurred: what methods compare it with, (B, 3, S, S)
+    reference     the radiograph blurred: what methods compare it with, (B, 3, S, S); reference images
+                  are those of --reference, which the network is meant for
     heatmap       the raw map after ReLU and division by its maximum, float32 in [0, 1], (h, w)
     probability   softmax of the logits, in [0, 1]; percent only in text
 
@@ -32,10 +33,11 @@ The file, from top to bottom; each section uses only what stands above it
                          weights or names: the tables at the section's start
     Methods              a batch -> signed maps. A new method: one function and one entry of METHODS
     Checks               a map -> Findings. A new check: one function and one entry of CHECKS
+    Reference            images that a network is meant for -> how far another is from them, and the most similar
     Panels and figures   Explanations -> a Sheet -> PNG, PDF or SVG. A new panel: one draw_ function
     Truth                what folders' names and --truth tell of an image
     Outputs              names, jobs, files
-    The table            summary.csv. A new column: one entry of MODEL_COLUMNS or MAP_COLUMNS
+    The table            summary.csv. A new column: one line of model_cells or map_cells
     Console text         lines for one image, and for a run over many
     Runs                 jobs -> read -> explained in batches -> drawn and written -> row, lines
     Command line         options, and what they come to. A new option: argument_parser, then checked_request
@@ -199,6 +201,7 @@ class Classifier:
 
     model: Model
     network: torch.nn.Module  # float32, eval mode, no parameter requires a gradient
+    reference: Reference | None = None  # images of the kind that it is meant for
 
     @property
     def device(self) -> torch.device:
@@ -229,7 +232,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Pointing:
-    """How a map compares with the true boxes, enlarged by half a cell of the map's grid on each side."""
+    """How a map compares with the true boxes, enlarged by half a cell on each side."""
 
     is_inside: bool  # the map's maximum
     heat: float  # share of the heatmap inside
@@ -244,6 +247,34 @@ class Finding:
     value: float  # the measured quantity; NaN where it cannot be measured
     is_flagged: bool
     text: str  # in words
+
+    @property
+    def is_measured(self) -> bool:
+        return not np.isnan(self.value)
+
+
+@dataclass(frozen=True)
+class SimilarCase:
+    """A reference image that is like the one explained, to the network."""
+
+    label: str
+    class_name: str  # its true class
+    likeness: float  # cosine of the network's features
+    picture: np.ndarray  # (h, w) uint8, a thumbnail
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How an image lies among the reference images of a network."""
+
+    nearer: int  # reference images, each measured by statistics without it, that lie nearer to the others
+    images: int  # in the reference
+    similar: tuple[SimilarCase, ...]  # NEAREST of them, from the most similar on
+
+    @property
+    def p_value(self) -> float:
+        """Chance to lie at least so far for one more image of the reference's kind (conformal)."""
+        return (1 + self.images - self.nearer) / (1 + self.images)
 
 
 @dataclass(frozen=True)
@@ -261,6 +292,11 @@ class Explanation:
     findings: tuple[Finding, ...] = ()  # one for each check that applies
     pointing: Pointing | None = None  # where the fracture is known
     passes: int = 0  # forward passes that --verify took
+    likeness: Likeness | None = None  # where the network has a reference
+
+    @property
+    def similar(self) -> tuple[SimilarCase, ...]:
+        return self.likeness.similar if self.likeness else ()
 
     @property
     def predicted(self) -> int:
@@ -286,13 +322,11 @@ class Explanation:
     @property
     def sum_error(self) -> float:
         """How far the raw map's sum is from what it owes, as a share of that; 0 where it owes nothing."""
-        if self.owed is None or not self.raw_map.any():
+        if self.owed is None:
             return 0.0
-        error, rounding = (
-            abs(float(self.raw_map.sum(dtype=float)) - self.owed),
-            1e-4 * float(np.abs(self.raw_map).sum()),
-        )
-        return error / max(abs(self.owed), rounding) if error > rounding else 0.0
+        error = abs(float(self.raw_map.sum(dtype=float)) - self.owed)
+        rounding = 1e-4 * float(np.abs(self.raw_map).sum())
+        return error / max(abs(self.owed), rounding) if error > rounding > 0 else 0.0
 
     @property
     def negative_share(self) -> float:
@@ -1637,6 +1671,7 @@ class ForwardPass:
     activations: torch.Tensor  # (B, C, h, w) of the target layer
     gradients: torch.Tensor  # (B, C, h, w) d score / d activations
     at_once: int  # inputs that memory has room for in one pass
+    features: torch.Tensor | None = None  # (B, D) input of the head, where there is a reference
 
     @property
     def scores(self) -> torch.Tensor:
@@ -1716,6 +1751,13 @@ def layer_gradients(
     return logits.detach(), explained, activations.detach(), gradients
 
 
+def head_inputs(network: torch.nn.Module, head: str) -> tuple[list[torch.Tensor], Any]:
+    """A list that takes the input of the head (B, D) at each pass, and the hook, which goes with its context."""
+    features: list[torch.Tensor] = []
+    layer = network.get_submodule(head)
+    return features, layer.register_forward_pre_hook(lambda layer, given: features.append(given[0].detach()))
+
+
 def forward_pass(
     classifier: Classifier, inputs: torch.Tensor, target: int | None, at_once: int
 ) -> ForwardPass:
@@ -1729,11 +1771,15 @@ def forward_pass(
     family, network = classifier.model.family, classifier.network
     at_once = min(at_once, max(1, at_once * INPUT_SIZE**2 // inputs[0, 0].numel()))
     wanted = None if target is None else torch.full((len(inputs),), target, device=inputs.device)
-    logits, *rest = layer_gradients(network, family.target_layer, inputs, wanted)
+    features, hook = [None], contextlib.nullcontext()
+    if classifier.reference:
+        features, hook = head_inputs(network, family.head)
+    with hook:
+        logits, *rest = layer_gradients(network, family.target_layer, inputs, wanted)
     if not torch.isfinite(logits).all():
         cause = "the network's output is not finite"
         raise refusal(classifier.model.checkpoint, cause, "its weights are damaged")
-    return ForwardPass(network, family.finer_layer, inputs, logits, *rest, at_once)
+    return ForwardPass(network, family.finer_layer, inputs, logits, *rest, at_once, features[0])
 
 
 # Class activation maps
@@ -1770,17 +1816,21 @@ def weighted_sum(weights: torch.Tensor, activations: torch.Tensor) -> torch.Tens
     return raw.where(raw.abs() > rounding, 0)
 
 
-def finer_grad_cam(seen: ForwardPass) -> torch.Tensor:
-    """Grad-CAM at the target layer times Grad-CAM one stage earlier, both after the ReLU: (B, 2h, 2w).
+def refine_cam(seen: ForwardPass) -> torch.Tensor:
+    """RefineCAM: Grad-CAM of two layers, each at the input's size and in [0, 1], multiplied: (B, S, S).
 
-    The finer map has the edges and is often hot elsewhere; the coarse one says what of it counts.
+    The finer layer's map has the edges and is often hot elsewhere; the coarse one says what of it
+    counts. Enlarged before they are multiplied, neither has the other's steps.
     """
     import torch
 
     *_, activations, gradients = layer_gradients(seen.network, seen.finer_layer, seen.inputs, seen.explained)
-    finer = grad_cam(activations, gradients).relu()
-    coarse = grad_cam(seen.activations, seen.gradients).relu()[:, None]
-    return finer * torch.nn.functional.interpolate(coarse, finer.shape[1:], mode="bilinear")[:, 0]
+    product = torch.ones_like(seen.inputs[:, 0])
+    for raw in (grad_cam(seen.activations, seen.gradients), grad_cam(activations, gradients)):
+        heat = torch.nn.functional.interpolate(raw.relu()[:, None], seen.inputs.shape[2:], mode="bilinear")[:, 0]
+        low, high = heat.amin(dim=(1, 2), keepdim=True), heat.amax(dim=(1, 2), keepdim=True)
+        product *= ((heat - low) / (high - low)).where(high > low, heat.sign())  # a constant map takes nothing away
+    return product
 
 
 # Gradients of pixels
@@ -1997,6 +2047,7 @@ class Method:
     passes: int  # inputs that go through the network for one image, the first pass and the proof among them
     owed: Callable[[ForwardPass], torch.Tensor] | None = None  # (B,) what the maps must sum to
     compares: bool = False  # with the reference; its maps then hold evidence against the class as well
+    layers: tuple[str, ...] = ()  # of a family, that the maps are made of
 
 
 METHODS = {
@@ -2004,15 +2055,15 @@ METHODS = {
     for method in (
         Method(
             "gradcam", "Grad-CAM", "Selvaraju et al., ICCV 2017",
-            lambda seen: grad_cam(seen.activations, seen.gradients), 1,
+            lambda seen: grad_cam(seen.activations, seen.gradients), 1, layers=("target_layer",),
         ),
         Method(
             "gradcam++", "Grad-CAM++", "Chattopadhay et al., WACV 2018",
-            lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients), 1,
+            lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients), 1, layers=("target_layer",),
         ),
         Method(
-            "gradcam-hires", "Grad-CAM, high resolution", "Grad-CAM at two stages, multiplied by this tool",
-            finer_grad_cam, 2,
+            "refinecam", "RefineCAM", "Domeniconi et al., arXiv 2605.14641, 2026", refine_cam, 2,
+            layers=("target_layer", "finer_layer"),
         ),
         Method(
             "ig", "Integrated Gradients", "Sundararajan et al., ICML 2017",
@@ -2041,9 +2092,19 @@ def passes_of(keys: Sequence[str]) -> int:
     return own + (2 if any(method.compares for method in methods) else 1)
 
 
+def finite(raw_map: np.ndarray) -> np.ndarray:
+    """The same map. Raises ValueError where a value is NaN or infinite: no check would flag it."""
+    if not np.isfinite(raw_map).all():
+        raise ValueError("the map is not finite")
+    return raw_map
+
+
 def normalised(raw_map: np.ndarray) -> np.ndarray:
-    """ReLU (eq. 2), then division by the maximum: (h, w) in [0, 1]. A blank map stays blank."""
-    positive = np.maximum(raw_map, 0)
+    """ReLU (eq. 2), then division by the maximum: (h, w) in [0, 1]. A blank map stays blank.
+
+    Raises ValueError for a map that is not finite.
+    """
+    positive = np.maximum(finite(raw_map), 0)
     peak = positive.max()
     return positive / peak if peak > 0 else positive
 
@@ -2087,7 +2148,14 @@ def explain_batch(
             raise
         cause = f"not enough memory for a batch of {len(inputs)}"
         raise refusal(classifier.model.checkpoint, cause, "choose a smaller --batch-size") from error
-    return [explanation for of_image in zip(*by_method) for explanation in of_image]
+    likenesses = [None] * len(inputs)
+    if classifier.reference:
+        likenesses = classifier.reference.likenesses(seen.features.cpu().numpy())
+    return [
+        dataclasses.replace(explanation, likeness=likeness)
+        for likeness, *of_image in zip(likenesses, *by_method)
+        for explanation in of_image
+    ]
 
 
 def explanations_of(model: Model, seen: ForwardPass, method: Method) -> list[Explanation]:
@@ -2139,23 +2207,23 @@ OUTER = np.pad(np.zeros((CELLS - 2, CELLS - 2), bool), 1, constant_values=True) 
 DENSE_SHARE = 0.02  # of a cell's pixels; with fewer the cell holds nothing as dense as bone
 HOT_AREA = 0.25  # of the image
 
-# A marker or annotation is bright, thin, small and set off from all around it. Lengths in pixels
-# of CHECKED_SIDE, brightness in shares of the radiograph's range (1st to 99th percentile).
-STROKE_REACH, STROKE_CONTRAST = 4, 0.3  # an opening of 9 x 9 takes away strokes of up to 8 pixels
+# A marker or annotation is bright, thin, small and sharp. Lengths in pixels of CHECKED_SIDE,
+# brightness in shares of the radiograph's range (1st to 99th percentile).
+STROKE_REACH, STROKE_CONTRAST = 4, 0.2  # an opening of 9 x 9 takes away strokes of up to 8 pixels
 JOINING_REACH = 2  # letters at most 4 pixels apart are one marker
 MARKER_PIXELS, MARKER_SIDES = 12, range(6, 50)  # fewer pixels are noise; sides are the longer ones
 TEXT_SIDES, TEXT_HEIGHT = range(6, 124), 27  # a line of text may be longer while it is lower than this
-LETTER_HEIGHT, TEXT_STROKES = 9, 4  # a line three times as long as high, of so many strokes, is text
-LONGEST_STROKE = 0.6  # of its length
-STRIP_LENGTH = 28  # longer ones of fewer strokes are no letters
-RING, RING_CONTRAST = (2, 5), 0.25  # pixels outside the box; bone's edges go on there, markers do not
+TEXT_STROKES, LONGEST_STROKE = 3, 0.6  # of a line three times as long as high; the longest in its lengths
+SHARPNESS, SHARPNESS_REACH = 0.13, 2  # mean of |Laplacian| in and round a box; most edges of bone have less
 
+NEAREST = 3  # reference images that are told
 AGREEMENT = "map_agreement"  # the check of a pair
-AGREEMENT_LIMIT = 0.4  # equal maps share 1, disjoint ones 0
+AGREEMENT_LIMIT = 0.05  # equal maps share 1, of parts of one fracture less, of two places next to nothing
 CONFIDENCE_LIMIT = 0.95  # the guide's, for clear cases
 ERASING_BLUR = 8 / 224  # of the image's side: standard deviation of the Gaussian that erases
 ERASED_AREA = 0.2  # of the image, the hottest
-ADDED = (("a letter", "L", 22), ("a line of text", "AP SUPINE", 11))  # and size in pixels of CHECKED_SIDE
+ADDED = (("a letter", "L"), ("a line of text", "AP SUPINE"))
+ADDED_SIZE = 22  # pixels of CHECKED_SIDE; a network that reads text misses small one
 ADDED_EDGE = 8  # pixels of CHECKED_SIDE between what is added and the corner
 MOVED_MASKS = 13
 MOST_TRIALS = MOVED_MASKS + len(ADDED) + 4  # and the hot area, two covered copies and the blurred one
@@ -2223,8 +2291,12 @@ def marker_boxes(grey: np.ndarray) -> Iterator[PixelBox]:
     strokes = grey - over_windows(eroded, STROKE_REACH, np.maximum) > STROKE_CONTRAST * (high - low)
     for rows, columns in regions(strokes, JOINING_REACH):
         box = int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
-        is_apart = stands_out(grey, rows, columns, box, RING_CONTRAST * (high - low))
-        if is_marker_size(len(rows), box) and is_letter_or_text(rows, columns, box, is_apart):
+        short, long = sorted((box[2] - box[0], box[3] - box[1]))
+        is_small = long in MARKER_SIDES or (long in TEXT_SIDES and short < TEXT_HEIGHT)
+        if len(rows) < MARKER_PIXELS or not is_small or sharpness(grey, box) < SHARPNESS * (high - low):
+            continue
+        # Strips that are no text are cortex, pins or the field's edge.
+        if long < 3 * short or is_text(rows, columns):
             yield box
 
 
@@ -2261,37 +2333,21 @@ def connected(mask: np.ndarray) -> np.ndarray:
     return labels
 
 
-def is_marker_size(pixels: int, box: PixelBox) -> bool:
-    short, long = sorted((box[2] - box[0], box[3] - box[1]))
-    return pixels >= MARKER_PIXELS and (long in MARKER_SIDES or (long in TEXT_SIDES and short < TEXT_HEIGHT))
+def sharpness(grey: np.ndarray, box: PixelBox) -> float:
+    """Mean of the Laplacian's magnitude in a box and round it."""
+    x0, y0, x1, y1 = grown(box, SHARPNESS_REACH, CHECKED_SIDE)
+    values = grey[y0:y1, x0:x1].astype(int)
+    neighbours = values[:-2, 1:-1] + values[2:, 1:-1] + values[1:-1, :-2] + values[1:-1, 2:]
+    return float(np.abs(4 * values[1:-1, 1:-1] - neighbours).mean())
 
 
-def is_letter_or_text(rows: np.ndarray, columns: np.ndarray, box: PixelBox, is_apart: bool) -> bool:
-    """Whether a region is set off as a letter is, or a line of several strokes as text is.
-
-    Low text may lie over bone and beside it. A strip of few strokes, or with one that runs on along
-    it, is cortex, a pin or the edge of the field.
-    """
-    x0, y0, x1, y1 = box
-    short, long = sorted((x1 - x0, y1 - y0))
-    if long < 3 * short:
-        return is_apart
-    strokes = np.zeros((y1 - y0, x1 - x0), bool)
-    strokes[rows - y0, columns - x0] = True
-    along = 1 if x1 - x0 == long else 0
+def is_text(rows: np.ndarray, columns: np.ndarray) -> bool:
+    """Whether a region is a line of several strokes, of which none runs on along it."""
+    strokes = np.zeros((np.ptp(rows) + 1, np.ptp(columns) + 1), bool)
+    strokes[rows - rows.min(), columns - columns.min()] = True
+    along = int(np.argmax(strokes.shape))
     lengths = [np.ptp(places[along]) + 1 for places in regions(strokes, 0)]
-    is_text = len(lengths) >= TEXT_STROKES and max(lengths) <= LONGEST_STROKE * long
-    return (is_text and short <= LETTER_HEIGHT) or (is_apart and (is_text or long < STRIP_LENGTH))
-
-
-def stands_out(grey: np.ndarray, rows: np.ndarray, columns: np.ndarray, box: PixelBox, by: float) -> bool:
-    """Whether a region's median lies `by` above the 90th percentile of the ring round its box."""
-    inner, outer = (grown(box, reach, CHECKED_SIDE) for reach in (RING[0] - 1, RING[1]))
-    x0, y0, x1, y1 = outer
-    ring = np.ones((y1 - y0, x1 - x0), bool)
-    ring[inner[1] - y0 : inner[3] - y0, inner[0] - x0 : inner[2] - x0] = False
-    around = grey[y0:y1, x0:x1][ring]
-    return bool(around.size and np.median(grey[rows, columns]) - np.percentile(around, 90) >= by)
+    return len(lengths) >= TEXT_STROKES and max(lengths) <= LONGEST_STROKE * strokes.shape[along]
 
 
 def grown(box: PixelBox, reach: int, side: int) -> PixelBox:
@@ -2312,8 +2368,11 @@ def box_mask(boxes: Iterable[PixelBox], side: int) -> np.ndarray:
 
 
 def heat_on_cells(raw_map: np.ndarray) -> np.ndarray:
-    """Share of the heat in each cell, by area: (h, w) -> (CELLS, CELLS); all 0 for a blank map."""
-    heat = np.maximum(raw_map, 0).astype(np.float64)
+    """Share of the heat in each cell, by area: (h, w) -> (CELLS, CELLS); all 0 for a blank map.
+
+    Raises ValueError for a map that is not finite.
+    """
+    heat = np.maximum(finite(raw_map), 0).astype(np.float64)
     total = heat.sum()
     if total == 0:
         return np.zeros((CELLS, CELLS))
@@ -2373,7 +2432,8 @@ def border(evidence: Evidence) -> Said:
     """Share of the heat in the frame of outer cells; 24/49 for a uniform map."""
     share = float(evidence.heat[OUTER].sum())
     area = percent(OUTER.mean())
-    return share, f"{percent(share)} of the heat lies in the outer ring of cells, which is {area} of the area"
+    told = f"{percent(share)} of the heat lies in the outer ring of cells, which is {area} of the area"
+    return share, f"{told}; a fracture may lie there"
 
 
 def dark(evidence: Evidence) -> Said:
@@ -2413,6 +2473,28 @@ def agreement(evidence: Evidence) -> Said:
 def confidence(evidence: Evidence) -> Said:
     value = evidence.explanation.confidence
     return value, f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}"
+
+
+def unlike(evidence: Evidence) -> Said | None:
+    """The conformal p-value of the image among the reference's: small where it is of another kind.
+
+    S. Bates et al., Annals of Statistics 2023: of images of the reference's kind 5 % fall below 5 %.
+    """
+    likeness = evidence.explanation.likeness
+    if likeness is None:
+        return None
+    nearer = f"{likeness.nearer} of the {likeness.images} themselves"
+    return likeness.p_value, f"farther from the reference images than {nearer}"
+
+
+def neighbours(evidence: Evidence) -> Said | None:
+    """Share of the most similar reference images that are of the predicted class."""
+    explanation = evidence.explanation
+    if explanation.likeness is None:
+        return None
+    names = [case.class_name for case in explanation.likeness.similar]
+    count = names.count(explanation.prediction)
+    return count / len(names), f"{count} of the {len(names)} most similar reference images are {explanation.prediction}"
 
 
 # What a network says of changed copies (--verify)
@@ -2504,7 +2586,7 @@ class Check:
 
     key: str  # in the table's columns and in JSON; in words where passed checks are listed
     title: str  # the guide's words where it has some
-    about: str  # "map", "pair" of maps, "prediction", or "verify": asked only with --verify
+    about: str  # "map", "pair" of maps, "prediction", "reference"; with --verify "verify", "statement"
     ask: Callable[[Evidence], Said | None]
     flags: Callable[[float, float], bool]  # value, limit; False for NaN: it cannot be told
     limit: float
@@ -2517,16 +2599,20 @@ CHECKS = {check.key: check for check in (
     Check("dark", "Attention on irrelevant areas", "map", dark, operator.gt, 0.35),
     # A marker touches 1 to 4 of 49 cells: 0.02 to 0.08 by chance.
     Check("markers", "Focus on text/labels/artifacts", "map", markers, operator.gt, 0.2),
-    Check("focus", "No clear focal point", "map", focus, operator.lt, 0.5),  # without focus it is 0.25
+    # Of noise that is positive in half of the cells it is 0.8; of a uniform map 0.25.
+    Check("focus", "No clear focal point", "map", focus, operator.lt, 0.8),
     Check(AGREEMENT, "Models strongly disagree", "pair", agreement, operator.lt, AGREEMENT_LIMIT),
     Check("confidence", "Low confidence overall", "prediction", confidence, operator.lt, CONFIDENCE_LIMIT),
+    Check("unlike", "Unlike the reference", "reference", unlike, operator.lt, 0.05),
+    Check("neighbours", "Similar cases contradict", "reference", neighbours, operator.lt, 1 / (2 * NEAREST)),
     # Covering as much elsewhere, and writing beside the bone, costs honest networks less.
     Check("covering", "Reads the side marker", "verify", covering, operator.gt, 0.1),
     Check("adding", "Heeds a marker that is added", "verify", adding, operator.gt, 0.1),
-    Check("default", "Says so of anything", "verify", default, operator.gt, 1),
-    # Where masks put anywhere do as much, the map says nothing.
-    Check("erasing", "The hot area counts no more than others", "verify", erasing, operator.gt, 0.5),
+    Check("default", "", "statement", default, operator.gt, math.inf),
+    # A map that points anywhere has 0.5, give or take 0.3: masks put anywhere mostly do more.
+    Check("erasing", "The hot area counts no more than others", "verify", erasing, operator.gt, 0.75),
 )}  # fmt: skip
+ASKED_AGAIN = ("verify", "statement")  # what --verify asks the network about
 MAP_CHECKS = sum(check.about == "map" for check in CHECKS.values())
 
 
@@ -2544,7 +2630,7 @@ def findings_of(evidence: Evidence) -> tuple[Finding, ...]:
     found = []
     for check in CHECKS.values():
         needs_place = check.about == "map" and check.key != "blank"
-        needs_more = check.about == "pair" or (check.about == "verify" and evidence.trial is None)
+        needs_more = check.about == "pair" or (check.about in ASKED_AGAIN and evidence.trial is None)
         if needs_more or (needs_place and evidence.explanation.blankness):
             continue
         if finding := finding_of(check, evidence):
@@ -2575,7 +2661,11 @@ def checks_text(findings: Sequence[Finding]) -> str:
 def marked_text(finding: Finding) -> str:
     """A finding as a sentence, with a warning where it is flagged."""
     sentence = finding.text[0].upper() + finding.text[1:]
-    return f"⚠️  {sentence}" if finding.is_flagged else sentence
+    if not finding.is_flagged:
+        return sentence
+    if finding.check == "unlike":  # what its words do not say
+        sentence = f"{CHECKS[finding.check].title}: {finding.text}"
+    return f"⚠️  {sentence}"
 
 
 # --verify: copies of a radiograph in which something is covered, added or erased
@@ -2643,10 +2733,10 @@ def shifted(box: PixelBox, down: int, right: int, side: int) -> PixelBox:
     return x, y, x + x1 - x0, y + y1 - y0
 
 
-def with_writing(image: np.ndarray, text: str, size: int) -> np.ndarray:
-    """(3, N, N) with bright writing in its darkest corner, `size` in pixels of CHECKED_SIDE."""
+def with_writing(image: np.ndarray, text: str) -> np.ndarray:
+    """(3, N, N) with bright writing in its darkest corner."""
     side = image.shape[1]
-    font = ImageFont.load_default(max(1, round(size * side / CHECKED_SIDE)))
+    font = ImageFont.load_default(max(1, round(ADDED_SIZE * side / CHECKED_SIDE)))
     left, top, right, bottom = map(round, font.getbbox(text))
     plate = Image.new("L", (max(1, right - left), max(1, bottom - top)))
     ImageDraw.Draw(plate).text((-left, -top), text, 255, font)
@@ -2701,7 +2791,7 @@ def tried(
 ) -> Trial:
     """Ask the network about changed copies of one input (3, N, N): at most MOST_TRIALS forward passes."""
     side, erasing, covered, erased = image.shape[1], without_detail(image), [], []
-    added = [with_writing(image, text, size) for _, text, size in ADDED]
+    added = [with_writing(image, text) for _, text in ADDED]
     if landmarks.markers:
         markers, elsewhere = marker_masks(landmarks.markers, side)
         if elsewhere:
@@ -2802,12 +2892,13 @@ def pointing(explanation: Explanation, boxes: Sequence[Region]) -> Pointing:
     """The pointing game (J. Zhang et al., ECCV 2016) and the heat inside.
 
     Boxes are in shares of the image's sides, and count with half a cell of the map more on each
-    side: a map's maximum cannot be told more exactly.
+    side: a map's maximum cannot be told more exactly. For finer maps it is half a cell of the
+    checks' grid, so that methods can be compared.
     """
     h, w = explanation.raw_map.shape
     row, column = np.unravel_index(explanation.raw_map.argmax(), (h, w))
     x, y = (column + 0.5) / w, (row + 0.5) / h
-    grown = [with_margin(box, h, w) for box in boxes]
+    grown = [with_margin(box, min(h, CELLS), min(w, CELLS)) for box in boxes]
     is_inside = any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in grown)
     mask = np.zeros((CHECKED_SIDE, CHECKED_SIDE), bool)
     for box in grown:
@@ -2838,6 +2929,149 @@ def pointing_text(pointed: Pointing) -> str:
     place, mark = ("inside", "") if pointed.is_inside else ("outside", "⚠️  ")
     share = f"{percent(pointed.heat)} of the heat inside, {percent(pointed.area)} of the area"
     return f"{mark}Maximum {place} the true fracture's box; {share}"
+
+
+# ------------------------------------------------------------------------------------------
+# Reference: images of the kind that a network is meant for (--reference)
+# ------------------------------------------------------------------------------------------
+
+FEWEST_OF_CLASS = 50  # images; of fewer, how far is far cannot be told
+MOST_OF_CLASS = 500  # of more, so many are taken, evenly over their sorted names
+FOLDS = 5  # an image is measured by statistics of the other folds' images alone
+SHRINKAGE = 0.1  # of the covariance towards its mean variance
+SAME_IMAGE = 1 - 1e-5  # likeness of an image and itself, in half precision
+THUMBNAIL = (72, 72)  # pixels, kept as JPEG
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Classes' means and their common covariance: what a Mahalanobis distance needs.
+
+    K. Lee et al., NeurIPS 2018. The covariance, (1 - a) X'X / m + a v I of centred features X (m, D)
+    with mean variance v, is inverted by way of XX' (Woodbury): there are fewer images than features.
+    """
+
+    means: np.ndarray  # (K, D)
+    centred: np.ndarray  # (m, D)
+    inverse: np.ndarray  # (m, m) of XX' + m a v / (1 - a) I
+    least: float  # a v
+
+    @classmethod
+    def of(cls, features: np.ndarray, classes: np.ndarray) -> Spread:
+        names, of_class = np.unique(classes, return_inverse=True)
+        means = np.stack([features[classes == each].mean(axis=0) for each in names])
+        centred = features - means[of_class]
+        least = SHRINKAGE * float((centred**2).mean())
+        ridge = len(centred) * least / (1 - SHRINKAGE)
+        return cls(means, centred, np.linalg.inv(centred @ centred.T + ridge * np.eye(len(centred))), least)
+
+    def distances(self, features: np.ndarray) -> np.ndarray:
+        """Squared distance to the nearest class's mean: (B, D) -> (B,)."""
+        distances = []
+        for mean in self.means:
+            away = features - mean
+            along = away @ self.centred.T
+            explained = ((along @ self.inverse) * along).sum(axis=1)
+            distances.append(((away**2).sum(axis=1) - explained) / self.least)
+        return np.min(distances, axis=0)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Images that a network is meant for, as its features show them."""
+
+    features: np.ndarray  # (n, D) float16
+    classes: np.ndarray  # (n,) names
+    labels: np.ndarray  # (n,) names of the images
+    thumbnails: tuple[bytes, ...]  # JPEG
+
+    @functools.cached_property
+    def folds(self) -> list[tuple[Spread, np.ndarray]]:
+        """For each fold the statistics of the others, and by them its own images' distances, sorted."""
+        folds, features = np.arange(len(self.features)) % FOLDS, self.features.astype(float)
+        measured = []
+        for fold in range(FOLDS):
+            spread = Spread.of(features[folds != fold], self.classes[folds != fold])
+            measured.append((spread, np.sort(spread.distances(features[folds == fold]))))
+        return measured
+
+    @functools.cached_property
+    def directions(self) -> np.ndarray:
+        return unit(self.features.astype(np.float32))
+
+    def likenesses(self, features: np.ndarray) -> list[Likeness]:
+        """How images lie among these, from their features (B, D): cross-conformal (V. Vovk, 2015)."""
+        nearer = sum(np.searchsorted(own, spread.distances(features)) for spread, own in self.folds)
+        cosines = unit(features) @ self.directions.T
+        cosines[cosines > SAME_IMAGE] = -1  # an image is no similar case of itself
+        nearest = (-cosines).argsort(axis=1, kind="stable")[:, :NEAREST]
+        return [
+            Likeness(int(count), len(self.labels), tuple(self.case(place, row[place]) for place in places))
+            for count, places, row in zip(nearer, nearest, cosines)
+        ]
+
+    def case(self, place: int, likeness: float) -> SimilarCase:
+        picture = np.asarray(Image.open(io.BytesIO(self.thumbnails[place])))
+        return SimilarCase(str(self.labels[place]), str(self.classes[place]), float(likeness), picture)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (n, D) divided by their lengths."""
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def thumbnail_of(radiograph: Radiograph) -> bytes:
+    image, file = Image.fromarray(radiograph.pixels).convert("L"), io.BytesIO()
+    image.thumbnail(THUMBNAIL)
+    image.save(file, "JPEG", quality=60)
+    return file.getvalue()
+
+
+def reference_of(classifier: Classifier, images: Sequence[tuple[Path, str, str]], batch: int) -> Reference:
+    """Pass images through a network, each with its label and class; one that cannot be read is told."""
+    import torch
+    from tqdm import tqdm
+
+    features, hook = head_inputs(classifier.network, classifier.model.family.head)
+    kept, thumbnails = [], []
+    with hook, torch.no_grad(), tqdm(images, "Reference", unit="image", disable=not sys.stderr.isatty()) as bar:
+        rest = readable(bar)
+        while some := list(itertools.islice(rest, batch)):
+            inputs = [network_input(radiograph, classifier.model.preprocessing) for radiograph, *_ in some]
+            classifier.network(torch.from_numpy(np.stack(inputs)).to(classifier.device))
+            thumbnails += [thumbnail_of(radiograph) for radiograph, *_ in some]
+            kept += [told for _, *told in some]
+    labels, classes = np.array(kept).T
+    return Reference(torch.cat(features).half().cpu().numpy(), classes, labels, tuple(thumbnails))
+
+
+def readable(images: Iterable[tuple[Path, str, str]]) -> Iterator[tuple[Radiograph, str, str]]:
+    """The images, with what goes with them; says which cannot be read."""
+    for path, *told in images:
+        try:
+            yield load_radiograph(path), *told
+        except ExplainError as error:
+            print(f"❌ {error}; left out of the reference", file=sys.stderr)
+
+
+def write_reference(reference: Reference, path: Path, mark: str) -> None:
+    thumbnails, ends = b"".join(reference.thumbnails), np.cumsum([len(each) for each in reference.thumbnails])
+    arrays = {"features": reference.features, "classes": reference.classes, "labels": reference.labels}
+    file = io.BytesIO()
+    np.savez(file, **arrays, thumbnails=np.frombuffer(thumbnails, np.uint8), ends=ends, mark=mark)
+    write_file(path, file.getvalue())
+
+
+def read_reference(path: Path, mark: str) -> Reference | None:
+    """What was written for this network and these images; None where nothing was."""
+    try:
+        with np.load(path) as file:
+            if str(file["mark"]) != mark:
+                return None
+            thumbnails = tuple(each.tobytes() for each in np.split(file["thumbnails"], file["ends"][:-1]))
+            return Reference(file["features"], file["classes"], file["labels"], thumbnails)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or cut off
+        return None
 
 
 # ------------------------------------------------------------------------------------------
@@ -2911,6 +3145,7 @@ class Look:
 
 
 LARGE, BOLD = Look(15, is_bold=True), Look(10, is_bold=True)
+SIMILAR_SIDE = 0.8  # inches, the longer side of a similar case's picture
 BODY, SMALL = Look(10), Look(8.5)
 NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
 
@@ -3328,8 +3563,9 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
             sheet.write(x, y, "⚠", ALERT)
             text = f"{check.title}: {finding.text}" if check.title else finding.text
             y = sheet.paragraph(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
-        elif check.about == "verify":
-            told.append(marked_text(finding))
+        elif check.about in ("reference", *ASKED_AGAIN):
+            if finding.is_measured:
+                told.append(marked_text(finding))
         else:
             passed.append(check.key.replace("_", " "))
     if explanation.pointing:
@@ -3352,9 +3588,13 @@ def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str
     if explanation.explained != explanation.predicted:
         probability = explanation.probabilities[explanation.explained]
         lines.insert(0, ("Explained class", f"{probability:.2%} {explanation.explained_class}"))
-    if explanation.method.startswith("gradcam"):
-        lines.append(("Target layer", model.family.target_layer))
-    lines.append(("Map", f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"))
+    layers = [getattr(model.family, name) for name in method.layers]
+    if layers:
+        lines.append(("Target layer", " and ".join(layers)))
+    if len(layers) > 1:
+        lines.append(("Map", f"{len(layers)} grids, interpolated to {h}×{w} pixels, then multiplied"))
+    else:
+        lines.append(("Map", f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"))
     if explanation.heatmap.any():
         relative = "" if style.signed else " (the colours are relative to it)"
         lines.append(("Peak of raw map", f"{raw.max():.3g}{relative}"))
@@ -3389,6 +3629,24 @@ def guide_block(sheet: Sheet, x: float, y: float, width: float, style: FigureSty
     for text in READING_ADVICE:
         y = sheet.paragraph(x, y + 0.01, text, width)
     return y + 0.05
+
+
+def draw_similar(
+    sheet: Sheet, x: float, y: float, width: float, explanation: Explanation, dpi: float
+) -> float:
+    """The reference images most like this one, with their true classes; returns where they end."""
+    sheet.write(x, y, "Most similar reference images, to the network", FAINT)
+    column, top = width / NEAREST, y + 0.22
+    below = top + SIMILAR_SIDE + 0.04
+    end = below
+    for place, case in enumerate(explanation.similar):
+        picture = Image.fromarray(case.picture).convert("RGB")
+        scale = SIMILAR_SIDE * dpi / max(picture.size)
+        pixels = np.asarray(picture.resize([max(1, round(side * scale)) for side in picture.size]))
+        text = f"{case.class_name}, {case.likeness:.3f}"
+        sheet.items.append(Picture(x + place * column, top, pixels, text))
+        end = max(end, sheet.paragraph(x + place * column, below, text, column - 0.1))
+    return end + 0.1
 
 
 def draw_details(
@@ -3466,7 +3724,12 @@ def explanation_figure(view: View, explanation: Explanation) -> Sheet:
     draw_overlay(sheet, *overlay, view, explanation, titles[2])
     x, y = details
     end = draw_details(sheet, x, y - room + 0.06, details_width, explanation, view.style)
-    draw_footer(sheet, view, [explanation], max(overlay[1] + view.height, end))
+    bottom = overlay[1] + view.height
+    if explanation.similar and end + SIMILAR_SIDE + 0.6 <= bottom:
+        end = draw_similar(sheet, x, end, details_width, explanation, view.style.dpi)
+    elif explanation.similar:
+        bottom = draw_similar(sheet, overlay[0], bottom + 0.12, column, explanation, view.style.dpi)
+    draw_footer(sheet, view, [explanation], max(bottom, end))
     return sheet
 
 
@@ -3649,13 +3912,11 @@ def figure_bytes(sheet: Sheet, style: FigureStyle, digest: str = "") -> bytes:
 
 TEST_TRUTH = TEST_IMAGES / "fracture_boxes.csv"  # used by itself for the images beside it
 SIDES = ("x0", "y0", "x1", "y1")
-TRUTH_COLUMNS = {  # how a table's header may call them, in any case
-    "file": ("file", "filename", "image", "path"),
-    "class": ("class", "label"),
-    "x0": ("x0", "xmin"),
-    "y0": ("y0", "ymin"),
-    "x1": ("x1", "xmax"),
-    "y1": ("y1", "ymax"),
+TRUTH_COLUMNS = {  # by what a table's header may call them, in any case
+    **dict.fromkeys(("file", "filename", "image", "path"), "file"),
+    **dict.fromkeys(("class", "label"), "class"),
+    **dict(zip(SIDES, SIDES)),
+    **dict(zip(("xmin", "ymin", "xmax", "ymax"), SIDES)),
 }
 NEGATIONS = {"no", "non", "not", "without"}
 
@@ -3699,11 +3960,10 @@ def known_truth(
     table: Path | None, images: Sequence[Path], is_anonymous: bool
 ) -> tuple[dict[str, Truth], str, list[str]]:
     """Truth by the real path of the image, of a table or the test images' own; its mark; what to say."""
-    if table is None:
-        are_ours = any(TEST_IMAGES in Path(os.path.realpath(image)).parents for image in images)
-        if not (are_ours and TEST_TRUTH.is_file()):
-            return {}, "", []
     path = table or TEST_TRUTH
+    ours = (image for image in images if TEST_IMAGES in Path(os.path.realpath(image)).parents)
+    if not table and not (path.is_file() and any(ours)):
+        return {}, "", []
     truths, missing = read_truth(path, images)
     notes = []
     if missing and table:
@@ -3725,8 +3985,7 @@ def read_truth(path: Path, images: Sequence[Path]) -> tuple[dict[str, Truth], li
     missing = []
     for number, cells in truth_rows(path):
         name = cells["file"].replace("\\", "/")
-        twins = by_name[Path(name).name]
-        image = path.parent / name
+        image, twins = path.parent / name, by_name[Path(name).name]
         if not os.path.isfile(image):
             if len(twins) != 1:
                 missing.append(name)
@@ -3746,18 +4005,14 @@ def truth_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         lines = decoded_text(file.read()).splitlines()
     header = lines[0] if lines else ""
     reader = csv.reader(lines, delimiter=max(",;\t", key=header.count), skipinitialspace=True)
-    titles = [title.strip().casefold() for title in next(reader, [])]
-    places = {
-        name: titles.index(spelling)
-        for name, spellings in TRUTH_COLUMNS.items() for spelling in spellings if spelling in titles
-    }  # fmt: skip
-    if "file" not in places or len(places) < 2:
+    titles = [TRUTH_COLUMNS.get(title.strip().casefold()) for title in next(reader, [])]
+    if "file" not in titles or len({*titles} - {None}) < 2:
         cause = f"its first line is {brief(header)}"
         raise refusal(path, cause, "begin with names of columns: file and any of class, x0, y0, x1, y1")
     for row in reader:
-        cells = {name: row[place].strip() if place < len(row) else "" for name, place in places.items()}
+        cells = {title: cell.strip() for title, cell in zip(titles, row) if title}
         if any(cells.values()):
-            yield reader.line_num, cells
+            yield reader.line_num, {"file": "", **cells}
 
 
 def decoded_text(content: bytes) -> str:
@@ -3822,37 +4077,39 @@ DIGEST_PLACES = {  # how the digest stands in a whole file
     ".png": re.compile(rb"tEXtDigest\0(\w*).{8}IDAT.*IEND.{4}$", re.DOTALL),
     ".pdf": re.compile(rb"/Keywords \((\w*)\).*%%EOF\s*$", re.DOTALL),
     ".svg": re.compile(rb"<dc:identifier>(\w*)</dc:identifier>.*</svg>\s*$", re.DOTALL),
+    ".json": re.compile(rb'"digest": "(\w*)"\s*}$'),
+    ".npy": re.compile(rb"\A\x93NUMPY()"),  # has none; its .json, written after it, tells
 }
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into ExplainError."""
+    try:
+        yield
+    except OSError as error:
+        cause = f"cannot be written ({error.strerror or error})"
+        raise refusal(path, cause, "choose another place with --output-dir") from error
 
 
 def check_output_folder(folder: Path) -> None:
     """Make the output folder and try it. Raises ExplainError where no figure could be written."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(PROBE_BYTES))
-    except OSError as error:
-        raise unwritable(folder, error) from error
 
 
-def unwritable(path: Path, error: OSError) -> ExplainError:
-    cause = f"cannot be written ({error.strerror or error})"
-    return refusal(path, cause, "choose another place with --output-dir")
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, which takes the name `path` once it is whole; a link there is replaced, not followed.
 
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the name `path` at the end, or goes away.
-
-    A link at `path` is replaced, not followed. Raises ExplainError where the system refuses.
+    Raises ExplainError where the system refuses.
     """
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            yield file
-        os.replace(temporary, path)
-    except OSError as error:
-        raise unwritable(path, error) from error
+        with writing(path):
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -3860,31 +4117,39 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 # Names
 
 
-def display_names(labels: Sequence[str]) -> list[str]:
-    """What figures and console call images: their names; with the folder where two have the same one."""
-    paths = [Path(label) for label in labels]
-    times = Counter(path.name for path in paths)
-    folders = [path.absolute().parent.name for path in paths]
-    return numbered(
-        f"{folder}/{path.name}" if times[path.name] > 1 else path.name for path, folder in zip(paths, folders)
-    )
-
-
-def numbered(labels: Iterable[str]) -> list[str]:
-    """The labels, with a number behind each that came before."""
+def numbered(names: Iterable[str]) -> list[str]:
+    """The names, with a number behind each that came before; upper and lower case are one to some systems."""
     times: Counter[str] = Counter()
     told = []
-    for label in labels:
-        times[label] += 1
-        told.append(f"{label}_{times[label]}" if times[label] > 1 else label)
+    for name in names:
+        key, unique = name.casefold(), name
+        while times[unique.casefold()]:
+            times[key] += 1
+            unique = f"{name}_{times[key]}"
+        times[unique.casefold()] += 1
+        told.append(unique)
     return told
 
 
-def content_label(image: Path) -> str:
-    """A name that says nothing about whom the image shows: the start of its content's SHA-256."""
-    with contextlib.suppress(ExplainError):
-        return file_digest(image)[:8]
-    return hashlib.sha256(os.fsencode(image)).hexdigest()[:8]  # what is wrong is said when it is read
+def with_folders(labels: Sequence[str], names: Sequence[str], between: str) -> list[str]:
+    """What images of one run are called: the name of its folder stands before one that others have too."""
+    times = Counter(name.casefold() for name in names)
+    told = []
+    for label, name in zip(labels, names):
+        folder = Path(label).absolute().parent.name
+        told.append(f"{folder}{between}{name}" if times[name.casefold()] > 1 else name)
+    return told
+
+
+def display_names(labels: Sequence[str]) -> list[str]:
+    """What figures and console call images."""
+    return numbered(with_folders(labels, [Path(label).name for label in labels], "/"))
+
+
+def output_stems(labels: Sequence[str]) -> list[str]:
+    """What the names of each image's outputs end in."""
+    stems = with_folders(labels, [Path(label).stem for label in labels], "_")
+    return numbered(map(short_stem, stems))
 
 
 def short_stem(stem: str) -> str:
@@ -3896,24 +4161,11 @@ def short_stem(stem: str) -> str:
     return f"{kept}_{hashlib.sha256(encoded).hexdigest()[:8]}"
 
 
-def output_stems(labels: Sequence[str]) -> list[str]:
-    """What the names of each image's outputs end in: the image's own stem.
-
-    Images of one run that share a stem get their folder's name before it, and if that does not
-    tell them apart, a number behind it in the order of the images. Upper and lower case do not
-    tell names apart: some file systems do not.
-    """
-    paths = [Path(label) for label in labels]
-    counts = Counter(path.stem.casefold() for path in paths)
-    taken: set[str] = set()
-    stems = []
-    for path in paths:
-        folder = path.absolute().parent.name if counts[path.stem.casefold()] > 1 else ""
-        wanted = short_stem(f"{folder}_{path.stem}" if folder else path.stem)
-        names = itertools.chain([wanted], (f"{wanted}_{number}" for number in itertools.count(2)))
-        stems.append(next(stem for stem in names if stem.casefold() not in taken))
-        taken.add(stems[-1].casefold())
-    return stems
+def content_label(image: Path) -> str:
+    """A name that says nothing about whom the image shows: the start of its content's SHA-256."""
+    with contextlib.suppress(ExplainError):
+        return file_digest(image)[:8]
+    return hashlib.sha256(os.fsencode(image)).hexdigest()[:8]  # what is wrong is said when it is read
 
 
 def prefix_of(kind: str, method: str, key: str = "") -> str:
@@ -3925,13 +4177,13 @@ def page_prefixes(keys: Sequence[str], methods: Sequence[str]) -> dict[str, tupl
     """How the names of an image's figures begin, and which of its explanations each shows."""
     made = list(itertools.product(keys, methods))  # in the order in which they are explained
     pages = {f"{method}_{key}": (index,) for index, (key, method) in enumerate(made)}
+    count = len(methods)
     if len(keys) > 1:
-        for method in methods:
-            shown_here = tuple(index for index, pair in enumerate(made) if pair[1] == method)
-            pages[prefix_of("comparison", method)] = shown_here
-    if len(methods) > 1:
-        for key in keys:
-            pages[f"methods_{key}"] = tuple(index for index, pair in enumerate(made) if pair[0] == key)
+        for place, method in enumerate(methods):
+            pages[prefix_of("comparison", method)] = tuple(range(place, len(made), count))
+    if count > 1:
+        for place, key in enumerate(keys):
+            pages[f"methods_{key}"] = tuple(range(place * count, (place + 1) * count))
     return pages
 
 
@@ -3966,7 +4218,7 @@ def make_jobs(
 
     It writes outputs of these kinds: figures, whose names have this ending, maps and panels.
 
-    Raises ExplainError where an output would replace one of the images, or another output.
+    Raises ExplainError where an output would replace one of the images.
     """
     made = list(itertools.product(keys, methods))
     shown_by = page_prefixes(keys, methods) if "figures" in kinds else {}
@@ -3985,38 +4237,25 @@ def make_jobs(
         )
         for image, label, name, stem in zip(images, labels, display_names(labels), output_stems(labels))
     ]
-    check_outputs_apart(jobs, images, folder)
-    return jobs
-
-
-def check_outputs_apart(jobs: Sequence[Job], images: Sequence[Path], folder: Path) -> None:
-    """Raise ExplainError where an output would replace an image, or another output."""
     inputs = {os.path.realpath(image) for image in images}
-    times = Counter(path for job in jobs for path in job.outputs)
-    for path in (folder / TABLE_NAME, *times):
+    for path in (folder / TABLE_NAME, *(path for job in jobs for path in job.outputs)):
         if os.path.realpath(path) in inputs:
             cause = "is an input of this run and would be replaced"
             raise refusal(path, cause, "choose another --output-dir")
-        if times[path] > 1:  # comparison_ig_x: of x by Integrated Gradients, or of ig_x by Grad-CAM
-            raise refusal(path, "two results of this run would have this name", "run one --method at a time")
+    return jobs
 
 
 def is_finished(job: Job) -> bool:
-    """Whether every file that a job would write is there, and came of the same job."""
+    """Whether every file that a job would write is there, whole, and came of the same job."""
     return all(digest_in(path) in (job.digest, "") for path in job.outputs)
 
 
 def digest_in(path: Path) -> str | None:
     """The digest of the job that wrote a file; "" where it holds none, None where it is not whole."""
-    try:
-        with open_regular(path) as file:
-            if path.suffix == ".json":
-                return json.load(file)["digest"]
-            if path.suffix in DIGEST_PLACES:
-                return DIGEST_PLACES[path.suffix].search(file.read())[1].decode()
-            return ""
-    except (ExplainError, OSError, ValueError, KeyError, TypeError):
-        return None
+    with contextlib.suppress(ExplainError, OSError), open_regular(path) as file:
+        found = DIGEST_PLACES[path.suffix].search(file.read())
+        return found and found[1].decode()
+    return None
 
 
 # Figures, pictures and maps as files
@@ -4036,13 +4275,7 @@ def write_page(result: Result, page: Page, style: FigureStyle) -> None:
     """Draw one figure of a job and write it. Raises ExplainError where it cannot be written."""
     explanations = [result.explanations[index] for index in page.shows]
     view = View(result.picture, result.job.name, style, result.boxes)
-    try:
-        content = figure_bytes(page_figure(view, explanations), style, result.job.digest)
-    except MemoryError as error:
-        cause = f"not enough memory to draw it at {style.dpi} DPI"
-        raise refusal(page.path, cause, "choose a smaller --dpi") from error
-    with replacing(page.path) as file:
-        file.write(content)
+    write_file(page.path, figure_bytes(page_figure(view, explanations), style, result.job.digest))
 
 
 def write_panels(result: Result, style: FigureStyle) -> None:
@@ -4053,19 +4286,17 @@ def write_panels(result: Result, style: FigureStyle) -> None:
         pictures.append(heatmap_pixels(explanation, *pixels.shape[:2], style))
         pictures.append(overlay_pixels(pixels, explanation, style))
     for path, picture in zip(result.job.panels, pictures):
-        content = png(picture, style.dpi, result.job.digest)
-        with replacing(path) as file:
-            file.write(content)
+        write_file(path, png(picture, style.dpi, result.job.digest))
 
 
 def write_maps(result: Result) -> None:
     """Each raw map as .npy (h, w) float32, and beside it as .json what it takes to compute it again."""
     for explanation, path in zip(result.explanations, result.job.maps):
+        content = io.BytesIO()
+        np.save(content, explanation.raw_map, allow_pickle=False)
         told = json.dumps(provenance(result.job, explanation), indent=2)
-        with replacing(path) as file:
-            np.save(file, explanation.raw_map, allow_pickle=False)
-        with replacing(path.with_suffix(".json")) as file:
-            file.write(told.encode())
+        write_file(path, content.getvalue())
+        write_file(path.with_suffix(".json"), told.encode())
 
 
 def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
@@ -4089,27 +4320,29 @@ def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
         "class_names": model.class_names,
         "probabilities": explanation.probabilities.tolist(),
         "preprocessing": dataclasses.asdict(model.preprocessing),
-        "checks": {finding.check: told_finding(finding) for finding in explanation.findings},
+        "checks": {
+            each.check: {
+                "value": each.value if each.is_measured else None,  # JSON has no NaN
+                "flagged": each.is_flagged,
+                "text": each.text,
+            }
+            for each in explanation.findings
+        },
+        "similar": [
+            {"file": case.label, "class": case.class_name, "likeness": case.likeness}
+            for case in explanation.similar
+        ],
         "true_box": explanation.pointing and dataclasses.asdict(explanation.pointing),
         "versions": {name: version(name) for name in LIBRARIES},
         "digest": job.digest,
     }
 
 
-def told_finding(finding: Finding) -> dict[str, Any]:
-    """A finding for JSON, which has no NaN."""
-    value = None if np.isnan(finding.value) else finding.value
-    return {"value": value, "flagged": finding.is_flagged, "text": finding.text}
-
-
 @functools.lru_cache(maxsize=8)
 def file_digest(path: Path) -> str:
     """SHA-256 of a file; checkpoints are read once a run. Raises ExplainError where it has gone."""
-    try:
-        with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except (ExplainError, OSError) as error:
-        raise refusal(path, "changed or removed during the run", "run again") from error
+    with naming(path), open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------------------------------
@@ -4118,8 +4351,8 @@ def file_digest(path: Path) -> str:
 
 TABLE_NAME = "summary.csv"
 LOCK_NAME = ".summary.lock"
-TEXT_CODING = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-BYTE_ORDER_MARK = "\ufeff"  # tells spreadsheet programs that it is UTF-8
+FIRST_COLUMNS = ("predicted", "confidence", "correct", "flags")  # of each model; the rest stand behind
+TEXT_CODING = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}  # marked for spreadsheets
 FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?$)[=+@-]")  # what spreadsheet programs would compute; not -0.5
 
 
@@ -4132,91 +4365,81 @@ def flags_text(explanation: Explanation) -> str:
     return ", ".join(each.check for each in explanation.findings if each.is_flagged)
 
 
-def value_text(explanation: Explanation, check: str) -> str:
-    """What a check measured, or nothing where it does not apply."""
-    values = [each.value for each in explanation.findings if each.check == check and not np.isnan(each.value)]
-    return f"{values[0]:.6f}" if values else ""
+def case_text(case: SimilarCase) -> str:
+    return f"{printable(case.label)} ({case.class_name}, {case.likeness:.3f})"
 
 
-def box_text(pointed: Pointing | None, name: str) -> str:
-    """One value of a map's comparison with the true box; nothing where that is not known."""
-    if pointed is None:
-        return ""
-    value = getattr(pointed, name)
-    return yes_or_no(value) if name == "is_inside" else f"{value:.6f}"
+def check_cells(explanation: Explanation, *about: str) -> dict[str, str]:
+    """What the checks of some kinds measured, by their keys; nothing where they do not apply."""
+    cells = {check.key: "" for check in CHECKS.values() if check.about in about and check.key != "blank"}
+    for each in explanation.findings:
+        if each.check in cells:
+            cells[each.check] = f"{each.value:.6f}" if each.is_measured else "untestable"
+    return cells
 
 
-FIRST_COLUMNS = ("predicted", "confidence", "correct", "flags")  # of each model; the rest stand behind
-
-MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from explanation and true class
-    "predicted": lambda explanation, truth: explanation.prediction,
-    "confidence": lambda explanation, truth: f"{explanation.confidence:.6f}",
-    "correct": lambda explanation, truth: yes_or_no(is_right(explanation, truth)) if truth else "",
-    "explained": lambda explanation, truth: explanation.explained_class,
-    "method": lambda explanation, truth: explanation.method,
-    **{
-        key: lambda explanation, truth, key=key: value_text(explanation, key)
-        for key, check in CHECKS.items()
-        if check.about == "verify"
-    },
-}
+def model_cells(explanation: Explanation, truth: str) -> dict[str, str]:
+    """What the table says of a model, by column: yes, no, or empty where it cannot be said."""
+    return {
+        "predicted": explanation.prediction,
+        "confidence": f"{explanation.confidence:.6f}",
+        "correct": yes_or_no(is_right(explanation, truth)) if truth else "",
+        "explained": explanation.explained_class,
+        "method": explanation.method,
+        **check_cells(explanation, "reference", *ASKED_AGAIN),
+        "similar": "; ".join(map(case_text, explanation.similar)),
+    }
 
 
-MAP_COLUMNS: dict[str, Callable[[Explanation], str]] = {  # by name: from explanation
-    "flags": flags_text,
-    "raw_peak": lambda explanation: f"{explanation.raw_map.max():.6g}",
-    "blank_map": lambda explanation: yes_or_no(not explanation.heatmap.any()),
-    **{
-        key: lambda explanation, key=key: value_text(explanation, key)
-        for key, check in CHECKS.items()
-        if check.about == "map" and key != "blank"
-    },
-    "in_box": lambda explanation: box_text(explanation.pointing, "is_inside"),
-    "heat_in_box": lambda explanation: box_text(explanation.pointing, "heat"),
-    "box_area": lambda explanation: box_text(explanation.pointing, "area"),
-    "sum": lambda explanation: f"{explanation.raw_map.sum(dtype=float):.6g}",
-    "sum_owed": lambda explanation: "" if explanation.owed is None else f"{explanation.owed:.6g}",
-    "negative_share": lambda explanation: f"{explanation.negative_share:.4f}",
-}
-SUM_COLUMNS = ("sum", "sum_owed", "negative_share")  # of methods that compare with a reference
+def map_cells(explanation: Explanation) -> dict[str, str]:
+    """What the table says of a map, by column."""
+    pointed, raw_map = explanation.pointing, explanation.raw_map
+    cells = {
+        "flags": flags_text(explanation),
+        "raw_peak": f"{raw_map.max():.6g}",
+        "blank_map": yes_or_no(not explanation.heatmap.any()),
+        **check_cells(explanation, "map"),
+        "in_box": yes_or_no(pointed.is_inside) if pointed else "",
+        "heat_in_box": f"{pointed.heat:.6f}" if pointed else "",
+        "box_area": f"{pointed.area:.6f}" if pointed else "",
+    }
+    if METHODS[explanation.method].compares:
+        cells["sum"] = f"{raw_map.sum(dtype=float):.6g}"
+        cells["sum_owed"] = "" if explanation.owed is None else f"{explanation.owed:.6g}"
+        cells["negative_share"] = f"{explanation.negative_share:.4f}"
+    return cells
 
 
-def map_columns(method: str, is_first: bool) -> dict[str, Callable[[Explanation], str]]:
-    """What the table says of each map by a method; the first method's columns go without its name."""
-    has_sum = METHODS[method].compares
-    wanted = {name: text_of for name, text_of in MAP_COLUMNS.items() if has_sum or name not in SUM_COLUMNS}
-    return {name if is_first else f"{method}_{name}": text_of for name, text_of in wanted.items()}
+def explanation_cells(explanations: Sequence[Explanation], truth: str) -> dict[str, str]:
+    """What the table says of one model, whose first map's columns go without the method's name."""
+    first, *others = explanations
+    cells = model_cells(first, truth) | map_cells(first)
+    for each in others:
+        cells |= {f"{each.method}_{name}": text for name, text in map_cells(each).items()}
+    for name, probability in zip(first.model.class_names, first.probabilities):
+        cells[f"p_{name}"] = f"{probability:.6f}"
+    return {f"{first.model.family.key}_{name}": text for name, text in cells.items()}
 
 
-def table_columns(models: Sequence[Model], methods: Sequence[str] = ("gradcam",)) -> list[str]:
+def table_columns(models: Sequence[Model], methods: Sequence[str]) -> list[str]:
     """All columns that the rows of a run may fill, in the order of need."""
-    maps = [name for method in methods for name in map_columns(method, method == methods[0])]
     first = [f"{model.family.key}_{name}" for model in models for name in FIRST_COLUMNS]
-    rest = [
-        f"{model.family.key}_{name}"
-        for model in models
-        for name in (*MODEL_COLUMNS, *maps, *(f"p_{name}" for name in model.class_names))
-        if name not in FIRST_COLUMNS
-    ]
+    rest = []
+    for model in models:
+        nothing = np.zeros(len(model.class_names)), 0, np.zeros((1, 1)), np.zeros((1, 1))
+        told = explanation_cells([Explanation(model, *nothing, method) for method in methods], "")
+        rest += [name for name in told if name not in first]
     return ["file", "true_class", *first, "agree", AGREEMENT, "pair_flags", "error", "notes", *rest, "digest", "outputs"]
 
 
 def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
-    """One image's results, as text: yes, no, or empty where it cannot be said."""
+    """One image's results, as text."""
     job, truth = result.job, result.job.truth.name
     row = {"file": job.label, "true_class": truth, "notes": "; ".join(result.notes), "error": result.error}
     if result.error:
         return row
-    for explanation in result.explanations:
-        is_first = explanation.method == result.explanations[0].method
-        for name, text_of in map_columns(explanation.method, is_first).items():
-            row[f"{explanation.model.family.key}_{name}"] = text_of(explanation)
-    for explanation in result.opinions:
-        model = explanation.model
-        for name, text_of in MODEL_COLUMNS.items():
-            row[f"{model.family.key}_{name}"] = text_of(explanation, truth)
-        for name, probability in zip(model.class_names, explanation.probabilities):
-            row[f"{model.family.key}_p_{name}"] = f"{probability:.6f}"
+    for model in models:
+        row |= explanation_cells([each for each in result.explanations if each.model == model], truth)
     if len(models) > 1:
         row["agree"] = yes_or_no(agree(result.opinions))
         if overlap := map_agreement(result.opinions):
@@ -4240,61 +4463,48 @@ def row_key(file: str) -> str:
 
 @contextlib.contextmanager
 def table_alone(folder: Path) -> Iterator[Path]:
-    """A folder's table, held against other runs where the system can. Raises ExplainError."""
+    """A folder's table, whole, held against other runs where the system can. Raises ExplainError."""
     path = folder / TABLE_NAME
-    try:
-        with open(folder / LOCK_NAME, "w") as lock:
-            if fcntl:
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-            yield path
-    except OSError as error:
-        raise unwritable(path, error) from error
+    with writing(path), open(folder / LOCK_NAME, "w") as lock:
+        if fcntl:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            drop_torn_line(path)
+        yield path
 
 
 def drop_torn_line(path: Path) -> None:
     """Cut off a last line that a crash left without its end, and say so."""
     with open(path, "rb+") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-                warn(f"ℹ️  {shown(path)}: its last line was torn, as a crash leaves it, and is dropped")
+        if not file.seek(0, os.SEEK_END):
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            warn(f"ℹ️  {shown(path)}: its last line was torn, as a crash leaves it, and is dropped")
 
 
-def table_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]] | None:
-    """The rows of a table, with all columns; none of a missing one, None of one with other columns."""
+def table_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a table, with all columns; none of a missing one. Raises ExplainError for other columns."""
     if not path.exists():
         return []
-    drop_torn_line(path)
-    with open(path, **TEXT_CODING) as file:
-        reader = csv.DictReader([line.removeprefix(BYTE_ORDER_MARK) for line in file])
-    try:
-        if not set(reader.fieldnames or ()) <= set(columns):
-            return None
-        return [{name: plain_text(row.get(name) or "") for name in columns} for row in reader]
-    except csv.Error:  # a line longer than any that is written here
-        return None
-
-
-def own_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of the table that this run writes. Raises ExplainError where another run has replaced it."""
-    rows = table_rows(path, columns)
-    if rows is None:
-        cause = "another run made it anew, with other columns"
-        raise refusal(path, cause, "give each --model and --method an --output-dir of its own")
-    return rows
+    with open(path, **TEXT_CODING) as file, contextlib.suppress(csv.Error):  # lines longer than any of ours
+        reader = csv.DictReader(file)
+        if set(reader.fieldnames or ()) <= set(columns):
+            return [{name: plain_text(row.get(name) or "") for name in columns} for row in reader]
+    cause = "another run made it anew, with other columns"
+    raise refusal(path, cause, "give each --model and --method an --output-dir of its own")
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, str]], columns: Sequence[str]) -> None:
     """A whole table anew."""
-    with replacing(path) as file:
-        with io.TextIOWrapper(file, **TEXT_CODING) as text:
-            text.write(BYTE_ORDER_MARK)
-            writer = csv.writer(text)
-            writer.writerow(columns)
-            writer.writerows([cell_text(row.get(name, "")) for name in columns] for row in rows)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows([cell_text(row.get(name, "")) for name in columns] for row in rows)
+    write_file(path, text.getvalue().encode(TEXT_CODING["encoding"], TEXT_CODING["errors"]))
 
 
 def cell_text(text: str) -> str:
@@ -4308,41 +4518,35 @@ def plain_text(cell: str) -> str:
 
 def add_row(folder: Path, row: dict[str, str], columns: Sequence[str]) -> None:
     """Append one row to a folder's table. Raises ExplainError where that cannot be done."""
-    filled = {name for name, text in row.items() if text}
     with table_alone(folder) as path:
-        header = header_of(path)
-        if filled <= set(header):
+        header = []
+        if path.exists():
+            with open(path, **TEXT_CODING) as file:
+                header = next(csv.reader([file.readline()]), [])
+        if {name for name, text in row.items() if text} <= set(header):
             with open(path, "a", **TEXT_CODING) as file:
                 csv.writer(file).writerow([cell_text(row.get(name, "")) for name in header])
         else:  # it is new, or left out columns that were empty so far
-            write_rows(path, [*own_rows(path, columns), row], columns)
-
-
-def header_of(path: Path) -> list[str]:
-    """The columns of a table; none where there is no table."""
-    if not path.exists():
-        return []
-    drop_torn_line(path)
-    with open(path, **TEXT_CODING) as file:
-        return next(csv.reader([file.readline().removeprefix(BYTE_ORDER_MARK)]), [])
+            write_rows(path, [*table_rows(path, columns), row], columns)
 
 
 def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
     """The last row of each image in a folder's table, by `row_key`; a table of another kind is renamed."""
     with table_alone(folder) as path:
-        rows = table_rows(path, columns)
-        if rows is None:
+        try:
+            return {row_key(row["file"]): row for row in table_rows(path, columns)}
+        except ExplainError:
             names = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(1))
             other = next(name for name in names if not os.path.lexists(name))
             os.rename(path, other)
             warn(f"ℹ️  {shown(path)}: the table of an earlier run with other columns, kept as {other.name}")
-    return {row_key(row["file"]): row for row in rows or ()}
+            return {}
 
 
 def fold_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Keep the last row of each image and the columns that say something; the rows."""
     with table_alone(folder) as path:
-        last = {row_key(row["file"]): row for row in own_rows(path, columns)}
+        last = {row_key(row["file"]): row for row in table_rows(path, columns)}
         rows = sorted(last.values(), key=lambda row: row["file"])
         write_rows(path, rows, [name for name in columns if any(row[name] for row in rows)])
     return rows
@@ -4389,20 +4593,18 @@ def opening_lines(jobs: Sequence[Job], is_single: bool, is_random: bool, models:
 
 def single_lines(result: Result) -> list[str]:
     """What became of the one image of a run."""
-    lines = [line for page in result.job.pages for line in page_lines(result, page)]
+    lines = []
+    for page in result.job.pages:
+        first, *others = (result.explanations[index] for index in page.shows)
+        doing = f"{first.model.family.bullet} Generating {first.model.title} {METHODS[first.method].title}"
+        what = "visualization"
+        if others:
+            what = "comparison" if others[0].method == first.method else "methods"
+            doing = f"📊 Creating {what} visualization"
+        lines += [f"{doing}...", f"✅ {what.capitalize()} saved: {shown(page.path)}", ""]
     files = [f"✅ Picture saved: {shown(path)}" for path in result.job.panels]
     files += [f"✅ Map saved: {shown(path)}" for path in result.job.maps]
     return [*lines, *files, ""] if files else lines
-
-
-def page_lines(result: Result, page: Page) -> list[str]:
-    first, *others = (result.explanations[index] for index in page.shows)
-    if not others:
-        what = f"{first.model.family.bullet} Generating {first.model.title} {METHODS[first.method].title}"
-        return [f"{what}...", f"✅ Visualization saved: {shown(page.path)}", ""]
-    what = "comparison" if others[0].method == first.method else "methods"
-    saved = f"✅ {what.capitalize()} saved: {shown(page.path)}"
-    return [f"📊 Creating {what} visualization...", saved, ""]
 
 
 def summary_lines(result: Result) -> list[str]:
@@ -4413,8 +4615,12 @@ def summary_lines(result: Result) -> list[str]:
     lines = [RULE, "📊 COMPARISON SUMMARY", RULE]
     for explanations in by_model:
         lines += [*prediction_lines(explanations), ""]
-    is_good = not result.wrong if result.job.truth.name else agree(result.opinions)
-    lines.append(f"{'✅' if is_good else '⚠️ '} {agreement_text(result.opinions)}{verdict_text(result)}")
+    truth, verdict = result.job.truth.name, agreement_text(result.opinions)
+    if result.wrong:
+        titles = ", ".join(each.model.title for each in result.wrong)
+        verdict = f"{verdict}; wrong, the truth is {truth}: {titles}"
+    is_good = not result.wrong if truth else agree(result.opinions)
+    lines.append(f"{'✅' if is_good else '⚠️ '} {verdict}")
     if overlap := map_agreement(result.opinions):
         lines.append(marked_text(overlap))
     return lines
@@ -4429,7 +4635,11 @@ def prediction_lines(explanations: Sequence[Explanation]) -> list[str]:
     lines += [proof_text(each) for each in explanations if METHODS[each.method].compares]
     titles = ["" if len(explanations) == 1 else f"{METHODS[each.method].title}: " for each in explanations]
     for explanation, title in zip(explanations, titles):
-        lines += map_lines(explanation, title)
+        if explanation.findings:
+            mark = "⚠️  " if flagged_findings(explanation.findings, "map") else ""
+            lines.append(f"{mark}{title}{checks_text(explanation.findings)}")
+        if explanation.pointing:
+            lines.append(title + pointing_text(explanation.pointing))
     lines += network_lines(first, titles[0])
     remarks = dict.fromkeys(remark for each in explanations for remark in each.remarks)
     lines += [f"⚠️  {text}" for text in remarks]
@@ -4444,31 +4654,16 @@ def proof_text(explanation: Explanation) -> str:
     return f"{METHODS[explanation.method].title}: {total}; {against}"
 
 
-def map_lines(explanation: Explanation, title: str) -> list[str]:
-    """What the checks say of one map, and how it compares with the true boxes."""
-    lines = []
-    if explanation.findings:
-        mark = "⚠️  " if flagged_findings(explanation.findings, "map") else ""
-        lines.append(f"{mark}{title}{checks_text(explanation.findings)}")
-    if explanation.pointing:
-        lines.append(title + pointing_text(explanation.pointing))
-    return lines
-
-
 def network_lines(explanation: Explanation, title: str) -> list[str]:
-    """What the checks say of the network: low confidence, and all that --verify asked about this map."""
-    about = {each: CHECKS[each.check].about for each in explanation.findings}
-    lines = [marked_text(each) for each in about if about[each] == "verify"]
-    lines += [marked_text(each) for each in about if about[each] == "prediction" and each.is_flagged]
+    """What the checks say of the network: of the reference, all that --verify asked, and low confidence."""
+    asked = ("reference", *ASKED_AGAIN)
+    told = [each for each in explanation.findings if CHECKS[each.check].about in asked and each.is_measured]
+    lines = [marked_text(each) for each in [*told, *flagged_findings(explanation.findings, "prediction")]]
+    if explanation.similar:
+        lines.append(f"Similar cases: {', '.join(map(case_text, explanation.similar))}")
     if explanation.passes:
         lines.append(f"{title}Verified with {explanation.passes} more forward passes")
     return lines
-
-
-def verdict_text(result: Result) -> str:
-    """Which models contradict the true class, in words; empty where none does."""
-    wrong = [each.model.title for each in result.wrong]
-    return f"; wrong, the truth is {result.job.truth.name}: {', '.join(wrong)}" if wrong else ""
 
 
 # Many images
@@ -4516,28 +4711,38 @@ def run_lines(
     failed = [row for row in rows if row["error"]]
     done = [row for row in rows if not row["error"]]
     lines = [RULE, "📊 RUN SUMMARY", RULE, f"Images: {len(done)} done, {len(failed)} failed"]
-    lines += named_lines("Failed", failed)
+    lines += named_lines("  Failed", failed)
     if fresh:
         lines.append(f"Speed: {fresh / seconds:.2f} images per second ({fresh} images in {seconds:.1f} s)")
     for model in models:
         seen = observations.get(model.family.key, ())
-        told = [*box_lines(done, model), *flags_lines(done, model, methods)]
+        told = [*accuracy_lines(done, model), *box_lines(done, model), *flags_lines(done, model, methods)]
+        told += reference_lines(done, model)
         if 0 < len(seen) < len(done):
             told.append(f"Of the {len(seen)} images explained now:")
-        told += audit_lines(seen)
-        lines += ["", f"{model.title}:", *(f"  {line}" for line in [*accuracy_lines(done, model), *told])]
+        lines += ["", f"{model.title}:", *(f"  {line}" for line in [*told, *audit_lines(seen)])]
     if len(models) > 1 and done:
         differ = [row for row in done if row["agree"] == "no"]
         lines += ["", f"Models agree on {len(done) - len(differ)} of {len(done)} images"]
-        lines += [*named_lines("Disagree", differ), *overlap_lines(done)]
+        lines += [*named_lines("  Disagree", differ), *overlap_lines(done)]
     return lines
+
+
+def reference_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
+    """How many images are unlike the reference, or contradicted by their similar cases."""
+    key = model.family.key
+    flags = [row[f"{key}_flags"].split(", ") for row in rows if row.get(f"{key}_unlike")]
+    if not flags:
+        return []
+    unlike, contradicted = (sum(check in each for each in flags) for check in ("unlike", "neighbours"))
+    return [f"Unlike the reference: {unlike} of {len(flags)} images; contradicted by similar cases: {contradicted}"]
 
 
 def named_lines(what: str, rows: Sequence[dict[str, str]]) -> list[str]:
     """The first files of a kind, and how many more there are."""
-    lines = [f"  {what}: {shown(Path(row['file']))}" for row in rows[:MOST_NAMED]]
+    lines = [f"{what}: {shown(Path(row['file']))}" for row in rows[:MOST_NAMED]]
     if len(rows) > MOST_NAMED:
-        lines.append(f"  {what}: {len(rows) - MOST_NAMED} more, in {TABLE_NAME}")
+        lines.append(f"{what}: {len(rows) - MOST_NAMED} more, in {TABLE_NAME}")
     return lines
 
 
@@ -4546,7 +4751,7 @@ def overlap_lines(rows: Sequence[dict[str, str]]) -> list[str]:
     shares = [float(row[AGREEMENT]) for row in rows if row.get(AGREEMENT)]
     if not shares:
         return []
-    few = sum(row.get("pair_flags", "") != "" for row in rows)
+    few = len([row for row in rows if row.get("pair_flags")])
     mean = percent(np.mean(shares))
     return [f"Maps share {mean} of their heat on average, in {few} of {len(shares)} images too little"]
 
@@ -4569,11 +4774,12 @@ def flags_lines(rows: Sequence[dict[str, str]], model: Model, methods: Sequence[
     lines = []
     for method in methods:
         column = "flags" if method == methods[0] else f"{method}_flags"
-        flags = [row.get(f"{model.family.key}_{column}", "") for row in rows]
-        counts = Counter(key for text in flags if text for key in text.split(", "))
-        which = ": " + ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key]) if counts else ""
+        flags = [text for row in rows if (text := row.get(f"{model.family.key}_{column}"))]
+        counts = Counter(key for text in flags for key in text.split(", "))
+        which = ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key])
         title = "Flagged" if len(methods) == 1 else f"{METHODS[method].title}, flagged"
-        lines.append(f"{title}: {sum(map(bool, flags))} of {len(rows)} images{which}")
+        line = f"{title}: {len(flags)} of {len(rows)} images"
+        lines.append(f"{line}: {which}" if which else line)
     return lines
 
 
@@ -4591,7 +4797,7 @@ def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
     for truth in names:
         counted = ", ".join(f"{counts[class_key(truth), class_key(name)]} as {name}" for name in names)
         lines.append(f"{truth}: {counted}")
-    return [*lines, *(line.strip() for line in named_lines("Misclassified", wrong))]
+    return [*lines, *named_lines("Misclassified", wrong)]
 
 
 # ------------------------------------------------------------------------------------------
@@ -4954,6 +5160,7 @@ MAX_WAITING_RESULTS = 24  # explained images whose figures are not drawn yet
 GRACE = 1.0  # seconds that a run has to notice by itself that a drawing process has ended
 
 Submit = Callable[..., "Future[None]"]  # of a function and its arguments, as an executor has it
+Begun = tuple[Result, list["Future[None]"]]  # an image, and its figures as they are being drawn
 
 
 @dataclass(frozen=True)
@@ -4966,6 +5173,7 @@ class Request:
     methods: tuple[str, ...]
     style: FigureStyle
     notes: tuple[str, ...] = ()  # lines to say beside what was asked
+    reference: tuple[Path, ...] = ()  # images that --reference names
 
 
 @dataclass(frozen=True)
@@ -4984,20 +5192,14 @@ class Plan:
         return [classifier.model for classifier in self.classifiers]
 
 
-def load_classifiers(
-    checkpoints: Sequence[tuple[Family, Path]],
-    device: str,
-    class_names: Sequence[str] | None,
-    weights: str,
-    quiet: bool,
-) -> list[Classifier]:
+def load_classifiers(request: Request, args: argparse.Namespace) -> list[Classifier]:
     """Load every model, and say so. Raises ExplainError where one cannot be used."""
     use_exact_float32()
-    present, classifiers = choose_device(device), []
-    for family, path in checkpoints:
+    device, classifiers = choose_device(args.device), []
+    for family, path in request.checkpoints:
         say(f"📦 Loading {family.key.upper()} model...")
-        classifier = load_classifier(family, path, present, class_names, weights)
-        if not (quiet or is_demo(path)):  # what the demo files are, the README says
+        classifier = load_classifier(family, path, device, args.class_names, args.weights)
+        if not (args.quiet or is_demo(path)):  # what the demo files are, the README says
             warn(*note_lines(path, classifier.model.notes))
         say(f"✅ Model loaded: {classifier.model.architecture}", f"   {classifier.model.accuracy}", "")
         classifiers.append(classifier)
@@ -5005,6 +5207,70 @@ def load_classifiers(
         gc.freeze()
         gc.enable()
     return classifiers
+
+
+# Networks with the images that they are meant for
+
+
+def network_mark(classifier: Classifier) -> str:
+    """What tells a network from those that a reference is not of."""
+    weight = classifier.network.get_submodule(classifier.model.family.head).weight.cpu().numpy()
+    return digest_of(classifier.model.architecture, classifier.model.preprocessing, weight.tobytes())
+
+
+def own_reference(family: Family) -> Path:
+    """The reference that a demo network brings."""
+    return CHECKPOINT_FOLDER / f"reference_{family.key}_demo.npz"
+
+
+def own_reference_mark(family: Family, checkpoint: Path) -> str:
+    return file_mark(own_reference(family)) if is_demo(checkpoint) else ""
+
+
+def stamps(images: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """What tells whether files are others, without reading them."""
+    stats = [image.stat() for image in images]
+    return [(str(image), each.st_size, each.st_mtime_ns) for image, each in zip(images, stats)]
+
+
+def with_reference(classifier: Classifier, args: argparse.Namespace, images: Sequence[Path]) -> Classifier:
+    """A classifier with the images that --reference names, or those that a demo network brings.
+
+    Raises ExplainError where too few of a class are there.
+    """
+    model, mark = classifier.model, network_mark(classifier)
+    if args.reference is None:
+        is_ours = is_demo(model.checkpoint)
+        return dataclasses.replace(
+            classifier, reference=read_reference(own_reference(model.family), mark) if is_ours else None
+        )
+    cases = reference_cases(images, args.reference, model.class_names, args.anonymous)
+    mark = digest_of(mark, cases, stamps([image for image, *_ in cases]))
+    path = args.output_dir / f"reference_{model.family.key}_{mark}.npz"
+    reference = read_reference(path, mark)
+    if reference is None:
+        batch = args.batch_size or DEFAULT_BATCH[classifier.device.type]
+        reference = reference_of(classifier, cases, batch)
+        write_reference(reference, path, mark)
+        say(f"✅ Reference saved: {shown(path)}", "")
+    return dataclasses.replace(classifier, reference=reference)
+
+
+def reference_cases(
+    images: Sequence[Path], folder: Path, class_names: Sequence[str], is_anonymous: bool
+) -> list[tuple[Path, str, str]]:
+    """Images whose folders name a class, each with label and class: the same count of each fold."""
+    cases = []
+    for name in class_names:
+        of_class = [image for image in images if folder_class(image, class_names) == name]
+        if len(of_class) < FEWEST_OF_CLASS:
+            cause = f"{len(of_class)} images in folders named {name}, too few to tell what is unlike them"
+            raise refusal(folder, cause, f"name a folder with {FEWEST_OF_CLASS} or more of each class")
+        places = np.linspace(0, len(of_class) - 1, min(MOST_OF_CLASS, len(of_class))).round().astype(int)
+        for image in (of_class[place] for place in places):
+            label = content_label(image) if is_anonymous else image.relative_to(folder).as_posix()
+            cases.append((image, label, name))
+    return cases
 
 
 # From jobs to results
@@ -5036,44 +5302,32 @@ def explained_results(results: Sequence[Result], index: int, plan: Plan) -> list
     explained = []
     for result in results:
         if not result.error:
-            explanations = [next(fresh) for _ in methods]
+            first, *others = (next(fresh) for _ in methods)
             trial = None
             if plan.is_verified:
-                trial = tried(classifier, result.inputs[index], explanations[0], result.landmarks, plan.batch)
-            result = with_explanations(result, explanations, trial)
+                trial = tried(classifier, result.inputs[index], first, result.landmarks, plan.batch)
+            made = [checked(first, result, trial), *(checked(each, result) for each in others)]
+            result = dataclasses.replace(result, explanations=(*result.explanations, *made))
         explained.append(result)
     return explained
 
 
-def with_explanations(
-    result: Result, explanations: Sequence[Explanation], trial: Trial | None = None
-) -> Result:
-    """A result with more explanations, what the checks say of each, and what its picture warns of.
-
-    The trial is of the network, and of the first map.
-    """
-    checked = []
-    for explanation in explanations:
-        remarks = explanation.remarks
-        if NOTHING_TO_SEE in result.notes:
-            remarks = (NOTHING_TO_SEE, *remarks)
-        checked.append(
-            dataclasses.replace(
-                explanation,
-                remarks=remarks,
-                findings=findings_of(Evidence(explanation, result.landmarks, trial)),
-                pointing=pointing(explanation, result.boxes) if result.boxes else None,
-                passes=trial.passes if trial else 0,
-            )
-        )
-        trial = None
-    return dataclasses.replace(result, explanations=(*result.explanations, *checked))
+def checked(explanation: Explanation, result: Result, trial: Trial | None = None) -> Explanation:
+    """An explanation with what the checks say of it, and what its picture warns of."""
+    remarks = explanation.remarks
+    if NOTHING_TO_SEE in result.notes:
+        remarks = (NOTHING_TO_SEE, *remarks)
+    return dataclasses.replace(
+        explanation,
+        remarks=remarks,
+        findings=findings_of(Evidence(explanation, result.landmarks, trial)),
+        pointing=pointing(explanation, result.boxes) if result.boxes else None,
+        passes=trial.passes if trial else 0,
+    )
 
 
-def explain_jobs(
-    jobs: Sequence[Job], plan: Plan, submit: Submit
-) -> Iterator[tuple[Result, list[Future[None]]]]:
-    """Explain images, a batch at a time: each one's result, and its figures as they are being drawn.
+def explain_jobs(jobs: Sequence[Job], plan: Plan, submit: Submit) -> Iterator[Begun]:
+    """Explain images, a batch at a time.
 
     A figure is begun as soon as the models that it shows have spoken. An image that cannot be read
     does not stop the others.
@@ -5085,27 +5339,27 @@ def explain_jobs(
             results = explained_results(results, index, plan)
             for result, begun in zip(results, drawings):
                 if not result.error:
-                    begun += begun_drawings(result, index, plan, submit)
+                    begun += begun_drawings(result, plan, submit)
         yield from zip(results, drawings)
 
 
-def begun_drawings(result: Result, index: int, plan: Plan, submit: Submit) -> list[Future[None]]:
-    """Begin what can be drawn now that the model of this index has spoken, and not before."""
+def begun_drawings(result: Result, plan: Plan, submit: Submit) -> list[Future[None]]:
+    """Begin what can be drawn now that one more model has spoken, and not before."""
     told = dataclasses.replace(result, inputs=())
-    known = len(result.explanations)
-    pages = [page for page in result.job.pages if known - len(plan.methods) <= max(page.shows) < known]
+    known, methods = len(result.explanations), len(plan.methods)
+    pages = [page for page in result.job.pages if known - methods <= max(page.shows) < known]
     begun = [submit(write_page, told, page, plan.style) for page in pages]
-    if result.job.panels and index == len(plan.classifiers) - 1:
+    if result.job.panels and known == len(plan.classifiers) * methods:
         begun.append(submit(write_panels, told, plan.style))
     return begun
 
 
-def written_results(explanations: Iterable[tuple[Result, list[Future[None]]]]) -> Iterator[Result]:
+def written_results(explanations: Iterable[Begun]) -> Iterator[Result]:
     """Each job's result once its files are written.
 
     The networks run ahead of the drawing by a few images only, so that memory does not grow.
     """
-    waiting: deque[tuple[Result, list[Future[None]]]] = deque()
+    waiting: deque[Begun] = deque()
     for each in explanations:
         waiting.append(each)
         while waiting and (len(waiting) > MAX_WAITING_RESULTS or all(each.done() for each in waiting[0][1])):
@@ -5119,8 +5373,7 @@ def written(result: Result, drawings: Sequence[Future[None]]) -> Result:
     try:
         for drawing in drawings:
             drawing.result()
-        if not result.error:
-            write_maps(result)
+        write_maps(result)  # none, where the image could not be read
     except ExplainError as error:
         return dataclasses.replace(result, error=str(error))
     return result
@@ -5213,33 +5466,22 @@ def progress_bar(
     """
     from tqdm import tqdm
 
+    def count_inputs(network: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        bar.update(len(inputs[0]))
+
     passes = passes_of(plan.methods)
     if plan.is_verified:
         passes += MOST_TRIALS
     is_long = passes >= LONG_PASSES
     is_shown = not is_quiet and sys.stderr.isatty() and (is_long or not is_single)
-    each = passes * len(plan.classifiers) if is_long else 1
-    counted = [classifier.network for classifier in plan.classifiers if is_long]
+    each, unit = (passes * len(plan.classifiers), "pass") if is_long else (1, "image")
     done = itertools.count(1)
-    with tqdm(total=images * each, unit="pass" if is_long else "image", disable=not is_shown) as bar:
-        with counted_inputs(counted, bar.update):
-            # Some images take fewer passes: no markers to cover, no hot area to erase.
-            yield bar, lambda: bar.update(max(0, next(done) * each - bar.n))
-
-
-@contextlib.contextmanager
-def counted_inputs(networks: Sequence[torch.nn.Module], count: Callable[[int], object]) -> Iterator[None]:
-    """Tell `count` after each pass how many inputs went through a network."""
-
-    def tell(network: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        count(len(inputs[0]))
-
-    handles = [network.register_forward_hook(tell) for network in networks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=images * each, unit=unit, disable=not is_shown))
+        for classifier in plan.classifiers if is_long else ():
+            stack.enter_context(classifier.network.register_forward_hook(count_inputs))
+        # Some images take fewer passes: no markers to cover, no hot area to erase.
+        yield bar, lambda: bar.update(max(0, next(done) * each - bar.n))
 
 
 def tell_result(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
@@ -5288,10 +5530,7 @@ def run(args: argparse.Namespace, request: Request) -> int:
     if request.is_single and args.skip_existing and job.outputs and is_finished(job):
         lines, status = [f"⏭️  Finished earlier, left alone: {shown(Path(job.label))}"], 0
     else:
-        with contextlib.ExitStack() as stack:
-            if args.quiet:
-                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
+        with contextlib.redirect_stdout(io.StringIO()) if args.quiet else contextlib.nullcontext():
             lines, status = explain_all(args, request)
     say(*lines, *demo_lines([path for _, path in request.checkpoints]))
     return status
@@ -5311,9 +5550,8 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
     with drawing_pool(drawing_processes(request), request.style) as submit:
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
-        classifiers = load_classifiers(
-            request.checkpoints, args.device, args.class_names, args.weights, args.quiet
-        )
+        classifiers = load_classifiers(request, args)
+        classifiers = [with_reference(each, args, request.reference) for each in classifiers]
         names = [classifier.model.class_names for classifier in classifiers]
         plan = Plan(
             classifiers=classifiers,
@@ -5356,14 +5594,9 @@ def explain_many(
     """Explain the images that no earlier run has finished; each one's row goes into the table at once."""
     folder, columns = args.output_dir, table_columns(plan.models, plan.methods)
     earlier = earlier_rows(folder, columns)
-    rows = []
-    if args.skip_existing:
-        known = ((earlier.get(row_key(job.label)), job) for job in jobs)
-        rows = [row for row, job in known if row and is_row_of(row, job)]
-    finished = {row_key(row["file"]) for row in rows}
-    left = [job for job in jobs if row_key(job.label) not in finished]
-    if finished:
-        say(f"⏭️  Finished earlier, left alone: {len(finished)} images", "")
+    rows, left = resumed(jobs, earlier if args.skip_existing else {})
+    if rows:
+        say(f"⏭️  Finished earlier, left alone: {len(rows)} images", "")
     observations: dict[str, list[Observation]] = defaultdict(list)
     started = time.monotonic()
     with progress_bar(plan, len(left), False, args.quiet) as (bar, count_image):
@@ -5377,19 +5610,27 @@ def explain_many(
     spent = time.monotonic() - started
     kept = fold_table(folder, columns)
     told = [options_text(args), versions_text().replace("\n", ", ")]
-    with replacing(folder / REPORT_NAME) as file:
-        file.write(report_page(kept, plan.models, observations, told).encode())
-    fresh = sum(not row["error"] for row in rows[len(finished) :])
+    write_file(folder / REPORT_NAME, report_page(kept, plan.models, observations, told).encode())
+    failed = len([row for row in rows if row["error"]])
+    fresh = len(left) - failed
     lines = run_lines(rows, plan.models, plan.methods, observations, fresh, spent)
-    status = 1 if any(row["error"] for row in rows) else 0
     files = [f"Table: {shown(folder / TABLE_NAME)}", f"Report: {shown(folder / REPORT_NAME)}"]
-    return [*lines, *files], status
+    return [*lines, *files], 1 if failed else 0
 
 
-def is_row_of(row: dict[str, str], job: Job) -> bool:
-    """Whether a row of an earlier run's table is what this job would give."""
-    is_same = row["digest"] == job.digest and row["true_class"] == job.truth.name
-    return is_same and not row["error"] and is_finished(job)
+def resumed(
+    jobs: Sequence[Job], earlier: dict[str, dict[str, str]]
+) -> tuple[list[dict[str, str]], list[Job]]:
+    """The earlier rows that say what their jobs would say again, and the jobs that are left."""
+    rows, left = [], []
+    for job in jobs:
+        row = earlier.get(row_key(job.label), {"error": "none"})
+        is_same = not row["error"] and (row["digest"], row["true_class"]) == (job.digest, job.truth.name)
+        if is_same and is_finished(job):
+            rows.append(row)
+        else:
+            left.append(job)
+    return rows, left
 
 
 # ------------------------------------------------------------------------------------------
@@ -5419,8 +5660,7 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     """An argparse type: a whole number from `low` to `high`."""
 
     def parse(text: str) -> int:
-        is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(high))
-        if not (is_number and low <= int(text) <= high):
+        if not (text.isdecimal() and low <= int(text) <= high):
             raise argparse.ArgumentTypeError(f"{brief(text)} is not a whole number from {low} to {high}")
         return int(text)
 
@@ -5468,75 +5708,72 @@ def argument_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the versions of this tool and its libraries")
-    add_questions(parser.add_argument_group("what to explain"))
-    add_networks(parser.add_argument_group("networks"))
-    add_checks(parser.add_argument_group("checks"))
-    add_outputs(parser.add_argument_group("outputs"))
+    add_questions(parser.add_argument_group("what to explain").add_argument)
+    add_networks(parser.add_argument_group("networks").add_argument)
+    add_checks(parser.add_argument_group("checks").add_argument)
+    add_outputs(parser.add_argument_group("outputs").add_argument)
     return parser
 
 
-def add_questions(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--image", nargs="+", action="extend", metavar="PATH",
-                       help="X-ray images, folders or quoted patterns (default: a random test image)")
-    group.add_argument("--model", choices=[*FAMILIES, "both"], default="both",
-                       help="which model to analyze (default: both)")
-    group.add_argument("--compare", action="store_true",
-                       help="both models and their comparison, whatever --model says")
-    group.add_argument("--method", nargs="+", action="extend", type=method_list, metavar="METHOD",
-                       help=f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)")
-    group.add_argument("--target-class", metavar="CLASS",
-                       help="name or index of the class to explain (default: the predicted class)")
-    group.add_argument("--seed", type=whole_number(0, 2**63), metavar="N",
-                       help="repeat the choice of the random test image")  # fmt: skip
+def add_questions(add: Callable[..., object]) -> None:
+    add("--image", nargs="+", action="extend", metavar="PATH",
+        help="X-ray images, folders or quoted patterns (default: a random test image)")
+    add("--model", choices=[*FAMILIES, "both"], default="both", help="which model to analyze (default: both)")
+    add("--compare", action="store_true", help="both models and their comparison, whatever --model says")
+    add("--method", nargs="+", action="extend", type=method_list, metavar="METHOD",
+        help=f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)")
+    add("--target-class", metavar="CLASS",
+        help="name or index of the class to explain (default: the predicted class)")
+    add("--seed", type=whole_number(0, 2**63), metavar="N",
+        help="repeat the choice of the random test image")  # fmt: skip
 
 
-def add_networks(group: argparse._ArgumentGroup) -> None:
+def add_networks(add: Callable[..., object]) -> None:
     for key in FAMILIES:
-        group.add_argument(f"--{key}-checkpoint", type=Path, metavar="FILE",
-                           help=f"or a folder with config.json (default: checkpoints/{key}*)")
-    group.add_argument("--class-names", type=class_list, metavar="A,B",
-                       help="classes in the order of the outputs, for checkpoints that record none")
-    group.add_argument("--weights", choices=("ema", "plain"), default="ema",
-                       help="which to take where averaged and plain ones lie side by side (default: ema)")
-    group.add_argument("--device", type=device_name, default="auto",
-                       help="where to compute: auto, cpu, cuda, cuda:1 ..., mps (default: auto)")
-    group.add_argument("--batch-size", type=whole_number(1, 4096), metavar="N",
-                       help="images computed at once (default: 4, on a GPU 32)")  # fmt: skip
+        add(f"--{key}-checkpoint", type=Path, metavar="FILE",
+            help=f"or a folder with config.json (default: checkpoints/{key}*)")
+    add("--class-names", type=class_list, metavar="A,B",
+        help="classes in the order of the outputs, for checkpoints that record none")
+    add("--weights", choices=("ema", "plain"), default="ema",
+        help="which to take where averaged and plain ones lie side by side (default: ema)")
+    add("--device", type=device_name, default="auto",
+        help="where to compute: auto, cpu, cuda, cuda:1 ..., mps (default: auto)")
+    add("--batch-size", type=whole_number(1, 4096), metavar="N",
+        help="images computed at once (default: 4, on a GPU 32)")  # fmt: skip
 
 
-def add_checks(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--verify", action="store_true",
-                       help="ask the networks again, markers covered or added, hot areas erased: "
-                            f"up to {MOST_TRIALS} passes each")
-    group.add_argument("--truth", "--boxes", type=Path, metavar="CSV",
-                       help="table of true classes and fractures: file and any of class,x0,y0,x1,y1 "
-                            "(default: folders' names, and the test images' own)")  # fmt: skip
+def add_checks(add: Callable[..., object]) -> None:
+    add("--verify", action="store_true",
+        help="ask the networks again, markers covered or added, hot areas erased: "
+             f"up to {MOST_TRIALS} passes each")
+    add("--reference", type=Path, metavar="FOLDER",
+        help="images that the networks are meant for, in a folder for each class: tells what is unlike "
+             "them, and similar cases (default: the demo networks' own)")
+    add("--truth", "--boxes", type=Path, metavar="CSV",
+        help="table of true classes and fractures: file and any of class,x0,y0,x1,y1 "
+             "(default: folders' names, and the test images' own)")  # fmt: skip
 
 
-def add_outputs(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR",
-                       help="where results go (default: explainability_outputs)")
-    group.add_argument("--colormap", type=colormap_name, default="jet", metavar="NAME",
-                       help="any matplotlib colormap (default: jet; viridis is perceptually uniform)")
-    group.add_argument("--signed", action="store_true",
-                       help="draw evidence for and against the class, not the first alone")
-    group.add_argument("--dpi", type=whole_number(30, 1200), default=150, metavar="N",
-                       help="resolution of the figures (default: 150)")
-    group.add_argument("--format", choices=("png", "pdf", "svg"), default="png",
-                       help="kind of the figures' files; pdf and svg for print (default: png)")
-    group.add_argument("--contours", action="store_true",
-                       help="lines of equal heat over the radiograph, not colours")
-    group.add_argument("--save-panels", action="store_true",
-                       help="also write radiograph, heatmap and overlay as bare pictures of the radiograph's size")
-    group.add_argument("--no-figures", action="store_true", help="numbers alone")
-    group.add_argument("--save-maps", action="store_true",
-                       help="also write the raw maps, before the ReLU, as .npy with a .json beside each")
-    group.add_argument("--anonymous", action="store_true",
-                       help="name images by their content's checksum, not by their files' names")
-    group.add_argument("--skip-existing", action="store_true",
-                       help="leave images alone that an earlier run finished")
-    group.add_argument("--quiet", action="store_true",
-                       help="print only the final summary, warnings and errors")  # fmt: skip
+def add_outputs(add: Callable[..., object]) -> None:
+    add("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR",
+        help="where results go (default: explainability_outputs)")
+    add("--colormap", type=colormap_name, default="jet", metavar="NAME",
+        help="any matplotlib colormap (default: jet; viridis is perceptually uniform)")
+    add("--signed", action="store_true", help="draw evidence for and against the class, not the first alone")
+    add("--dpi", type=whole_number(30, 1200), default=150, metavar="N",
+        help="resolution of the figures (default: 150)")
+    add("--format", choices=("png", "pdf", "svg"), default="png",
+        help="kind of the figures' files; pdf and svg for print (default: png)")
+    add("--contours", action="store_true", help="lines of equal heat over the radiograph, not colours")
+    add("--save-panels", action="store_true",
+        help="also write radiograph, heatmap and overlay as bare pictures of the radiograph's size")
+    add("--no-figures", action="store_true", help="numbers alone")
+    add("--save-maps", action="store_true",
+        help="also write the raw maps, before the ReLU, as .npy with a .json beside each")
+    add("--anonymous", action="store_true",
+        help="name images by their content's checksum, not by their files' names")
+    add("--skip-existing", action="store_true", help="leave images alone that an earlier run finished")
+    add("--quiet", action="store_true", help="print only the final summary, warnings and errors")  # fmt: skip
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -5549,6 +5786,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         if word.startswith("-"):
             near = near_options(word.partition("=")[0], parser.format_help())
         parser.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}{near_text(near)}")
+    args.method = list(dict.fromkeys(itertools.chain(*args.method or [["gradcam"]])))
     return args
 
 
@@ -5566,8 +5804,8 @@ def near_text(near: Sequence[str]) -> str:
 
 def options_text(args: argparse.Namespace) -> str:
     """What was asked of the networks and the figures, beside images, files and what is the default."""
-    usual, told = vars(argument_parser().parse_args([])), [f"method {' '.join(args.method or ['gradcam'])}"]
-    for name in ("target_class", "weights", "verify", "signed", "contours", "colormap", "format"):
+    usual, told = vars(argument_parser().parse_args([])), [f"method {' '.join(args.method)}"]
+    for name in ("target_class", "weights", "reference", "verify", "signed", "contours", "colormap", "format"):
         if vars(args).get(name) != usual.get(name):
             told.append(f"{name.replace('_', ' ')} {vars(args)[name]}")
     return ", ".join(told)
@@ -5605,13 +5843,10 @@ def images_below(folder: Path) -> list[Path]:
 
 def is_dicom(path: Path) -> bool:
     """Whether a file without a suffix, or with a UID for a name, as DICOM files often are, is one."""
-    if path.suffix and not path.suffix[1:].isdecimal():
-        return False
-    try:
-        with open_regular(path) as file:
+    if not path.suffix or path.suffix[1:].isdecimal():
+        with contextlib.suppress(ExplainError, OSError), open_regular(path) as file:
             return kind_of(file.read(HEAD_BYTES)).use == "dicom"
-    except (ExplainError, OSError):
-        return False
+    return False
 
 
 def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
@@ -5620,7 +5855,6 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
     In a folder that holds the output folder, or is it, the results there are not looked at.
     Raises ExplainError where nothing is found.
     """
-    outputs = Path(os.path.realpath(output_folder))
     images: list[Path] = []
     for text in arguments:
         if not text:  # as from a variable of the shell that is not set
@@ -5628,17 +5862,28 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
         if re.match(r"[a-z]+://", text, re.IGNORECASE):
             raise ExplainError(f"{printable(text)}: URLs are not read; download the image and name its file")
         if os.path.isdir(text):
-            found = [path for path in images_below(Path(text)) if not is_output(path, Path(text), outputs)]
+            found = without_outputs(images_below(Path(text)), Path(text), output_folder)
         elif glob.has_magic(text) and not os.path.lexists(text):
             found = sorted(Path(each) for each in glob.glob(text, recursive=True) if os.path.isfile(each))
         else:
             found = [Path(text)]
         if not found:
-            suffixes = ", ".join(IMAGE_SUFFIXES)
             cause = "no image found there, beside this tool's own results"
-            raise refusal(Path(text), cause, f"name a folder or pattern with files that end in {suffixes}")
+            remedy = f"name a folder or pattern with files that end in {', '.join(IMAGE_SUFFIXES)}"
+            raise refusal(Path(text), cause, remedy)
         images += found
     return list({row_key(str(image)): image for image in reversed(images)}.values())[::-1]
+
+
+def without_outputs(images: Sequence[Path], searched: Path, output_folder: Path) -> list[Path]:
+    """Images below a searched folder, less those in the output folder and, where it is within, below it."""
+    outputs, left = Path(os.path.realpath(output_folder)), []
+    is_within = Path(os.path.realpath(searched)) in outputs.parents
+    for path in images:
+        folder = Path(os.path.realpath(path)).parent
+        if folder != outputs and not (is_within and outputs in folder.parents):
+            left.append(path)
+    return left
 
 
 def without_other_files(images: list[Path], named: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -5647,18 +5892,12 @@ def without_other_files(images: list[Path], named: Sequence[str]) -> tuple[list[
     Raises ExplainError where nothing is left.
     """
     others = [path for path in images if str(path) not in named and is_no_radiograph(path)]
-    if others and len(others) == len(images):
-        raise refusal(others[0].parent, f"no radiograph there, only {listed([path.name for path in others])}", "name others")
-    left = [path for path in images if path not in others]
-    names = listed([path.name for path in others])
-    return left, [f"ℹ️  passed over, as no radiographs: {names}"] if others else []
-
-
-def is_output(path: Path, searched: Path, outputs: Path) -> bool:
-    """Whether a file found below a searched folder lies among the results: right there, or below it."""
-    folder = Path(os.path.realpath(path)).parent
-    is_below = outputs in folder.parents and Path(os.path.realpath(searched)) in outputs.parents
-    return folder == outputs or is_below
+    if not others:
+        return images, []
+    left, names = [path for path in images if path not in others], listed([path.name for path in others])
+    if not left:
+        raise refusal(others[0].parent, f"no radiograph there, only {names}", "name others")
+    return left, [f"ℹ️  passed over, as no radiographs: {names}"]
 
 
 def random_test_image(seed: int | None) -> Path:
@@ -5685,26 +5924,24 @@ def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Pat
     named = {key: weights_file(path) for key in keys if (path := vars(args)[f"{key}_checkpoint"])}
     for path in named.values():
         check_checkpoint_path(path)
-    lone = lone_family(keys, named) if not args.compare else None
+    lone = [] if args.compare else lone_family(keys, named)
     paths = {key: named.get(key) or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER) for key in lone or keys}
     check_not_mixed(list(paths.values()))
     for path in paths.values():
         check_checkpoint_path(path)
     alone = "explained alone, as no other network of yours is beside it"
-    notes = [f"ℹ️  {shown(paths[key])}: {alone}" for key in lone or ()]
+    notes = [f"ℹ️  {shown(paths[key])}: {alone}" for key in lone]
     return [(FAMILIES[key], path) for key, path in paths.items()], notes
 
 
-def lone_family(keys: Sequence[str], named: dict[str, Path]) -> list[str] | None:
-    """The one family of two of which there is a network of the user's; None where there is none.
-
-    Nor is there one where another was named.
-    """
-    found = {
-        key: [named[key]] if key in named else candidates(FAMILIES[key], CHECKPOINT_FOLDER) for key in keys
-    }
-    own = [key for key in keys if any(not is_demo(path) for path in found[key])]
-    return own if len(own) == 1 < len(keys) and set(named) <= set(own) else None
+def lone_family(keys: Sequence[str], named: dict[str, Path]) -> list[str]:
+    """The one family of two of which there is a network of the user's; none where another was named."""
+    own = []
+    for key in keys:
+        found = [named[key]] if key in named else candidates(FAMILIES[key], CHECKPOINT_FOLDER)
+        if not all(map(is_demo, found)):
+            own.append(key)
+    return own if len(own) == 1 < len(keys) and set(named) <= set(own) else []
 
 
 def checked_request(args: argparse.Namespace) -> Request:
@@ -5721,12 +5958,16 @@ def checked_request(args: argparse.Namespace) -> Request:
     if args.signed and args.colormap != "jet":
         notes.append(f"ℹ️  --colormap {args.colormap}: not used, as --signed has colours of its own")
     labels = numbered(map(content_label, images)) if args.anonymous else list(map(str, images))
-    methods = tuple(dict.fromkeys(itertools.chain(*(args.method or [["gradcam"]]))))
+    methods = tuple(args.method)
     truths, table, told = known_truth(args.truth, images, args.anonymous)
+    reference = images_below(args.reference) if args.reference else []
     marks = [
         (family.key, file_mark(path), file_mark(path.with_name("config.json"))) for family, path in checkpoints
     ]
-    asked = marks, args.weights, args.target_class, args.class_names, methods, style, args.verify, table
+    if not args.reference:
+        marks += [own_reference_mark(family, path) for family, path in checkpoints]
+    question = args.weights, args.target_class, args.class_names, methods, style, args.verify
+    asked = marks, question, table, stamps(reference)
     wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
     kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
     keys = [family.key for family, _ in checkpoints]
@@ -5734,7 +5975,8 @@ def checked_request(args: argparse.Namespace) -> Request:
         dataclasses.replace(job, truth=truths.get(os.path.realpath(job.image), Truth()))
         for job in make_jobs(images, labels, keys, methods, args.output_dir, kinds, args.format, asked)
     ]
-    return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, (*notes, *told))
+    told = (*notes, *told)
+    return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, told, tuple(reference))
 
 
 # The end

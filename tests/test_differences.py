@@ -336,3 +336,4 @@ def test_the_summary_counts_where_the_models_differ(told):
     mean = f"{100 * np.mean([each.value for each in found]):.0f} %"
     assert f"Maps share {mean} of their heat on average, in {few} of {len(found)} images too little" in told.out
     assert "Images: 4 done, 1 failed" in told.out and "bad.png" in told.err
+    assert "method gradcam lrp" in (told.folder / "out" / "report.html").read_text(encoding="utf-8")

@@ -169,7 +169,7 @@ def test_a_box_and_a_map_that_are_not_square_point_alike():
     boxes = (0.7, 0.05, 0.8, 0.3), (0.05, 0.7, 0.3, 0.8)
     wide, high = (pointing(an_explanation(raw_map=raw_map), [box]) for box in boxes)
     assert wide.is_inside and not high.is_inside
-    assert wide.area == pytest.approx((0.1 + 1 / 8) * (0.3 + 1 / 8)) and wide.heat > 0.5
+    assert wide.area == pytest.approx((0.1 + 1 / 7) * (0.3 + 1 / 8)) and wide.heat > 0.5
 
 
 def test_of_several_boxes_any_will_do_and_what_they_share_counts_once():
