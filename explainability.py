@@ -18,7 +18,8 @@ Glossary
     gradients     d logit / d activations, (B, C, h, w)
     raw map       what a method makes of one image, signed, (h, w): for Grad-CAM the weighted sum of
                   the activations before the ReLU
-    reference     the radiograph blurred: what methods compare it with, (B, 3, S, S)
+    reference     the radiograph blurred: what methods compare it with, (B, 3, S, S); reference images
+                  are those of --reference, which the network is meant for
     heatmap       the raw map after ReLU and division by its maximum, float32 in [0, 1], (h, w)
     probability   softmax of the logits, in [0, 1]; percent only in text
 
@@ -32,6 +33,7 @@ The file, from top to bottom; each section uses only what stands above it
                          weights or names: the tables at the section's start
     Methods              a batch -> signed maps. A new method: one function and one entry of METHODS
     Checks               a map -> Findings. A new check: one function and one entry of CHECKS
+    Reference            images that a network is meant for -> how far another is from them, and the most similar
     Panels and figures   Explanations -> a Sheet -> PNG, PDF or SVG. A new panel: one draw_ function
     Truth                what folders' names and --truth tell of an image
     Outputs              names, jobs, files
@@ -199,6 +201,7 @@ class Classifier:
 
     model: Model
     network: torch.nn.Module  # float32, eval mode, no parameter requires a gradient
+    reference: Reference | None = None  # images of the kind that it is meant for
 
     @property
     def device(self) -> torch.device:
@@ -229,7 +232,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Pointing:
-    """How a map compares with the true boxes, enlarged by half a cell of the map's grid on each side."""
+    """How a map compares with the true boxes, enlarged by half a cell on each side."""
 
     is_inside: bool  # the map's maximum
     heat: float  # share of the heatmap inside
@@ -244,6 +247,34 @@ class Finding:
     value: float  # the measured quantity; NaN where it cannot be measured
     is_flagged: bool
     text: str  # in words
+
+    @property
+    def is_measured(self) -> bool:
+        return not np.isnan(self.value)
+
+
+@dataclass(frozen=True)
+class SimilarCase:
+    """A reference image that is like the one explained, to the network."""
+
+    label: str
+    class_name: str  # its true class
+    likeness: float  # cosine of the network's features
+    picture: np.ndarray  # (h, w) uint8, a thumbnail
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How an image lies among the reference images of a network."""
+
+    nearer: int  # reference images, each measured by statistics without it, that lie nearer to the others
+    images: int  # in the reference
+    similar: tuple[SimilarCase, ...]  # NEAREST of them, from the most similar on
+
+    @property
+    def p_value(self) -> float:
+        """Chance to lie at least so far for one more image of the reference's kind (conformal)."""
+        return (1 + self.images - self.nearer) / (1 + self.images)
 
 
 @dataclass(frozen=True)
@@ -261,6 +292,11 @@ class Explanation:
     findings: tuple[Finding, ...] = ()  # one for each check that applies
     pointing: Pointing | None = None  # where the fracture is known
     passes: int = 0  # forward passes that --verify took
+    likeness: Likeness | None = None  # where the network has a reference
+
+    @property
+    def similar(self) -> tuple[SimilarCase, ...]:
+        return self.likeness.similar if self.likeness else ()
 
     @property
     def predicted(self) -> int:
@@ -1635,6 +1671,7 @@ class ForwardPass:
     activations: torch.Tensor  # (B, C, h, w) of the target layer
     gradients: torch.Tensor  # (B, C, h, w) d score / d activations
     at_once: int  # inputs that memory has room for in one pass
+    features: torch.Tensor | None = None  # (B, D) input of the head, where there is a reference
 
     @property
     def scores(self) -> torch.Tensor:
@@ -1714,6 +1751,13 @@ def layer_gradients(
     return logits.detach(), explained, activations.detach(), gradients
 
 
+def head_inputs(network: torch.nn.Module, head: str) -> tuple[list[torch.Tensor], Any]:
+    """A list that takes the input of the head (B, D) at each pass, and the hook, which goes with its context."""
+    features: list[torch.Tensor] = []
+    layer = network.get_submodule(head)
+    return features, layer.register_forward_pre_hook(lambda layer, given: features.append(given[0].detach()))
+
+
 def forward_pass(
     classifier: Classifier, inputs: torch.Tensor, target: int | None, at_once: int
 ) -> ForwardPass:
@@ -1727,11 +1771,15 @@ def forward_pass(
     family, network = classifier.model.family, classifier.network
     at_once = min(at_once, max(1, at_once * INPUT_SIZE**2 // inputs[0, 0].numel()))
     wanted = None if target is None else torch.full((len(inputs),), target, device=inputs.device)
-    logits, *rest = layer_gradients(network, family.target_layer, inputs, wanted)
+    features, hook = [None], contextlib.nullcontext()
+    if classifier.reference:
+        features, hook = head_inputs(network, family.head)
+    with hook:
+        logits, *rest = layer_gradients(network, family.target_layer, inputs, wanted)
     if not torch.isfinite(logits).all():
         cause = "the network's output is not finite"
         raise refusal(classifier.model.checkpoint, cause, "its weights are damaged")
-    return ForwardPass(network, family.finer_layer, inputs, logits, *rest, at_once)
+    return ForwardPass(network, family.finer_layer, inputs, logits, *rest, at_once, features[0])
 
 
 # Class activation maps
@@ -1768,17 +1816,21 @@ def weighted_sum(weights: torch.Tensor, activations: torch.Tensor) -> torch.Tens
     return raw.where(raw.abs() > rounding, 0)
 
 
-def finer_grad_cam(seen: ForwardPass) -> torch.Tensor:
-    """Grad-CAM at the target layer times Grad-CAM one stage earlier, both after the ReLU: (B, 2h, 2w).
+def refine_cam(seen: ForwardPass) -> torch.Tensor:
+    """RefineCAM: Grad-CAM of two layers, each at the input's size and in [0, 1], multiplied: (B, S, S).
 
-    The finer map has the edges and is often hot elsewhere; the coarse one says what of it counts.
+    The finer layer's map has the edges and is often hot elsewhere; the coarse one says what of it
+    counts. Enlarged before they are multiplied, neither has the other's steps.
     """
     import torch
 
     *_, activations, gradients = layer_gradients(seen.network, seen.finer_layer, seen.inputs, seen.explained)
-    finer = grad_cam(activations, gradients).relu()
-    coarse = grad_cam(seen.activations, seen.gradients).relu()[:, None]
-    return finer * torch.nn.functional.interpolate(coarse, finer.shape[1:], mode="bilinear")[:, 0]
+    product = torch.ones_like(seen.inputs[:, 0])
+    for raw in (grad_cam(seen.activations, seen.gradients), grad_cam(activations, gradients)):
+        heat = torch.nn.functional.interpolate(raw.relu()[:, None], seen.inputs.shape[2:], mode="bilinear")[:, 0]
+        low, high = heat.amin(dim=(1, 2), keepdim=True), heat.amax(dim=(1, 2), keepdim=True)
+        product *= ((heat - low) / (high - low)).where(high > low, heat.sign())  # a constant map takes nothing away
+    return product
 
 
 # Gradients of pixels
@@ -1995,6 +2047,7 @@ class Method:
     passes: int  # inputs that go through the network for one image, the first pass and the proof among them
     owed: Callable[[ForwardPass], torch.Tensor] | None = None  # (B,) what the maps must sum to
     compares: bool = False  # with the reference; its maps then hold evidence against the class as well
+    layers: tuple[str, ...] = ()  # of a family, that the maps are made of
 
 
 METHODS = {
@@ -2002,15 +2055,15 @@ METHODS = {
     for method in (
         Method(
             "gradcam", "Grad-CAM", "Selvaraju et al., ICCV 2017",
-            lambda seen: grad_cam(seen.activations, seen.gradients), 1,
+            lambda seen: grad_cam(seen.activations, seen.gradients), 1, layers=("target_layer",),
         ),
         Method(
             "gradcam++", "Grad-CAM++", "Chattopadhay et al., WACV 2018",
-            lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients), 1,
+            lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients), 1, layers=("target_layer",),
         ),
         Method(
-            "gradcam-hires", "Grad-CAM, high resolution", "Grad-CAM at two stages, multiplied by this tool",
-            finer_grad_cam, 2,
+            "refinecam", "RefineCAM", "Domeniconi et al., arXiv 2605.14641, 2026", refine_cam, 2,
+            layers=("target_layer", "finer_layer"),
         ),
         Method(
             "ig", "Integrated Gradients", "Sundararajan et al., ICML 2017",
@@ -2039,9 +2092,19 @@ def passes_of(keys: Sequence[str]) -> int:
     return own + (2 if any(method.compares for method in methods) else 1)
 
 
+def finite(raw_map: np.ndarray) -> np.ndarray:
+    """The same map. Raises ValueError where a value is NaN or infinite: no check would flag it."""
+    if not np.isfinite(raw_map).all():
+        raise ValueError("the map is not finite")
+    return raw_map
+
+
 def normalised(raw_map: np.ndarray) -> np.ndarray:
-    """ReLU (eq. 2), then division by the maximum: (h, w) in [0, 1]. A blank map stays blank."""
-    positive = np.maximum(raw_map, 0)
+    """ReLU (eq. 2), then division by the maximum: (h, w) in [0, 1]. A blank map stays blank.
+
+    Raises ValueError for a map that is not finite.
+    """
+    positive = np.maximum(finite(raw_map), 0)
     peak = positive.max()
     return positive / peak if peak > 0 else positive
 
@@ -2085,7 +2148,14 @@ def explain_batch(
             raise
         cause = f"not enough memory for a batch of {len(inputs)}"
         raise refusal(classifier.model.checkpoint, cause, "choose a smaller --batch-size") from error
-    return [explanation for of_image in zip(*by_method) for explanation in of_image]
+    likenesses = [None] * len(inputs)
+    if classifier.reference:
+        likenesses = classifier.reference.likenesses(seen.features.cpu().numpy())
+    return [
+        dataclasses.replace(explanation, likeness=likeness)
+        for likeness, *of_image in zip(likenesses, *by_method)
+        for explanation in of_image
+    ]
 
 
 def explanations_of(model: Model, seen: ForwardPass, method: Method) -> list[Explanation]:
@@ -2137,23 +2207,23 @@ OUTER = np.pad(np.zeros((CELLS - 2, CELLS - 2), bool), 1, constant_values=True) 
 DENSE_SHARE = 0.02  # of a cell's pixels; with fewer the cell holds nothing as dense as bone
 HOT_AREA = 0.25  # of the image
 
-# A marker or annotation is bright, thin, small and set off from all around it. Lengths in pixels
-# of CHECKED_SIDE, brightness in shares of the radiograph's range (1st to 99th percentile).
-STROKE_REACH, STROKE_CONTRAST = 4, 0.3  # an opening of 9 x 9 takes away strokes of up to 8 pixels
+# A marker or annotation is bright, thin, small and sharp. Lengths in pixels of CHECKED_SIDE,
+# brightness in shares of the radiograph's range (1st to 99th percentile).
+STROKE_REACH, STROKE_CONTRAST = 4, 0.2  # an opening of 9 x 9 takes away strokes of up to 8 pixels
 JOINING_REACH = 2  # letters at most 4 pixels apart are one marker
 MARKER_PIXELS, MARKER_SIDES = 12, range(6, 50)  # fewer pixels are noise; sides are the longer ones
 TEXT_SIDES, TEXT_HEIGHT = range(6, 124), 27  # a line of text may be longer while it is lower than this
-LETTER_HEIGHT, TEXT_STROKES = 9, 4  # a line three times as long as high, of so many strokes, is text
-LONGEST_STROKE = 0.6  # of its length
-STRIP_LENGTH = 28  # longer ones of fewer strokes are no letters
-RING, RING_CONTRAST = (2, 5), 0.25  # pixels outside the box; bone's edges go on there, markers do not
+TEXT_STROKES, LONGEST_STROKE = 3, 0.6  # of a line three times as long as high; the longest in its lengths
+SHARPNESS, SHARPNESS_REACH = 0.13, 2  # mean of |Laplacian| in and round a box; most edges of bone have less
 
+NEAREST = 3  # reference images that are told
 AGREEMENT = "map_agreement"  # the check of a pair
-AGREEMENT_LIMIT = 0.4  # equal maps share 1, disjoint ones 0
+AGREEMENT_LIMIT = 0.05  # equal maps share 1, of parts of one fracture less, of two places next to nothing
 CONFIDENCE_LIMIT = 0.95  # the guide's, for clear cases
 ERASING_BLUR = 8 / 224  # of the image's side: standard deviation of the Gaussian that erases
 ERASED_AREA = 0.2  # of the image, the hottest
-ADDED = (("a letter", "L", 22), ("a line of text", "AP SUPINE", 11))  # and size in pixels of CHECKED_SIDE
+ADDED = (("a letter", "L"), ("a line of text", "AP SUPINE"))
+ADDED_SIZE = 22  # pixels of CHECKED_SIDE; a network that reads text misses small one
 ADDED_EDGE = 8  # pixels of CHECKED_SIDE between what is added and the corner
 MOVED_MASKS = 13
 MOST_TRIALS = MOVED_MASKS + len(ADDED) + 4  # and the hot area, two covered copies and the blurred one
@@ -2221,8 +2291,12 @@ def marker_boxes(grey: np.ndarray) -> Iterator[PixelBox]:
     strokes = grey - over_windows(eroded, STROKE_REACH, np.maximum) > STROKE_CONTRAST * (high - low)
     for rows, columns in regions(strokes, JOINING_REACH):
         box = int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
-        is_apart = stands_out(grey, rows, columns, box, RING_CONTRAST * (high - low))
-        if is_marker_size(len(rows), box) and is_letter_or_text(rows, columns, box, is_apart):
+        short, long = sorted((box[2] - box[0], box[3] - box[1]))
+        is_small = long in MARKER_SIDES or (long in TEXT_SIDES and short < TEXT_HEIGHT)
+        if len(rows) < MARKER_PIXELS or not is_small or sharpness(grey, box) < SHARPNESS * (high - low):
+            continue
+        # Strips that are no text are cortex, pins or the field's edge.
+        if long < 3 * short or is_text(rows, columns):
             yield box
 
 
@@ -2259,37 +2333,21 @@ def connected(mask: np.ndarray) -> np.ndarray:
     return labels
 
 
-def is_marker_size(pixels: int, box: PixelBox) -> bool:
-    short, long = sorted((box[2] - box[0], box[3] - box[1]))
-    return pixels >= MARKER_PIXELS and (long in MARKER_SIDES or (long in TEXT_SIDES and short < TEXT_HEIGHT))
+def sharpness(grey: np.ndarray, box: PixelBox) -> float:
+    """Mean of the Laplacian's magnitude in a box and round it."""
+    x0, y0, x1, y1 = grown(box, SHARPNESS_REACH, CHECKED_SIDE)
+    values = grey[y0:y1, x0:x1].astype(int)
+    neighbours = values[:-2, 1:-1] + values[2:, 1:-1] + values[1:-1, :-2] + values[1:-1, 2:]
+    return float(np.abs(4 * values[1:-1, 1:-1] - neighbours).mean())
 
 
-def is_letter_or_text(rows: np.ndarray, columns: np.ndarray, box: PixelBox, is_apart: bool) -> bool:
-    """Whether a region is set off as a letter is, or a line of several strokes as text is.
-
-    Low text may lie over bone and beside it. A strip of few strokes, or with one that runs on along
-    it, is cortex, a pin or the edge of the field.
-    """
-    x0, y0, x1, y1 = box
-    short, long = sorted((x1 - x0, y1 - y0))
-    if long < 3 * short:
-        return is_apart
-    strokes = np.zeros((y1 - y0, x1 - x0), bool)
-    strokes[rows - y0, columns - x0] = True
-    along = 1 if x1 - x0 == long else 0
+def is_text(rows: np.ndarray, columns: np.ndarray) -> bool:
+    """Whether a region is a line of several strokes, of which none runs on along it."""
+    strokes = np.zeros((np.ptp(rows) + 1, np.ptp(columns) + 1), bool)
+    strokes[rows - rows.min(), columns - columns.min()] = True
+    along = int(np.argmax(strokes.shape))
     lengths = [np.ptp(places[along]) + 1 for places in regions(strokes, 0)]
-    is_text = len(lengths) >= TEXT_STROKES and max(lengths) <= LONGEST_STROKE * long
-    return (is_text and short <= LETTER_HEIGHT) or (is_apart and (is_text or long < STRIP_LENGTH))
-
-
-def stands_out(grey: np.ndarray, rows: np.ndarray, columns: np.ndarray, box: PixelBox, by: float) -> bool:
-    """Whether a region's median lies `by` above the 90th percentile of the ring round its box."""
-    inner, outer = (grown(box, reach, CHECKED_SIDE) for reach in (RING[0] - 1, RING[1]))
-    x0, y0, x1, y1 = outer
-    ring = np.ones((y1 - y0, x1 - x0), bool)
-    ring[inner[1] - y0 : inner[3] - y0, inner[0] - x0 : inner[2] - x0] = False
-    around = grey[y0:y1, x0:x1][ring]
-    return bool(around.size and np.median(grey[rows, columns]) - np.percentile(around, 90) >= by)
+    return len(lengths) >= TEXT_STROKES and max(lengths) <= LONGEST_STROKE * strokes.shape[along]
 
 
 def grown(box: PixelBox, reach: int, side: int) -> PixelBox:
@@ -2310,8 +2368,11 @@ def box_mask(boxes: Iterable[PixelBox], side: int) -> np.ndarray:
 
 
 def heat_on_cells(raw_map: np.ndarray) -> np.ndarray:
-    """Share of the heat in each cell, by area: (h, w) -> (CELLS, CELLS); all 0 for a blank map."""
-    heat = np.maximum(raw_map, 0).astype(np.float64)
+    """Share of the heat in each cell, by area: (h, w) -> (CELLS, CELLS); all 0 for a blank map.
+
+    Raises ValueError for a map that is not finite.
+    """
+    heat = np.maximum(finite(raw_map), 0).astype(np.float64)
     total = heat.sum()
     if total == 0:
         return np.zeros((CELLS, CELLS))
@@ -2371,7 +2432,8 @@ def border(evidence: Evidence) -> Said:
     """Share of the heat in the frame of outer cells; 24/49 for a uniform map."""
     share = float(evidence.heat[OUTER].sum())
     area = percent(OUTER.mean())
-    return share, f"{percent(share)} of the heat lies in the outer ring of cells, which is {area} of the area"
+    told = f"{percent(share)} of the heat lies in the outer ring of cells, which is {area} of the area"
+    return share, f"{told}; a fracture may lie there"
 
 
 def dark(evidence: Evidence) -> Said:
@@ -2411,6 +2473,28 @@ def agreement(evidence: Evidence) -> Said:
 def confidence(evidence: Evidence) -> Said:
     value = evidence.explanation.confidence
     return value, f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}"
+
+
+def unlike(evidence: Evidence) -> Said | None:
+    """The conformal p-value of the image among the reference's: small where it is of another kind.
+
+    S. Bates et al., Annals of Statistics 2023: of images of the reference's kind 5 % fall below 5 %.
+    """
+    likeness = evidence.explanation.likeness
+    if likeness is None:
+        return None
+    nearer = f"{likeness.nearer} of the {likeness.images} themselves"
+    return likeness.p_value, f"farther from the reference images than {nearer}"
+
+
+def neighbours(evidence: Evidence) -> Said | None:
+    """Share of the most similar reference images that are of the predicted class."""
+    explanation = evidence.explanation
+    if explanation.likeness is None:
+        return None
+    names = [case.class_name for case in explanation.likeness.similar]
+    count = names.count(explanation.prediction)
+    return count / len(names), f"{count} of the {len(names)} most similar reference images are {explanation.prediction}"
 
 
 # What a network says of changed copies (--verify)
@@ -2502,7 +2586,7 @@ class Check:
 
     key: str  # in the table's columns and in JSON; in words where passed checks are listed
     title: str  # the guide's words where it has some
-    about: str  # "map", "pair" of maps, "prediction", or "verify": asked only with --verify
+    about: str  # "map", "pair" of maps, "prediction", "reference"; with --verify "verify", "statement"
     ask: Callable[[Evidence], Said | None]
     flags: Callable[[float, float], bool]  # value, limit; False for NaN: it cannot be told
     limit: float
@@ -2515,16 +2599,20 @@ CHECKS = {check.key: check for check in (
     Check("dark", "Attention on irrelevant areas", "map", dark, operator.gt, 0.35),
     # A marker touches 1 to 4 of 49 cells: 0.02 to 0.08 by chance.
     Check("markers", "Focus on text/labels/artifacts", "map", markers, operator.gt, 0.2),
-    Check("focus", "No clear focal point", "map", focus, operator.lt, 0.5),  # without focus it is 0.25
+    # Of noise that is positive in half of the cells it is 0.8; of a uniform map 0.25.
+    Check("focus", "No clear focal point", "map", focus, operator.lt, 0.8),
     Check(AGREEMENT, "Models strongly disagree", "pair", agreement, operator.lt, AGREEMENT_LIMIT),
     Check("confidence", "Low confidence overall", "prediction", confidence, operator.lt, CONFIDENCE_LIMIT),
+    Check("unlike", "Unlike the reference", "reference", unlike, operator.lt, 0.05),
+    Check("neighbours", "Similar cases contradict", "reference", neighbours, operator.lt, 1 / (2 * NEAREST)),
     # Covering as much elsewhere, and writing beside the bone, costs honest networks less.
     Check("covering", "Reads the side marker", "verify", covering, operator.gt, 0.1),
     Check("adding", "Heeds a marker that is added", "verify", adding, operator.gt, 0.1),
-    Check("default", "Says so of anything", "verify", default, operator.gt, 1),
-    # Where masks put anywhere do as much, the map says nothing.
-    Check("erasing", "The hot area counts no more than others", "verify", erasing, operator.gt, 0.5),
+    Check("default", "", "statement", default, operator.gt, math.inf),
+    # A map that points anywhere has 0.5, give or take 0.3: masks put anywhere mostly do more.
+    Check("erasing", "The hot area counts no more than others", "verify", erasing, operator.gt, 0.75),
 )}  # fmt: skip
+ASKED_AGAIN = ("verify", "statement")  # what --verify asks the network about
 MAP_CHECKS = sum(check.about == "map" for check in CHECKS.values())
 
 
@@ -2542,7 +2630,7 @@ def findings_of(evidence: Evidence) -> tuple[Finding, ...]:
     found = []
     for check in CHECKS.values():
         needs_place = check.about == "map" and check.key != "blank"
-        needs_more = check.about == "pair" or (check.about == "verify" and evidence.trial is None)
+        needs_more = check.about == "pair" or (check.about in ASKED_AGAIN and evidence.trial is None)
         if needs_more or (needs_place and evidence.explanation.blankness):
             continue
         if finding := finding_of(check, evidence):
@@ -2573,7 +2661,11 @@ def checks_text(findings: Sequence[Finding]) -> str:
 def marked_text(finding: Finding) -> str:
     """A finding as a sentence, with a warning where it is flagged."""
     sentence = finding.text[0].upper() + finding.text[1:]
-    return f"⚠️  {sentence}" if finding.is_flagged else sentence
+    if not finding.is_flagged:
+        return sentence
+    if finding.check == "unlike":  # what its words do not say
+        sentence = f"{CHECKS[finding.check].title}: {finding.text}"
+    return f"⚠️  {sentence}"
 
 
 # --verify: copies of a radiograph in which something is covered, added or erased
@@ -2641,10 +2733,10 @@ def shifted(box: PixelBox, down: int, right: int, side: int) -> PixelBox:
     return x, y, x + x1 - x0, y + y1 - y0
 
 
-def with_writing(image: np.ndarray, text: str, size: int) -> np.ndarray:
-    """(3, N, N) with bright writing in its darkest corner, `size` in pixels of CHECKED_SIDE."""
+def with_writing(image: np.ndarray, text: str) -> np.ndarray:
+    """(3, N, N) with bright writing in its darkest corner."""
     side = image.shape[1]
-    font = ImageFont.load_default(max(1, round(size * side / CHECKED_SIDE)))
+    font = ImageFont.load_default(max(1, round(ADDED_SIZE * side / CHECKED_SIDE)))
     left, top, right, bottom = map(round, font.getbbox(text))
     plate = Image.new("L", (max(1, right - left), max(1, bottom - top)))
     ImageDraw.Draw(plate).text((-left, -top), text, 255, font)
@@ -2699,7 +2791,7 @@ def tried(
 ) -> Trial:
     """Ask the network about changed copies of one input (3, N, N): at most MOST_TRIALS forward passes."""
     side, erasing, covered, erased = image.shape[1], without_detail(image), [], []
-    added = [with_writing(image, text, size) for _, text, size in ADDED]
+    added = [with_writing(image, text) for _, text in ADDED]
     if landmarks.markers:
         markers, elsewhere = marker_masks(landmarks.markers, side)
         if elsewhere:
@@ -2800,12 +2892,13 @@ def pointing(explanation: Explanation, boxes: Sequence[Region]) -> Pointing:
     """The pointing game (J. Zhang et al., ECCV 2016) and the heat inside.
 
     Boxes are in shares of the image's sides, and count with half a cell of the map more on each
-    side: a map's maximum cannot be told more exactly.
+    side: a map's maximum cannot be told more exactly. For finer maps it is half a cell of the
+    checks' grid, so that methods can be compared.
     """
     h, w = explanation.raw_map.shape
     row, column = np.unravel_index(explanation.raw_map.argmax(), (h, w))
     x, y = (column + 0.5) / w, (row + 0.5) / h
-    grown = [with_margin(box, h, w) for box in boxes]
+    grown = [with_margin(box, min(h, CELLS), min(w, CELLS)) for box in boxes]
     is_inside = any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in grown)
     mask = np.zeros((CHECKED_SIDE, CHECKED_SIDE), bool)
     for box in grown:
@@ -2836,6 +2929,149 @@ def pointing_text(pointed: Pointing) -> str:
     place, mark = ("inside", "") if pointed.is_inside else ("outside", "⚠️  ")
     share = f"{percent(pointed.heat)} of the heat inside, {percent(pointed.area)} of the area"
     return f"{mark}Maximum {place} the true fracture's box; {share}"
+
+
+# ------------------------------------------------------------------------------------------
+# Reference: images of the kind that a network is meant for (--reference)
+# ------------------------------------------------------------------------------------------
+
+FEWEST_OF_CLASS = 50  # images; of fewer, how far is far cannot be told
+MOST_OF_CLASS = 500  # of more, so many are taken, evenly over their sorted names
+FOLDS = 5  # an image is measured by statistics of the other folds' images alone
+SHRINKAGE = 0.1  # of the covariance towards its mean variance
+SAME_IMAGE = 1 - 1e-5  # likeness of an image and itself, in half precision
+THUMBNAIL = (72, 72)  # pixels, kept as JPEG
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Classes' means and their common covariance: what a Mahalanobis distance needs.
+
+    K. Lee et al., NeurIPS 2018. The covariance, (1 - a) X'X / m + a v I of centred features X (m, D)
+    with mean variance v, is inverted by way of XX' (Woodbury): there are fewer images than features.
+    """
+
+    means: np.ndarray  # (K, D)
+    centred: np.ndarray  # (m, D)
+    inverse: np.ndarray  # (m, m) of XX' + m a v / (1 - a) I
+    least: float  # a v
+
+    @classmethod
+    def of(cls, features: np.ndarray, classes: np.ndarray) -> Spread:
+        names, of_class = np.unique(classes, return_inverse=True)
+        means = np.stack([features[classes == each].mean(axis=0) for each in names])
+        centred = features - means[of_class]
+        least = SHRINKAGE * float((centred**2).mean())
+        ridge = len(centred) * least / (1 - SHRINKAGE)
+        return cls(means, centred, np.linalg.inv(centred @ centred.T + ridge * np.eye(len(centred))), least)
+
+    def distances(self, features: np.ndarray) -> np.ndarray:
+        """Squared distance to the nearest class's mean: (B, D) -> (B,)."""
+        distances = []
+        for mean in self.means:
+            away = features - mean
+            along = away @ self.centred.T
+            explained = ((along @ self.inverse) * along).sum(axis=1)
+            distances.append(((away**2).sum(axis=1) - explained) / self.least)
+        return np.min(distances, axis=0)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Images that a network is meant for, as its features show them."""
+
+    features: np.ndarray  # (n, D) float16
+    classes: np.ndarray  # (n,) names
+    labels: np.ndarray  # (n,) names of the images
+    thumbnails: tuple[bytes, ...]  # JPEG
+
+    @functools.cached_property
+    def folds(self) -> list[tuple[Spread, np.ndarray]]:
+        """For each fold the statistics of the others, and by them its own images' distances, sorted."""
+        folds, features = np.arange(len(self.features)) % FOLDS, self.features.astype(float)
+        measured = []
+        for fold in range(FOLDS):
+            spread = Spread.of(features[folds != fold], self.classes[folds != fold])
+            measured.append((spread, np.sort(spread.distances(features[folds == fold]))))
+        return measured
+
+    @functools.cached_property
+    def directions(self) -> np.ndarray:
+        return unit(self.features.astype(np.float32))
+
+    def likenesses(self, features: np.ndarray) -> list[Likeness]:
+        """How images lie among these, from their features (B, D): cross-conformal (V. Vovk, 2015)."""
+        nearer = sum(np.searchsorted(own, spread.distances(features)) for spread, own in self.folds)
+        cosines = unit(features) @ self.directions.T
+        cosines[cosines > SAME_IMAGE] = -1  # an image is no similar case of itself
+        nearest = (-cosines).argsort(axis=1, kind="stable")[:, :NEAREST]
+        return [
+            Likeness(int(count), len(self.labels), tuple(self.case(place, row[place]) for place in places))
+            for count, places, row in zip(nearer, nearest, cosines)
+        ]
+
+    def case(self, place: int, likeness: float) -> SimilarCase:
+        picture = np.asarray(Image.open(io.BytesIO(self.thumbnails[place])))
+        return SimilarCase(str(self.labels[place]), str(self.classes[place]), float(likeness), picture)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (n, D) divided by their lengths."""
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def thumbnail_of(radiograph: Radiograph) -> bytes:
+    image, file = Image.fromarray(radiograph.pixels).convert("L"), io.BytesIO()
+    image.thumbnail(THUMBNAIL)
+    image.save(file, "JPEG", quality=60)
+    return file.getvalue()
+
+
+def reference_of(classifier: Classifier, images: Sequence[tuple[Path, str, str]], batch: int) -> Reference:
+    """Pass images through a network, each with its label and class; one that cannot be read is told."""
+    import torch
+    from tqdm import tqdm
+
+    features, hook = head_inputs(classifier.network, classifier.model.family.head)
+    kept, thumbnails = [], []
+    with hook, torch.no_grad(), tqdm(images, "Reference", unit="image", disable=not sys.stderr.isatty()) as bar:
+        rest = readable(bar)
+        while some := list(itertools.islice(rest, batch)):
+            inputs = [network_input(radiograph, classifier.model.preprocessing) for radiograph, *_ in some]
+            classifier.network(torch.from_numpy(np.stack(inputs)).to(classifier.device))
+            thumbnails += [thumbnail_of(radiograph) for radiograph, *_ in some]
+            kept += [told for _, *told in some]
+    labels, classes = np.array(kept).T
+    return Reference(torch.cat(features).half().cpu().numpy(), classes, labels, tuple(thumbnails))
+
+
+def readable(images: Iterable[tuple[Path, str, str]]) -> Iterator[tuple[Radiograph, str, str]]:
+    """The images, with what goes with them; says which cannot be read."""
+    for path, *told in images:
+        try:
+            yield load_radiograph(path), *told
+        except ExplainError as error:
+            print(f"❌ {error}; left out of the reference", file=sys.stderr)
+
+
+def write_reference(reference: Reference, path: Path, mark: str) -> None:
+    thumbnails, ends = b"".join(reference.thumbnails), np.cumsum([len(each) for each in reference.thumbnails])
+    arrays = {"features": reference.features, "classes": reference.classes, "labels": reference.labels}
+    file = io.BytesIO()
+    np.savez(file, **arrays, thumbnails=np.frombuffer(thumbnails, np.uint8), ends=ends, mark=mark)
+    write_file(path, file.getvalue())
+
+
+def read_reference(path: Path, mark: str) -> Reference | None:
+    """What was written for this network and these images; None where nothing was."""
+    try:
+        with np.load(path) as file:
+            if str(file["mark"]) != mark:
+                return None
+            thumbnails = tuple(each.tobytes() for each in np.split(file["thumbnails"], file["ends"][:-1]))
+            return Reference(file["features"], file["classes"], file["labels"], thumbnails)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or cut off
+        return None
 
 
 # ------------------------------------------------------------------------------------------
@@ -2909,6 +3145,7 @@ class Look:
 
 
 LARGE, BOLD = Look(15, is_bold=True), Look(10, is_bold=True)
+SIMILAR_SIDE = 0.8  # inches, the longer side of a similar case's picture
 BODY, SMALL = Look(10), Look(8.5)
 NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
 
@@ -3326,8 +3563,9 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
             sheet.write(x, y, "⚠", ALERT)
             text = f"{check.title}: {finding.text}" if check.title else finding.text
             y = sheet.paragraph(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
-        elif check.about == "verify":
-            told.append(marked_text(finding))
+        elif check.about in ("reference", *ASKED_AGAIN):
+            if finding.is_measured:
+                told.append(marked_text(finding))
         else:
             passed.append(check.key.replace("_", " "))
     if explanation.pointing:
@@ -3350,9 +3588,13 @@ def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str
     if explanation.explained != explanation.predicted:
         probability = explanation.probabilities[explanation.explained]
         lines.insert(0, ("Explained class", f"{probability:.2%} {explanation.explained_class}"))
-    if explanation.method.startswith("gradcam"):
-        lines.append(("Target layer", model.family.target_layer))
-    lines.append(("Map", f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"))
+    layers = [getattr(model.family, name) for name in method.layers]
+    if layers:
+        lines.append(("Target layer", " and ".join(layers)))
+    if len(layers) > 1:
+        lines.append(("Map", f"{len(layers)} grids, interpolated to {h}×{w} pixels, then multiplied"))
+    else:
+        lines.append(("Map", f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"))
     if explanation.heatmap.any():
         relative = "" if style.signed else " (the colours are relative to it)"
         lines.append(("Peak of raw map", f"{raw.max():.3g}{relative}"))
@@ -3387,6 +3629,24 @@ def guide_block(sheet: Sheet, x: float, y: float, width: float, style: FigureSty
     for text in READING_ADVICE:
         y = sheet.paragraph(x, y + 0.01, text, width)
     return y + 0.05
+
+
+def draw_similar(
+    sheet: Sheet, x: float, y: float, width: float, explanation: Explanation, dpi: float
+) -> float:
+    """The reference images most like this one, with their true classes; returns where they end."""
+    sheet.write(x, y, "Most similar reference images, to the network", FAINT)
+    column, top = width / NEAREST, y + 0.22
+    below = top + SIMILAR_SIDE + 0.04
+    end = below
+    for place, case in enumerate(explanation.similar):
+        picture = Image.fromarray(case.picture).convert("RGB")
+        scale = SIMILAR_SIDE * dpi / max(picture.size)
+        pixels = np.asarray(picture.resize([max(1, round(side * scale)) for side in picture.size]))
+        text = f"{case.class_name}, {case.likeness:.3f}"
+        sheet.items.append(Picture(x + place * column, top, pixels, text))
+        end = max(end, sheet.paragraph(x + place * column, below, text, column - 0.1))
+    return end + 0.1
 
 
 def draw_details(
@@ -3464,7 +3724,12 @@ def explanation_figure(view: View, explanation: Explanation) -> Sheet:
     draw_overlay(sheet, *overlay, view, explanation, titles[2])
     x, y = details
     end = draw_details(sheet, x, y - room + 0.06, details_width, explanation, view.style)
-    draw_footer(sheet, view, [explanation], max(overlay[1] + view.height, end))
+    bottom = overlay[1] + view.height
+    if explanation.similar and end + SIMILAR_SIDE + 0.6 <= bottom:
+        end = draw_similar(sheet, x, end, details_width, explanation, view.style.dpi)
+    elif explanation.similar:
+        bottom = draw_similar(sheet, overlay[0], bottom + 0.12, column, explanation, view.style.dpi)
+    draw_footer(sheet, view, [explanation], max(bottom, end))
     return sheet
 
 
@@ -4057,12 +4322,16 @@ def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
         "preprocessing": dataclasses.asdict(model.preprocessing),
         "checks": {
             each.check: {
-                "value": None if np.isnan(each.value) else each.value,  # JSON has no NaN
+                "value": each.value if each.is_measured else None,  # JSON has no NaN
                 "flagged": each.is_flagged,
                 "text": each.text,
             }
             for each in explanation.findings
         },
+        "similar": [
+            {"file": case.label, "class": case.class_name, "likeness": case.likeness}
+            for case in explanation.similar
+        ],
         "true_box": explanation.pointing and dataclasses.asdict(explanation.pointing),
         "versions": {name: version(name) for name in LIBRARIES},
         "digest": job.digest,
@@ -4096,12 +4365,16 @@ def flags_text(explanation: Explanation) -> str:
     return ", ".join(each.check for each in explanation.findings if each.is_flagged)
 
 
-def check_cells(explanation: Explanation, about: str) -> dict[str, str]:
-    """What the checks of a kind measured, by their keys; nothing where they do not apply."""
-    cells = {check.key: "" for check in CHECKS.values() if check.about == about and check.key != "blank"}
+def case_text(case: SimilarCase) -> str:
+    return f"{printable(case.label)} ({case.class_name}, {case.likeness:.3f})"
+
+
+def check_cells(explanation: Explanation, *about: str) -> dict[str, str]:
+    """What the checks of some kinds measured, by their keys; nothing where they do not apply."""
+    cells = {check.key: "" for check in CHECKS.values() if check.about in about and check.key != "blank"}
     for each in explanation.findings:
-        if each.check in cells and not np.isnan(each.value):
-            cells[each.check] = f"{each.value:.6f}"
+        if each.check in cells:
+            cells[each.check] = f"{each.value:.6f}" if each.is_measured else "untestable"
     return cells
 
 
@@ -4133,7 +4406,8 @@ def model_cells(explanations: Sequence[Explanation], truth: str) -> dict[str, st
         "correct": yes_or_no(is_right(first, truth)) if truth else "",
         "explained": first.explained_class,
         "method": first.method,
-        **check_cells(first, "verify"),
+        **check_cells(first, "reference", *ASKED_AGAIN),
+        "similar": "; ".join(map(case_text, first.similar)),
         **map_cells(first),
     }
     for each in others:
@@ -4377,9 +4651,12 @@ def proof_text(explanation: Explanation) -> str:
 
 
 def network_lines(explanation: Explanation, title: str) -> list[str]:
-    """What the checks say of the network: all that --verify asked about this map, and low confidence."""
-    told = [each for each in explanation.findings if CHECKS[each.check].about == "verify"]
+    """What the checks say of the network: of the reference, all that --verify asked, and low confidence."""
+    asked = ("reference", *ASKED_AGAIN)
+    told = [each for each in explanation.findings if CHECKS[each.check].about in asked and each.is_measured]
     lines = [marked_text(each) for each in [*told, *flagged_findings(explanation.findings, "prediction")]]
+    if explanation.similar:
+        lines.append(f"Similar cases: {', '.join(map(case_text, explanation.similar))}")
     if explanation.passes:
         lines.append(f"{title}Verified with {explanation.passes} more forward passes")
     return lines
@@ -4436,6 +4713,7 @@ def run_lines(
     for model in models:
         seen = observations.get(model.family.key, ())
         told = [*accuracy_lines(done, model), *box_lines(done, model), *flags_lines(done, model, methods)]
+        told += reference_lines(done, model)
         if 0 < len(seen) < len(done):
             told.append(f"Of the {len(seen)} images explained now:")
         lines += ["", f"{model.title}:", *(f"  {line}" for line in [*told, *audit_lines(seen)])]
@@ -4444,6 +4722,16 @@ def run_lines(
         lines += ["", f"Models agree on {len(done) - len(differ)} of {len(done)} images"]
         lines += [*named_lines("  Disagree", differ), *overlap_lines(done)]
     return lines
+
+
+def reference_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
+    """How many images are unlike the reference, or contradicted by their similar cases."""
+    key = model.family.key
+    flags = [row[f"{key}_flags"].split(", ") for row in rows if row.get(f"{key}_unlike")]
+    if not flags:
+        return []
+    unlike, contradicted = (sum(check in each for each in flags) for check in ("unlike", "neighbours"))
+    return [f"Unlike the reference: {unlike} of {len(flags)} images; contradicted by similar cases: {contradicted}"]
 
 
 def named_lines(what: str, rows: Sequence[dict[str, str]]) -> list[str]:
@@ -4881,6 +5169,7 @@ class Request:
     methods: tuple[str, ...]
     style: FigureStyle
     notes: tuple[str, ...] = ()  # lines to say beside what was asked
+    reference: tuple[Path, ...] = ()  # images that --reference names
 
 
 @dataclass(frozen=True)
@@ -4914,6 +5203,70 @@ def load_classifiers(request: Request, args: argparse.Namespace) -> list[Classif
         gc.freeze()
         gc.enable()
     return classifiers
+
+
+# Networks with the images that they are meant for
+
+
+def network_mark(classifier: Classifier) -> str:
+    """What tells a network from those that a reference is not of."""
+    weight = classifier.network.get_submodule(classifier.model.family.head).weight.cpu().numpy()
+    return digest_of(classifier.model.architecture, classifier.model.preprocessing, weight.tobytes())
+
+
+def own_reference(family: Family) -> Path:
+    """The reference that a demo network brings."""
+    return CHECKPOINT_FOLDER / f"reference_{family.key}_demo.npz"
+
+
+def own_reference_mark(family: Family, checkpoint: Path) -> str:
+    return file_mark(own_reference(family)) if is_demo(checkpoint) else ""
+
+
+def stamps(images: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """What tells whether files are others, without reading them."""
+    stats = [image.stat() for image in images]
+    return [(str(image), each.st_size, each.st_mtime_ns) for image, each in zip(images, stats)]
+
+
+def with_reference(classifier: Classifier, args: argparse.Namespace, images: Sequence[Path]) -> Classifier:
+    """A classifier with the images that --reference names, or those that a demo network brings.
+
+    Raises ExplainError where too few of a class are there.
+    """
+    model, mark = classifier.model, network_mark(classifier)
+    if args.reference is None:
+        is_ours = is_demo(model.checkpoint)
+        return dataclasses.replace(
+            classifier, reference=read_reference(own_reference(model.family), mark) if is_ours else None
+        )
+    cases = reference_cases(images, args.reference, model.class_names, args.anonymous)
+    mark = digest_of(mark, cases, stamps([image for image, *_ in cases]))
+    path = args.output_dir / f"reference_{model.family.key}_{mark}.npz"
+    reference = read_reference(path, mark)
+    if reference is None:
+        batch = args.batch_size or DEFAULT_BATCH[classifier.device.type]
+        reference = reference_of(classifier, cases, batch)
+        write_reference(reference, path, mark)
+        say(f"✅ Reference saved: {shown(path)}", "")
+    return dataclasses.replace(classifier, reference=reference)
+
+
+def reference_cases(
+    images: Sequence[Path], folder: Path, class_names: Sequence[str], is_anonymous: bool
+) -> list[tuple[Path, str, str]]:
+    """Images whose folders name a class, each with label and class: the same count of each fold."""
+    cases = []
+    for name in class_names:
+        of_class = [image for image in images if folder_class(image, class_names) == name]
+        if len(of_class) < FEWEST_OF_CLASS:
+            cause = f"{len(of_class)} images in folders named {name}, too few to tell what is unlike them"
+            raise refusal(folder, cause, f"name a folder with {FEWEST_OF_CLASS} or more of each class")
+        places = np.linspace(0, len(of_class) - 1, min(MOST_OF_CLASS, len(of_class))).round().astype(int)
+        for image in (of_class[place] for place in places):
+            label = content_label(image) if is_anonymous else image.relative_to(folder).as_posix()
+            cases.append((image, label, name))
+    return cases
 
 
 # From jobs to results
@@ -5194,6 +5547,7 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
         classifiers = load_classifiers(request, args)
+        classifiers = [with_reference(each, args, request.reference) for each in classifiers]
         names = [classifier.model.class_names for classifier in classifiers]
         plan = Plan(
             classifiers=classifiers,
@@ -5388,6 +5742,9 @@ def add_checks(add: Callable[..., object]) -> None:
     add("--verify", action="store_true",
         help="ask the networks again, markers covered or added, hot areas erased: "
              f"up to {MOST_TRIALS} passes each")
+    add("--reference", type=Path, metavar="FOLDER",
+        help="images that the networks are meant for, in a folder for each class: tells what is unlike "
+             "them, and similar cases (default: the demo networks' own)")
     add("--truth", "--boxes", type=Path, metavar="CSV",
         help="table of true classes and fractures: file and any of class,x0,y0,x1,y1 "
              "(default: folders' names, and the test images' own)")  # fmt: skip
@@ -5444,7 +5801,7 @@ def near_text(near: Sequence[str]) -> str:
 def options_text(args: argparse.Namespace) -> str:
     """What was asked of the networks and the figures, beside images, files and what is the default."""
     usual, told = vars(argument_parser().parse_args([])), [f"method {' '.join(args.method)}"]
-    for name in ("target_class", "weights", "verify", "signed", "contours", "colormap", "format"):
+    for name in ("target_class", "weights", "reference", "verify", "signed", "contours", "colormap", "format"):
         if vars(args).get(name) != usual.get(name):
             told.append(f"{name.replace('_', ' ')} {vars(args)[name]}")
     return ", ".join(told)
@@ -5597,10 +5954,14 @@ def checked_request(args: argparse.Namespace) -> Request:
     labels = numbered(map(content_label, images)) if args.anonymous else list(map(str, images))
     methods = tuple(args.method)
     truths, table, told = known_truth(args.truth, images, args.anonymous)
+    reference = images_below(args.reference) if args.reference else []
     marks = [
         (family.key, file_mark(path), file_mark(path.with_name("config.json"))) for family, path in checkpoints
     ]
-    asked = marks, args.weights, args.target_class, args.class_names, methods, style, args.verify, table
+    if not args.reference:
+        marks += [own_reference_mark(family, path) for family, path in checkpoints]
+    question = args.weights, args.target_class, args.class_names, methods, style, args.verify
+    asked = marks, question, table, stamps(reference)
     wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
     kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
     keys = [family.key for family, _ in checkpoints]
@@ -5608,7 +5969,8 @@ def checked_request(args: argparse.Namespace) -> Request:
         dataclasses.replace(job, truth=truths.get(os.path.realpath(job.image), Truth()))
         for job in make_jobs(images, labels, keys, methods, args.output_dir, kinds, args.format, asked)
     ]
-    return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, (*notes, *told))
+    told = (*notes, *told)
+    return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, told, tuple(reference))
 
 
 # The end

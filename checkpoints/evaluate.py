@@ -2,8 +2,12 @@
 
     python3 checkpoints/evaluate.py
     python3 checkpoints/evaluate.py --methods  # the table of the methods, explained in methods.py
+    python3 checkpoints/evaluate.py --methods --images 50 --passes 10  # of those that take fewer
     python3 checkpoints/evaluate.py --checks
     python3 checkpoints/evaluate.py --checks --network "Marker reader" efficientnet reader.pth pictures/
+    python3 checkpoints/evaluate.py --unlike --folder chests/
+    python3 checkpoints/evaluate.py --markers
+    python3 checkpoints/evaluate.py --make-references
 
 Without options, for each demo network on data_original/test: accuracy; the share of images whose
 Grad-CAM maximum lies in the fracture's box enlarged by half a grid cell on each side (the pointing
@@ -11,8 +15,14 @@ game); the share of the heat in that box; the box's mean share of the image, whi
 points at random would reach; and the expected calibration error of the confidence.
 
 With --checks, how often each check of a heatmap is flagged, and what --verify says: for the demo
-networks, random weights and the networks named; and how often the checks flag maps constructed to
-be wrong.
+networks, random weights and the networks named; how often the checks flag maps constructed to be
+wrong; and how often they say that the demo networks' maps disagree, of one image and of two.
+
+With --unlike, how many images are unlike the demo networks' references: of the test images, of intact
+bones rendered anew, and of the folders named. --make-references renders those references' images
+and writes checkpoints/reference_*_demo.npz, which depend on the networks' weights.
+
+With --markers, how many of the test images' markers are found, and how many regions are none.
 """
 
 from __future__ import annotations
@@ -33,14 +43,21 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+sys.path.insert(0, str(HERE.parent / "data_original"))
+
 import explainability as tool  # noqa: E402
+import generate  # noqa: E402
 import methods  # noqa: E402
 
 TEST = tool.TEST_IMAGES
 DEMOS = {"convnext": "convnext_v2_demo.pth", "efficientnet": "efficientnetv2_s_demo.pth"}
 ARCHITECTURES = {"convnext": "convnextv2_atto", "efficientnet": "tf_efficientnetv2_b0"}  # with random weights
 MAP_CHECKS = [key for key, check in tool.CHECKS.items() if check.about == "map"]
-VERIFY_CHECKS = [key for key, check in tool.CHECKS.items() if check.about == "verify" and key != "default"]
+REFERENCE_SEED, REFERENCE_COUNT = 4711, 75  # of each class, from the training images' split
+INTACT_SEED, INTACT_COUNT = 4712, 40
+VERIFY_CHECKS = [key for key, check in tool.CHECKS.items() if check.about == "verify"]
+
+NEAR = 4  # pixels of 224 within which a region belongs to a marker
 
 Row = dict[str, str]
 
@@ -173,6 +190,42 @@ def constructed_lines(images: Sequence[Path]) -> list[str]:
     return lines
 
 
+def agreement_lines(images: Sequence[Path]) -> list[str]:
+    """How often the demo networks' maps are said to disagree: of one image, and of two."""
+    maps, boxes, truths = {}, [], tool.read_truth(tool.TEST_TRUTH, ())[0]
+    radiographs = [tool.load_radiograph(path) for path in images]
+    for path, radiograph in zip(images, radiographs):
+        height, width = radiograph.pixels.shape[:2]
+        boxes.append(tool.boxes_in_shares(truths[str(path.resolve())].boxes, width, height)[0][0])
+    for key, name in DEMOS.items():
+        classifier = tool.load_classifier(tool.FAMILIES[key], HERE / name, "cpu")
+        inputs = [tool.network_input(radiograph, classifier.model.preprocessing) for radiograph in radiographs]
+        maps[key] = [tool.explain_batch(classifier, [each])[0] for each in inputs]
+    lines = []
+    for title, pairs in image_pairs(boxes).items():
+        found = [tool.map_agreement([maps["convnext"][one], maps["efficientnet"][other]]) for one, other in pairs]
+        flags = [each.is_flagged for each in found if each]
+        lines.append(f"maps of {title}: {np.mean(flags):.1%} of {len(flags)} pairs flagged")
+    return lines
+
+
+def image_pairs(boxes: Sequence[tool.Region]) -> dict[str, list[tuple[int, int]]]:
+    """Pairs of images, in words: each with itself, with all others, and with those broken elsewhere."""
+    every = [(one, other) for one in range(len(boxes)) for other in range(len(boxes)) if one != other]
+
+    def are_apart(one: tool.Region, other: tool.Region) -> bool:
+        along, down = (max(one[axis], other[axis]) >= min(one[axis + 2], other[axis + 2]) for axis in (0, 1))
+        return along or down
+
+    return {
+        "the same image": [(each, each) for each in range(len(boxes))],
+        "two different images": every,
+        "two images broken in different places": [
+            pair for pair in every if are_apart(boxes[pair[0]], boxes[pair[1]])
+        ],
+    }
+
+
 def print_checks(named: Sequence[Sequence[str]], count: int) -> None:
     """The table of the checks, a network at a time."""
     heads = [*MAP_CHECKS, "any"]
@@ -184,7 +237,76 @@ def print_checks(named: Sequence[Sequence[str]], count: int) -> None:
         networks += [(f"{key}, random weights", key, path, TEST) for key, path in weights.items()]
         for title, key, checkpoint, images in networks:
             print(*network_lines(title, key, checkpoint, spread(images, count)), sep="\n", flush=True)
-    print(*constructed_lines(spread(TEST, count)), sep="\n")
+    print(*constructed_lines(spread(TEST, count)), sep="\n", flush=True)
+    print(*agreement_lines(spread(TEST, count)), sep="\n")
+
+
+# References
+
+
+def rendered(folder: Path, labels: Sequence[str], seed: int, count: int) -> list[Path]:
+    """Pictures of the training images' kind, `count` of each label."""
+    numbers = ["--split", "train", "--seed", str(seed), "--count", str(count)]
+    for label in labels:
+        generate.write_class(folder, label, generate.parse([*numbers, "--output", str(folder)]))
+    return tool.images_below(folder)
+
+
+def make_references() -> None:
+    """Write the references that the demo networks bring."""
+    with tempfile.TemporaryDirectory() as folder:
+        images = rendered(Path(folder), generate.LABELS[:2], REFERENCE_SEED, REFERENCE_COUNT)
+        cases = tool.reference_cases(images, Path(folder), tool.CLASS_NAMES, False)
+        for key, name in DEMOS.items():
+            classifier = tool.load_classifier(tool.FAMILIES[key], HERE / name, "cpu")
+            reference, path = tool.reference_of(classifier, cases, 4), tool.own_reference(classifier.model.family)
+            tool.write_reference(reference, path, tool.network_mark(classifier))
+            print(f"{path.name}: {len(reference.labels)} images, {path.stat().st_size} bytes", flush=True)
+
+
+def print_unlike(folders: Sequence[Path]) -> None:
+    """How many images are unlike the demo networks' references."""
+    with tempfile.TemporaryDirectory() as folder:
+        intact = rendered(Path(folder), generate.LABELS[2:], INTACT_SEED, INTACT_COUNT)
+        sets = {"test images": [TEST], "intact bones": intact}
+        sets |= {str(each): [each] for each in folders}
+        for title, images in sets.items():
+            told = []
+            for key, name in DEMOS.items():
+                rows = table_of(key, HERE / name, images)
+                told.append([{"unlike", "neighbours"} & set(row[f"{key}_flags"].split(", ")) for row in rows])
+            line = [f"{title}: {len(told[0])} images"]
+            for check in ("unlike", "neighbours"):
+                flags = np.array([[check in each for each in of_network] for of_network in told])
+                shares = [f"{key} {share:.1%}" for key, share in zip(DEMOS, flags.mean(axis=1))]
+                line.append(f"{check}: {', '.join(shares)}, either {flags.any(axis=0).mean():.1%}")
+            print("; ".join(line), flush=True)
+
+
+# Markers
+
+
+def print_markers() -> None:
+    """How many of the test images' markers are found, and how many regions touch none."""
+    markers = defaultdict(list)
+    with open(TEST / "marker_boxes.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            markers[row["file"]].append([int(row[end]) for end in ("x0", "y0", "x1", "y1")])
+    found = regions = wrong = 0
+    for path in tool.images_below(TEST):
+        radiograph = tool.load_radiograph(path)
+        sides = np.array(radiograph.pixels.shape[1::-1] * 2) / tool.CHECKED_SIDE
+        true = [np.array(box) / sides for box in markers[path.relative_to(TEST).as_posix()]]
+        told = [np.array(box) for box in tool.landmarks_of(radiograph).markers]
+        found += sum(any(touch(box, each) for each in told) for box in true)
+        regions += len(told)
+        wrong += sum(not any(touch(box, each, NEAR) for box in true) for each in told)
+    print(f"{found} of {sum(map(len, markers.values()))} markers found; {wrong} of {regions} regions are none")
+
+
+def touch(one: np.ndarray, other: np.ndarray, margin: float = 0) -> bool:
+    """Whether two boxes overlap, or are nearer than a margin."""
+    return bool((np.maximum(one[:2], other[:2]) < np.minimum(one[2:], other[2:]) + margin).all())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -200,11 +322,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--images", type=int, metavar="N",
         help="with --methods: of each class (5); with --checks: of each folder (100)",
     )  # fmt: skip
+    parser.add_argument("--passes", type=int, default=1000, help="with --methods: those that take fewer alone")
+    parser.add_argument("--unlike", action="store_true", help="how many images are unlike the references")
+    parser.add_argument("--folder", type=Path, action="append", default=[], help="with --unlike: further images")
+    parser.add_argument("--make-references", action="store_true", help="write the demo networks' references")
+    parser.add_argument("--markers", action="store_true", help="how many markers are found")
     args = parser.parse_args(argv)
     if (args.images and not (args.methods or args.checks)) or (args.network and not args.checks):
         parser.error("--images needs --methods or --checks; --network needs --checks")
+    if args.folder and not args.unlike:
+        parser.error("--folder needs --unlike")
+    if args.make_references:
+        make_references()
+    if args.markers:
+        print_markers()
+    if args.unlike:
+        print_unlike(args.folder)
+    if args.make_references or args.markers or args.unlike:
+        return 0
     if args.methods:
-        methods.print_tables({key: HERE / name for key, name in DEMOS.items()}, args.images or 5)
+        methods.print_tables({key: HERE / name for key, name in DEMOS.items()}, args.images or 5, args.passes)
         return 0
     if args.checks:
         print_checks(args.network, args.images or 100)

@@ -47,12 +47,13 @@ class Judgement:
 
 def test_images(per_class: int) -> list[tuple[tool.Radiograph, np.ndarray]]:
     """The first test images of each class, and the fracture's box as shares of the sides: x0, y0, x1, y1."""
-    boxes, images = tool.read_boxes(tool.TEST_BOXES)[0], []
-    for folder in sorted({Path(name).parent for name in boxes}):
-        for name in sorted(name for name in boxes if Path(name).parent == folder)[:per_class]:
+    truths, images = tool.read_truth(tool.TEST_TRUTH, ())[0], []
+    for folder in sorted({Path(name).parent for name in truths}):
+        for name in sorted(name for name in truths if Path(name).parent == folder)[:per_class]:
             radiograph = tool.load_radiograph(Path(name))
             height, width = radiograph.pixels.shape[:2]
-            images.append((radiograph, np.array(tool.box_in_shares(boxes[name], width, height))))
+            (box,) = tool.boxes_in_shares(truths[name].boxes, width, height)[0]
+            images.append((radiograph, np.array(box)))
     return images
 
 
@@ -124,7 +125,7 @@ def row(method: tool.Method, judgements: list[Judgement]) -> str:
     }
     error = "" if np.isnan(mean["error"]) else f"{mean['error']:.2%}"
     cost = np.median([each.cost for each in judgements])
-    values = method.title, method.passes, f"{cost:.1f}", error, f"{mean['points']:.2f}", f"{mean['heat']:.2f}"
+    values = method.title, method.passes, f"{cost:.1f}", error, f"{mean['points']:.2f}", f"{mean['heat']:.3f}"
     return line(*values, f"{mean['fall']:.2f}", sum(each.blank for each in judgements))
 
 
@@ -146,8 +147,8 @@ def random_row(classifier: tool.Classifier, images: list[tuple[torch.Tensor, np.
     )
 
 
-def print_tables(networks: dict[str, Path], per_class: int) -> None:
-    """A table for each network, by family."""
+def print_tables(networks: dict[str, Path], per_class: int, passes: int) -> None:
+    """A table for each network, by family, of the methods that take fewer passes than `passes`."""
     torch.set_num_threads(1)  # seconds of one core, whatever else runs
     for key, path in networks.items():
         classifier, images = tool.load_classifier(tool.FAMILIES[key], path, "cpu"), []
@@ -157,5 +158,6 @@ def print_tables(networks: dict[str, Path], per_class: int) -> None:
         print(f"\n{classifier.model.title} ({path.name}), {len(images)} images\n")
         print(line(*COLUMNS), line(*["---"] * len(COLUMNS)), sep="\n")
         print(random_row(classifier, images), flush=True)
-        for method in sorted([*tool.METHODS.values(), CONTROL], key=lambda each: each.passes):
+        wanted = [method for method in (*tool.METHODS.values(), CONTROL) if method.passes < passes]
+        for method in sorted(wanted, key=lambda each: each.passes):
             print(row(method, judge_method(classifier, method, images)), flush=True)

@@ -66,7 +66,8 @@ def library():
 
     rules.impl("empty.memory_format", empty, "PrivateUse1")
     rules.impl("empty_strided", empty_strided, "PrivateUse1")
-    yield rules
+    with torch.autograd.set_multithreading_enabled(False):  # its threads are started before there is the device
+        yield rules
     rules._destroy()
 
 

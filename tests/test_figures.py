@@ -518,7 +518,7 @@ def test_signed_contours_have_the_colours_of_their_sign():
 @pytest.mark.parametrize("width", (90, 150, 260, 900))
 def test_the_note_on_known_fractures_has_room(width):
     seen = view(width=width, boxes=((0.25, 0.5, 0.75, 0.6),))
-    methods = [an_explanation(raw_map=CORNER, method=method) for method in ("gradcam", "gradcam-hires", "ig", "lrp")]
+    methods = [an_explanation(raw_map=CORNER, method=method) for method in ("gradcam", "refinecam", "ig", "lrp")]
     for figure in (*both_figures(seen, pair()), methods_figure(seen, methods, ["1 pass"] * 4)):
         check_layout(figure)
         assert "ashed: the true fracture" in words(figure).replace("\n", " ")

@@ -31,6 +31,7 @@ SIZES = (
     *("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "huge"),
     *("s", "m", "l", "xl", "b0", "b1", "b2", "b3"),
 )
+HEADS = {key: family.head for key, family in FAMILIES.items()}
 ARCHITECTURES = [f"{'convnextv2' if len(size) > 3 else 'tf_efficientnetv2'}_{size}" for size in SIZES]
 
 
@@ -199,7 +200,7 @@ def test_a_flat_image_has_no_evidence_rather_than_noise(networks, key, method):
     assert not METHODS[method].maps(seen).any()
 
 
-# Grad-CAM++ and Grad-CAM of two stages
+# Grad-CAM++ and RefineCAM
 
 
 def eq_19(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
@@ -232,16 +233,41 @@ def test_grad_cam_plus_plus_of_networks_is_equation_19(networks, key):
 
 
 @pytest.mark.parametrize("key", FAMILIES)
-def test_grad_cam_of_two_stages_is_the_product_of_two_maps_of_captum(networks, key):
-    from captum.attr import LayerGradCam
+def test_refine_cam_is_that_of_pytorch_grad_cam(networks, key):
+    from pytorch_grad_cam import GradCAM, RefineCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    inputs, network = noise(1, 224), copy.deepcopy(networks[key].network).requires_grad_(True)
+    inputs, network = noise(2, 224), copy.deepcopy(networks[key].network).requires_grad_(True)
+    network.get_submodule(HEADS[key]).weight.data *= 1000  # theirs adds 1e-7 to each maximum
     layers = [network.get_submodule(getattr(FAMILIES[key], name)) for name in ("target_layer", "finer_layer")]
-    coarse, finer = (LayerGradCam(network, layer).attribute(inputs, 1).detach().relu() for layer in layers)
-    assert coarse.shape[2:] == (7, 7)
-    expected = finer * torch.nn.functional.interpolate(coarse, (14, 14), mode="bilinear")
-    raw = METHODS["gradcam-hires"].maps(seen_by(networks[key], inputs, [1]))
-    assert relative(raw - expected[:, 0], expected) < 1e-4
+    expected = RefineCAM(network, layers, base_method=GradCAM)(inputs, [ClassifierOutputTarget(each) for each in (1, 0)])
+    raw = METHODS["refinecam"].maps(seen_by(dataclasses.replace(networks[key], network=network.requires_grad_(False)), inputs, [1, 0]))
+    assert expected.shape == raw.shape == (2, 224, 224)
+    for ours, theirs in zip(raw.numpy(), expected):
+        assert theirs.max() > 0.99 and np.abs(explainability.normalised(ours) - theirs).max() < 1e-4
+
+
+def test_what_the_maps_of_layers_are_made_of_is_told():
+    told = [
+        dict(explainability.detail_lines(an_explanation(method=method), explainability.FigureStyle()))
+        for method in ("refinecam", "gradcam++", "ig")
+    ]
+    assert [each.get("Target layer") for each in told] == ["stages.3 and stages.2", "stages.3", None]
+    assert told[0]["Map"] == "2 grids, interpolated to 7×7 pixels, then multiplied"
+    assert told[1]["Map"] == "7×7 grid, interpolated; a cell is 1/49 of the image"
+
+
+def test_a_constant_factor_takes_nothing_from_the_other(networks, monkeypatch):
+    seen, flat = seen_by(networks["convnext"], noise(1, 64), [1]), torch.ones(1, 2, 2)
+    real = explainability.grad_cam
+    monkeypatch.setattr(explainability, "grad_cam", lambda a, g: flat if a.shape[2:] == (2, 2) else real(a, g))
+    finer = METHODS["refinecam"].maps(seen)
+    assert finer.max() == 1 and finer.min() == 0
+    slope = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])  # above zero everywhere: the least is no evidence
+    monkeypatch.setattr(explainability, "grad_cam", lambda a, g: slope if a.shape[2:] == (2, 2) else flat)
+    assert METHODS["refinecam"].maps(seen)[0, :: 63, :: 63] == pytest.approx((slope[0] - 1) / 3)
+    monkeypatch.setattr(explainability, "grad_cam", lambda a, g: -flat if a.shape[2:] == (2, 2) else real(a, g))
+    assert not METHODS["refinecam"].maps(seen).any()
 
 
 # Integrated Gradients
@@ -527,7 +553,7 @@ def test_full_size_networks_pay_what_they_owe(key):
 
 
 def test_one_pass_serves_several_methods(networks):
-    methods = ("gradcam", "gradcam-hires", "ig", "lrp", "occlusion")
+    methods = ("gradcam", "refinecam", "ig", "lrp", "occlusion")
     given = networks["convnext"], noise(1, 64).numpy(), None, methods
     explanations, sizes = counted(given[0].network, lambda: explainability.explain_batch(*given))
     assert [each.method for each in explanations] == list(methods)
@@ -647,7 +673,7 @@ def test_a_figure_of_other_methods_is_not_taken_for_this_one(tiny_arguments, xra
 def test_an_unknown_method_is_a_usage_error(capsys):
     with pytest.raises(SystemExit, match="2"):
         explainability.main(["--method", "lime"])
-    assert "gradcam-hires" in capsys.readouterr().err
+    assert "refinecam" in capsys.readouterr().err
 
 
 def test_another_method_takes_one_function_and_one_entry(tiny_arguments, xray, tmp_path, monkeypatch):
