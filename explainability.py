@@ -4347,19 +4347,6 @@ def check_cells(explanation: Explanation, *about: str) -> dict[str, str]:
     return cells
 
 
-def model_cells(explanation: Explanation, truth: str) -> dict[str, str]:
-    """What the table says of a model, by column: yes, no, or empty where it cannot be said."""
-    return {
-        "predicted": explanation.prediction,
-        "confidence": f"{explanation.confidence:.6f}",
-        "correct": yes_or_no(is_right(explanation, truth)) if truth else "",
-        "explained": explanation.explained_class,
-        "method": explanation.method,
-        **check_cells(explanation, "reference", *ASKED_AGAIN),
-        "similar": "; ".join(map(case_text, explanation.similar)),
-    }
-
-
 def map_cells(explanation: Explanation) -> dict[str, str]:
     """What the table says of a map, by column."""
     pointed, raw_map = explanation.pointing, explanation.raw_map
@@ -4379,10 +4366,19 @@ def map_cells(explanation: Explanation) -> dict[str, str]:
     return cells
 
 
-def explanation_cells(explanations: Sequence[Explanation], truth: str) -> dict[str, str]:
-    """What the table says of one model, whose first map's columns go without the method's name."""
+def model_cells(explanations: Sequence[Explanation], truth: str) -> dict[str, str]:
+    """What the table says of one model and its maps; the first one's columns go without the method's name."""
     first, *others = explanations
-    cells = model_cells(first, truth) | map_cells(first)
+    cells = {
+        "predicted": first.prediction,
+        "confidence": f"{first.confidence:.6f}",
+        "correct": yes_or_no(is_right(first, truth)) if truth else "",
+        "explained": first.explained_class,
+        "method": first.method,
+        **check_cells(first, "reference", *ASKED_AGAIN),
+        "similar": "; ".join(map(case_text, first.similar)),
+        **map_cells(first),
+    }
     for each in others:
         cells |= {f"{each.method}_{name}": text for name, text in map_cells(each).items()}
     for name, probability in zip(first.model.class_names, first.probabilities):
@@ -4396,7 +4392,7 @@ def table_columns(models: Sequence[Model], methods: Sequence[str]) -> list[str]:
     rest = []
     for model in models:
         nothing = np.zeros(len(model.class_names)), 0, np.zeros((1, 1)), np.zeros((1, 1))
-        told = explanation_cells([Explanation(model, *nothing, method) for method in methods], "")
+        told = model_cells([Explanation(model, *nothing, method) for method in methods], "")
         rest += [name for name in told if name not in first]
     return ["file", "true_class", *first, "agree", AGREEMENT, "pair_flags", "error", "notes", *rest, "digest", "outputs"]
 
@@ -4408,7 +4404,7 @@ def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
     if result.error:
         return row
     for model in models:
-        row |= explanation_cells([each for each in result.explanations if each.model == model], truth)
+        row |= model_cells([each for each in result.explanations if each.model == model], truth)
     if len(models) > 1:
         row["agree"] = yes_or_no(agree(result.opinions))
         if overlap := map_agreement(result.opinions):
@@ -5896,13 +5892,11 @@ def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Pat
     """
     keys = list(FAMILIES) if args.compare or args.model == "both" else [args.model]
     named = {key: weights_file(path) for key in keys if (path := vars(args)[f"{key}_checkpoint"])}
-    for path in named.values():
-        check_checkpoint_path(path)
     lone = [] if args.compare else lone_family(keys, named)
     paths = {key: named.get(key) or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER) for key in lone or keys}
-    check_not_mixed(list(paths.values()))
     for path in paths.values():
         check_checkpoint_path(path)
+    check_not_mixed(list(paths.values()))
     alone = "explained alone, as no other network of yours is beside it"
     notes = [f"ℹ️  {shown(paths[key])}: {alone}" for key in lone]
     return [(FAMILIES[key], path) for key, path in paths.items()], notes
