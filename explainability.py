@@ -3565,8 +3565,8 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
     return sheet.wrap(x, y, READERS_CHECK, width) + 0.1
 
 
-def detail_lines(explanation: Explanation, is_signed: bool) -> dict[str, str]:
-    """What the details panel lists."""
+def provenance_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
+    """Where the map came from, and what its reader must know."""
     model, raw = explanation.model, explanation.raw_map
     h, w = raw.shape
     lines = {}
@@ -3583,18 +3583,13 @@ def detail_lines(explanation: Explanation, is_signed: bool) -> dict[str, str]:
     if len(layers) > 1:
         lines["Map"] = f"{len(layers)} grids, interpolated to {h}×{w} pixels, then multiplied"
     if explanation.heatmap.any():
-        relative = "" if is_signed else " (the colours are relative to it)"
+        relative = "" if sheet.view.style.signed else " (the colours are relative to it)"
         lines["Peak of raw map"] = f"{raw.max():.3g}{relative}"
     if explanation.owed is not None:
         lines["Sum of raw map"] = f"{raw.sum():.3g}, must be {explanation.owed:.3g}"
     if METHODS[explanation.method].compares:
         lines["Negative share"] = f"{explanation.negative_share:.0%} of the map's magnitude"
-    return lines
-
-
-def provenance_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
-    """Where the map came from, and what its reader must know."""
-    for label, value in detail_lines(explanation, sheet.view.style.signed).items():
+    for label, value in lines.items():
         sheet.write(x, y, label, FAINT)
         y = sheet.wrap(x + 1.12, y, value, width - 1.12) + 0.01
     for remark in explanation.remarks:
@@ -3773,8 +3768,8 @@ def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Expla
             share, left = shared_heat(explanation.heatmap, other.heatmap), x + 2.1 + place * 0.6
             sheet.frame(left, top, 0.57, 0.25, tuple(1 - share * (1 - part) for part in (0.23, 0.43, 0.65)))
             text, look = f"{share:.2f}", Look(SMALL.points, "white" if share > 0.6 else INK)
-            middle = (0.57 - text_width(text, look)) / 2, (0.25 - SMALL.leading) / 2
-            sheet.write(left + middle[0], top + middle[1], text, look)
+            start = left + (0.57 - text_width(text, look)) / 2
+            sheet.write(start, top + (0.25 - SMALL.leading) / 2, text, look)
     return y + 0.22 + 0.28 * len(explanations)
 
 
