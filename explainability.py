@@ -37,7 +37,7 @@ The file, from top to bottom; each section uses only what stands above it
     Panels and figures   Explanations -> a Sheet -> PNG, PDF or SVG. A new panel: one draw_ function
     Truth                what folders' names and --truth tell of an image
     Outputs              names, jobs, files
-    The table            summary.csv. A new column: one entry of MODEL_COLUMNS or MAP_COLUMNS
+    The table            summary.csv. A new column: one line of model_cells or map_cells
     Console text         lines for one image, and for a run over many
     Runs                 jobs -> read -> explained in batches -> drawn and written -> row, lines
     Command line         options, and what they come to. A new option: argument_parser, then checked_request
@@ -322,13 +322,11 @@ class Explanation:
     @property
     def sum_error(self) -> float:
         """How far the raw map's sum is from what it owes, as a share of that; 0 where it owes nothing."""
-        if self.owed is None or not self.raw_map.any():
+        if self.owed is None:
             return 0.0
-        error, rounding = (
-            abs(float(self.raw_map.sum(dtype=float)) - self.owed),
-            1e-4 * float(np.abs(self.raw_map).sum()),
-        )
-        return error / max(abs(self.owed), rounding) if error > rounding else 0.0
+        error = abs(float(self.raw_map.sum(dtype=float)) - self.owed)
+        rounding = 1e-4 * float(np.abs(self.raw_map).sum())
+        return error / max(abs(self.owed), rounding) if error > rounding > 0 else 0.0
 
     @property
     def negative_share(self) -> float:
@@ -3061,8 +3059,9 @@ def readable(images: Iterable[tuple[Path, str, str]]) -> Iterator[tuple[Radiogra
 def write_reference(reference: Reference, path: Path, mark: str) -> None:
     thumbnails, ends = b"".join(reference.thumbnails), np.cumsum([len(each) for each in reference.thumbnails])
     arrays = {"features": reference.features, "classes": reference.classes, "labels": reference.labels}
-    with replacing(path) as file:
-        np.savez(file, **arrays, thumbnails=np.frombuffer(thumbnails, np.uint8), ends=ends, mark=mark)
+    file = io.BytesIO()
+    np.savez(file, **arrays, thumbnails=np.frombuffer(thumbnails, np.uint8), ends=ends, mark=mark)
+    write_file(path, file.getvalue())
 
 
 def read_reference(path: Path, mark: str) -> Reference | None:
@@ -3098,14 +3097,11 @@ CONTOUR_WIDTH = 1 / 110  # of the picture's longer side
 SIGNED_CONTOURS = (0.125, 0.25, 0.375, 0.625, 0.75, 0.875)  # the same shares against and for the class
 DIVERGING = "RdBu_r"  # for signed maps: blue against, white nothing, red for
 PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
-READING_GUIDE = (  # (place on the colour bar, what it means)
-    (1.0, "High attention: raised the score of the explained class"),
-    (0.0, "Low attention: counted little or not at all"),
+READING_GUIDE = (  # what the ends of the colour bar mean, the upper one first
+    "High attention: raised the score of the explained class",
+    "Low attention: counted little or not at all",
 )
-SIGNED_GUIDE = (
-    (1.0, "Raised the score of the explained class"),
-    (0.0, "Lowered the score of the explained class"),
-)
+SIGNED_GUIDE = ("Raised the score of the explained class", "Lowered the score of the explained class")
 READING_ADVICE = (
     "Good: on the fracture line and the bone around it.",
     "Red flag: on borders, markers, text, or nowhere in particular.",
@@ -3153,57 +3149,50 @@ BODY, SMALL = Look(10), Look(8.5)
 NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
 
 
-def own_font(is_bold: bool) -> str:
-    """DejaVu Sans, which comes with matplotlib, so that figures look the same everywhere."""
-    name = "DejaVuSans-Bold.ttf" if is_bold else "DejaVuSans.ttf"
-    return str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", name))
-
-
 @functools.cache
-def opened_font(path: str) -> Any:
-    plain_matplotlib()
-    from matplotlib.ft2font import FT2Font
+def characters(font: str) -> set[str]:
+    """What a font's file can draw; nothing where it cannot be drawn at every size."""
+    from matplotlib.font_manager import get_font
 
-    return FT2Font(path)
-
-
-@functools.cache
-def glyphs(font: str) -> dict[str, int]:
-    """Which glyph of a font's file draws each character; none where it cannot be drawn at every size."""
-    face = opened_font(font)
-    return {chr(code): index for code, index in face.get_charmap().items()} if face.scalable else {}
+    face = get_font(font)
+    return set(map(chr, face.get_charmap())) if face.scalable else set()
 
 
 @functools.lru_cache(maxsize=4096)
 def font_file(text: str, is_bold: bool) -> str:
-    """The figures' own font, or for what it lacks the first installed one that has the whole text."""
-    own = own_font(is_bold)
-    if glyphs(own).keys() >= set(text):
+    """The first font that has a whole text: DejaVu Sans, which comes with matplotlib, or an installed one.
+
+    The figures look the same everywhere; where no font has it, they show what DejaVu Sans has.
+    """
+    name = "DejaVuSans-Bold.ttf" if is_bold else "DejaVuSans.ttf"
+    own = str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", name))
+    if characters(own) >= set(text):
         return own
     from matplotlib.font_manager import fontManager
 
     upright = {entry.fname for entry in fontManager.ttflist if entry.style == "normal"}
     upright = {font for font in upright if "LastResort" not in font}  # has a box for every character
-    installed = sorted(filter(os.path.isfile, upright), key=lambda font: (("bold" in font.lower()) != is_bold, font))
-    return next((font for font in installed if glyphs(font).keys() >= set(text)), own)
+    installed = filter(os.path.isfile, upright)
+    likely_first = sorted(installed, key=lambda font: (("bold" in font.lower()) != is_bold, font))
+    return next((font for font in likely_first if characters(font) >= set(text)), own)
 
 
 @functools.lru_cache(maxsize=4096)
 def drawable(text: str) -> str:
     """A text in one line of which each character can be drawn; where no font has all, some are boxes."""
     text = re.sub(r"(?<=\d) %", "\u00a0%", printable(text))  # a number and its sign stay on one line
-    font = font_file(text, False)
-    return "".join(character if character in glyphs(font) else MISSING for character in text)
+    known = characters(font_file(text, False))
+    return "".join(character if character in known else MISSING for character in text)
 
 
 @functools.cache
 def advance(character: str, font: str) -> float:
     """Width of a character in inches for each point of size."""
+    from matplotlib.font_manager import get_font
     from matplotlib.ft2font import LoadFlags
 
-    face = opened_font(font)
-    glyph = face.load_glyph(glyphs(font).get(character, 0), LoadFlags.NO_SCALE)
-    return glyph.horiAdvance / face.units_per_EM / 72
+    face = get_font(font)
+    return face.load_char(ord(character), LoadFlags.NO_SCALE).horiAdvance / face.units_per_EM / 72
 
 
 def text_width(text: str, look: Look) -> float:
@@ -3237,24 +3226,23 @@ def wrapped(text: str, look: Look, inches: float, most: int = 2) -> list[str]:
 # What lies on a sheet. Each draws itself through a renderer, for a page of this height in inches.
 
 
-@functools.lru_cache(maxsize=4096)
-def text_strip(text: str, points: float, is_bold: bool, dpi: float) -> np.ndarray:
-    """How much of each pixel a line of text covers, (h, w) uint8; most lines come again on every page."""
-    plain_matplotlib()
+@functools.lru_cache(maxsize=1024)
+def text_strip(text: str, look: Look, dpi: float) -> np.ndarray:
+    """A line of text on nothing, (6 p, w, 4) uint8: p pixels at its sides, the baseline 2 p above the bottom.
+
+    Most lines come again on every page.
+    """
     from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties
 
-    pad = strip_pad(points, dpi)
-    width = round(text_width(text, Look(points, is_bold=is_bold)) * dpi) + 2 * pad
-    renderer = RendererAgg(width, 6 * pad, dpi)
-    font = FontProperties(fname=font_file(text, is_bold), size=points)
-    renderer.draw_text(renderer.new_gc(), pad, 4 * pad, text, font, 0)
-    return np.array(renderer.buffer_rgba())[:, :, 3]
-
-
-def strip_pad(points: float, dpi: float) -> int:
-    """Pixels around the text of a strip: one at its sides, two below the baseline."""
-    return max(1, round(0.3 * points / 72 * dpi))
+    pad = max(1, round(0.3 * look.points / 72 * dpi))
+    renderer = RendererAgg(round(text_width(text, look) * dpi) + 2 * pad, 6 * pad, dpi)
+    gc, font = renderer.new_gc(), FontProperties(fname=font_file(text, look.is_bold), size=look.points)
+    renderer.draw_text(gc, pad, 4 * pad, text, font, 0)
+    gc.set_foreground(look.colour)
+    strip = np.array(renderer.buffer_rgba())
+    strip[:, :, :3] = np.multiply(gc.get_rgb()[:3], 255).round()
+    return strip
 
 
 @dataclass(frozen=True)
@@ -3271,20 +3259,18 @@ class Line:
         from matplotlib.font_manager import FontProperties
 
         gc, x, y = renderer.new_gc(), self.x * dpi, (height - self.baseline) * dpi
-        gc.set_foreground(self.look.colour)
         if not hasattr(renderer, "buffer_rgba"):  # text stays text
+            gc.set_foreground(self.look.colour)
             font = FontProperties(fname=font_file(self.text, self.look.is_bold), size=self.look.points)
             y = self.baseline * dpi if renderer.flipy() else y
-            renderer.draw_text(gc, x, y, self.text, font, 90 * self.is_upright)
+            renderer.draw_text(gc, x, y, self.text, font, 90 if self.is_upright else 0)
             return
-        strip = text_strip(self.text, self.look.points, self.look.is_bold, dpi)
-        pad = strip_pad(self.look.points, dpi)
-        image = np.empty((*strip.shape, 4), np.uint8)
-        image[:, :, :3], image[:, :, 3] = np.multiply(gc.get_rgb()[:3], 255).round(), strip
+        strip = text_strip(self.text, self.look, dpi)
+        pad = len(strip) // 6
         if self.is_upright:
-            renderer.draw_image(gc, round(x) - 4 * pad, round(y) - pad, np.rot90(image)[::-1])
+            renderer.draw_image(gc, round(x) - 4 * pad, round(y) - pad, np.rot90(strip)[::-1])
         else:
-            renderer.draw_image(gc, round(x) - pad, round(y) - 2 * pad, image[::-1])
+            renderer.draw_image(gc, round(x) - pad, round(y) - 2 * pad, strip[::-1])
 
 
 @dataclass(frozen=True)
@@ -3334,10 +3320,35 @@ class Picture:
         Box(left / finer - hair, top - hair, *size, FRAME, HAIRLINE).draw(renderer, dpi, height)
 
 
+@dataclass(frozen=True)
+class View:
+    """What the figures of one image have in common."""
+
+    picture: np.ndarray  # (H, W, 3) uint8: the radiograph at the size of a panel
+    name: str
+    style: FigureStyle
+    boxes: tuple[Region, ...] = ()  # known fractures, in shares of the sides
+
+    @property
+    def width(self) -> float:
+        """Inches of the picture on the page."""
+        return self.picture.shape[1] / self.style.dpi
+
+    @property
+    def height(self) -> float:
+        return self.picture.shape[0] / self.style.dpi
+
+    @property
+    def column(self) -> float:
+        """Inches that a panel takes with its title."""
+        return max(self.width, MIN_COLUMN)
+
+
 @dataclass
 class Sheet:
     """A page as it is filled; lines of text are placed by their top."""
 
+    view: View
     width: float
     height: float = 0
     items: list[Line | Box | Picture] = dataclasses.field(default_factory=list)
@@ -3346,17 +3357,12 @@ class Sheet:
         """One line of drawable text."""
         self.items.append(Line(x, y + (LEADING + CAPITALS) / 2 * look.points, text, look, False))
 
-    def paragraph(
-        self, x: float, y: float, text: str, inches: float, look: Look = SMALL, most: int = 2
-    ) -> float:
+    def wrap(self, x: float, y: float, text: str, width: float, look: Look = SMALL, most: int = 2) -> float:
         """A text in at most so many lines; returns where it ends."""
-        for line in wrapped(text, look, inches, most):
+        for line in wrapped(text, look, width, most):
             self.write(x, y, line, look)
             y += look.leading
         return y
-
-    def fill(self, x: float, y: float, width: float, height: float, colour: Any) -> None:
-        self.items.append(Box(x, y, width, height, colour))
 
     def frame(self, x: float, y: float, width: float, height: float, colour: Any) -> None:
         """A rectangle of one colour in a thin frame."""
@@ -3367,14 +3373,10 @@ class Sheet:
 
 
 @functools.cache
-def colour_table(colormap: str) -> np.ndarray:
-    """A matplotlib colormap as (256, 3) uint8, however many shades it is made of."""
-    shades = plain_matplotlib().colormaps[colormap](np.linspace(0, 1, 256))
-    return (shades[:, :3] * 255).round().astype(np.uint8)
-
-
 def colours_of(style: FigureStyle) -> np.ndarray:
-    return colour_table(DIVERGING if style.signed else style.colormap)
+    """The colormap from end to end as (256, 3) uint8, however many shades it is made of."""
+    colormap = plain_matplotlib().colormaps[DIVERGING if style.signed else style.colormap]
+    return (colormap(np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)
 
 
 def has_colours(explanation: Explanation, style: FigureStyle) -> bool:
@@ -3389,7 +3391,7 @@ def resized(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def colour_places(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
-    """A map that has colours as places on the colour bar, (height, width) in [0, 1]; signed, 0.5 is nothing."""
+    """A map that has colours as places on the colour bar, (height, width) in [0, 1]; signed, 0.5 is 0."""
     places = explanation.heatmap
     if style.signed:
         places = 0.5 + explanation.raw_map / (2 * np.abs(explanation.raw_map).max())
@@ -3440,30 +3442,6 @@ def with_contours(picture: np.ndarray, places: np.ndarray, style: FigureStyle) -
 # Panels
 
 
-@dataclass(frozen=True)
-class View:
-    """What the figures of one image have in common."""
-
-    picture: np.ndarray  # (H, W, 3) uint8: the radiograph at the size of a panel
-    name: str
-    style: FigureStyle
-    boxes: tuple[tuple[float, ...], ...] = ()  # known fractures: left, top, right, bottom, in [0, 1]
-
-    @property
-    def width(self) -> float:
-        """Inches of the picture on the page."""
-        return self.picture.shape[1] / self.style.dpi
-
-    @property
-    def height(self) -> float:
-        return self.picture.shape[0] / self.style.dpi
-
-    @property
-    def column(self) -> float:
-        """Inches that a panel takes with its title."""
-        return max(self.width, MIN_COLUMN)
-
-
 def fitted(pixels: np.ndarray, dpi: float) -> np.ndarray:
     """A radiograph (H, W, 3) at the size of a panel: about the same area whatever its shape."""
     rows, columns = pixels.shape[:2]
@@ -3479,50 +3457,60 @@ def title_room(titles: Sequence[str], inches: float) -> float:
     return 0.08 + BODY.leading * max(len(wrapped(title, BODY, inches)) for title in titles)
 
 
-def draw_picture(sheet: Sheet, x: float, y: float, view: View, pixels: np.ndarray, title: str) -> None:
+def draw_picture(sheet: Sheet, x: float, y: float, pixels: np.ndarray, title: str) -> None:
     """A picture with its title, whose last line sits on it."""
-    lines = len(wrapped(title, BODY, view.column))
-    sheet.paragraph(x, y - 0.06 - BODY.leading * lines, title, view.column, BODY)
+    width = sheet.view.column
+    sheet.wrap(x, y - 0.06 - BODY.leading * len(wrapped(title, BODY, width)), title, width, BODY)
     sheet.items.append(Picture(x, y, pixels, title))
 
 
-def draw_boxes(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation) -> None:
+def draw_boxes(sheet: Sheet, x: float, y: float, explanation: Explanation) -> None:
     """Dashed outlines of known fractures, and thin ones of what counts as inside."""
-    h, w = explanation.raw_map.shape
+    view = sheet.view
+    dashed, thin = [("black", 2.5), ("white", 1.2, (4, 3))], [("white", HAIRLINE)]
     for box in view.boxes:
-        for (left, top, right, bottom), is_counted in ((box, False), (with_margin(box, h, w), True)):
+        grown = with_margin(box, *explanation.raw_map.shape)
+        for (left, top, right, bottom), lines in ((box, dashed), (grown, thin)):
             size = (right - left) * view.width, (bottom - top) * view.height
-            place = (x + left * view.width, y + top * view.height, *size)
-            if is_counted:
-                sheet.items.append(Box(*place, "white", HAIRLINE))
-            else:
-                sheet.items += [Box(*place, "black", 2.5), Box(*place, "white", 1.2, (4, 3))]
+            sheet.items += [Box(x + left * view.width, y + top * view.height, *size, *line) for line in lines]
 
 
-def draw_heatmap(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
-    """The map alone, at the size of the picture; a map with nothing to show says so."""
-    draw_picture(sheet, x, y, view, heatmap_pixels(explanation, *view.picture.shape[:2], view.style), title)
-    draw_boxes(sheet, x, y, view, explanation)
-    if explanation.blankness:
-        lines = wrapped(explanation.blankness, SMALL, view.column - 0.3, 4)
-        width, height = max(text_width(line, SMALL) for line in lines), SMALL.leading * len(lines)
-        left, top = x + max(0.1, (view.width - width) / 2), y + max(0, (view.height - height) / 2)
-        sheet.frame(left - 0.1, top - 0.08, width + 0.2, height + 0.16, "white")
-        sheet.paragraph(left, top, explanation.blankness, view.column - 0.3, SMALL, 4)
+def draw_blankness(sheet: Sheet, x: float, y: float, text: str) -> None:
+    """Why a map has nothing to show, in the middle of its picture."""
+    inches = sheet.view.column - 0.3
+    lines = wrapped(text, SMALL, inches, 4)
+    width, height = max(text_width(line, SMALL) for line in lines), SMALL.leading * len(lines)
+    left, top = x + max(0.1, (sheet.view.width - width) / 2), y + max(0, (sheet.view.height - height) / 2)
+    sheet.frame(left - 0.1, top - 0.08, width + 0.2, height + 0.16, "white")
+    sheet.wrap(left, top, text, inches, SMALL, 4)
 
 
-def draw_overlay(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
+def draw_overlay(sheet: Sheet, x: float, y: float, explanation: Explanation, title: str) -> None:
     """The map over the radiograph."""
-    draw_picture(sheet, x, y, view, overlay_pixels(view.picture, explanation, view.style), title)
-    draw_boxes(sheet, x, y, view, explanation)
+    draw_picture(sheet, x, y, overlay_pixels(sheet.view.picture, explanation, sheet.view.style), title)
+    draw_boxes(sheet, x, y, explanation)
 
 
-def draw_colour_bar(sheet: Sheet, x: float, y: float, view: View) -> None:
-    """The scale of the maps, its greatest value at the top."""
-    height, style = view.height, view.style
-    levels = np.linspace(255, 0, len(view.picture)).round().astype(np.uint8)
-    levels = np.repeat(levels[:, None], round(0.16 * style.dpi), axis=1)
-    sheet.items.append(Picture(x, y, colours_of(style)[levels], ""))
+def draw_panels(
+    sheet: Sheet, places: Sequence[tuple[float, float]], explanation: Explanation, titles: Sequence[str]
+) -> None:
+    """Radiograph, heatmap and overlay at their places."""
+    first, second, third = places
+    view = sheet.view
+    draw_picture(sheet, *first, view.picture, titles[0])
+    draw_picture(sheet, *second, heatmap_pixels(explanation, *view.picture.shape[:2], view.style), titles[1])
+    draw_boxes(sheet, *second, explanation)
+    if explanation.blankness:
+        draw_blankness(sheet, *second, explanation.blankness)
+    draw_overlay(sheet, *third, explanation, titles[2])
+
+
+def draw_colour_bar(sheet: Sheet, x: float, y: float) -> None:
+    """The scale of the maps beside the picture at this place, its greatest value at the top."""
+    height, style = sheet.view.height, sheet.view.style
+    x += sheet.view.width + 0.12
+    shades = colours_of(style)[np.linspace(255, 0, len(sheet.view.picture)).round().astype(np.uint8)]
+    sheet.items.append(Picture(x, y, np.repeat(shades[:, None], round(0.16 * style.dpi), axis=1), ""))
     for place in (0, 0.5, 1):
         value = 2 * place - 1 if style.signed else place
         sheet.write(x + 0.22, y + (1 - place) * height - SMALL.leading / 2, f"{value:g}")
@@ -3537,7 +3525,7 @@ def draw_colour_bar(sheet: Sheet, x: float, y: float, view: View) -> None:
 
 def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
     """The prediction, and a line and a bar for each of the likeliest classes."""
-    y = sheet.paragraph(x, y - 0.05, explanation.prediction, width, LARGE, 4)
+    y = sheet.wrap(x, y - 0.05, explanation.prediction, width, LARGE, 4)
     sheet.write(x, y, f"Confidence: {explanation.confidence:.2%}", BODY)
     y += 0.3
     for index in explanation.ranking[:LISTED_CLASSES]:
@@ -3545,18 +3533,17 @@ def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation
         probability = float(explanation.probabilities[index])
         text = f"{probability:.2%}"
         sheet.write(x + width - text_width(text, look), y, text, look)
-        y = sheet.paragraph(x, y, explanation.model.class_names[index], width - 0.8, look)
-        sheet.fill(x, y, width, 0.075, TRACK)
-        sheet.fill(x, y, width * probability, 0.075, BAR)
+        y = sheet.wrap(x, y, explanation.model.class_names[index], width - 0.8, look)
+        sheet.items += [Box(x, y, width, 0.075, TRACK), Box(x, y, width * probability, 0.075, BAR)]
         y += 0.15
     if rest := explanation.ranking[LISTED_CLASSES:]:
         together = float(explanation.probabilities[rest].sum())
-        y = sheet.paragraph(x, y - 0.02, f"and {len(rest)} more, together {together:.2%}", width, FAINT)
+        y = sheet.wrap(x, y - 0.02, f"and {len(rest)} more, together {together:.2%}", width, FAINT)
     return y + 0.06
 
 
 def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
-    """The checks: those flagged in words and first, others in one line, and what only the reader can judge."""
+    """The checks: those flagged first, in words, others in one line, and what only the reader can judge."""
     if not explanation.findings:
         return y
     told, passed = [], []
@@ -3565,7 +3552,7 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
         if finding.is_flagged:
             sheet.write(x, y, "⚠", ALERT)
             text = f"{check.title}: {finding.text}" if check.title else finding.text
-            y = sheet.paragraph(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
+            y = sheet.wrap(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
         elif check.about in ("reference", *ASKED_AGAIN):
             if finding.is_measured:
                 told.append(marked_text(finding))
@@ -3574,69 +3561,60 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
     if explanation.pointing:
         told += pointing_text(explanation.pointing).replace("⚠️  ", "⚠ ").split("; ")
     for text in sorted(told, key=lambda text: not text.startswith("⚠")):
-        y = sheet.paragraph(x, y, text, width, ALERT if text.startswith("⚠") else SMALL, 3)
+        y = sheet.wrap(x, y, text, width, ALERT if text.startswith("⚠") else SMALL, 3)
     if passed:
-        y = sheet.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
-    return sheet.paragraph(x, y, READERS_CHECK, width) + 0.1
+        y = sheet.wrap(x, y, f"Passed: {', '.join(passed)}", width)
+    return sheet.wrap(x, y, READERS_CHECK, width) + 0.1
 
 
-def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str, str]]:
-    """What the details panel lists: (label, value)."""
-    model, raw, method = explanation.model, explanation.raw_map, METHODS[explanation.method]
-    accuracy = model.accuracy
-    if is_demo(model.checkpoint) and accuracy.endswith("%"):
-        accuracy += " (synthetic test images)"
+def provenance_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
+    """Where the map came from, and what its reader must know."""
+    model, raw = explanation.model, explanation.raw_map
     h, w = raw.shape
-    lines = [("Model", model.architecture), ("Checkpoint", printable(model.checkpoint.name)), ("", accuracy)]
+    lines = {}
     if explanation.explained != explanation.predicted:
         probability = explanation.probabilities[explanation.explained]
-        lines.insert(0, ("Explained class", f"{probability:.2%} {explanation.explained_class}"))
-    layers = [getattr(model.family, name) for name in method.layers]
+        lines["Explained class"] = f"{probability:.2%} {explanation.explained_class}"
+    lines |= {"Model": model.architecture, "Checkpoint": printable(model.checkpoint.name), "": model.accuracy}
+    if is_demo(model.checkpoint) and model.accuracy.endswith("%"):
+        lines[""] += " (synthetic test images)"
+    layers = [getattr(model.family, name) for name in METHODS[explanation.method].layers]
     if layers:
-        lines.append(("Target layer", " and ".join(layers)))
+        lines["Target layer"] = " and ".join(layers)
+    lines["Map"] = f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"
     if len(layers) > 1:
-        lines.append(("Map", f"{len(layers)} grids, interpolated to {h}×{w} pixels, then multiplied"))
-    else:
-        lines.append(("Map", f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"))
+        lines["Map"] = f"{len(layers)} grids, interpolated to {h}×{w} pixels, then multiplied"
     if explanation.heatmap.any():
-        relative = "" if style.signed else " (the colours are relative to it)"
-        lines.append(("Peak of raw map", f"{raw.max():.3g}{relative}"))
+        relative = "" if sheet.view.style.signed else " (the colours are relative to it)"
+        lines["Peak of raw map"] = f"{raw.max():.3g}{relative}"
     if explanation.owed is not None:
-        lines.append(("Sum of raw map", f"{raw.sum():.3g}, must be {explanation.owed:.3g}"))
-    if method.compares:
-        lines.append(("Negative share", f"{explanation.negative_share:.0%} of the map's magnitude"))
-    return lines
-
-
-def provenance_block(
-    sheet: Sheet, x: float, y: float, width: float, explanation: Explanation, style: FigureStyle
-) -> float:
-    """Where the map came from, and what its reader must know."""
-    for label, value in detail_lines(explanation, style):
+        lines["Sum of raw map"] = f"{raw.sum():.3g}, must be {explanation.owed:.3g}"
+    if METHODS[explanation.method].compares:
+        lines["Negative share"] = f"{explanation.negative_share:.0%} of the map's magnitude"
+    for label, value in lines.items():
         sheet.write(x, y, label, FAINT)
-        y = sheet.paragraph(x + 1.12, y, value, width - 1.12) + 0.01
+        y = sheet.wrap(x + 1.12, y, value, width - 1.12) + 0.01
     for remark in explanation.remarks:
-        y = sheet.paragraph(x, y + 0.03, remark, width, ALERT, 3)
+        y = sheet.wrap(x, y + 0.03, remark, width, ALERT, 3)
     return y + 0.1
 
 
-def guide_block(sheet: Sheet, x: float, y: float, width: float, style: FigureStyle) -> float:
+def guide_block(sheet: Sheet, x: float, y: float, width: float) -> float:
     """How to read the colours."""
+    style = sheet.view.style
     sheet.write(x, y, "How to read the heatmap", FAINT)
     y += 0.19
-    for place, text in SIGNED_GUIDE if style.signed else READING_GUIDE:
-        sheet.frame(x, y + 0.02, 0.22, 0.13, tuple(colours_of(style)[round(255 * place)] / 255))
-        y = max(sheet.paragraph(x + 0.32, y, text, width - 0.32), y + 0.19)
+    for end, text in zip((-1, 0), SIGNED_GUIDE if style.signed else READING_GUIDE):
+        sheet.frame(x, y + 0.02, 0.22, 0.13, tuple(colours_of(style)[end] / 255))
+        y = max(sheet.wrap(x + 0.32, y, text, width - 0.32), y + 0.19)
     if style.contours:
-        y = sheet.paragraph(x, y + 0.01, "Lines: 25, 50 and 75 % of the maximum.", width)
+        y = sheet.wrap(x, y + 0.01, "Lines: 25, 50 and 75 % of the maximum.", width)
     for text in READING_ADVICE:
-        y = sheet.paragraph(x, y + 0.01, text, width)
+        y = sheet.wrap(x, y + 0.01, text, width)
     return y + 0.05
 
 
-def draw_similar(
-    sheet: Sheet, x: float, y: float, width: float, explanation: Explanation, dpi: float
-) -> float:
+def draw_similar(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
     """The reference images most like this one, with their true classes; returns where they end."""
     sheet.write(x, y, "Most similar reference images, to the network", FAINT)
     column, top = width / NEAREST, y + 0.22
@@ -3644,64 +3622,63 @@ def draw_similar(
     end = below
     for place, case in enumerate(explanation.similar):
         picture = Image.fromarray(case.picture).convert("RGB")
-        scale = SIMILAR_SIDE * dpi / max(picture.size)
+        scale = SIMILAR_SIDE * sheet.view.style.dpi / max(picture.size)
         pixels = np.asarray(picture.resize([max(1, round(side * scale)) for side in picture.size]))
         text = f"{case.class_name}, {case.likeness:.3f}"
         sheet.items.append(Picture(x + place * column, top, pixels, text))
-        end = max(end, sheet.paragraph(x + place * column, below, text, column - 0.1))
+        end = max(end, sheet.wrap(x + place * column, below, text, column - 0.1))
     return end + 0.1
 
 
-def draw_details(
-    sheet: Sheet, x: float, y: float, width: float, explanation: Explanation, style: FigureStyle
-) -> float:
+def draw_details(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
     """The panel of text, in two columns where it is wide; returns where it ends."""
     inches = width if width < 6 else (width - 0.3) / 2
     first = prediction_block(sheet, x, y, inches, explanation)
     first = findings_block(sheet, x, first, inches, explanation)
     across, down = (x, first) if inches == width else (x + inches + 0.3, y)
-    end = provenance_block(sheet, across, down, inches, explanation, style)
-    if has_colours(explanation, style):
-        end = guide_block(sheet, across, end, inches, style)
+    end = provenance_block(sheet, across, down, inches, explanation)
+    if has_colours(explanation, sheet.view.style):
+        end = guide_block(sheet, across, end, inches)
     return max(first, end)
 
 
 # Figures
 
 
-def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool) -> float:
+def draw_header(sheet: Sheet, title: str, is_from_demo: bool) -> float:
     """The title, a tag for demo networks and the file's name; returns where they end."""
     room = sheet.width - 2 * MARGIN
     tag = 0.75 if is_from_demo else 0
-    y = sheet.paragraph(MARGIN, 0.16, title, room - tag, LARGE)
+    y = sheet.wrap(MARGIN, 0.16, title, room - tag, LARGE)
     right = MARGIN + 0.15 + text_width(wrapped(title, LARGE, room - tag)[-1], LARGE)
     middle = y - LARGE.leading / 2
     if is_from_demo:
-        sheet.fill(right, middle - 0.115, 0.6, 0.23, BADGE)
+        sheet.items.append(Box(right, middle - 0.115, 0.6, 0.23, BADGE))
         sheet.write(right + 0.08, middle - BODY.leading / 2, "DEMO", Look(10, "white", True))
-    name, right = drawable(name), right + tag
+    name, right = drawable(sheet.view.name), right + tag
     if text_width(name, NAME) <= MARGIN + room - right:  # beside the title, else below it
         sheet.write(right, middle - NAME.leading / 2 + 0.03, name, NAME)
         return y + 0.08
-    sheet.write(MARGIN, y - 0.02, elided(name, NAME, room), NAME)
+    sheet.wrap(MARGIN, y - 0.02, name, room, NAME, 1)
     return y + 0.28
 
 
-def draw_footer(sheet: Sheet, view: View, explanations: Sequence[Explanation], bottom: float) -> None:
+def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float) -> None:
     """What stands below every figure; ends the page."""
-    inches, y = sheet.width - 2 * MARGIN, bottom + 0.1
-    if view.boxes:
-        y = sheet.paragraph(MARGIN, y, BOX_LEGEND, inches, FAINT)
-    if MISSING in drawable(view.name):
-        y = sheet.paragraph(MARGIN, y, f"{MISSING}: a character that no font here has", inches, FAINT)
     methods = dict.fromkeys(METHODS[each.method].title for each in explanations)
+    verb = "shows" if len(methods) == 1 else "show"
+    notes = [f"{', '.join(methods)} {verb} correlation, not cause. Not for diagnosis."]
     if is_demo(explanations[0].model.checkpoint):
         is_pair = len({each.model.family.key for each in explanations}) > 1
-        text = f"Demo {'networks' if is_pair else 'network'}: {DEMO_NOTICE}."
-    else:
-        verb = "shows" if len(methods) == 1 else "show"
-        text = f"{', '.join(methods)} {verb} correlation, not cause. Not for diagnosis."
-    sheet.height = sheet.paragraph(MARGIN, y, text, inches, FAINT) + 0.12
+        notes = [f"Demo {'networks' if is_pair else 'network'}: {DEMO_NOTICE}."]
+    if MISSING in drawable(sheet.view.name):
+        notes.insert(0, f"{MISSING}: a character that no font here has")
+    if sheet.view.boxes:
+        notes.insert(0, BOX_LEGEND)
+    y = bottom + 0.1
+    for note in notes:
+        y = sheet.wrap(MARGIN, y, note, sheet.width - 2 * MARGIN, FAINT)
+    sheet.height = y + 0.12
 
 
 def explanation_figure(view: View, explanation: Explanation) -> Sheet:
@@ -3717,22 +3694,19 @@ def explanation_figure(view: View, explanation: Explanation) -> Sheet:
     if view.width < 0.6 * view.height:
         third, details_width = 2 * right + BAR_ROOM, DETAILS_WIDTH
         offsets = [(0, 0), (right, 0), (third, 0), (third + right, 0)]
-    sheet = Sheet(offsets[3][0] + details_width + 2 * MARGIN)
-    top = draw_header(sheet, f"{method}: {model.title}", view.name, is_demo(model.checkpoint)) + room
-    radiograph, heatmap, overlay, details = ((MARGIN + x, top + y) for x, y in offsets)
-    draw_picture(sheet, *radiograph, view, view.picture, titles[0])
-    draw_heatmap(sheet, *heatmap, view, explanation, titles[1])
+    sheet = Sheet(view, offsets[3][0] + details_width + 2 * MARGIN)
+    top = draw_header(sheet, f"{method}: {model.title}", is_demo(model.checkpoint)) + room
+    *places, (x, y) = ((MARGIN + across, top + below) for across, below in offsets)
+    draw_panels(sheet, places, explanation, titles)
     if has_colours(explanation, view.style):
-        draw_colour_bar(sheet, heatmap[0] + view.width + 0.12, heatmap[1], view)
-    draw_overlay(sheet, *overlay, view, explanation, titles[2])
-    x, y = details
-    end = draw_details(sheet, x, y - room + 0.06, details_width, explanation, view.style)
-    bottom = overlay[1] + view.height
+        draw_colour_bar(sheet, *places[1])
+    end = draw_details(sheet, x, y - room + 0.06, details_width, explanation)
+    bottom = places[2][1] + view.height
     if explanation.similar and end + SIMILAR_SIDE + 0.6 <= bottom:
-        end = draw_similar(sheet, x, end, details_width, explanation, view.style.dpi)
+        end = draw_similar(sheet, x, end, details_width, explanation)
     elif explanation.similar:
-        bottom = draw_similar(sheet, overlay[0], bottom + 0.12, column, explanation, view.style.dpi)
-    draw_footer(sheet, view, [explanation], max(bottom, end))
+        bottom = draw_similar(sheet, places[2][0], bottom + 0.12, column, explanation)
+    draw_footer(sheet, [explanation], max(bottom, end))
     return sheet
 
 
@@ -3743,87 +3717,77 @@ def agree(explanations: Sequence[Explanation]) -> bool:
 
 def agreement_text(explanations: Sequence[Explanation]) -> str:
     """Whether the models predict the same class, in words."""
-    first, second = explanations
     if agree(explanations):
-        return f"Both models agree: {first.prediction}"
-    said = (f"{each.model.title} says {each.prediction}" for each in (first, second))
+        return f"Both models agree: {explanations[0].prediction}"
+    said = (f"{each.model.title} says {each.prediction}" for each in explanations)
     return f"Models disagree: {', '.join(said)}"
 
 
-def comparison_figure(
-    view: View, explanations: Sequence[Explanation], overlap: Finding | None = None
-) -> Sheet:
+def comparison_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
     """The 6-panel figure: a row for each model of radiograph, heatmap and overlay.
 
-    `overlap` says how far the two maps agree, which is another thing than the same class.
+    How far the two maps agree is told too, which is another thing than the same class.
     """
     across = [MARGIN + number * (view.column + GAP) for number in range(3)]
-    bar = across[2] + view.width + 0.12
-    sheet = Sheet(across[2] + view.column + BAR_ROOM + 0.1)
+    sheet = Sheet(view, across[2] + view.column + BAR_ROOM + 0.1)
     inches = sheet.width - 2 * MARGIN
     title = agreement_text(explanations) if agree(explanations) else "Models disagree"
-    y = draw_header(sheet, title, view.name, is_demo(explanations[0].model.checkpoint))
-    if overlap is not None:
+    y = draw_header(sheet, title, is_demo(explanations[0].model.checkpoint))
+    if overlap := map_agreement(explanations):
         text, look = (f"⚠ {overlap.text}", ALERT) if overlap.is_flagged else (overlap.text, FAINT)
-        y = sheet.paragraph(MARGIN, y - 0.04, text, inches, look) + 0.06
+        y = sheet.wrap(MARGIN, y - 0.04, text, inches, look) + 0.06
     for explanation in explanations:
-        heading = f"{explanation.model.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
+        said = f"{explanation.prediction}, confidence {explanation.confidence:.2%}"
+        heading = f"{explanation.model.title}: {said}"
         if explanation.explained != explanation.predicted:
             heading += f" (explained class: {explanation.explained_class})"
-        y = sheet.paragraph(MARGIN, y, heading, inches, BOLD)
+        y = sheet.wrap(MARGIN, y, heading, inches, BOLD)
         flagged = "; ".join(finding.text for finding in explanation.findings if finding.is_flagged)
         if flagged:
-            y = sheet.paragraph(MARGIN, y, f"⚠ {flagged}", inches, ALERT, 5)
+            y = sheet.wrap(MARGIN, y, f"⚠ {flagged}", inches, ALERT, 5)
         titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay")
         y += title_room(titles, view.column)
-        draw_picture(sheet, across[0], y, view, view.picture, titles[0])
-        draw_heatmap(sheet, across[1], y, view, explanation, titles[1])
-        draw_overlay(sheet, across[2], y, view, explanation, titles[2])
+        draw_panels(sheet, [(x, y) for x in across], explanation, titles)
         if has_colours(explanation, view.style):
-            draw_colour_bar(sheet, bar, y, view)
+            draw_colour_bar(sheet, across[2], y)
         y += view.height + 0.16
-    draw_footer(sheet, view, explanations, y - 0.16)
+    draw_footer(sheet, explanations, y - 0.16)
     return sheet
 
 
 # Several methods
 
 
-def draw_share(sheet: Sheet, x: float, y: float, share: float) -> None:
-    """A cell of a table, white for a share of 0 to blue for 1, with its number in the middle."""
-    width, height, text = 0.57, 0.25, f"{share:.2f}"
-    sheet.frame(x, y, width, height, tuple(1 - share * (1 - part) for part in (0.23, 0.43, 0.65)))
-    look = Look(SMALL.points, "white" if share > 0.6 else INK)
-    sheet.write(x + (width - text_width(text, look)) / 2, y + (height - SMALL.leading) / 2, text, look)
-
-
 def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Explanation]) -> float:
-    """A table of how far each two maps agree; returns where it ends."""
-    heading, cell, first = "Agreement of each two maps: 1 the same places, 0 none in common", 0.6, 2.1
-    y = sheet.paragraph(x, y, heading, sheet.width - 2 * MARGIN, BODY) + 0.06
+    """A table of how far each two maps agree, white for 0 to blue for 1; returns where it ends."""
+    heading = "Agreement of each two maps: 1 the same places, 0 none in common"
+    y = sheet.wrap(x, y, heading, sheet.width - 2 * MARGIN, BODY) + 0.06
     for number, explanation in enumerate(explanations):
-        sheet.write(x + first + number * cell + 0.25, y, str(number + 1), FAINT)
+        sheet.write(x + 2.35 + number * 0.6, y, str(number + 1), FAINT)
         top = y + 0.22 + 0.28 * number
         sheet.write(x, top + 0.04, f"{number + 1}  {METHODS[explanation.method].title}")
         for place, other in enumerate(explanations):
-            draw_share(sheet, x + first + place * cell, top, shared_heat(explanation.heatmap, other.heatmap))
+            share, left = shared_heat(explanation.heatmap, other.heatmap), x + 2.1 + place * 0.6
+            sheet.frame(left, top, 0.57, 0.25, tuple(1 - share * (1 - part) for part in (0.23, 0.43, 0.65)))
+            text, look = f"{share:.2f}", Look(SMALL.points, "white" if share > 0.6 else INK)
+            start = left + (0.57 - text_width(text, look)) / 2
+            sheet.write(start, top + (0.25 - SMALL.leading) / 2, text, look)
     return y + 0.22 + 0.28 * len(explanations)
 
 
-def draw_method(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, cost: str) -> None:
+def draw_method(sheet: Sheet, x: float, y: float, explanation: Explanation) -> None:
     """One method's overlay, with its cost and the sum of its map beside what it owes."""
-    draw_overlay(sheet, x, y, view, explanation, METHODS[explanation.method].title)
+    method = METHODS[explanation.method]
+    draw_overlay(sheet, x, y, explanation, method.title)
+    text = "1 pass" if method.passes == 1 else f"{method.passes} passes"
     if explanation.owed is not None:
-        cost += f"; sum {explanation.raw_map.sum():.3g}, must be {explanation.owed:.3g}"
-    end = sheet.paragraph(x, y + view.height + 0.05, cost, view.column)
-    sheet.paragraph(x, end, explanation.blankness, view.column, ALERT, 1)
+        text += f"; sum {explanation.raw_map.sum():.3g}, must be {explanation.owed:.3g}"
+    end = sheet.wrap(x, y + sheet.view.height + 0.05, text, sheet.view.column)
+    sheet.wrap(x, end, explanation.blankness, sheet.view.column, ALERT, 1)
 
 
-def methods_figure(view: View, explanations: Sequence[Explanation], costs: Sequence[str]) -> Sheet:
-    """One model's maps by several methods over the same radiograph, and how far they agree.
-
-    `costs` says in words what each method took.
-    """
+def methods_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
+    """One model's maps by several methods over the same radiograph, and how far they agree."""
     size = tuple(max(1, round(0.7 * side)) for side in view.picture.shape[1::-1])
     small = np.asarray(Image.fromarray(view.picture).resize(size, Image.Resampling.BILINEAR))
     view, model = dataclasses.replace(view, picture=small), explanations[0].model
@@ -3831,18 +3795,18 @@ def methods_figure(view: View, explanations: Sequence[Explanation], costs: Seque
     rows = math.ceil(count / max(2, round(11 / view.column)))
     columns = math.ceil(count / rows)
     pitch = view.column + GAP
-    sheet = Sheet(max(2 * MARGIN + columns * pitch + BAR_ROOM, 7))
-    title = f"{model.title}: evidence for {explanations[0].explained_class}"
+    sheet = Sheet(view, max(2 * MARGIN + columns * pitch + BAR_ROOM, 7))
     room = title_room([METHODS[each.method].title for each in explanations], view.column)
-    y = draw_header(sheet, title, view.name, is_demo(model.checkpoint)) + room
+    title = f"{model.title}: evidence for {explanations[0].explained_class}"
+    y = draw_header(sheet, title, is_demo(model.checkpoint)) + room
     down = room + view.height + 3 * SMALL.leading
     places = [(MARGIN + n % columns * pitch, y + n // columns * down) for n in range(count)]
-    draw_picture(sheet, *places[0], view, view.picture, "Original X-ray")
-    for place, explanation, cost in zip(places[1:], explanations, costs):
-        draw_method(sheet, *place, view, explanation, cost)
-    draw_colour_bar(sheet, places[columns - 1][0] + view.width + 0.12, y, view)
+    draw_picture(sheet, *places[0], view.picture, "Original X-ray")
+    for place, explanation in zip(places[1:], explanations):
+        draw_method(sheet, *place, explanation)
+    draw_colour_bar(sheet, *places[columns - 1])
     end = draw_overlaps(sheet, MARGIN, places[-1][1] + down - room + 0.1, explanations)
-    draw_footer(sheet, view, explanations, end)
+    draw_footer(sheet, explanations, end)
     return sheet
 
 
@@ -3915,13 +3879,11 @@ def figure_bytes(sheet: Sheet, style: FigureStyle, digest: str = "") -> bytes:
 
 TEST_TRUTH = TEST_IMAGES / "fracture_boxes.csv"  # used by itself for the images beside it
 SIDES = ("x0", "y0", "x1", "y1")
-TRUTH_COLUMNS = {  # how a table's header may call them, in any case
-    "file": ("file", "filename", "image", "path"),
-    "class": ("class", "label"),
-    "x0": ("x0", "xmin"),
-    "y0": ("y0", "ymin"),
-    "x1": ("x1", "xmax"),
-    "y1": ("y1", "ymax"),
+TRUTH_COLUMNS = {  # by what a table's header may call them, in any case
+    **dict.fromkeys(("file", "filename", "image", "path"), "file"),
+    **dict.fromkeys(("class", "label"), "class"),
+    **dict(zip(SIDES, SIDES)),
+    **dict(zip(("xmin", "ymin", "xmax", "ymax"), SIDES)),
 }
 NEGATIONS = {"no", "non", "not", "without"}
 
@@ -3965,11 +3927,10 @@ def known_truth(
     table: Path | None, images: Sequence[Path], is_anonymous: bool
 ) -> tuple[dict[str, Truth], str, list[str]]:
     """Truth by the real path of the image, of a table or the test images' own; its mark; what to say."""
-    if table is None:
-        are_ours = any(TEST_IMAGES in Path(os.path.realpath(image)).parents for image in images)
-        if not (are_ours and TEST_TRUTH.is_file()):
-            return {}, "", []
     path = table or TEST_TRUTH
+    ours = (image for image in images if TEST_IMAGES in Path(os.path.realpath(image)).parents)
+    if not table and not (path.is_file() and any(ours)):
+        return {}, "", []
     truths, missing = read_truth(path, images)
     notes = []
     if missing and table:
@@ -3991,8 +3952,7 @@ def read_truth(path: Path, images: Sequence[Path]) -> tuple[dict[str, Truth], li
     missing = []
     for number, cells in truth_rows(path):
         name = cells["file"].replace("\\", "/")
-        twins = by_name[Path(name).name]
-        image = path.parent / name
+        image, twins = path.parent / name, by_name[Path(name).name]
         if not os.path.isfile(image):
             if len(twins) != 1:
                 missing.append(name)
@@ -4012,18 +3972,14 @@ def truth_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         lines = decoded_text(file.read()).splitlines()
     header = lines[0] if lines else ""
     reader = csv.reader(lines, delimiter=max(",;\t", key=header.count), skipinitialspace=True)
-    titles = [title.strip().casefold() for title in next(reader, [])]
-    places = {
-        name: titles.index(spelling)
-        for name, spellings in TRUTH_COLUMNS.items() for spelling in spellings if spelling in titles
-    }  # fmt: skip
-    if "file" not in places or len(places) < 2:
+    titles = [TRUTH_COLUMNS.get(title.strip().casefold()) for title in next(reader, [])]
+    if "file" not in titles or len({*titles} - {None}) < 2:
         cause = f"its first line is {brief(header)}"
         raise refusal(path, cause, "begin with names of columns: file and any of class, x0, y0, x1, y1")
     for row in reader:
-        cells = {name: row[place].strip() if place < len(row) else "" for name, place in places.items()}
+        cells = {title: cell.strip() for title, cell in zip(titles, row) if title}
         if any(cells.values()):
-            yield reader.line_num, cells
+            yield reader.line_num, {"file": "", **cells}
 
 
 def decoded_text(content: bytes) -> str:
@@ -4088,37 +4044,39 @@ DIGEST_PLACES = {  # how the digest stands in a whole file
     ".png": re.compile(rb"tEXtDigest\0(\w*).{8}IDAT.*IEND.{4}$", re.DOTALL),
     ".pdf": re.compile(rb"/Keywords \((\w*)\).*%%EOF\s*$", re.DOTALL),
     ".svg": re.compile(rb"<dc:identifier>(\w*)</dc:identifier>.*</svg>\s*$", re.DOTALL),
+    ".json": re.compile(rb'"digest": "(\w*)"\s*}$'),
+    ".npy": re.compile(rb"\A\x93NUMPY()"),  # has none; its .json, written after it, tells
 }
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into ExplainError."""
+    try:
+        yield
+    except OSError as error:
+        cause = f"cannot be written ({error.strerror or error})"
+        raise refusal(path, cause, "choose another place with --output-dir") from error
 
 
 def check_output_folder(folder: Path) -> None:
     """Make the output folder and try it. Raises ExplainError where no figure could be written."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(PROBE_BYTES))
-    except OSError as error:
-        raise unwritable(folder, error) from error
 
 
-def unwritable(path: Path, error: OSError) -> ExplainError:
-    cause = f"cannot be written ({error.strerror or error})"
-    return refusal(path, cause, "choose another place with --output-dir")
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, which takes the name `path` once it is whole; a link there is replaced, not followed.
 
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the name `path` at the end, or goes away.
-
-    A link at `path` is replaced, not followed. Raises ExplainError where the system refuses.
+    Raises ExplainError where the system refuses.
     """
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            yield file
-        os.replace(temporary, path)
-    except OSError as error:
-        raise unwritable(path, error) from error
+        with writing(path):
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -4126,31 +4084,39 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 # Names
 
 
-def display_names(labels: Sequence[str]) -> list[str]:
-    """What figures and console call images: their names; with the folder where two have the same one."""
-    paths = [Path(label) for label in labels]
-    times = Counter(path.name for path in paths)
-    folders = [path.absolute().parent.name for path in paths]
-    return numbered(
-        f"{folder}/{path.name}" if times[path.name] > 1 else path.name for path, folder in zip(paths, folders)
-    )
-
-
-def numbered(labels: Iterable[str]) -> list[str]:
-    """The labels, with a number behind each that came before."""
+def numbered(names: Iterable[str]) -> list[str]:
+    """The names, with a number behind each that came before; upper and lower case are one to some systems."""
     times: Counter[str] = Counter()
     told = []
-    for label in labels:
-        times[label] += 1
-        told.append(f"{label}_{times[label]}" if times[label] > 1 else label)
+    for name in names:
+        key, unique = name.casefold(), name
+        while times[unique.casefold()]:
+            times[key] += 1
+            unique = f"{name}_{times[key]}"
+        times[unique.casefold()] += 1
+        told.append(unique)
     return told
 
 
-def content_label(image: Path) -> str:
-    """A name that says nothing about whom the image shows: the start of its content's SHA-256."""
-    with contextlib.suppress(ExplainError):
-        return file_digest(image)[:8]
-    return hashlib.sha256(os.fsencode(image)).hexdigest()[:8]  # what is wrong is said when it is read
+def with_folders(labels: Sequence[str], names: Sequence[str], between: str) -> list[str]:
+    """What images of one run are called: the name of its folder stands before one that others have too."""
+    times = Counter(name.casefold() for name in names)
+    told = []
+    for label, name in zip(labels, names):
+        folder = Path(label).absolute().parent.name
+        told.append(f"{folder}{between}{name}" if times[name.casefold()] > 1 else name)
+    return told
+
+
+def display_names(labels: Sequence[str]) -> list[str]:
+    """What figures and console call images."""
+    return numbered(with_folders(labels, [Path(label).name for label in labels], "/"))
+
+
+def output_stems(labels: Sequence[str]) -> list[str]:
+    """What the names of each image's outputs end in."""
+    stems = with_folders(labels, [Path(label).stem for label in labels], "_")
+    return numbered(map(short_stem, stems))
 
 
 def short_stem(stem: str) -> str:
@@ -4162,24 +4128,11 @@ def short_stem(stem: str) -> str:
     return f"{kept}_{hashlib.sha256(encoded).hexdigest()[:8]}"
 
 
-def output_stems(labels: Sequence[str]) -> list[str]:
-    """What the names of each image's outputs end in: the image's own stem.
-
-    Images of one run that share a stem get their folder's name before it, and if that does not
-    tell them apart, a number behind it in the order of the images. Upper and lower case do not
-    tell names apart: some file systems do not.
-    """
-    paths = [Path(label) for label in labels]
-    counts = Counter(path.stem.casefold() for path in paths)
-    taken: set[str] = set()
-    stems = []
-    for path in paths:
-        folder = path.absolute().parent.name if counts[path.stem.casefold()] > 1 else ""
-        wanted = short_stem(f"{folder}_{path.stem}" if folder else path.stem)
-        names = itertools.chain([wanted], (f"{wanted}_{number}" for number in itertools.count(2)))
-        stems.append(next(stem for stem in names if stem.casefold() not in taken))
-        taken.add(stems[-1].casefold())
-    return stems
+def content_label(image: Path) -> str:
+    """A name that says nothing about whom the image shows: the start of its content's SHA-256."""
+    with contextlib.suppress(ExplainError):
+        return file_digest(image)[:8]
+    return hashlib.sha256(os.fsencode(image)).hexdigest()[:8]  # what is wrong is said when it is read
 
 
 def prefix_of(kind: str, method: str, key: str = "") -> str:
@@ -4191,13 +4144,13 @@ def page_prefixes(keys: Sequence[str], methods: Sequence[str]) -> dict[str, tupl
     """How the names of an image's figures begin, and which of its explanations each shows."""
     made = list(itertools.product(keys, methods))  # in the order in which they are explained
     pages = {f"{method}_{key}": (index,) for index, (key, method) in enumerate(made)}
+    count = len(methods)
     if len(keys) > 1:
-        for method in methods:
-            shown_here = tuple(index for index, pair in enumerate(made) if pair[1] == method)
-            pages[prefix_of("comparison", method)] = shown_here
-    if len(methods) > 1:
-        for key in keys:
-            pages[f"methods_{key}"] = tuple(index for index, pair in enumerate(made) if pair[0] == key)
+        for place, method in enumerate(methods):
+            pages[prefix_of("comparison", method)] = tuple(range(place, len(made), count))
+    if count > 1:
+        for place, key in enumerate(keys):
+            pages[f"methods_{key}"] = tuple(range(place * count, (place + 1) * count))
     return pages
 
 
@@ -4232,7 +4185,7 @@ def make_jobs(
 
     It writes outputs of these kinds: figures, whose names have this ending, maps and panels.
 
-    Raises ExplainError where an output would replace one of the images, or another output.
+    Raises ExplainError where an output would replace one of the images.
     """
     made = list(itertools.product(keys, methods))
     shown_by = page_prefixes(keys, methods) if "figures" in kinds else {}
@@ -4251,38 +4204,25 @@ def make_jobs(
         )
         for image, label, name, stem in zip(images, labels, display_names(labels), output_stems(labels))
     ]
-    check_outputs_apart(jobs, images, folder)
-    return jobs
-
-
-def check_outputs_apart(jobs: Sequence[Job], images: Sequence[Path], folder: Path) -> None:
-    """Raise ExplainError where an output would replace an image, or another output."""
     inputs = {os.path.realpath(image) for image in images}
-    times = Counter(path for job in jobs for path in job.outputs)
-    for path in (folder / TABLE_NAME, *times):
+    for path in (folder / TABLE_NAME, *(path for job in jobs for path in job.outputs)):
         if os.path.realpath(path) in inputs:
             cause = "is an input of this run and would be replaced"
             raise refusal(path, cause, "choose another --output-dir")
-        if times[path] > 1:  # comparison_ig_x: of x by Integrated Gradients, or of ig_x by Grad-CAM
-            raise refusal(path, "two results of this run would have this name", "run one --method at a time")
+    return jobs
 
 
 def is_finished(job: Job) -> bool:
-    """Whether every file that a job would write is there, and came of the same job."""
+    """Whether every file that a job would write is there, whole, and came of the same job."""
     return all(digest_in(path) in (job.digest, "") for path in job.outputs)
 
 
 def digest_in(path: Path) -> str | None:
     """The digest of the job that wrote a file; "" where it holds none, None where it is not whole."""
-    try:
-        with open_regular(path) as file:
-            if path.suffix == ".json":
-                return json.load(file)["digest"]
-            if path.suffix in DIGEST_PLACES:
-                return DIGEST_PLACES[path.suffix].search(file.read())[1].decode()
-            return ""
-    except (ExplainError, OSError, ValueError, KeyError, TypeError):
-        return None
+    with contextlib.suppress(ExplainError, OSError), open_regular(path) as file:
+        found = DIGEST_PLACES[path.suffix].search(file.read())
+        return found and found[1].decode()
+    return None
 
 
 # Figures, pictures and maps as files
@@ -4293,22 +4233,15 @@ def page_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
     if len(explanations) == 1:
         return explanation_figure(view, explanations[0])
     if explanations[0].method == explanations[1].method:
-        return comparison_figure(view, explanations, map_agreement(explanations))
-    passes = [METHODS[each.method].passes for each in explanations]
-    return methods_figure(view, explanations, ["1 pass" if count == 1 else f"{count} passes" for count in passes])
+        return comparison_figure(view, explanations)
+    return methods_figure(view, explanations)
 
 
 def write_page(result: Result, page: Page, style: FigureStyle) -> None:
     """Draw one figure of a job and write it. Raises ExplainError where it cannot be written."""
     explanations = [result.explanations[index] for index in page.shows]
     view = View(result.picture, result.job.name, style, result.boxes)
-    try:
-        content = figure_bytes(page_figure(view, explanations), style, result.job.digest)
-    except MemoryError as error:
-        cause = f"not enough memory to draw it at {style.dpi} DPI"
-        raise refusal(page.path, cause, "choose a smaller --dpi") from error
-    with replacing(page.path) as file:
-        file.write(content)
+    write_file(page.path, figure_bytes(page_figure(view, explanations), style, result.job.digest))
 
 
 def write_panels(result: Result, style: FigureStyle) -> None:
@@ -4319,19 +4252,17 @@ def write_panels(result: Result, style: FigureStyle) -> None:
         pictures.append(heatmap_pixels(explanation, *pixels.shape[:2], style))
         pictures.append(overlay_pixels(pixels, explanation, style))
     for path, picture in zip(result.job.panels, pictures):
-        content = png(picture, style.dpi, result.job.digest)
-        with replacing(path) as file:
-            file.write(content)
+        write_file(path, png(picture, style.dpi, result.job.digest))
 
 
 def write_maps(result: Result) -> None:
     """Each raw map as .npy (h, w) float32, and beside it as .json what it takes to compute it again."""
     for explanation, path in zip(result.explanations, result.job.maps):
+        content = io.BytesIO()
+        np.save(content, explanation.raw_map, allow_pickle=False)
         told = json.dumps(provenance(result.job, explanation), indent=2)
-        with replacing(path) as file:
-            np.save(file, explanation.raw_map, allow_pickle=False)
-        with replacing(path.with_suffix(".json")) as file:
-            file.write(told.encode())
+        write_file(path, content.getvalue())
+        write_file(path.with_suffix(".json"), told.encode())
 
 
 def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
@@ -4355,7 +4286,14 @@ def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
         "class_names": model.class_names,
         "probabilities": explanation.probabilities.tolist(),
         "preprocessing": dataclasses.asdict(model.preprocessing),
-        "checks": {finding.check: told_finding(finding) for finding in explanation.findings},
+        "checks": {
+            each.check: {
+                "value": each.value if each.is_measured else None,  # JSON has no NaN
+                "flagged": each.is_flagged,
+                "text": each.text,
+            }
+            for each in explanation.findings
+        },
         "similar": [
             {"file": case.label, "class": case.class_name, "likeness": case.likeness}
             for case in explanation.similar
@@ -4366,20 +4304,11 @@ def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
     }
 
 
-def told_finding(finding: Finding) -> dict[str, Any]:
-    """A finding for JSON, which has no NaN."""
-    value = finding.value if finding.is_measured else None
-    return {"value": value, "flagged": finding.is_flagged, "text": finding.text}
-
-
 @functools.lru_cache(maxsize=8)
 def file_digest(path: Path) -> str:
     """SHA-256 of a file; checkpoints are read once a run. Raises ExplainError where it has gone."""
-    try:
-        with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except (ExplainError, OSError) as error:
-        raise refusal(path, "changed or removed during the run", "run again") from error
+    with naming(path), open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------------------------------
@@ -4388,8 +4317,8 @@ def file_digest(path: Path) -> str:
 
 TABLE_NAME = "summary.csv"
 LOCK_NAME = ".summary.lock"
-TEXT_CODING = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-BYTE_ORDER_MARK = "\ufeff"  # tells spreadsheet programs that it is UTF-8
+FIRST_COLUMNS = ("predicted", "confidence", "correct", "flags")  # of each model; the rest stand behind
+TEXT_CODING = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}  # marked for spreadsheets
 FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?$)[=+@-]")  # what spreadsheet programs would compute; not -0.5
 
 
@@ -4402,98 +4331,77 @@ def flags_text(explanation: Explanation) -> str:
     return ", ".join(each.check for each in explanation.findings if each.is_flagged)
 
 
-def value_text(explanation: Explanation, check: str) -> str:
-    """What a check measured, or nothing where it does not apply."""
-    for finding in explanation.findings:
-        if finding.check == check:
-            return f"{finding.value:.6f}" if finding.is_measured else "untestable"
-    return ""
-
-
-def box_text(pointed: Pointing | None, name: str) -> str:
-    """One value of a map's comparison with the true box; nothing where that is not known."""
-    if pointed is None:
-        return ""
-    value = getattr(pointed, name)
-    return yes_or_no(value) if name == "is_inside" else f"{value:.6f}"
-
-
-FIRST_COLUMNS = ("predicted", "confidence", "correct", "flags")  # of each model; the rest stand behind
-
 def case_text(case: SimilarCase) -> str:
     return f"{printable(case.label)} ({case.class_name}, {case.likeness:.3f})"
 
 
-MODEL_COLUMNS: dict[str, Callable[[Explanation, str], str]] = {  # by name: from explanation and true class
-    "predicted": lambda explanation, truth: explanation.prediction,
-    "confidence": lambda explanation, truth: f"{explanation.confidence:.6f}",
-    "correct": lambda explanation, truth: yes_or_no(is_right(explanation, truth)) if truth else "",
-    "explained": lambda explanation, truth: explanation.explained_class,
-    "method": lambda explanation, truth: explanation.method,
-    **{
-        key: lambda explanation, truth, key=key: value_text(explanation, key)
-        for key, check in CHECKS.items()
-        if check.about in ("reference", *ASKED_AGAIN)
-    },
-    "similar": lambda explanation, truth: "; ".join(map(case_text, explanation.similar)),
-}
+def check_cells(explanation: Explanation, *about: str) -> dict[str, str]:
+    """What the checks of some kinds measured, by their keys; nothing where they do not apply."""
+    cells = {check.key: "" for check in CHECKS.values() if check.about in about and check.key != "blank"}
+    for each in explanation.findings:
+        if each.check in cells:
+            cells[each.check] = f"{each.value:.6f}" if each.is_measured else "untestable"
+    return cells
 
 
-MAP_COLUMNS: dict[str, Callable[[Explanation], str]] = {  # by name: from explanation
-    "flags": flags_text,
-    "raw_peak": lambda explanation: f"{explanation.raw_map.max():.6g}",
-    "blank_map": lambda explanation: yes_or_no(not explanation.heatmap.any()),
-    **{
-        key: lambda explanation, key=key: value_text(explanation, key)
-        for key, check in CHECKS.items()
-        if check.about == "map" and key != "blank"
-    },
-    "in_box": lambda explanation: box_text(explanation.pointing, "is_inside"),
-    "heat_in_box": lambda explanation: box_text(explanation.pointing, "heat"),
-    "box_area": lambda explanation: box_text(explanation.pointing, "area"),
-    "sum": lambda explanation: f"{explanation.raw_map.sum(dtype=float):.6g}",
-    "sum_owed": lambda explanation: "" if explanation.owed is None else f"{explanation.owed:.6g}",
-    "negative_share": lambda explanation: f"{explanation.negative_share:.4f}",
-}
-SUM_COLUMNS = ("sum", "sum_owed", "negative_share")  # of methods that compare with a reference
+def map_cells(explanation: Explanation) -> dict[str, str]:
+    """What the table says of a map, by column."""
+    pointed, raw_map = explanation.pointing, explanation.raw_map
+    cells = {
+        "flags": flags_text(explanation),
+        "raw_peak": f"{raw_map.max():.6g}",
+        "blank_map": yes_or_no(not explanation.heatmap.any()),
+        **check_cells(explanation, "map"),
+        "in_box": yes_or_no(pointed.is_inside) if pointed else "",
+        "heat_in_box": f"{pointed.heat:.6f}" if pointed else "",
+        "box_area": f"{pointed.area:.6f}" if pointed else "",
+    }
+    if METHODS[explanation.method].compares:
+        cells["sum"] = f"{raw_map.sum(dtype=float):.6g}"
+        cells["sum_owed"] = "" if explanation.owed is None else f"{explanation.owed:.6g}"
+        cells["negative_share"] = f"{explanation.negative_share:.4f}"
+    return cells
 
 
-def map_columns(method: str, is_first: bool) -> dict[str, Callable[[Explanation], str]]:
-    """What the table says of each map by a method; the first method's columns go without its name."""
-    has_sum = METHODS[method].compares
-    wanted = {name: text_of for name, text_of in MAP_COLUMNS.items() if has_sum or name not in SUM_COLUMNS}
-    return {name if is_first else f"{method}_{name}": text_of for name, text_of in wanted.items()}
+def model_cells(explanations: Sequence[Explanation], truth: str) -> dict[str, str]:
+    """What the table says of one model and its maps; the first one's columns go without the method's name."""
+    first, *others = explanations
+    cells = {
+        "predicted": first.prediction,
+        "confidence": f"{first.confidence:.6f}",
+        "correct": yes_or_no(is_right(first, truth)) if truth else "",
+        "explained": first.explained_class,
+        "method": first.method,
+        **check_cells(first, "reference", *ASKED_AGAIN),
+        "similar": "; ".join(map(case_text, first.similar)),
+        **map_cells(first),
+    }
+    for each in others:
+        cells |= {f"{each.method}_{name}": text for name, text in map_cells(each).items()}
+    for name, probability in zip(first.model.class_names, first.probabilities):
+        cells[f"p_{name}"] = f"{probability:.6f}"
+    return {f"{first.model.family.key}_{name}": text for name, text in cells.items()}
 
 
-def table_columns(models: Sequence[Model], methods: Sequence[str] = ("gradcam",)) -> list[str]:
+def table_columns(models: Sequence[Model], methods: Sequence[str]) -> list[str]:
     """All columns that the rows of a run may fill, in the order of need."""
-    maps = [name for method in methods for name in map_columns(method, method == methods[0])]
     first = [f"{model.family.key}_{name}" for model in models for name in FIRST_COLUMNS]
-    rest = [
-        f"{model.family.key}_{name}"
-        for model in models
-        for name in (*MODEL_COLUMNS, *maps, *(f"p_{name}" for name in model.class_names))
-        if name not in FIRST_COLUMNS
-    ]
+    rest = []
+    for model in models:
+        nothing = np.zeros(len(model.class_names)), 0, np.zeros((1, 1)), np.zeros((1, 1))
+        told = model_cells([Explanation(model, *nothing, method) for method in methods], "")
+        rest += [name for name in told if name not in first]
     return ["file", "true_class", *first, "agree", AGREEMENT, "pair_flags", "error", "notes", *rest, "digest", "outputs"]
 
 
 def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
-    """One image's results, as text: yes, no, or empty where it cannot be said."""
+    """One image's results, as text."""
     job, truth = result.job, result.job.truth.name
     row = {"file": job.label, "true_class": truth, "notes": "; ".join(result.notes), "error": result.error}
     if result.error:
         return row
-    for explanation in result.explanations:
-        is_first = explanation.method == result.explanations[0].method
-        for name, text_of in map_columns(explanation.method, is_first).items():
-            row[f"{explanation.model.family.key}_{name}"] = text_of(explanation)
-    for explanation in result.opinions:
-        model = explanation.model
-        for name, text_of in MODEL_COLUMNS.items():
-            row[f"{model.family.key}_{name}"] = text_of(explanation, truth)
-        for name, probability in zip(model.class_names, explanation.probabilities):
-            row[f"{model.family.key}_p_{name}"] = f"{probability:.6f}"
+    for model in models:
+        row |= model_cells([each for each in result.explanations if each.model == model], truth)
     if len(models) > 1:
         row["agree"] = yes_or_no(agree(result.opinions))
         if overlap := map_agreement(result.opinions):
@@ -4517,61 +4425,48 @@ def row_key(file: str) -> str:
 
 @contextlib.contextmanager
 def table_alone(folder: Path) -> Iterator[Path]:
-    """A folder's table, held against other runs where the system can. Raises ExplainError."""
+    """A folder's table, whole, held against other runs where the system can. Raises ExplainError."""
     path = folder / TABLE_NAME
-    try:
-        with open(folder / LOCK_NAME, "w") as lock:
-            if fcntl:
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-            yield path
-    except OSError as error:
-        raise unwritable(path, error) from error
+    with writing(path), open(folder / LOCK_NAME, "w") as lock:
+        if fcntl:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            drop_torn_line(path)
+        yield path
 
 
 def drop_torn_line(path: Path) -> None:
     """Cut off a last line that a crash left without its end, and say so."""
     with open(path, "rb+") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-                warn(f"ℹ️  {shown(path)}: its last line was torn, as a crash leaves it, and is dropped")
+        if not file.seek(0, os.SEEK_END):
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            warn(f"ℹ️  {shown(path)}: its last line was torn, as a crash leaves it, and is dropped")
 
 
-def table_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]] | None:
-    """The rows of a table, with all columns; none of a missing one, None of one with other columns."""
+def table_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a table, with all columns; none of a missing one. Raises ExplainError for other columns."""
     if not path.exists():
         return []
-    drop_torn_line(path)
-    with open(path, **TEXT_CODING) as file:
-        reader = csv.DictReader([line.removeprefix(BYTE_ORDER_MARK) for line in file])
-    try:
-        if not set(reader.fieldnames or ()) <= set(columns):
-            return None
-        return [{name: plain_text(row.get(name) or "") for name in columns} for row in reader]
-    except csv.Error:  # a line longer than any that is written here
-        return None
-
-
-def own_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of the table that this run writes. Raises ExplainError where another run has replaced it."""
-    rows = table_rows(path, columns)
-    if rows is None:
-        cause = "another run made it anew, with other columns"
-        raise refusal(path, cause, "give each --model and --method an --output-dir of its own")
-    return rows
+    with open(path, **TEXT_CODING) as file, contextlib.suppress(csv.Error):  # lines longer than any of ours
+        reader = csv.DictReader(file)
+        if set(reader.fieldnames or ()) <= set(columns):
+            return [{name: plain_text(row.get(name) or "") for name in columns} for row in reader]
+    cause = "another run made it anew, with other columns"
+    raise refusal(path, cause, "give each --model and --method an --output-dir of its own")
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, str]], columns: Sequence[str]) -> None:
     """A whole table anew."""
-    with replacing(path) as file:
-        with io.TextIOWrapper(file, **TEXT_CODING) as text:
-            text.write(BYTE_ORDER_MARK)
-            writer = csv.writer(text)
-            writer.writerow(columns)
-            writer.writerows([cell_text(row.get(name, "")) for name in columns] for row in rows)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows([cell_text(row.get(name, "")) for name in columns] for row in rows)
+    write_file(path, text.getvalue().encode(TEXT_CODING["encoding"], TEXT_CODING["errors"]))
 
 
 def cell_text(text: str) -> str:
@@ -4585,41 +4480,35 @@ def plain_text(cell: str) -> str:
 
 def add_row(folder: Path, row: dict[str, str], columns: Sequence[str]) -> None:
     """Append one row to a folder's table. Raises ExplainError where that cannot be done."""
-    filled = {name for name, text in row.items() if text}
     with table_alone(folder) as path:
-        header = header_of(path)
-        if filled <= set(header):
+        header = []
+        if path.exists():
+            with open(path, **TEXT_CODING) as file:
+                header = next(csv.reader([file.readline()]), [])
+        if {name for name, text in row.items() if text} <= set(header):
             with open(path, "a", **TEXT_CODING) as file:
                 csv.writer(file).writerow([cell_text(row.get(name, "")) for name in header])
         else:  # it is new, or left out columns that were empty so far
-            write_rows(path, [*own_rows(path, columns), row], columns)
-
-
-def header_of(path: Path) -> list[str]:
-    """The columns of a table; none where there is no table."""
-    if not path.exists():
-        return []
-    drop_torn_line(path)
-    with open(path, **TEXT_CODING) as file:
-        return next(csv.reader([file.readline().removeprefix(BYTE_ORDER_MARK)]), [])
+            write_rows(path, [*table_rows(path, columns), row], columns)
 
 
 def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
     """The last row of each image in a folder's table, by `row_key`; a table of another kind is renamed."""
     with table_alone(folder) as path:
-        rows = table_rows(path, columns)
-        if rows is None:
+        try:
+            return {row_key(row["file"]): row for row in table_rows(path, columns)}
+        except ExplainError:
             names = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(1))
             other = next(name for name in names if not os.path.lexists(name))
             os.rename(path, other)
             warn(f"ℹ️  {shown(path)}: the table of an earlier run with other columns, kept as {other.name}")
-    return {row_key(row["file"]): row for row in rows or ()}
+            return {}
 
 
 def fold_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Keep the last row of each image and the columns that say something; the rows."""
     with table_alone(folder) as path:
-        last = {row_key(row["file"]): row for row in own_rows(path, columns)}
+        last = {row_key(row["file"]): row for row in table_rows(path, columns)}
         rows = sorted(last.values(), key=lambda row: row["file"])
         write_rows(path, rows, [name for name in columns if any(row[name] for row in rows)])
     return rows
@@ -4666,20 +4555,18 @@ def opening_lines(jobs: Sequence[Job], is_single: bool, is_random: bool, models:
 
 def single_lines(result: Result) -> list[str]:
     """What became of the one image of a run."""
-    lines = [line for page in result.job.pages for line in page_lines(result, page)]
+    lines = []
+    for page in result.job.pages:
+        first, *others = (result.explanations[index] for index in page.shows)
+        doing = f"{first.model.family.bullet} Generating {first.model.title} {METHODS[first.method].title}"
+        what = "visualization"
+        if others:
+            what = "comparison" if others[0].method == first.method else "methods"
+            doing = f"📊 Creating {what} visualization"
+        lines += [f"{doing}...", f"✅ {what.capitalize()} saved: {shown(page.path)}", ""]
     files = [f"✅ Picture saved: {shown(path)}" for path in result.job.panels]
     files += [f"✅ Map saved: {shown(path)}" for path in result.job.maps]
     return [*lines, *files, ""] if files else lines
-
-
-def page_lines(result: Result, page: Page) -> list[str]:
-    first, *others = (result.explanations[index] for index in page.shows)
-    if not others:
-        what = f"{first.model.family.bullet} Generating {first.model.title} {METHODS[first.method].title}"
-        return [f"{what}...", f"✅ Visualization saved: {shown(page.path)}", ""]
-    what = "comparison" if others[0].method == first.method else "methods"
-    saved = f"✅ {what.capitalize()} saved: {shown(page.path)}"
-    return [f"📊 Creating {what} visualization...", saved, ""]
 
 
 def summary_lines(result: Result) -> list[str]:
@@ -4690,8 +4577,12 @@ def summary_lines(result: Result) -> list[str]:
     lines = [RULE, "📊 COMPARISON SUMMARY", RULE]
     for explanations in by_model:
         lines += [*prediction_lines(explanations), ""]
-    is_good = not result.wrong if result.job.truth.name else agree(result.opinions)
-    lines.append(f"{'✅' if is_good else '⚠️ '} {agreement_text(result.opinions)}{verdict_text(result)}")
+    truth, verdict = result.job.truth.name, agreement_text(result.opinions)
+    if result.wrong:
+        titles = ", ".join(each.model.title for each in result.wrong)
+        verdict = f"{verdict}; wrong, the truth is {truth}: {titles}"
+    is_good = not result.wrong if truth else agree(result.opinions)
+    lines.append(f"{'✅' if is_good else '⚠️ '} {verdict}")
     if overlap := map_agreement(result.opinions):
         lines.append(marked_text(overlap))
     return lines
@@ -4706,7 +4597,11 @@ def prediction_lines(explanations: Sequence[Explanation]) -> list[str]:
     lines += [proof_text(each) for each in explanations if METHODS[each.method].compares]
     titles = ["" if len(explanations) == 1 else f"{METHODS[each.method].title}: " for each in explanations]
     for explanation, title in zip(explanations, titles):
-        lines += map_lines(explanation, title)
+        if explanation.findings:
+            mark = "⚠️  " if flagged_findings(explanation.findings, "map") else ""
+            lines.append(f"{mark}{title}{checks_text(explanation.findings)}")
+        if explanation.pointing:
+            lines.append(title + pointing_text(explanation.pointing))
     lines += network_lines(first, titles[0])
     remarks = dict.fromkeys(remark for each in explanations for remark in each.remarks)
     lines += [f"⚠️  {text}" for text in remarks]
@@ -4721,34 +4616,16 @@ def proof_text(explanation: Explanation) -> str:
     return f"{METHODS[explanation.method].title}: {total}; {against}"
 
 
-def map_lines(explanation: Explanation, title: str) -> list[str]:
-    """What the checks say of one map, and how it compares with the true boxes."""
-    lines = []
-    if explanation.findings:
-        mark = "⚠️  " if flagged_findings(explanation.findings, "map") else ""
-        lines.append(f"{mark}{title}{checks_text(explanation.findings)}")
-    if explanation.pointing:
-        lines.append(title + pointing_text(explanation.pointing))
-    return lines
-
-
 def network_lines(explanation: Explanation, title: str) -> list[str]:
-    """What the checks say of the network: low confidence, and all that --verify asked about this map."""
-    about = {each: CHECKS[each.check].about for each in explanation.findings}
+    """What the checks say of the network: of the reference, all that --verify asked, and low confidence."""
     asked = ("reference", *ASKED_AGAIN)
-    lines = [marked_text(each) for each in about if about[each] in asked and each.is_measured]
+    told = [each for each in explanation.findings if CHECKS[each.check].about in asked and each.is_measured]
+    lines = [marked_text(each) for each in [*told, *flagged_findings(explanation.findings, "prediction")]]
     if explanation.similar:
         lines.append(f"Similar cases: {', '.join(map(case_text, explanation.similar))}")
-    lines += [marked_text(each) for each in about if about[each] == "prediction" and each.is_flagged]
     if explanation.passes:
         lines.append(f"{title}Verified with {explanation.passes} more forward passes")
     return lines
-
-
-def verdict_text(result: Result) -> str:
-    """Which models contradict the true class, in words; empty where none does."""
-    wrong = [each.model.title for each in result.wrong]
-    return f"; wrong, the truth is {result.job.truth.name}: {', '.join(wrong)}" if wrong else ""
 
 
 # Many images
@@ -4796,20 +4673,20 @@ def run_lines(
     failed = [row for row in rows if row["error"]]
     done = [row for row in rows if not row["error"]]
     lines = [RULE, "📊 RUN SUMMARY", RULE, f"Images: {len(done)} done, {len(failed)} failed"]
-    lines += named_lines("Failed", failed)
+    lines += named_lines("  Failed", failed)
     if fresh:
         lines.append(f"Speed: {fresh / seconds:.2f} images per second ({fresh} images in {seconds:.1f} s)")
     for model in models:
         seen = observations.get(model.family.key, ())
-        told = [*box_lines(done, model), *flags_lines(done, model, methods), *reference_lines(done, model)]
+        told = [*accuracy_lines(done, model), *box_lines(done, model), *flags_lines(done, model, methods)]
+        told += reference_lines(done, model)
         if 0 < len(seen) < len(done):
             told.append(f"Of the {len(seen)} images explained now:")
-        told += audit_lines(seen)
-        lines += ["", f"{model.title}:", *(f"  {line}" for line in [*accuracy_lines(done, model), *told])]
+        lines += ["", f"{model.title}:", *(f"  {line}" for line in [*told, *audit_lines(seen)])]
     if len(models) > 1 and done:
         differ = [row for row in done if row["agree"] == "no"]
         lines += ["", f"Models agree on {len(done) - len(differ)} of {len(done)} images"]
-        lines += [*named_lines("Disagree", differ), *overlap_lines(done)]
+        lines += [*named_lines("  Disagree", differ), *overlap_lines(done)]
     return lines
 
 
@@ -4826,9 +4703,9 @@ def reference_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
 
 def named_lines(what: str, rows: Sequence[dict[str, str]]) -> list[str]:
     """The first files of a kind, and how many more there are."""
-    lines = [f"  {what}: {shown(Path(row['file']))}" for row in rows[:MOST_NAMED]]
+    lines = [f"{what}: {shown(Path(row['file']))}" for row in rows[:MOST_NAMED]]
     if len(rows) > MOST_NAMED:
-        lines.append(f"  {what}: {len(rows) - MOST_NAMED} more, in {TABLE_NAME}")
+        lines.append(f"{what}: {len(rows) - MOST_NAMED} more, in {TABLE_NAME}")
     return lines
 
 
@@ -4837,7 +4714,7 @@ def overlap_lines(rows: Sequence[dict[str, str]]) -> list[str]:
     shares = [float(row[AGREEMENT]) for row in rows if row.get(AGREEMENT)]
     if not shares:
         return []
-    few = sum(row.get("pair_flags", "") != "" for row in rows)
+    few = len([row for row in rows if row.get("pair_flags")])
     mean = percent(np.mean(shares))
     return [f"Maps share {mean} of their heat on average, in {few} of {len(shares)} images too little"]
 
@@ -4860,11 +4737,12 @@ def flags_lines(rows: Sequence[dict[str, str]], model: Model, methods: Sequence[
     lines = []
     for method in methods:
         column = "flags" if method == methods[0] else f"{method}_flags"
-        flags = [row.get(f"{model.family.key}_{column}", "") for row in rows]
-        counts = Counter(key for text in flags if text for key in text.split(", "))
-        which = ": " + ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key]) if counts else ""
+        flags = [text for row in rows if (text := row.get(f"{model.family.key}_{column}"))]
+        counts = Counter(key for text in flags for key in text.split(", "))
+        which = ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key])
         title = "Flagged" if len(methods) == 1 else f"{METHODS[method].title}, flagged"
-        lines.append(f"{title}: {sum(map(bool, flags))} of {len(rows)} images{which}")
+        line = f"{title}: {len(flags)} of {len(rows)} images"
+        lines.append(f"{line}: {which}" if which else line)
     return lines
 
 
@@ -4882,7 +4760,7 @@ def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
     for truth in names:
         counted = ", ".join(f"{counts[class_key(truth), class_key(name)]} as {name}" for name in names)
         lines.append(f"{truth}: {counted}")
-    return [*lines, *(line.strip() for line in named_lines("Misclassified", wrong))]
+    return [*lines, *named_lines("Misclassified", wrong)]
 
 
 # ------------------------------------------------------------------------------------------
@@ -5108,7 +4986,7 @@ def model_node(rows: Sequence[dict[str, str]], model: Model, observations: Seque
         graphs.append(confidence_node(known or rows, model, bool(known)))
     if observations:
         heat = resized(normalised(np.mean([each.heat for each in observations], axis=0)), 130, 130)
-        pixels = png(colour_table("jet")[(heat * 255).round().astype(np.uint8)], 96)
+        pixels = png(colours_of(FigureStyle())[(heat * 255).round().astype(np.uint8)], 96)
         caption = f"Mean map of {len(observations)} images"
         image = ["img", {"src": f"data:image/png;base64,{base64.b64encode(pixels).decode()}", "alt": caption}]
         graphs.append(["figure", {}, ["figcaption", {}, caption], image])
@@ -5140,44 +5018,52 @@ def classes_node(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> Nod
     return ["section", {"class": "wide"}, ["table", {}, ["caption", {}, caption], *lines]]
 
 
-def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[str, Any]:
-    """What the page's script takes of an image: its card, and what filters and orders ask for."""
-    links = {file: quote(os.fsencode(file), safe="") for file in json.loads(row.get("outputs") or "[]")}
-    pages = [file for file in links if not re.match(r"radiograph_|heatmap_|overlay_|.*\.npy$", file)]
-    page = next((file for file in pages if file.startswith("comparison")), pages[0] if pages else "")
-    picture = "" if page.endswith(".pdf") else links.get(page, "")
-    kinds = {model.family.key: kinds_of(row, model) for model in models}
-    flagged, said, sure, wrong = defaultdict(list), [], [], [0.0]
+def verdicts(row: dict[str, str], models: Sequence[Model]) -> tuple[list[float], list[float], list[str]]:
+    """The models' confidences in an image, those of wrong predictions, and in words what each model said."""
+    sure, wrong, said = [], [], []
     for model in models:
-        found = kinds[model.family.key]
-        for key in filter(CHECKS.get, found):
-            flagged[key].append(model.title)
         if predicted := said_in(row, model, "predicted"):
             sure.append(float(said_in(row, model, "confidence")))
-            mark = "✗ wrong, " if "wrong" in found else ""
-            said.append(f"{mark}{model.title}: {predicted}, {sure[-1]:.1%}")
-            if mark:
+            said.append(f"{model.title}: {predicted}, {sure[-1]:.1%}")
+            if said_in(row, model, "correct") == "no":
+                said[-1] = f"✗ wrong, {said[-1]}"
                 wrong.append(sure[-1])
+    return sure, wrong, said
+
+
+def row_data(row: dict[str, str], has_own_name: bool, models: Sequence[Model]) -> dict[str, Any]:
+    """What the page's script takes of an image: its card, and what filters and orders ask for."""
+    name = printable(Path(row["file"]).name if has_own_name else row["file"])
+    links = {file: quote(os.fsencode(file), safe="") for file in json.loads(row.get("outputs") or "[]")}
+    pages = [file for file in links if not re.match(r"radiograph_|heatmap_|overlay_|.*\.npy$", file)]
+    page = min(pages, key=lambda file: not file.startswith("comparison"), default="")
+    picture = "" if page.endswith(".pdf") else links.get(page, "")
+    kinds = {model.family.key: kinds_of(row, model) for model in models}
+    flagged = defaultdict(list)  # by check: whose maps
+    for model in models:
+        for key in filter(CHECKS.get, kinds[model.family.key]):
+            flagged[key].append(model.title)
     flags = [f"{flag_text(key)}: {', '.join(titles)}" for key, titles in flagged.items()]
-    every = set(itertools.chain(*kinds.values()))
-    worst = "unlike" in every, max(wrong) >= SURE, "disagree" in every, len(wrong) > 1
-    steps = *worst, bool(flags), "failed" not in every, True
-    truth = [f"true: {row['true_class']}"] if row.get("true_class") else []
-    notes = [f"✗ {row['error']}" if row.get("error") else "", row.get("notes", "")]
+    sure, wrong, said = verdicts(row, models)
+    failed, surest = row.get("error"), max(wrong, default=0.0)
+    worst = "unlike" in flagged, surest >= SURE, row.get("agree") == "no", bool(wrong)
+    steps = *worst, bool(flags), not failed, True
+    texts = [f"true: {row['true_class']}", *said] if row.get("true_class") else said
+    notes = [f"✗ {failed}" if failed else "", row.get("notes", "")]
     image = ["img", {"src": picture, "alt": f"Figure of {name}", "loading": "lazy"}]
     heading = [["button", {"aria-label": f"Open {name}"}, image]] if picture else []
     heading.append(["p", {"class": "name"}, ["a", {"href": links[page]}, name] if page else name])
     return {
         "file": printable(row["file"]),
         "kinds": kinds,
-        "first": (steps.index(True), -max(wrong)),
+        "first": (steps.index(True), -surest),
         "confidence": min(sure, default=2),
         "agreement": float(row.get(AGREEMENT) or 2),
         "isDrawn": page != "",
         "picture": picture,
-        "caption": " · ".join([name, *truth, *said]),
+        "caption": " · ".join([name, *texts]),
         "links": [["div", {}, ["a", {"href": link}, printable(file)]] for file, link in links.items()],
-        "cells": [heading, *([["p", {}, text] for text in texts] for texts in (truth + said, flags, notes))],
+        "cells": [heading, *([["p", {}, text] for text in part] for part in (texts, flags, notes))],
     }
 
 
@@ -5209,11 +5095,8 @@ def report_page(
     The observations, by family, are of the maps made last, which need not be all; `told` is what else
     its reader must know of the run.
     """
-    names = Counter(Path(row["file"]).name for row in rows)
-    cards = []
-    for row in rows:
-        name = Path(row["file"]).name
-        cards.append(row_data(row, printable(name if names[name] == 1 else row["file"]), models))
+    times = Counter(Path(row["file"]).name for row in rows)
+    cards = [row_data(row, times[Path(row["file"]).name] == 1, models) for row in rows]
     cards.sort(key=lambda card: (card["first"], card["file"]))
     kinds = [set(itertools.chain(*card["kinds"].values())) for card in cards]
     counts, flagged = Counter(itertools.chain(*kinds)), sum(not CHECKS.keys().isdisjoint(each) for each in kinds)
@@ -5246,6 +5129,7 @@ MAX_WAITING_RESULTS = 24  # explained images whose figures are not drawn yet
 GRACE = 1.0  # seconds that a run has to notice by itself that a drawing process has ended
 
 Submit = Callable[..., "Future[None]"]  # of a function and its arguments, as an executor has it
+Begun = tuple[Result, list["Future[None]"]]  # an image, and its figures as they are being drawn
 
 
 @dataclass(frozen=True)
@@ -5277,20 +5161,14 @@ class Plan:
         return [classifier.model for classifier in self.classifiers]
 
 
-def load_classifiers(
-    checkpoints: Sequence[tuple[Family, Path]],
-    device: str,
-    class_names: Sequence[str] | None,
-    weights: str,
-    quiet: bool,
-) -> list[Classifier]:
+def load_classifiers(request: Request, args: argparse.Namespace) -> list[Classifier]:
     """Load every model, and say so. Raises ExplainError where one cannot be used."""
     use_exact_float32()
-    present, classifiers = choose_device(device), []
-    for family, path in checkpoints:
+    device, classifiers = choose_device(args.device), []
+    for family, path in request.checkpoints:
         say(f"📦 Loading {family.key.upper()} model...")
-        classifier = load_classifier(family, path, present, class_names, weights)
-        if not (quiet or is_demo(path)):  # what the demo files are, the README says
+        classifier = load_classifier(family, path, device, args.class_names, args.weights)
+        if not (args.quiet or is_demo(path)):  # what the demo files are, the README says
             warn(*note_lines(path, classifier.model.notes))
         say(f"✅ Model loaded: {classifier.model.architecture}", f"   {classifier.model.accuracy}", "")
         classifiers.append(classifier)
@@ -5393,44 +5271,32 @@ def explained_results(results: Sequence[Result], index: int, plan: Plan) -> list
     explained = []
     for result in results:
         if not result.error:
-            explanations = [next(fresh) for _ in methods]
+            first, *others = (next(fresh) for _ in methods)
             trial = None
             if plan.is_verified:
-                trial = tried(classifier, result.inputs[index], explanations[0], result.landmarks, plan.batch)
-            result = with_explanations(result, explanations, trial)
+                trial = tried(classifier, result.inputs[index], first, result.landmarks, plan.batch)
+            made = [checked(first, result, trial), *(checked(each, result) for each in others)]
+            result = dataclasses.replace(result, explanations=(*result.explanations, *made))
         explained.append(result)
     return explained
 
 
-def with_explanations(
-    result: Result, explanations: Sequence[Explanation], trial: Trial | None = None
-) -> Result:
-    """A result with more explanations, what the checks say of each, and what its picture warns of.
-
-    The trial is of the network, and of the first map.
-    """
-    checked = []
-    for explanation in explanations:
-        remarks = explanation.remarks
-        if NOTHING_TO_SEE in result.notes:
-            remarks = (NOTHING_TO_SEE, *remarks)
-        checked.append(
-            dataclasses.replace(
-                explanation,
-                remarks=remarks,
-                findings=findings_of(Evidence(explanation, result.landmarks, trial)),
-                pointing=pointing(explanation, result.boxes) if result.boxes else None,
-                passes=trial.passes if trial else 0,
-            )
-        )
-        trial = None
-    return dataclasses.replace(result, explanations=(*result.explanations, *checked))
+def checked(explanation: Explanation, result: Result, trial: Trial | None = None) -> Explanation:
+    """An explanation with what the checks say of it, and what its picture warns of."""
+    remarks = explanation.remarks
+    if NOTHING_TO_SEE in result.notes:
+        remarks = (NOTHING_TO_SEE, *remarks)
+    return dataclasses.replace(
+        explanation,
+        remarks=remarks,
+        findings=findings_of(Evidence(explanation, result.landmarks, trial)),
+        pointing=pointing(explanation, result.boxes) if result.boxes else None,
+        passes=trial.passes if trial else 0,
+    )
 
 
-def explain_jobs(
-    jobs: Sequence[Job], plan: Plan, submit: Submit
-) -> Iterator[tuple[Result, list[Future[None]]]]:
-    """Explain images, a batch at a time: each one's result, and its figures as they are being drawn.
+def explain_jobs(jobs: Sequence[Job], plan: Plan, submit: Submit) -> Iterator[Begun]:
+    """Explain images, a batch at a time.
 
     A figure is begun as soon as the models that it shows have spoken. An image that cannot be read
     does not stop the others.
@@ -5442,27 +5308,27 @@ def explain_jobs(
             results = explained_results(results, index, plan)
             for result, begun in zip(results, drawings):
                 if not result.error:
-                    begun += begun_drawings(result, index, plan, submit)
+                    begun += begun_drawings(result, plan, submit)
         yield from zip(results, drawings)
 
 
-def begun_drawings(result: Result, index: int, plan: Plan, submit: Submit) -> list[Future[None]]:
-    """Begin what can be drawn now that the model of this index has spoken, and not before."""
+def begun_drawings(result: Result, plan: Plan, submit: Submit) -> list[Future[None]]:
+    """Begin what can be drawn now that one more model has spoken, and not before."""
     told = dataclasses.replace(result, inputs=())
-    known = len(result.explanations)
-    pages = [page for page in result.job.pages if known - len(plan.methods) <= max(page.shows) < known]
+    known, methods = len(result.explanations), len(plan.methods)
+    pages = [page for page in result.job.pages if known - methods <= max(page.shows) < known]
     begun = [submit(write_page, told, page, plan.style) for page in pages]
-    if result.job.panels and index == len(plan.classifiers) - 1:
+    if result.job.panels and known == len(plan.classifiers) * methods:
         begun.append(submit(write_panels, told, plan.style))
     return begun
 
 
-def written_results(explanations: Iterable[tuple[Result, list[Future[None]]]]) -> Iterator[Result]:
+def written_results(explanations: Iterable[Begun]) -> Iterator[Result]:
     """Each job's result once its files are written.
 
     The networks run ahead of the drawing by a few images only, so that memory does not grow.
     """
-    waiting: deque[tuple[Result, list[Future[None]]]] = deque()
+    waiting: deque[Begun] = deque()
     for each in explanations:
         waiting.append(each)
         while waiting and (len(waiting) > MAX_WAITING_RESULTS or all(each.done() for each in waiting[0][1])):
@@ -5476,8 +5342,7 @@ def written(result: Result, drawings: Sequence[Future[None]]) -> Result:
     try:
         for drawing in drawings:
             drawing.result()
-        if not result.error:
-            write_maps(result)
+        write_maps(result)  # none, where the image could not be read
     except ExplainError as error:
         return dataclasses.replace(result, error=str(error))
     return result
@@ -5570,33 +5435,22 @@ def progress_bar(
     """
     from tqdm import tqdm
 
+    def count_inputs(network: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        bar.update(len(inputs[0]))
+
     passes = passes_of(plan.methods)
     if plan.is_verified:
         passes += MOST_TRIALS
     is_long = passes >= LONG_PASSES
     is_shown = not is_quiet and sys.stderr.isatty() and (is_long or not is_single)
-    each = passes * len(plan.classifiers) if is_long else 1
-    counted = [classifier.network for classifier in plan.classifiers if is_long]
+    each, unit = (passes * len(plan.classifiers), "pass") if is_long else (1, "image")
     done = itertools.count(1)
-    with tqdm(total=images * each, unit="pass" if is_long else "image", disable=not is_shown) as bar:
-        with counted_inputs(counted, bar.update):
-            # Some images take fewer passes: no markers to cover, no hot area to erase.
-            yield bar, lambda: bar.update(max(0, next(done) * each - bar.n))
-
-
-@contextlib.contextmanager
-def counted_inputs(networks: Sequence[torch.nn.Module], count: Callable[[int], object]) -> Iterator[None]:
-    """Tell `count` after each pass how many inputs went through a network."""
-
-    def tell(network: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        count(len(inputs[0]))
-
-    handles = [network.register_forward_hook(tell) for network in networks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=images * each, unit=unit, disable=not is_shown))
+        for classifier in plan.classifiers if is_long else ():
+            stack.enter_context(classifier.network.register_forward_hook(count_inputs))
+        # Some images take fewer passes: no markers to cover, no hot area to erase.
+        yield bar, lambda: bar.update(max(0, next(done) * each - bar.n))
 
 
 def tell_result(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
@@ -5645,10 +5499,7 @@ def run(args: argparse.Namespace, request: Request) -> int:
     if request.is_single and args.skip_existing and job.outputs and is_finished(job):
         lines, status = [f"⏭️  Finished earlier, left alone: {shown(Path(job.label))}"], 0
     else:
-        with contextlib.ExitStack() as stack:
-            if args.quiet:
-                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
+        with contextlib.redirect_stdout(io.StringIO()) if args.quiet else contextlib.nullcontext():
             lines, status = explain_all(args, request)
     say(*lines, *demo_lines([path for _, path in request.checkpoints]))
     return status
@@ -5668,9 +5519,7 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
     with drawing_pool(drawing_processes(request), request.style) as submit:
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
-        classifiers = load_classifiers(
-            request.checkpoints, args.device, args.class_names, args.weights, args.quiet
-        )
+        classifiers = load_classifiers(request, args)
         classifiers = [with_reference(each, args, request.reference) for each in classifiers]
         names = [classifier.model.class_names for classifier in classifiers]
         plan = Plan(
@@ -5714,14 +5563,9 @@ def explain_many(
     """Explain the images that no earlier run has finished; each one's row goes into the table at once."""
     folder, columns = args.output_dir, table_columns(plan.models, plan.methods)
     earlier = earlier_rows(folder, columns)
-    rows = []
-    if args.skip_existing:
-        known = ((earlier.get(row_key(job.label)), job) for job in jobs)
-        rows = [row for row, job in known if row and is_row_of(row, job)]
-    finished = {row_key(row["file"]) for row in rows}
-    left = [job for job in jobs if row_key(job.label) not in finished]
-    if finished:
-        say(f"⏭️  Finished earlier, left alone: {len(finished)} images", "")
+    rows, left = resumed(jobs, earlier if args.skip_existing else {})
+    if rows:
+        say(f"⏭️  Finished earlier, left alone: {len(rows)} images", "")
     observations: dict[str, list[Observation]] = defaultdict(list)
     started = time.monotonic()
     with progress_bar(plan, len(left), False, args.quiet) as (bar, count_image):
@@ -5735,19 +5579,27 @@ def explain_many(
     spent = time.monotonic() - started
     kept = fold_table(folder, columns)
     told = [options_text(args), versions_text().replace("\n", ", ")]
-    with replacing(folder / REPORT_NAME) as file:
-        file.write(report_page(kept, plan.models, observations, told).encode())
-    fresh = sum(not row["error"] for row in rows[len(finished) :])
+    write_file(folder / REPORT_NAME, report_page(kept, plan.models, observations, told).encode())
+    failed = len([row for row in rows if row["error"]])
+    fresh = len(left) - failed
     lines = run_lines(rows, plan.models, plan.methods, observations, fresh, spent)
-    status = 1 if any(row["error"] for row in rows) else 0
     files = [f"Table: {shown(folder / TABLE_NAME)}", f"Report: {shown(folder / REPORT_NAME)}"]
-    return [*lines, *files], status
+    return [*lines, *files], 1 if failed else 0
 
 
-def is_row_of(row: dict[str, str], job: Job) -> bool:
-    """Whether a row of an earlier run's table is what this job would give."""
-    is_same = row["digest"] == job.digest and row["true_class"] == job.truth.name
-    return is_same and not row["error"] and is_finished(job)
+def resumed(
+    jobs: Sequence[Job], earlier: dict[str, dict[str, str]]
+) -> tuple[list[dict[str, str]], list[Job]]:
+    """The earlier rows that say what their jobs would say again, and the jobs that are left."""
+    rows, left = [], []
+    for job in jobs:
+        row = earlier.get(row_key(job.label), {"error": "none"})
+        is_same = not row["error"] and (row["digest"], row["true_class"]) == (job.digest, job.truth.name)
+        if is_same and is_finished(job):
+            rows.append(row)
+        else:
+            left.append(job)
+    return rows, left
 
 
 # ------------------------------------------------------------------------------------------
@@ -5777,8 +5629,7 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     """An argparse type: a whole number from `low` to `high`."""
 
     def parse(text: str) -> int:
-        is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(high))
-        if not (is_number and low <= int(text) <= high):
+        if not (text.isdecimal() and low <= int(text) <= high):
             raise argparse.ArgumentTypeError(f"{brief(text)} is not a whole number from {low} to {high}")
         return int(text)
 
@@ -5826,78 +5677,72 @@ def argument_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the versions of this tool and its libraries")
-    add_questions(parser.add_argument_group("what to explain"))
-    add_networks(parser.add_argument_group("networks"))
-    add_checks(parser.add_argument_group("checks"))
-    add_outputs(parser.add_argument_group("outputs"))
+    add_questions(parser.add_argument_group("what to explain").add_argument)
+    add_networks(parser.add_argument_group("networks").add_argument)
+    add_checks(parser.add_argument_group("checks").add_argument)
+    add_outputs(parser.add_argument_group("outputs").add_argument)
     return parser
 
 
-def add_questions(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--image", nargs="+", action="extend", metavar="PATH",
-                       help="X-ray images, folders or quoted patterns (default: a random test image)")
-    group.add_argument("--model", choices=[*FAMILIES, "both"], default="both",
-                       help="which model to analyze (default: both)")
-    group.add_argument("--compare", action="store_true",
-                       help="both models and their comparison, whatever --model says")
-    group.add_argument("--method", nargs="+", action="extend", type=method_list, metavar="METHOD",
-                       help=f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)")
-    group.add_argument("--target-class", metavar="CLASS",
-                       help="name or index of the class to explain (default: the predicted class)")
-    group.add_argument("--seed", type=whole_number(0, 2**63), metavar="N",
-                       help="repeat the choice of the random test image")  # fmt: skip
+def add_questions(add: Callable[..., object]) -> None:
+    add("--image", nargs="+", action="extend", metavar="PATH",
+        help="X-ray images, folders or quoted patterns (default: a random test image)")
+    add("--model", choices=[*FAMILIES, "both"], default="both", help="which model to analyze (default: both)")
+    add("--compare", action="store_true", help="both models and their comparison, whatever --model says")
+    add("--method", nargs="+", action="extend", type=method_list, metavar="METHOD",
+        help=f"how to explain, one or more of {', '.join(METHODS)} (default: gradcam)")
+    add("--target-class", metavar="CLASS",
+        help="name or index of the class to explain (default: the predicted class)")
+    add("--seed", type=whole_number(0, 2**63), metavar="N",
+        help="repeat the choice of the random test image")  # fmt: skip
 
 
-def add_networks(group: argparse._ArgumentGroup) -> None:
+def add_networks(add: Callable[..., object]) -> None:
     for key in FAMILIES:
-        group.add_argument(f"--{key}-checkpoint", type=Path, metavar="FILE",
-                           help=f"or a folder with config.json (default: checkpoints/{key}*)")
-    group.add_argument("--class-names", type=class_list, metavar="A,B",
-                       help="classes in the order of the outputs, for checkpoints that record none")
-    group.add_argument("--weights", choices=("ema", "plain"), default="ema",
-                       help="which to take where averaged and plain ones lie side by side (default: ema)")
-    group.add_argument("--device", type=device_name, default="auto",
-                       help="where to compute: auto, cpu, cuda, cuda:1 ..., mps (default: auto)")
-    group.add_argument("--batch-size", type=whole_number(1, 4096), metavar="N",
-                       help="images computed at once (default: 4, on a GPU 32)")  # fmt: skip
+        add(f"--{key}-checkpoint", type=Path, metavar="FILE",
+            help=f"or a folder with config.json (default: checkpoints/{key}*)")
+    add("--class-names", type=class_list, metavar="A,B",
+        help="classes in the order of the outputs, for checkpoints that record none")
+    add("--weights", choices=("ema", "plain"), default="ema",
+        help="which to take where averaged and plain ones lie side by side (default: ema)")
+    add("--device", type=device_name, default="auto",
+        help="where to compute: auto, cpu, cuda, cuda:1 ..., mps (default: auto)")
+    add("--batch-size", type=whole_number(1, 4096), metavar="N",
+        help="images computed at once (default: 4, on a GPU 32)")  # fmt: skip
 
 
-def add_checks(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--verify", action="store_true",
-                       help="ask the networks again, markers covered or added, hot areas erased: "
-                            f"up to {MOST_TRIALS} passes each")
-    group.add_argument("--reference", type=Path, metavar="FOLDER",
-                       help="images that the networks are meant for, in a folder for each class: tells what is unlike "
-                            "them, and similar cases (default: the demo networks' own)")
-    group.add_argument("--truth", "--boxes", type=Path, metavar="CSV",
-                       help="table of true classes and fractures: file and any of class,x0,y0,x1,y1 "
-                            "(default: folders' names, and the test images' own)")  # fmt: skip
+def add_checks(add: Callable[..., object]) -> None:
+    add("--verify", action="store_true",
+        help="ask the networks again, markers covered or added, hot areas erased: "
+             f"up to {MOST_TRIALS} passes each")
+    add("--reference", type=Path, metavar="FOLDER",
+        help="images that the networks are meant for, in a folder for each class: tells what is unlike "
+             "them, and similar cases (default: the demo networks' own)")
+    add("--truth", "--boxes", type=Path, metavar="CSV",
+        help="table of true classes and fractures: file and any of class,x0,y0,x1,y1 "
+             "(default: folders' names, and the test images' own)")  # fmt: skip
 
 
-def add_outputs(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR",
-                       help="where results go (default: explainability_outputs)")
-    group.add_argument("--colormap", type=colormap_name, default="jet", metavar="NAME",
-                       help="any matplotlib colormap (default: jet; viridis is perceptually uniform)")
-    group.add_argument("--signed", action="store_true",
-                       help="draw evidence for and against the class, not the first alone")
-    group.add_argument("--dpi", type=whole_number(30, 1200), default=150, metavar="N",
-                       help="resolution of the figures (default: 150)")
-    group.add_argument("--format", choices=("png", "pdf", "svg"), default="png",
-                       help="kind of the figures' files; pdf and svg for print (default: png)")
-    group.add_argument("--contours", action="store_true",
-                       help="lines of equal heat over the radiograph, not colours")
-    group.add_argument("--save-panels", action="store_true",
-                       help="also write radiograph, heatmap and overlay as bare pictures of the radiograph's size")
-    group.add_argument("--no-figures", action="store_true", help="numbers alone")
-    group.add_argument("--save-maps", action="store_true",
-                       help="also write the raw maps, before the ReLU, as .npy with a .json beside each")
-    group.add_argument("--anonymous", action="store_true",
-                       help="name images by their content's checksum, not by their files' names")
-    group.add_argument("--skip-existing", action="store_true",
-                       help="leave images alone that an earlier run finished")
-    group.add_argument("--quiet", action="store_true",
-                       help="print only the final summary, warnings and errors")  # fmt: skip
+def add_outputs(add: Callable[..., object]) -> None:
+    add("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR",
+        help="where results go (default: explainability_outputs)")
+    add("--colormap", type=colormap_name, default="jet", metavar="NAME",
+        help="any matplotlib colormap (default: jet; viridis is perceptually uniform)")
+    add("--signed", action="store_true", help="draw evidence for and against the class, not the first alone")
+    add("--dpi", type=whole_number(30, 1200), default=150, metavar="N",
+        help="resolution of the figures (default: 150)")
+    add("--format", choices=("png", "pdf", "svg"), default="png",
+        help="kind of the figures' files; pdf and svg for print (default: png)")
+    add("--contours", action="store_true", help="lines of equal heat over the radiograph, not colours")
+    add("--save-panels", action="store_true",
+        help="also write radiograph, heatmap and overlay as bare pictures of the radiograph's size")
+    add("--no-figures", action="store_true", help="numbers alone")
+    add("--save-maps", action="store_true",
+        help="also write the raw maps, before the ReLU, as .npy with a .json beside each")
+    add("--anonymous", action="store_true",
+        help="name images by their content's checksum, not by their files' names")
+    add("--skip-existing", action="store_true", help="leave images alone that an earlier run finished")
+    add("--quiet", action="store_true", help="print only the final summary, warnings and errors")  # fmt: skip
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -5910,6 +5755,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         if word.startswith("-"):
             near = near_options(word.partition("=")[0], parser.format_help())
         parser.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}{near_text(near)}")
+    args.method = list(dict.fromkeys(itertools.chain(*args.method or [["gradcam"]])))
     return args
 
 
@@ -5927,8 +5773,7 @@ def near_text(near: Sequence[str]) -> str:
 
 def options_text(args: argparse.Namespace) -> str:
     """What was asked of the networks and the figures, beside images, files and what is the default."""
-    methods = itertools.chain(*(args.method or [["gradcam"]]))
-    usual, told = vars(argument_parser().parse_args([])), [f"method {' '.join(methods)}"]
+    usual, told = vars(argument_parser().parse_args([])), [f"method {' '.join(args.method)}"]
     for name in ("target_class", "weights", "reference", "verify", "signed", "contours", "colormap", "format"):
         if vars(args).get(name) != usual.get(name):
             told.append(f"{name.replace('_', ' ')} {vars(args)[name]}")
@@ -5966,14 +5811,11 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file without a suffix, as DICOM files often are, is one."""
-    if path.suffix:
-        return False
-    try:
-        with open_regular(path) as file:
+    """Whether a file without a suffix, or with a UID for a name, as DICOM files often are, is one."""
+    if not path.suffix or path.suffix[1:].isdecimal():
+        with contextlib.suppress(ExplainError, OSError), open_regular(path) as file:
             return kind_of(file.read(HEAD_BYTES)).use == "dicom"
-    except (ExplainError, OSError):
-        return False
+    return False
 
 
 def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
@@ -5982,7 +5824,6 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
     In a folder that holds the output folder, or is it, the results there are not looked at.
     Raises ExplainError where nothing is found.
     """
-    outputs = Path(os.path.realpath(output_folder))
     images: list[Path] = []
     for text in arguments:
         if not text:  # as from a variable of the shell that is not set
@@ -5990,17 +5831,28 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
         if re.match(r"[a-z]+://", text, re.IGNORECASE):
             raise ExplainError(f"{printable(text)}: URLs are not read; download the image and name its file")
         if os.path.isdir(text):
-            found = [path for path in images_below(Path(text)) if not is_output(path, Path(text), outputs)]
+            found = without_outputs(images_below(Path(text)), Path(text), output_folder)
         elif glob.has_magic(text) and not os.path.lexists(text):
             found = sorted(Path(each) for each in glob.glob(text, recursive=True) if os.path.isfile(each))
         else:
             found = [Path(text)]
         if not found:
-            suffixes = ", ".join(IMAGE_SUFFIXES)
             cause = "no image found there, beside this tool's own results"
-            raise refusal(Path(text), cause, f"name a folder or pattern with files that end in {suffixes}")
+            remedy = f"name a folder or pattern with files that end in {', '.join(IMAGE_SUFFIXES)}"
+            raise refusal(Path(text), cause, remedy)
         images += found
     return list({row_key(str(image)): image for image in reversed(images)}.values())[::-1]
+
+
+def without_outputs(images: Sequence[Path], searched: Path, output_folder: Path) -> list[Path]:
+    """Images below a searched folder, less those in the output folder and, where it is within, below it."""
+    outputs, left = Path(os.path.realpath(output_folder)), []
+    is_within = Path(os.path.realpath(searched)) in outputs.parents
+    for path in images:
+        folder = Path(os.path.realpath(path)).parent
+        if folder != outputs and not (is_within and outputs in folder.parents):
+            left.append(path)
+    return left
 
 
 def without_other_files(images: list[Path], named: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -6009,18 +5861,12 @@ def without_other_files(images: list[Path], named: Sequence[str]) -> tuple[list[
     Raises ExplainError where nothing is left.
     """
     others = [path for path in images if str(path) not in named and is_no_radiograph(path)]
-    if others and len(others) == len(images):
-        raise refusal(others[0].parent, f"no radiograph there, only {listed([path.name for path in others])}", "name others")
-    left = [path for path in images if path not in others]
-    names = listed([path.name for path in others])
-    return left, [f"ℹ️  passed over, as no radiographs: {names}"] if others else []
-
-
-def is_output(path: Path, searched: Path, outputs: Path) -> bool:
-    """Whether a file found below a searched folder lies among the results: right there, or below it."""
-    folder = Path(os.path.realpath(path)).parent
-    is_below = outputs in folder.parents and Path(os.path.realpath(searched)) in outputs.parents
-    return folder == outputs or is_below
+    if not others:
+        return images, []
+    left, names = [path for path in images if path not in others], listed([path.name for path in others])
+    if not left:
+        raise refusal(others[0].parent, f"no radiograph there, only {names}", "name others")
+    return left, [f"ℹ️  passed over, as no radiographs: {names}"]
 
 
 def random_test_image(seed: int | None) -> Path:
@@ -6045,28 +5891,24 @@ def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Pat
     """
     keys = list(FAMILIES) if args.compare or args.model == "both" else [args.model]
     named = {key: weights_file(path) for key in keys if (path := vars(args)[f"{key}_checkpoint"])}
-    for path in named.values():
-        check_checkpoint_path(path)
-    lone = lone_family(keys, named) if not args.compare else None
+    lone = [] if args.compare else lone_family(keys, named)
     paths = {key: named.get(key) or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER) for key in lone or keys}
-    check_not_mixed(list(paths.values()))
     for path in paths.values():
         check_checkpoint_path(path)
+    check_not_mixed(list(paths.values()))
     alone = "explained alone, as no other network of yours is beside it"
-    notes = [f"ℹ️  {shown(paths[key])}: {alone}" for key in lone or ()]
+    notes = [f"ℹ️  {shown(paths[key])}: {alone}" for key in lone]
     return [(FAMILIES[key], path) for key, path in paths.items()], notes
 
 
-def lone_family(keys: Sequence[str], named: dict[str, Path]) -> list[str] | None:
-    """The one family of two of which there is a network of the user's; None where there is none.
-
-    Nor is there one where another was named.
-    """
-    found = {
-        key: [named[key]] if key in named else candidates(FAMILIES[key], CHECKPOINT_FOLDER) for key in keys
-    }
-    own = [key for key in keys if any(not is_demo(path) for path in found[key])]
-    return own if len(own) == 1 < len(keys) and set(named) <= set(own) else None
+def lone_family(keys: Sequence[str], named: dict[str, Path]) -> list[str]:
+    """The one family of two of which there is a network of the user's; none where another was named."""
+    own = []
+    for key in keys:
+        found = [named[key]] if key in named else candidates(FAMILIES[key], CHECKPOINT_FOLDER)
+        if not all(map(is_demo, found)):
+            own.append(key)
+    return own if len(own) == 1 < len(keys) and set(named) <= set(own) else []
 
 
 def checked_request(args: argparse.Namespace) -> Request:
@@ -6083,7 +5925,7 @@ def checked_request(args: argparse.Namespace) -> Request:
     if args.signed and args.colormap != "jet":
         notes.append(f"ℹ️  --colormap {args.colormap}: not used, as --signed has colours of its own")
     labels = numbered(map(content_label, images)) if args.anonymous else list(map(str, images))
-    methods = tuple(dict.fromkeys(itertools.chain(*(args.method or [["gradcam"]]))))
+    methods = tuple(args.method)
     truths, table, told = known_truth(args.truth, images, args.anonymous)
     reference = images_below(args.reference) if args.reference else []
     marks = [

@@ -26,12 +26,13 @@ from explainability import CHECKS, CLASS_NAMES, FAMILIES, Evidence, Explanation
 COMMINUTED, SIMPLE = CLASS_NAMES
 METHODS = ("gradcam", "lrp")
 OWN = {  # what each checkpoint says of itself
-    "convnext": {"class_names": [COMMINUTED, SIMPLE], "img_size": 64},
+    "convnext": {"class_names": ["comminuted_fracture", "SIMPLE fracture"], "img_size": 64},
     "efficientnet": {"class_names": [SIMPLE, COMMINUTED], "img_size": 96, "mean": [0.3, 0.5, 0.4], "std": [0.5, 0.2, 0.1]},
 }
+NAMES = {"convnext": [COMMINUTED, SIMPLE], "efficientnet": [SIMPLE, COMMINUTED]}  # as both are shown
 SIZES = {"a": (150, 260), "b": (300, 200), "c": (224, 224), "d": (260, 140)}  # width, height
-TRUTH = {"a": ("simple", ""), "b": ("1", "30,20,200,90"), "c": ("", "-20,60,100,160"), "d": ("comminuted", "120,10,400,60")}
-CLASSES = {"a": SIMPLE, "b": SIMPLE, "c": "", "d": COMMINUTED}  # 1 is the first network's second output
+TRUTH = {"a": ("simple", ""), "b": ("1", "30,20,200,90"), "c": ("greenstick", "-20,60,100,160"), "d": ("comminuted", "120,10,400,60")}
+CLASSES = {"a": SIMPLE, "b": SIMPLE, "c": "", "d": COMMINUTED}  # 1 is the first network's second output; greenstick is no class
 
 
 def radiograph(name: str) -> Image.Image:
@@ -119,7 +120,7 @@ def told(request: pytest.FixtureRequest, classifiers: dict[str, tool.Classifier]
     names = ["a", "bad", *list(SIZES)[1:]]  # a bad file among the others
     asked = [f"--{key}-checkpoint={path}" for key, path in checkpoints.items()]
     asked += ["--image", *(str(folder / f"{name}.png") for name in names), f"--truth={folder / 'truth.csv'}", "--verify"]
-    asked += [f"--output-dir={folder / 'out'}", "--method", *METHODS, "--save-maps", "--batch-size=3", "--device=cpu", "--dpi=30"]
+    asked += [f"--output-dir={folder / 'out'}", "--method", *METHODS, "--save-maps", "--save-panels", "--batch-size=3", "--device=cpu", "--dpi=30"]
     asked += [f"--target-class={target}"] if target else []
 
     def page_figure(view: tool.View, explanations: list[Explanation]) -> tool.Sheet:
@@ -133,7 +134,7 @@ def told(request: pytest.FixtureRequest, classifiers: dict[str, tool.Classifier]
 
     alone = {}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("MAX_DRAWING_PROCESSES", 0), ("MOVED_MASKS", 3), ("FEW_MAPS", 3)):
+        for name, value in (("MAX_DRAWING_PROCESSES", 0), ("MOVED_MASKS", 3), ("FEW_MAPS", 2)):
             patch.setattr(tool, name, value)
         patch.setattr(tool, "page_figure", page_figure)
         patch.setattr(tool, "write_page", write_page)
@@ -176,7 +177,7 @@ def test_each_row_holds_what_its_image_and_each_model_give_alone(told):
             assert row[f"{key}_predicted"] == each.prediction and row[f"{key}_explained"] == each.explained_class
             is_right = {"": "", each.prediction: "yes"}.get(row["true_class"], "no")
             assert row[f"{key}_correct"] == is_right
-            shares = dict(zip(OWN[key]["class_names"], each.probabilities))
+            shares = dict(zip(NAMES[key], each.probabilities))
             assert near(row[f"{key}_confidence"], max(shares.values()))
             assert all(near(row[f"{key}_p_{name}"], share) for name, share in shares.items())
             assert bool(row[f"{key}_covering"]) == (row["name"] in "bd")  # those with a marker
@@ -189,6 +190,7 @@ def test_each_maps_columns_hold_what_it_gives_alone(told, method):
             each, prefix = told.alone[row["name"], key, method], key if method == "gradcam" else f"{key}_{method}"
             assert row[f"{prefix}_flags"] == flags(each)
             assert near(row[f"{prefix}_raw_peak"], each.raw_map.max())
+            assert row[f"{prefix}_blank_map"] == ("yes" if each.raw_map.max() <= 0 else "no")
             for finding in each.findings:
                 column = f"{prefix}_{finding.check}"
                 if CHECKS[finding.check].about in ("map", "verify") and finding.check != "blank":
@@ -217,16 +219,31 @@ def test_each_map_is_saved_under_its_own_name_with_what_was_found_of_it(told):
     for (name, key, method), each in told.alone.items():
         kind = "" if method == "gradcam" else f"{method}_"
         path = told.folder / "out" / f"map_{kind}{key}_{name}.npy"
+        assert np.load(path).dtype == np.float32
         np.testing.assert_allclose(np.load(path), each.raw_map, rtol=1e-3, atol=1e-3 * np.abs(each.raw_map).max())
         said = json.loads(path.with_suffix(".json").read_text())
         assert Path(said["image"]).stem == name and Path(said["checkpoint"]).stem == key and said["method"] == method
         assert said["image_sha256"] == tool.file_digest(told.folder / f"{name}.png")
-        assert said["class_names"] == OWN[key]["class_names"] and said["preprocessing"]["size"] == OWN[key]["img_size"]
+        assert said["class_names"] == NAMES[key] and said["preprocessing"]["size"] == OWN[key]["img_size"]
         assert said["explained_class"] == each.explained
         assert said["probabilities"] == pytest.approx(each.probabilities.tolist(), abs=1e-4)
         assert {check for check, found in said["checks"].items() if found["flagged"]} == set(filter(None, flags(each).split(", ")))
         if method == "lrp":
             assert said["sum_owed"] == pytest.approx(each.owed, rel=1e-3, abs=1e-4)
+
+
+def test_each_bare_picture_is_that_of_its_image_model_and_method(told):
+    style = tool.FigureStyle()
+    for (name, key, method), each in told.alone.items():
+        width, height = SIZES[name]
+        pixels, kind = tool.load_radiograph(told.folder / f"{name}.png").pixels, "" if method == "gradcam" else f"{method}_"
+        for what, expected in (
+            (f"heatmap_{kind}{key}", tool.heatmap_pixels(each, height, width, style)),
+            (f"overlay_{kind}{key}", tool.overlay_pixels(pixels, each, style)),
+            ("radiograph", pixels),
+        ):
+            written = np.asarray(Image.open(told.folder / "out" / f"{what}_{name}.png")).astype(int)
+            assert np.abs(written - expected).mean() < 1  # rounding of the batch may move a colour by one place
 
 
 def test_each_page_shows_its_own_image_boxes_and_maps(told):
@@ -261,6 +278,10 @@ def test_each_line_of_an_image_tells_its_own_verdicts_and_flags(told):
             for method, called in zip(METHODS, ("Grad-CAM", "LRP")):
                 found = flags(told.alone[name, key, method])
                 assert (f"{title}, {called} flagged: {found}; " in f"{line}; ") if found else (f"{title}, {called}" not in line)
+    assert "--truth: 1 (greenstick) named there" in told.err
+    for key, own in OWN.items():
+        (note,) = (line for line in told.err.splitlines() if f"{key}.pth: preprocessing as the checkpoint says" in line)
+        assert f"{own['img_size']} pixels a side" in note
     notes = [line for line in told.err.splitlines() if line.startswith("ℹ️") and "d.png" in line]
     assert len(notes) == 2 and "scaled to 8 bits" in notes[0] and "reaches outside" in notes[1]
     assert [row["notes"].count("; ") for row in told.rows if row["name"] == "d"] == [1]
@@ -273,7 +294,7 @@ def test_the_summary_counts_each_model_by_itself(told):
         known = [(CLASSES[name], each.prediction) for name, each in zip(SIZES, told.of(key)) if CLASSES[name]]
         right = sum(truth == said for truth, said in known)
         assert f": {right / 3:.2%} ({right} of 3 images whose class is known)" in part
-        names = OWN[key]["class_names"]
+        names = NAMES[key]
         for truth in CLASS_NAMES:
             counted = ", ".join(f"{known.count((truth, name))} as {name}" for name in names)
             assert f"  {truth}: {counted}\n" in part
@@ -291,11 +312,18 @@ def test_the_summary_counts_each_model_by_itself(told):
 
 
 def test_the_audit_of_a_run_is_of_each_models_own_maps(told, monkeypatch):
-    monkeypatch.setattr(tool, "FEW_MAPS", 3)
+    monkeypatch.setattr(tool, "FEW_MAPS", 2)
     seen = [tool.landmarks_of(tool.load_radiograph(told.folder / f"{name}.png")) for name in SIZES]
     _, *parts = told.out.rpartition("RUN SUMMARY")[2].split(":\n  Accuracy")
-    lines = [tool.audit_lines(list(map(tool.observation, told.of(key), seen))) for key in TINY]
-    assert lines[0] != lines[1] and all(line in part for part, told in zip(parts, lines) for line in told)
+    expected = []
+    for key, part in zip(TINY, parts, strict=True):
+        kept = [
+            tool.Observation(each.explained_class, tool.heat_on_cells(each.raw_map), bool(landmarks.markers), each.findings)
+            for each, landmarks in zip(told.of(key), seen)
+        ]
+        expected.append(tool.audit_lines(kept))
+        assert all(f"  {line}\n" in part for line in expected[-1])
+    assert len(expected[0]) >= 4 and expected[0] != expected[1]
 
 
 def test_the_summary_counts_where_the_models_differ(told):
@@ -308,3 +336,4 @@ def test_the_summary_counts_where_the_models_differ(told):
     mean = f"{100 * np.mean([each.value for each in found]):.0f} %"
     assert f"Maps share {mean} of their heat on average, in {few} of {len(found)} images too little" in told.out
     assert "Images: 4 done, 1 failed" in told.out and "bad.png" in told.err
+    assert "method gradcam lrp" in (told.folder / "out" / "report.html").read_text(encoding="utf-8")

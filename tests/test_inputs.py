@@ -663,7 +663,8 @@ def other_files(folder: Path) -> list[Path]:
 
 def test_other_files_in_folders_are_passed_over_and_counted(tmp_path: Path) -> None:
     others = other_files(tmp_path / "cd")
-    images = [written(tmp_path / "cd" / name, contents) for name, contents in (("a.png", png(GREY8, 0)), ("IM0001", dicom(DEEP)), ("broken.dcm", b"x"))]
+    images = [written(tmp_path / "cd" / name, contents) for name, contents in (("a.png", png(GREY8, 0)), ("IM0001", dicom(DEEP)), ("1.2.840.10008.7", dicom(DEEP)), ("broken.dcm", b"x"))]
+    written(tmp_path / "cd" / "notes.1", b"words")
     found = tool.found_images([str(tmp_path / "cd")], tmp_path / "out")
     assert set(found) == {*others, *images}
     left, (line,) = tool.without_other_files(found, [str(tmp_path / "cd")])

@@ -621,21 +621,12 @@ def test_figures_of_grad_cam_keep_their_names_and_others_never_take_them():
     assert explainability.page_prefixes(("convnext",), ("lrp",)) == {"lrp_convnext": (0,)}
 
 
-def test_two_results_of_one_name_are_refused(tmp_path):
-    images = [tmp_path / "x.png", tmp_path / "ig_x.png"]
-    asked = images, ["x.png", "ig_x.png"], ["convnext", "efficientnet"]
-    explainability.make_jobs(*asked, ["ig"], tmp_path / "out", ["figures"], "png", "")
-    with pytest.raises(ExplainError, match="comparison_ig_x.png: two results of this run would have this name"):
-        explainability.make_jobs(*asked, ["gradcam", "ig"], tmp_path / "out", ["figures"], "png", "")
-
-
 def test_pages_are_of_one_map_of_two_models_or_of_several_methods(monkeypatch):
     for name in ("explanation_figure", "comparison_figure", "methods_figure"):
-        monkeypatch.setattr(explainability, name, lambda view, shown, *rest, name=name: (name, rest))
+        monkeypatch.setattr(explainability, name, lambda view, *shown, name=name: name)
     one, other = an_explanation(), an_explanation(method="ig")
     pages = [explainability.page_figure(None, each) for each in ([one], [one, one], [one, other])]
-    assert [name for name, _ in pages] == ["explanation_figure", "comparison_figure", "methods_figure"]
-    assert pages[2][1] == (["1 pass", "34 passes"],)
+    assert pages == ["explanation_figure", "comparison_figure", "methods_figure"]
 
 
 def test_maps_keep_their_sign_and_say_what_they_must_sum_to(tiny_arguments, xray, tmp_path, capsys):
