@@ -1825,12 +1825,14 @@ def refine_cam(seen: ForwardPass) -> torch.Tensor:
     import torch
 
     *_, activations, gradients = layer_gradients(seen.network, seen.finer_layer, seen.inputs, seen.explained)
-    product = torch.ones_like(seen.inputs[:, 0])
+    product = torch.ones_like(seen.inputs[:, :1])
     for raw in (grad_cam(seen.activations, seen.gradients), grad_cam(activations, gradients)):
-        heat = torch.nn.functional.interpolate(raw.relu()[:, None], seen.inputs.shape[2:], mode="bilinear")[:, 0]
-        low, high = heat.amin(dim=(1, 2), keepdim=True), heat.amax(dim=(1, 2), keepdim=True)
-        product *= ((heat - low) / (high - low)).where(high > low, heat.sign())  # a constant map takes nothing away
-    return product
+        heat = raw.relu()[:, None]
+        heat = torch.nn.functional.interpolate(heat, seen.inputs.shape[2:], mode="bilinear")
+        low, high = heat.amin(dim=(2, 3), keepdim=True), heat.amax(dim=(2, 3), keepdim=True)
+        # A constant map takes nothing away.
+        product *= ((heat - low) / (high - low)).where(high > low, heat.sign())
+    return product[:, 0]
 
 
 # Gradients of pixels
@@ -1917,8 +1919,8 @@ HELD_LAYERS: dict[str, Callable[..., torch.Tensor]] = {
     "SiLU": lambda layer, count, inputs: inputs * held(inputs[:count].sigmoid(), inputs),
     "Sigmoid": lambda layer, count, inputs: held(inputs[:count].sigmoid(), inputs),  # gates of SqueezeExcite
 }
-LINEAR_LAYERS = {"Conv2d", "Conv2dSame", "Linear", "BatchNorm2d", "AdaptiveAvgPool2d", "AvgPool2d"}  # in eval mode
-IDLE_LAYERS = {"Identity", "Flatten", "Dropout"}
+LINEAR_LAYERS = {"Conv2d", "Conv2dSame", "Linear", "BatchNorm2d", "AdaptiveAvgPool2d", "AvgPool2d"}
+IDLE_LAYERS = {"Identity", "Flatten", "Dropout"}  # in eval mode, as BatchNorm2d is linear there
 
 
 @contextlib.contextmanager
@@ -2492,9 +2494,9 @@ def neighbours(evidence: Evidence) -> Said | None:
     explanation = evidence.explanation
     if explanation.likeness is None:
         return None
-    names = [case.class_name for case in explanation.likeness.similar]
-    count = names.count(explanation.prediction)
-    return count / len(names), f"{count} of the {len(names)} most similar reference images are {explanation.prediction}"
+    names, predicted = [case.class_name for case in explanation.similar], explanation.prediction
+    count = names.count(predicted)
+    return count / len(names), f"{count} of the {len(names)} most similar reference images are {predicted}"
 
 
 # What a network says of changed copies (--verify)
@@ -3034,8 +3036,8 @@ def reference_of(classifier: Classifier, images: Sequence[tuple[Path, str, str]]
 
     features, hook = head_inputs(classifier.network, classifier.model.family.head)
     kept, thumbnails = [], []
-    with hook, torch.no_grad(), tqdm(images, "Reference", unit="image", disable=not sys.stderr.isatty()) as bar:
-        rest = readable(bar)
+    with hook, torch.no_grad():
+        rest = readable(tqdm(images, "Reference", unit="image", disable=not sys.stderr.isatty()))
         while some := list(itertools.islice(rest, batch)):
             inputs = [network_input(radiograph, classifier.model.preprocessing) for radiograph, *_ in some]
             classifier.network(torch.from_numpy(np.stack(inputs)).to(classifier.device))
@@ -4695,7 +4697,8 @@ def reference_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
     if not flags:
         return []
     unlike, contradicted = (sum(check in each for each in flags) for check in ("unlike", "neighbours"))
-    return [f"Unlike the reference: {unlike} of {len(flags)} images; contradicted by similar cases: {contradicted}"]
+    told = f"Unlike the reference: {unlike} of {len(flags)} images"
+    return [f"{told}; contradicted by similar cases: {contradicted}"]
 
 
 def named_lines(what: str, rows: Sequence[dict[str, str]]) -> list[str]:
@@ -5043,7 +5046,8 @@ def row_data(row: dict[str, str], has_own_name: bool, models: Sequence[Model]) -
     flags = [f"{flag_text(key)}: {', '.join(titles)}" for key, titles in flagged.items()]
     sure, wrong, said = verdicts(row, models)
     failed, surest = row.get("error"), max(wrong, default=0.0)
-    steps = surest >= SURE, row.get("agree") == "no", bool(wrong), bool(flags), not failed, True
+    worst = "unlike" in flagged, surest >= SURE, row.get("agree") == "no", bool(wrong)
+    steps = *worst, bool(flags), not failed, True
     texts = [f"true: {row['true_class']}", *said] if row.get("true_class") else said
     notes = [f"✗ {failed}" if failed else "", row.get("notes", "")]
     image = ["img", {"src": picture, "alt": f"Figure of {name}", "loading": "lazy"}]
