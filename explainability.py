@@ -1825,12 +1825,14 @@ def refine_cam(seen: ForwardPass) -> torch.Tensor:
     import torch
 
     *_, activations, gradients = layer_gradients(seen.network, seen.finer_layer, seen.inputs, seen.explained)
-    product = torch.ones_like(seen.inputs[:, 0])
+    product = torch.ones_like(seen.inputs[:, :1])
     for raw in (grad_cam(seen.activations, seen.gradients), grad_cam(activations, gradients)):
-        heat = torch.nn.functional.interpolate(raw.relu()[:, None], seen.inputs.shape[2:], mode="bilinear")[:, 0]
-        low, high = heat.amin(dim=(1, 2), keepdim=True), heat.amax(dim=(1, 2), keepdim=True)
-        product *= ((heat - low) / (high - low)).where(high > low, heat.sign())  # a constant map takes nothing away
-    return product
+        heat = raw.relu()[:, None]
+        heat = torch.nn.functional.interpolate(heat, seen.inputs.shape[2:], mode="bilinear")
+        low, high = heat.amin(dim=(2, 3), keepdim=True), heat.amax(dim=(2, 3), keepdim=True)
+        # A constant map takes nothing away.
+        product *= ((heat - low) / (high - low)).where(high > low, heat.sign())
+    return product[:, 0]
 
 
 # Gradients of pixels
@@ -1917,8 +1919,8 @@ HELD_LAYERS: dict[str, Callable[..., torch.Tensor]] = {
     "SiLU": lambda layer, count, inputs: inputs * held(inputs[:count].sigmoid(), inputs),
     "Sigmoid": lambda layer, count, inputs: held(inputs[:count].sigmoid(), inputs),  # gates of SqueezeExcite
 }
-LINEAR_LAYERS = {"Conv2d", "Conv2dSame", "Linear", "BatchNorm2d", "AdaptiveAvgPool2d", "AvgPool2d"}  # in eval mode
-IDLE_LAYERS = {"Identity", "Flatten", "Dropout"}
+LINEAR_LAYERS = {"Conv2d", "Conv2dSame", "Linear", "BatchNorm2d", "AdaptiveAvgPool2d", "AvgPool2d"}
+IDLE_LAYERS = {"Identity", "Flatten", "Dropout"}  # in eval mode, as BatchNorm2d is linear there
 
 
 @contextlib.contextmanager
@@ -2492,9 +2494,9 @@ def neighbours(evidence: Evidence) -> Said | None:
     explanation = evidence.explanation
     if explanation.likeness is None:
         return None
-    names = [case.class_name for case in explanation.likeness.similar]
-    count = names.count(explanation.prediction)
-    return count / len(names), f"{count} of the {len(names)} most similar reference images are {explanation.prediction}"
+    names, predicted = [case.class_name for case in explanation.similar], explanation.prediction
+    count = names.count(predicted)
+    return count / len(names), f"{count} of the {len(names)} most similar reference images are {predicted}"
 
 
 # What a network says of changed copies (--verify)
@@ -3034,8 +3036,8 @@ def reference_of(classifier: Classifier, images: Sequence[tuple[Path, str, str]]
 
     features, hook = head_inputs(classifier.network, classifier.model.family.head)
     kept, thumbnails = [], []
-    with hook, torch.no_grad(), tqdm(images, "Reference", unit="image", disable=not sys.stderr.isatty()) as bar:
-        rest = readable(bar)
+    with hook, torch.no_grad():
+        rest = readable(tqdm(images, "Reference", unit="image", disable=not sys.stderr.isatty()))
         while some := list(itertools.islice(rest, batch)):
             inputs = [network_input(radiograph, classifier.model.preprocessing) for radiograph, *_ in some]
             classifier.network(torch.from_numpy(np.stack(inputs)).to(classifier.device))
@@ -3095,14 +3097,11 @@ CONTOUR_WIDTH = 1 / 110  # of the picture's longer side
 SIGNED_CONTOURS = (0.125, 0.25, 0.375, 0.625, 0.75, 0.875)  # the same shares against and for the class
 DIVERGING = "RdBu_r"  # for signed maps: blue against, white nothing, red for
 PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
-READING_GUIDE = (  # (place on the colour bar, what it means)
-    (1.0, "High attention: raised the score of the explained class"),
-    (0.0, "Low attention: counted little or not at all"),
+READING_GUIDE = (  # what the ends of the colour bar mean, the upper one first
+    "High attention: raised the score of the explained class",
+    "Low attention: counted little or not at all",
 )
-SIGNED_GUIDE = (
-    (1.0, "Raised the score of the explained class"),
-    (0.0, "Lowered the score of the explained class"),
-)
+SIGNED_GUIDE = ("Raised the score of the explained class", "Lowered the score of the explained class")
 READING_ADVICE = (
     "Good: on the fracture line and the bone around it.",
     "Red flag: on borders, markers, text, or nowhere in particular.",
@@ -3150,57 +3149,50 @@ BODY, SMALL = Look(10), Look(8.5)
 NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
 
 
-def own_font(is_bold: bool) -> str:
-    """DejaVu Sans, which comes with matplotlib, so that figures look the same everywhere."""
-    name = "DejaVuSans-Bold.ttf" if is_bold else "DejaVuSans.ttf"
-    return str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", name))
-
-
 @functools.cache
-def opened_font(path: str) -> Any:
-    plain_matplotlib()
-    from matplotlib.ft2font import FT2Font
+def characters(font: str) -> set[str]:
+    """What a font's file can draw; nothing where it cannot be drawn at every size."""
+    from matplotlib.font_manager import get_font
 
-    return FT2Font(path)
-
-
-@functools.cache
-def glyphs(font: str) -> dict[str, int]:
-    """Which glyph of a font's file draws each character; none where it cannot be drawn at every size."""
-    face = opened_font(font)
-    return {chr(code): index for code, index in face.get_charmap().items()} if face.scalable else {}
+    face = get_font(font)
+    return set(map(chr, face.get_charmap())) if face.scalable else set()
 
 
 @functools.lru_cache(maxsize=4096)
 def font_file(text: str, is_bold: bool) -> str:
-    """The figures' own font, or for what it lacks the first installed one that has the whole text."""
-    own = own_font(is_bold)
-    if glyphs(own).keys() >= set(text):
+    """The first font that has a whole text: DejaVu Sans, which comes with matplotlib, or an installed one.
+
+    The figures look the same everywhere; where no font has it, they show what DejaVu Sans has.
+    """
+    name = "DejaVuSans-Bold.ttf" if is_bold else "DejaVuSans.ttf"
+    own = str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", name))
+    if characters(own) >= set(text):
         return own
     from matplotlib.font_manager import fontManager
 
     upright = {entry.fname for entry in fontManager.ttflist if entry.style == "normal"}
     upright = {font for font in upright if "LastResort" not in font}  # has a box for every character
-    installed = sorted(filter(os.path.isfile, upright), key=lambda font: (("bold" in font.lower()) != is_bold, font))
-    return next((font for font in installed if glyphs(font).keys() >= set(text)), own)
+    installed = filter(os.path.isfile, upright)
+    likely_first = sorted(installed, key=lambda font: (("bold" in font.lower()) != is_bold, font))
+    return next((font for font in likely_first if characters(font) >= set(text)), own)
 
 
 @functools.lru_cache(maxsize=4096)
 def drawable(text: str) -> str:
     """A text in one line of which each character can be drawn; where no font has all, some are boxes."""
     text = re.sub(r"(?<=\d) %", "\u00a0%", printable(text))  # a number and its sign stay on one line
-    font = font_file(text, False)
-    return "".join(character if character in glyphs(font) else MISSING for character in text)
+    known = characters(font_file(text, False))
+    return "".join(character if character in known else MISSING for character in text)
 
 
 @functools.cache
 def advance(character: str, font: str) -> float:
     """Width of a character in inches for each point of size."""
+    from matplotlib.font_manager import get_font
     from matplotlib.ft2font import LoadFlags
 
-    face = opened_font(font)
-    glyph = face.load_glyph(glyphs(font).get(character, 0), LoadFlags.NO_SCALE)
-    return glyph.horiAdvance / face.units_per_EM / 72
+    face = get_font(font)
+    return face.load_char(ord(character), LoadFlags.NO_SCALE).horiAdvance / face.units_per_EM / 72
 
 
 def text_width(text: str, look: Look) -> float:
@@ -3234,24 +3226,23 @@ def wrapped(text: str, look: Look, inches: float, most: int = 2) -> list[str]:
 # What lies on a sheet. Each draws itself through a renderer, for a page of this height in inches.
 
 
-@functools.lru_cache(maxsize=4096)
-def text_strip(text: str, points: float, is_bold: bool, dpi: float) -> np.ndarray:
-    """How much of each pixel a line of text covers, (h, w) uint8; most lines come again on every page."""
-    plain_matplotlib()
+@functools.lru_cache(maxsize=1024)
+def text_strip(text: str, look: Look, dpi: float) -> np.ndarray:
+    """A line of text on nothing, (6 p, w, 4) uint8: p pixels at its sides, the baseline 2 p above the bottom.
+
+    Most lines come again on every page.
+    """
     from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties
 
-    pad = strip_pad(points, dpi)
-    width = round(text_width(text, Look(points, is_bold=is_bold)) * dpi) + 2 * pad
-    renderer = RendererAgg(width, 6 * pad, dpi)
-    font = FontProperties(fname=font_file(text, is_bold), size=points)
-    renderer.draw_text(renderer.new_gc(), pad, 4 * pad, text, font, 0)
-    return np.array(renderer.buffer_rgba())[:, :, 3]
-
-
-def strip_pad(points: float, dpi: float) -> int:
-    """Pixels around the text of a strip: one at its sides, two below the baseline."""
-    return max(1, round(0.3 * points / 72 * dpi))
+    pad = max(1, round(0.3 * look.points / 72 * dpi))
+    renderer = RendererAgg(round(text_width(text, look) * dpi) + 2 * pad, 6 * pad, dpi)
+    gc, font = renderer.new_gc(), FontProperties(fname=font_file(text, look.is_bold), size=look.points)
+    renderer.draw_text(gc, pad, 4 * pad, text, font, 0)
+    gc.set_foreground(look.colour)
+    strip = np.array(renderer.buffer_rgba())
+    strip[:, :, :3] = np.multiply(gc.get_rgb()[:3], 255).round()
+    return strip
 
 
 @dataclass(frozen=True)
@@ -3268,20 +3259,18 @@ class Line:
         from matplotlib.font_manager import FontProperties
 
         gc, x, y = renderer.new_gc(), self.x * dpi, (height - self.baseline) * dpi
-        gc.set_foreground(self.look.colour)
         if not hasattr(renderer, "buffer_rgba"):  # text stays text
+            gc.set_foreground(self.look.colour)
             font = FontProperties(fname=font_file(self.text, self.look.is_bold), size=self.look.points)
             y = self.baseline * dpi if renderer.flipy() else y
-            renderer.draw_text(gc, x, y, self.text, font, 90 * self.is_upright)
+            renderer.draw_text(gc, x, y, self.text, font, 90 if self.is_upright else 0)
             return
-        strip = text_strip(self.text, self.look.points, self.look.is_bold, dpi)
-        pad = strip_pad(self.look.points, dpi)
-        image = np.empty((*strip.shape, 4), np.uint8)
-        image[:, :, :3], image[:, :, 3] = np.multiply(gc.get_rgb()[:3], 255).round(), strip
+        strip = text_strip(self.text, self.look, dpi)
+        pad = len(strip) // 6
         if self.is_upright:
-            renderer.draw_image(gc, round(x) - 4 * pad, round(y) - pad, np.rot90(image)[::-1])
+            renderer.draw_image(gc, round(x) - 4 * pad, round(y) - pad, np.rot90(strip)[::-1])
         else:
-            renderer.draw_image(gc, round(x) - pad, round(y) - 2 * pad, image[::-1])
+            renderer.draw_image(gc, round(x) - pad, round(y) - 2 * pad, strip[::-1])
 
 
 @dataclass(frozen=True)
@@ -3331,10 +3320,35 @@ class Picture:
         Box(left / finer - hair, top - hair, *size, FRAME, HAIRLINE).draw(renderer, dpi, height)
 
 
+@dataclass(frozen=True)
+class View:
+    """What the figures of one image have in common."""
+
+    picture: np.ndarray  # (H, W, 3) uint8: the radiograph at the size of a panel
+    name: str
+    style: FigureStyle
+    boxes: tuple[Region, ...] = ()  # known fractures, in shares of the sides
+
+    @property
+    def width(self) -> float:
+        """Inches of the picture on the page."""
+        return self.picture.shape[1] / self.style.dpi
+
+    @property
+    def height(self) -> float:
+        return self.picture.shape[0] / self.style.dpi
+
+    @property
+    def column(self) -> float:
+        """Inches that a panel takes with its title."""
+        return max(self.width, MIN_COLUMN)
+
+
 @dataclass
 class Sheet:
     """A page as it is filled; lines of text are placed by their top."""
 
+    view: View
     width: float
     height: float = 0
     items: list[Line | Box | Picture] = dataclasses.field(default_factory=list)
@@ -3343,17 +3357,12 @@ class Sheet:
         """One line of drawable text."""
         self.items.append(Line(x, y + (LEADING + CAPITALS) / 2 * look.points, text, look, False))
 
-    def paragraph(
-        self, x: float, y: float, text: str, inches: float, look: Look = SMALL, most: int = 2
-    ) -> float:
+    def wrap(self, x: float, y: float, text: str, width: float, look: Look = SMALL, most: int = 2) -> float:
         """A text in at most so many lines; returns where it ends."""
-        for line in wrapped(text, look, inches, most):
+        for line in wrapped(text, look, width, most):
             self.write(x, y, line, look)
             y += look.leading
         return y
-
-    def fill(self, x: float, y: float, width: float, height: float, colour: Any) -> None:
-        self.items.append(Box(x, y, width, height, colour))
 
     def frame(self, x: float, y: float, width: float, height: float, colour: Any) -> None:
         """A rectangle of one colour in a thin frame."""
@@ -3364,14 +3373,10 @@ class Sheet:
 
 
 @functools.cache
-def colour_table(colormap: str) -> np.ndarray:
-    """A matplotlib colormap as (256, 3) uint8, however many shades it is made of."""
-    shades = plain_matplotlib().colormaps[colormap](np.linspace(0, 1, 256))
-    return (shades[:, :3] * 255).round().astype(np.uint8)
-
-
 def colours_of(style: FigureStyle) -> np.ndarray:
-    return colour_table(DIVERGING if style.signed else style.colormap)
+    """The colormap from end to end as (256, 3) uint8, however many shades it is made of."""
+    colormap = plain_matplotlib().colormaps[DIVERGING if style.signed else style.colormap]
+    return (colormap(np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)
 
 
 def has_colours(explanation: Explanation, style: FigureStyle) -> bool:
@@ -3386,7 +3391,7 @@ def resized(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def colour_places(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
-    """A map that has colours as places on the colour bar, (height, width) in [0, 1]; signed, 0.5 is nothing."""
+    """A map that has colours as places on the colour bar, (height, width) in [0, 1]; signed, 0.5 is 0."""
     places = explanation.heatmap
     if style.signed:
         places = 0.5 + explanation.raw_map / (2 * np.abs(explanation.raw_map).max())
@@ -3437,30 +3442,6 @@ def with_contours(picture: np.ndarray, places: np.ndarray, style: FigureStyle) -
 # Panels
 
 
-@dataclass(frozen=True)
-class View:
-    """What the figures of one image have in common."""
-
-    picture: np.ndarray  # (H, W, 3) uint8: the radiograph at the size of a panel
-    name: str
-    style: FigureStyle
-    boxes: tuple[tuple[float, ...], ...] = ()  # known fractures: left, top, right, bottom, in [0, 1]
-
-    @property
-    def width(self) -> float:
-        """Inches of the picture on the page."""
-        return self.picture.shape[1] / self.style.dpi
-
-    @property
-    def height(self) -> float:
-        return self.picture.shape[0] / self.style.dpi
-
-    @property
-    def column(self) -> float:
-        """Inches that a panel takes with its title."""
-        return max(self.width, MIN_COLUMN)
-
-
 def fitted(pixels: np.ndarray, dpi: float) -> np.ndarray:
     """A radiograph (H, W, 3) at the size of a panel: about the same area whatever its shape."""
     rows, columns = pixels.shape[:2]
@@ -3476,50 +3457,60 @@ def title_room(titles: Sequence[str], inches: float) -> float:
     return 0.08 + BODY.leading * max(len(wrapped(title, BODY, inches)) for title in titles)
 
 
-def draw_picture(sheet: Sheet, x: float, y: float, view: View, pixels: np.ndarray, title: str) -> None:
+def draw_picture(sheet: Sheet, x: float, y: float, pixels: np.ndarray, title: str) -> None:
     """A picture with its title, whose last line sits on it."""
-    lines = len(wrapped(title, BODY, view.column))
-    sheet.paragraph(x, y - 0.06 - BODY.leading * lines, title, view.column, BODY)
+    width = sheet.view.column
+    sheet.wrap(x, y - 0.06 - BODY.leading * len(wrapped(title, BODY, width)), title, width, BODY)
     sheet.items.append(Picture(x, y, pixels, title))
 
 
-def draw_boxes(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation) -> None:
+def draw_boxes(sheet: Sheet, x: float, y: float, explanation: Explanation) -> None:
     """Dashed outlines of known fractures, and thin ones of what counts as inside."""
-    h, w = explanation.raw_map.shape
+    view = sheet.view
+    dashed, thin = [("black", 2.5), ("white", 1.2, (4, 3))], [("white", HAIRLINE)]
     for box in view.boxes:
-        for (left, top, right, bottom), is_counted in ((box, False), (with_margin(box, h, w), True)):
+        grown = with_margin(box, *explanation.raw_map.shape)
+        for (left, top, right, bottom), lines in ((box, dashed), (grown, thin)):
             size = (right - left) * view.width, (bottom - top) * view.height
-            place = (x + left * view.width, y + top * view.height, *size)
-            if is_counted:
-                sheet.items.append(Box(*place, "white", HAIRLINE))
-            else:
-                sheet.items += [Box(*place, "black", 2.5), Box(*place, "white", 1.2, (4, 3))]
+            sheet.items += [Box(x + left * view.width, y + top * view.height, *size, *line) for line in lines]
 
 
-def draw_heatmap(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
-    """The map alone, at the size of the picture; a map with nothing to show says so."""
-    draw_picture(sheet, x, y, view, heatmap_pixels(explanation, *view.picture.shape[:2], view.style), title)
-    draw_boxes(sheet, x, y, view, explanation)
-    if explanation.blankness:
-        lines = wrapped(explanation.blankness, SMALL, view.column - 0.3, 4)
-        width, height = max(text_width(line, SMALL) for line in lines), SMALL.leading * len(lines)
-        left, top = x + max(0.1, (view.width - width) / 2), y + max(0, (view.height - height) / 2)
-        sheet.frame(left - 0.1, top - 0.08, width + 0.2, height + 0.16, "white")
-        sheet.paragraph(left, top, explanation.blankness, view.column - 0.3, SMALL, 4)
+def draw_blankness(sheet: Sheet, x: float, y: float, text: str) -> None:
+    """Why a map has nothing to show, in the middle of its picture."""
+    inches = sheet.view.column - 0.3
+    lines = wrapped(text, SMALL, inches, 4)
+    width, height = max(text_width(line, SMALL) for line in lines), SMALL.leading * len(lines)
+    left, top = x + max(0.1, (sheet.view.width - width) / 2), y + max(0, (sheet.view.height - height) / 2)
+    sheet.frame(left - 0.1, top - 0.08, width + 0.2, height + 0.16, "white")
+    sheet.wrap(left, top, text, inches, SMALL, 4)
 
 
-def draw_overlay(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, title: str) -> None:
+def draw_overlay(sheet: Sheet, x: float, y: float, explanation: Explanation, title: str) -> None:
     """The map over the radiograph."""
-    draw_picture(sheet, x, y, view, overlay_pixels(view.picture, explanation, view.style), title)
-    draw_boxes(sheet, x, y, view, explanation)
+    draw_picture(sheet, x, y, overlay_pixels(sheet.view.picture, explanation, sheet.view.style), title)
+    draw_boxes(sheet, x, y, explanation)
 
 
-def draw_colour_bar(sheet: Sheet, x: float, y: float, view: View) -> None:
-    """The scale of the maps, its greatest value at the top."""
-    height, style = view.height, view.style
-    levels = np.linspace(255, 0, len(view.picture)).round().astype(np.uint8)
-    levels = np.repeat(levels[:, None], round(0.16 * style.dpi), axis=1)
-    sheet.items.append(Picture(x, y, colours_of(style)[levels], ""))
+def draw_panels(
+    sheet: Sheet, places: Sequence[tuple[float, float]], explanation: Explanation, titles: Sequence[str]
+) -> None:
+    """Radiograph, heatmap and overlay at their places."""
+    first, second, third = places
+    view = sheet.view
+    draw_picture(sheet, *first, view.picture, titles[0])
+    draw_picture(sheet, *second, heatmap_pixels(explanation, *view.picture.shape[:2], view.style), titles[1])
+    draw_boxes(sheet, *second, explanation)
+    if explanation.blankness:
+        draw_blankness(sheet, *second, explanation.blankness)
+    draw_overlay(sheet, *third, explanation, titles[2])
+
+
+def draw_colour_bar(sheet: Sheet, x: float, y: float) -> None:
+    """The scale of the maps beside the picture at this place, its greatest value at the top."""
+    height, style = sheet.view.height, sheet.view.style
+    x += sheet.view.width + 0.12
+    shades = colours_of(style)[np.linspace(255, 0, len(sheet.view.picture)).round().astype(np.uint8)]
+    sheet.items.append(Picture(x, y, np.repeat(shades[:, None], round(0.16 * style.dpi), axis=1), ""))
     for place in (0, 0.5, 1):
         value = 2 * place - 1 if style.signed else place
         sheet.write(x + 0.22, y + (1 - place) * height - SMALL.leading / 2, f"{value:g}")
@@ -3534,7 +3525,7 @@ def draw_colour_bar(sheet: Sheet, x: float, y: float, view: View) -> None:
 
 def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
     """The prediction, and a line and a bar for each of the likeliest classes."""
-    y = sheet.paragraph(x, y - 0.05, explanation.prediction, width, LARGE, 4)
+    y = sheet.wrap(x, y - 0.05, explanation.prediction, width, LARGE, 4)
     sheet.write(x, y, f"Confidence: {explanation.confidence:.2%}", BODY)
     y += 0.3
     for index in explanation.ranking[:LISTED_CLASSES]:
@@ -3542,18 +3533,17 @@ def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation
         probability = float(explanation.probabilities[index])
         text = f"{probability:.2%}"
         sheet.write(x + width - text_width(text, look), y, text, look)
-        y = sheet.paragraph(x, y, explanation.model.class_names[index], width - 0.8, look)
-        sheet.fill(x, y, width, 0.075, TRACK)
-        sheet.fill(x, y, width * probability, 0.075, BAR)
+        y = sheet.wrap(x, y, explanation.model.class_names[index], width - 0.8, look)
+        sheet.items += [Box(x, y, width, 0.075, TRACK), Box(x, y, width * probability, 0.075, BAR)]
         y += 0.15
     if rest := explanation.ranking[LISTED_CLASSES:]:
         together = float(explanation.probabilities[rest].sum())
-        y = sheet.paragraph(x, y - 0.02, f"and {len(rest)} more, together {together:.2%}", width, FAINT)
+        y = sheet.wrap(x, y - 0.02, f"and {len(rest)} more, together {together:.2%}", width, FAINT)
     return y + 0.06
 
 
 def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
-    """The checks: those flagged in words and first, others in one line, and what only the reader can judge."""
+    """The checks: those flagged first, in words, others in one line, and what only the reader can judge."""
     if not explanation.findings:
         return y
     told, passed = [], []
@@ -3562,7 +3552,7 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
         if finding.is_flagged:
             sheet.write(x, y, "⚠", ALERT)
             text = f"{check.title}: {finding.text}" if check.title else finding.text
-            y = sheet.paragraph(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
+            y = sheet.wrap(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
         elif check.about in ("reference", *ASKED_AGAIN):
             if finding.is_measured:
                 told.append(marked_text(finding))
@@ -3571,69 +3561,60 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
     if explanation.pointing:
         told += pointing_text(explanation.pointing).replace("⚠️  ", "⚠ ").split("; ")
     for text in sorted(told, key=lambda text: not text.startswith("⚠")):
-        y = sheet.paragraph(x, y, text, width, ALERT if text.startswith("⚠") else SMALL, 3)
+        y = sheet.wrap(x, y, text, width, ALERT if text.startswith("⚠") else SMALL, 3)
     if passed:
-        y = sheet.paragraph(x, y, f"Passed: {', '.join(passed)}", width)
-    return sheet.paragraph(x, y, READERS_CHECK, width) + 0.1
+        y = sheet.wrap(x, y, f"Passed: {', '.join(passed)}", width)
+    return sheet.wrap(x, y, READERS_CHECK, width) + 0.1
 
 
-def detail_lines(explanation: Explanation, style: FigureStyle) -> list[tuple[str, str]]:
-    """What the details panel lists: (label, value)."""
-    model, raw, method = explanation.model, explanation.raw_map, METHODS[explanation.method]
-    accuracy = model.accuracy
-    if is_demo(model.checkpoint) and accuracy.endswith("%"):
-        accuracy += " (synthetic test images)"
+def provenance_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
+    """Where the map came from, and what its reader must know."""
+    model, raw = explanation.model, explanation.raw_map
     h, w = raw.shape
-    lines = [("Model", model.architecture), ("Checkpoint", printable(model.checkpoint.name)), ("", accuracy)]
+    lines = {}
     if explanation.explained != explanation.predicted:
         probability = explanation.probabilities[explanation.explained]
-        lines.insert(0, ("Explained class", f"{probability:.2%} {explanation.explained_class}"))
-    layers = [getattr(model.family, name) for name in method.layers]
+        lines["Explained class"] = f"{probability:.2%} {explanation.explained_class}"
+    lines |= {"Model": model.architecture, "Checkpoint": printable(model.checkpoint.name), "": model.accuracy}
+    if is_demo(model.checkpoint) and model.accuracy.endswith("%"):
+        lines[""] += " (synthetic test images)"
+    layers = [getattr(model.family, name) for name in METHODS[explanation.method].layers]
     if layers:
-        lines.append(("Target layer", " and ".join(layers)))
+        lines["Target layer"] = " and ".join(layers)
+    lines["Map"] = f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"
     if len(layers) > 1:
-        lines.append(("Map", f"{len(layers)} grids, interpolated to {h}×{w} pixels, then multiplied"))
-    else:
-        lines.append(("Map", f"{h}×{w} grid, interpolated; a cell is 1/{h * w} of the image"))
+        lines["Map"] = f"{len(layers)} grids, interpolated to {h}×{w} pixels, then multiplied"
     if explanation.heatmap.any():
-        relative = "" if style.signed else " (the colours are relative to it)"
-        lines.append(("Peak of raw map", f"{raw.max():.3g}{relative}"))
+        relative = "" if sheet.view.style.signed else " (the colours are relative to it)"
+        lines["Peak of raw map"] = f"{raw.max():.3g}{relative}"
     if explanation.owed is not None:
-        lines.append(("Sum of raw map", f"{raw.sum():.3g}, must be {explanation.owed:.3g}"))
-    if method.compares:
-        lines.append(("Negative share", f"{explanation.negative_share:.0%} of the map's magnitude"))
-    return lines
-
-
-def provenance_block(
-    sheet: Sheet, x: float, y: float, width: float, explanation: Explanation, style: FigureStyle
-) -> float:
-    """Where the map came from, and what its reader must know."""
-    for label, value in detail_lines(explanation, style):
+        lines["Sum of raw map"] = f"{raw.sum():.3g}, must be {explanation.owed:.3g}"
+    if METHODS[explanation.method].compares:
+        lines["Negative share"] = f"{explanation.negative_share:.0%} of the map's magnitude"
+    for label, value in lines.items():
         sheet.write(x, y, label, FAINT)
-        y = sheet.paragraph(x + 1.12, y, value, width - 1.12) + 0.01
+        y = sheet.wrap(x + 1.12, y, value, width - 1.12) + 0.01
     for remark in explanation.remarks:
-        y = sheet.paragraph(x, y + 0.03, remark, width, ALERT, 3)
+        y = sheet.wrap(x, y + 0.03, remark, width, ALERT, 3)
     return y + 0.1
 
 
-def guide_block(sheet: Sheet, x: float, y: float, width: float, style: FigureStyle) -> float:
+def guide_block(sheet: Sheet, x: float, y: float, width: float) -> float:
     """How to read the colours."""
+    style = sheet.view.style
     sheet.write(x, y, "How to read the heatmap", FAINT)
     y += 0.19
-    for place, text in SIGNED_GUIDE if style.signed else READING_GUIDE:
-        sheet.frame(x, y + 0.02, 0.22, 0.13, tuple(colours_of(style)[round(255 * place)] / 255))
-        y = max(sheet.paragraph(x + 0.32, y, text, width - 0.32), y + 0.19)
+    for end, text in zip((-1, 0), SIGNED_GUIDE if style.signed else READING_GUIDE):
+        sheet.frame(x, y + 0.02, 0.22, 0.13, tuple(colours_of(style)[end] / 255))
+        y = max(sheet.wrap(x + 0.32, y, text, width - 0.32), y + 0.19)
     if style.contours:
-        y = sheet.paragraph(x, y + 0.01, "Lines: 25, 50 and 75 % of the maximum.", width)
+        y = sheet.wrap(x, y + 0.01, "Lines: 25, 50 and 75 % of the maximum.", width)
     for text in READING_ADVICE:
-        y = sheet.paragraph(x, y + 0.01, text, width)
+        y = sheet.wrap(x, y + 0.01, text, width)
     return y + 0.05
 
 
-def draw_similar(
-    sheet: Sheet, x: float, y: float, width: float, explanation: Explanation, dpi: float
-) -> float:
+def draw_similar(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
     """The reference images most like this one, with their true classes; returns where they end."""
     sheet.write(x, y, "Most similar reference images, to the network", FAINT)
     column, top = width / NEAREST, y + 0.22
@@ -3641,64 +3622,63 @@ def draw_similar(
     end = below
     for place, case in enumerate(explanation.similar):
         picture = Image.fromarray(case.picture).convert("RGB")
-        scale = SIMILAR_SIDE * dpi / max(picture.size)
+        scale = SIMILAR_SIDE * sheet.view.style.dpi / max(picture.size)
         pixels = np.asarray(picture.resize([max(1, round(side * scale)) for side in picture.size]))
         text = f"{case.class_name}, {case.likeness:.3f}"
         sheet.items.append(Picture(x + place * column, top, pixels, text))
-        end = max(end, sheet.paragraph(x + place * column, below, text, column - 0.1))
+        end = max(end, sheet.wrap(x + place * column, below, text, column - 0.1))
     return end + 0.1
 
 
-def draw_details(
-    sheet: Sheet, x: float, y: float, width: float, explanation: Explanation, style: FigureStyle
-) -> float:
+def draw_details(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
     """The panel of text, in two columns where it is wide; returns where it ends."""
     inches = width if width < 6 else (width - 0.3) / 2
     first = prediction_block(sheet, x, y, inches, explanation)
     first = findings_block(sheet, x, first, inches, explanation)
     across, down = (x, first) if inches == width else (x + inches + 0.3, y)
-    end = provenance_block(sheet, across, down, inches, explanation, style)
-    if has_colours(explanation, style):
-        end = guide_block(sheet, across, end, inches, style)
+    end = provenance_block(sheet, across, down, inches, explanation)
+    if has_colours(explanation, sheet.view.style):
+        end = guide_block(sheet, across, end, inches)
     return max(first, end)
 
 
 # Figures
 
 
-def draw_header(sheet: Sheet, title: str, name: str, is_from_demo: bool) -> float:
+def draw_header(sheet: Sheet, title: str, is_from_demo: bool) -> float:
     """The title, a tag for demo networks and the file's name; returns where they end."""
     room = sheet.width - 2 * MARGIN
     tag = 0.75 if is_from_demo else 0
-    y = sheet.paragraph(MARGIN, 0.16, title, room - tag, LARGE)
+    y = sheet.wrap(MARGIN, 0.16, title, room - tag, LARGE)
     right = MARGIN + 0.15 + text_width(wrapped(title, LARGE, room - tag)[-1], LARGE)
     middle = y - LARGE.leading / 2
     if is_from_demo:
-        sheet.fill(right, middle - 0.115, 0.6, 0.23, BADGE)
+        sheet.items.append(Box(right, middle - 0.115, 0.6, 0.23, BADGE))
         sheet.write(right + 0.08, middle - BODY.leading / 2, "DEMO", Look(10, "white", True))
-    name, right = drawable(name), right + tag
+    name, right = drawable(sheet.view.name), right + tag
     if text_width(name, NAME) <= MARGIN + room - right:  # beside the title, else below it
         sheet.write(right, middle - NAME.leading / 2 + 0.03, name, NAME)
         return y + 0.08
-    sheet.write(MARGIN, y - 0.02, elided(name, NAME, room), NAME)
+    sheet.wrap(MARGIN, y - 0.02, name, room, NAME, 1)
     return y + 0.28
 
 
-def draw_footer(sheet: Sheet, view: View, explanations: Sequence[Explanation], bottom: float) -> None:
+def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float) -> None:
     """What stands below every figure; ends the page."""
-    inches, y = sheet.width - 2 * MARGIN, bottom + 0.1
-    if view.boxes:
-        y = sheet.paragraph(MARGIN, y, BOX_LEGEND, inches, FAINT)
-    if MISSING in drawable(view.name):
-        y = sheet.paragraph(MARGIN, y, f"{MISSING}: a character that no font here has", inches, FAINT)
     methods = dict.fromkeys(METHODS[each.method].title for each in explanations)
+    verb = "shows" if len(methods) == 1 else "show"
+    notes = [f"{', '.join(methods)} {verb} correlation, not cause. Not for diagnosis."]
     if is_demo(explanations[0].model.checkpoint):
         is_pair = len({each.model.family.key for each in explanations}) > 1
-        text = f"Demo {'networks' if is_pair else 'network'}: {DEMO_NOTICE}."
-    else:
-        verb = "shows" if len(methods) == 1 else "show"
-        text = f"{', '.join(methods)} {verb} correlation, not cause. Not for diagnosis."
-    sheet.height = sheet.paragraph(MARGIN, y, text, inches, FAINT) + 0.12
+        notes = [f"Demo {'networks' if is_pair else 'network'}: {DEMO_NOTICE}."]
+    if MISSING in drawable(sheet.view.name):
+        notes.insert(0, f"{MISSING}: a character that no font here has")
+    if sheet.view.boxes:
+        notes.insert(0, BOX_LEGEND)
+    y = bottom + 0.1
+    for note in notes:
+        y = sheet.wrap(MARGIN, y, note, sheet.width - 2 * MARGIN, FAINT)
+    sheet.height = y + 0.12
 
 
 def explanation_figure(view: View, explanation: Explanation) -> Sheet:
@@ -3714,22 +3694,19 @@ def explanation_figure(view: View, explanation: Explanation) -> Sheet:
     if view.width < 0.6 * view.height:
         third, details_width = 2 * right + BAR_ROOM, DETAILS_WIDTH
         offsets = [(0, 0), (right, 0), (third, 0), (third + right, 0)]
-    sheet = Sheet(offsets[3][0] + details_width + 2 * MARGIN)
-    top = draw_header(sheet, f"{method}: {model.title}", view.name, is_demo(model.checkpoint)) + room
-    radiograph, heatmap, overlay, details = ((MARGIN + x, top + y) for x, y in offsets)
-    draw_picture(sheet, *radiograph, view, view.picture, titles[0])
-    draw_heatmap(sheet, *heatmap, view, explanation, titles[1])
+    sheet = Sheet(view, offsets[3][0] + details_width + 2 * MARGIN)
+    top = draw_header(sheet, f"{method}: {model.title}", is_demo(model.checkpoint)) + room
+    *places, (x, y) = ((MARGIN + across, top + below) for across, below in offsets)
+    draw_panels(sheet, places, explanation, titles)
     if has_colours(explanation, view.style):
-        draw_colour_bar(sheet, heatmap[0] + view.width + 0.12, heatmap[1], view)
-    draw_overlay(sheet, *overlay, view, explanation, titles[2])
-    x, y = details
-    end = draw_details(sheet, x, y - room + 0.06, details_width, explanation, view.style)
-    bottom = overlay[1] + view.height
+        draw_colour_bar(sheet, *places[1])
+    end = draw_details(sheet, x, y - room + 0.06, details_width, explanation)
+    bottom = places[2][1] + view.height
     if explanation.similar and end + SIMILAR_SIDE + 0.6 <= bottom:
-        end = draw_similar(sheet, x, end, details_width, explanation, view.style.dpi)
+        end = draw_similar(sheet, x, end, details_width, explanation)
     elif explanation.similar:
-        bottom = draw_similar(sheet, overlay[0], bottom + 0.12, column, explanation, view.style.dpi)
-    draw_footer(sheet, view, [explanation], max(bottom, end))
+        bottom = draw_similar(sheet, places[2][0], bottom + 0.12, column, explanation)
+    draw_footer(sheet, [explanation], max(bottom, end))
     return sheet
 
 
@@ -3740,87 +3717,77 @@ def agree(explanations: Sequence[Explanation]) -> bool:
 
 def agreement_text(explanations: Sequence[Explanation]) -> str:
     """Whether the models predict the same class, in words."""
-    first, second = explanations
     if agree(explanations):
-        return f"Both models agree: {first.prediction}"
-    said = (f"{each.model.title} says {each.prediction}" for each in (first, second))
+        return f"Both models agree: {explanations[0].prediction}"
+    said = (f"{each.model.title} says {each.prediction}" for each in explanations)
     return f"Models disagree: {', '.join(said)}"
 
 
-def comparison_figure(
-    view: View, explanations: Sequence[Explanation], overlap: Finding | None = None
-) -> Sheet:
+def comparison_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
     """The 6-panel figure: a row for each model of radiograph, heatmap and overlay.
 
-    `overlap` says how far the two maps agree, which is another thing than the same class.
+    How far the two maps agree is told too, which is another thing than the same class.
     """
     across = [MARGIN + number * (view.column + GAP) for number in range(3)]
-    bar = across[2] + view.width + 0.12
-    sheet = Sheet(across[2] + view.column + BAR_ROOM + 0.1)
+    sheet = Sheet(view, across[2] + view.column + BAR_ROOM + 0.1)
     inches = sheet.width - 2 * MARGIN
     title = agreement_text(explanations) if agree(explanations) else "Models disagree"
-    y = draw_header(sheet, title, view.name, is_demo(explanations[0].model.checkpoint))
-    if overlap is not None:
+    y = draw_header(sheet, title, is_demo(explanations[0].model.checkpoint))
+    if overlap := map_agreement(explanations):
         text, look = (f"⚠ {overlap.text}", ALERT) if overlap.is_flagged else (overlap.text, FAINT)
-        y = sheet.paragraph(MARGIN, y - 0.04, text, inches, look) + 0.06
+        y = sheet.wrap(MARGIN, y - 0.04, text, inches, look) + 0.06
     for explanation in explanations:
-        heading = f"{explanation.model.title}: {explanation.prediction}, confidence {explanation.confidence:.2%}"
+        said = f"{explanation.prediction}, confidence {explanation.confidence:.2%}"
+        heading = f"{explanation.model.title}: {said}"
         if explanation.explained != explanation.predicted:
             heading += f" (explained class: {explanation.explained_class})"
-        y = sheet.paragraph(MARGIN, y, heading, inches, BOLD)
+        y = sheet.wrap(MARGIN, y, heading, inches, BOLD)
         flagged = "; ".join(finding.text for finding in explanation.findings if finding.is_flagged)
         if flagged:
-            y = sheet.paragraph(MARGIN, y, f"⚠ {flagged}", inches, ALERT, 5)
+            y = sheet.wrap(MARGIN, y, f"⚠ {flagged}", inches, ALERT, 5)
         titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay")
         y += title_room(titles, view.column)
-        draw_picture(sheet, across[0], y, view, view.picture, titles[0])
-        draw_heatmap(sheet, across[1], y, view, explanation, titles[1])
-        draw_overlay(sheet, across[2], y, view, explanation, titles[2])
+        draw_panels(sheet, [(x, y) for x in across], explanation, titles)
         if has_colours(explanation, view.style):
-            draw_colour_bar(sheet, bar, y, view)
+            draw_colour_bar(sheet, across[2], y)
         y += view.height + 0.16
-    draw_footer(sheet, view, explanations, y - 0.16)
+    draw_footer(sheet, explanations, y - 0.16)
     return sheet
 
 
 # Several methods
 
 
-def draw_share(sheet: Sheet, x: float, y: float, share: float) -> None:
-    """A cell of a table, white for a share of 0 to blue for 1, with its number in the middle."""
-    width, height, text = 0.57, 0.25, f"{share:.2f}"
-    sheet.frame(x, y, width, height, tuple(1 - share * (1 - part) for part in (0.23, 0.43, 0.65)))
-    look = Look(SMALL.points, "white" if share > 0.6 else INK)
-    sheet.write(x + (width - text_width(text, look)) / 2, y + (height - SMALL.leading) / 2, text, look)
-
-
 def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Explanation]) -> float:
-    """A table of how far each two maps agree; returns where it ends."""
-    heading, cell, first = "Agreement of each two maps: 1 the same places, 0 none in common", 0.6, 2.1
-    y = sheet.paragraph(x, y, heading, sheet.width - 2 * MARGIN, BODY) + 0.06
+    """A table of how far each two maps agree, white for 0 to blue for 1; returns where it ends."""
+    heading = "Agreement of each two maps: 1 the same places, 0 none in common"
+    y = sheet.wrap(x, y, heading, sheet.width - 2 * MARGIN, BODY) + 0.06
     for number, explanation in enumerate(explanations):
-        sheet.write(x + first + number * cell + 0.25, y, str(number + 1), FAINT)
+        sheet.write(x + 2.35 + number * 0.6, y, str(number + 1), FAINT)
         top = y + 0.22 + 0.28 * number
         sheet.write(x, top + 0.04, f"{number + 1}  {METHODS[explanation.method].title}")
         for place, other in enumerate(explanations):
-            draw_share(sheet, x + first + place * cell, top, shared_heat(explanation.heatmap, other.heatmap))
+            share, left = shared_heat(explanation.heatmap, other.heatmap), x + 2.1 + place * 0.6
+            sheet.frame(left, top, 0.57, 0.25, tuple(1 - share * (1 - part) for part in (0.23, 0.43, 0.65)))
+            text, look = f"{share:.2f}", Look(SMALL.points, "white" if share > 0.6 else INK)
+            start = left + (0.57 - text_width(text, look)) / 2
+            sheet.write(start, top + (0.25 - SMALL.leading) / 2, text, look)
     return y + 0.22 + 0.28 * len(explanations)
 
 
-def draw_method(sheet: Sheet, x: float, y: float, view: View, explanation: Explanation, cost: str) -> None:
+def draw_method(sheet: Sheet, x: float, y: float, explanation: Explanation) -> None:
     """One method's overlay, with its cost and the sum of its map beside what it owes."""
-    draw_overlay(sheet, x, y, view, explanation, METHODS[explanation.method].title)
+    method = METHODS[explanation.method]
+    draw_overlay(sheet, x, y, explanation, method.title)
+    text = "1 pass" if method.passes == 1 else f"{method.passes} passes"
     if explanation.owed is not None:
-        cost += f"; sum {explanation.raw_map.sum():.3g}, must be {explanation.owed:.3g}"
-    end = sheet.paragraph(x, y + view.height + 0.05, cost, view.column)
-    sheet.paragraph(x, end, explanation.blankness, view.column, ALERT, 1)
+        text += f"; sum {explanation.raw_map.sum():.3g}, must be {explanation.owed:.3g}"
+    end = sheet.wrap(x, y + sheet.view.height + 0.05, text, sheet.view.column)
+    sheet.wrap(x, end, explanation.blankness, sheet.view.column, ALERT, 1)
 
 
-def methods_figure(view: View, explanations: Sequence[Explanation], costs: Sequence[str]) -> Sheet:
-    """One model's maps by several methods over the same radiograph, and how far they agree.
-
-    `costs` says in words what each method took.
-    """
+def methods_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
+    """One model's maps by several methods over the same radiograph, and how far they agree."""
     size = tuple(max(1, round(0.7 * side)) for side in view.picture.shape[1::-1])
     small = np.asarray(Image.fromarray(view.picture).resize(size, Image.Resampling.BILINEAR))
     view, model = dataclasses.replace(view, picture=small), explanations[0].model
@@ -3828,18 +3795,18 @@ def methods_figure(view: View, explanations: Sequence[Explanation], costs: Seque
     rows = math.ceil(count / max(2, round(11 / view.column)))
     columns = math.ceil(count / rows)
     pitch = view.column + GAP
-    sheet = Sheet(max(2 * MARGIN + columns * pitch + BAR_ROOM, 7))
-    title = f"{model.title}: evidence for {explanations[0].explained_class}"
+    sheet = Sheet(view, max(2 * MARGIN + columns * pitch + BAR_ROOM, 7))
     room = title_room([METHODS[each.method].title for each in explanations], view.column)
-    y = draw_header(sheet, title, view.name, is_demo(model.checkpoint)) + room
+    title = f"{model.title}: evidence for {explanations[0].explained_class}"
+    y = draw_header(sheet, title, is_demo(model.checkpoint)) + room
     down = room + view.height + 3 * SMALL.leading
     places = [(MARGIN + n % columns * pitch, y + n // columns * down) for n in range(count)]
-    draw_picture(sheet, *places[0], view, view.picture, "Original X-ray")
-    for place, explanation, cost in zip(places[1:], explanations, costs):
-        draw_method(sheet, *place, view, explanation, cost)
-    draw_colour_bar(sheet, places[columns - 1][0] + view.width + 0.12, y, view)
+    draw_picture(sheet, *places[0], view.picture, "Original X-ray")
+    for place, explanation in zip(places[1:], explanations):
+        draw_method(sheet, *place, explanation)
+    draw_colour_bar(sheet, *places[columns - 1])
     end = draw_overlaps(sheet, MARGIN, places[-1][1] + down - room + 0.1, explanations)
-    draw_footer(sheet, view, explanations, end)
+    draw_footer(sheet, explanations, end)
     return sheet
 
 
@@ -4266,9 +4233,8 @@ def page_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
     if len(explanations) == 1:
         return explanation_figure(view, explanations[0])
     if explanations[0].method == explanations[1].method:
-        return comparison_figure(view, explanations, map_agreement(explanations))
-    passes = [METHODS[each.method].passes for each in explanations]
-    return methods_figure(view, explanations, ["1 pass" if count == 1 else f"{count} passes" for count in passes])
+        return comparison_figure(view, explanations)
+    return methods_figure(view, explanations)
 
 
 def write_page(result: Result, page: Page, style: FigureStyle) -> None:
@@ -4378,19 +4344,6 @@ def check_cells(explanation: Explanation, *about: str) -> dict[str, str]:
     return cells
 
 
-def model_cells(explanation: Explanation, truth: str) -> dict[str, str]:
-    """What the table says of a model, by column: yes, no, or empty where it cannot be said."""
-    return {
-        "predicted": explanation.prediction,
-        "confidence": f"{explanation.confidence:.6f}",
-        "correct": yes_or_no(is_right(explanation, truth)) if truth else "",
-        "explained": explanation.explained_class,
-        "method": explanation.method,
-        **check_cells(explanation, "reference", *ASKED_AGAIN),
-        "similar": "; ".join(map(case_text, explanation.similar)),
-    }
-
-
 def map_cells(explanation: Explanation) -> dict[str, str]:
     """What the table says of a map, by column."""
     pointed, raw_map = explanation.pointing, explanation.raw_map
@@ -4410,10 +4363,19 @@ def map_cells(explanation: Explanation) -> dict[str, str]:
     return cells
 
 
-def explanation_cells(explanations: Sequence[Explanation], truth: str) -> dict[str, str]:
-    """What the table says of one model, whose first map's columns go without the method's name."""
+def model_cells(explanations: Sequence[Explanation], truth: str) -> dict[str, str]:
+    """What the table says of one model and its maps; the first one's columns go without the method's name."""
     first, *others = explanations
-    cells = model_cells(first, truth) | map_cells(first)
+    cells = {
+        "predicted": first.prediction,
+        "confidence": f"{first.confidence:.6f}",
+        "correct": yes_or_no(is_right(first, truth)) if truth else "",
+        "explained": first.explained_class,
+        "method": first.method,
+        **check_cells(first, "reference", *ASKED_AGAIN),
+        "similar": "; ".join(map(case_text, first.similar)),
+        **map_cells(first),
+    }
     for each in others:
         cells |= {f"{each.method}_{name}": text for name, text in map_cells(each).items()}
     for name, probability in zip(first.model.class_names, first.probabilities):
@@ -4427,7 +4389,7 @@ def table_columns(models: Sequence[Model], methods: Sequence[str]) -> list[str]:
     rest = []
     for model in models:
         nothing = np.zeros(len(model.class_names)), 0, np.zeros((1, 1)), np.zeros((1, 1))
-        told = explanation_cells([Explanation(model, *nothing, method) for method in methods], "")
+        told = model_cells([Explanation(model, *nothing, method) for method in methods], "")
         rest += [name for name in told if name not in first]
     return ["file", "true_class", *first, "agree", AGREEMENT, "pair_flags", "error", "notes", *rest, "digest", "outputs"]
 
@@ -4439,7 +4401,7 @@ def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
     if result.error:
         return row
     for model in models:
-        row |= explanation_cells([each for each in result.explanations if each.model == model], truth)
+        row |= model_cells([each for each in result.explanations if each.model == model], truth)
     if len(models) > 1:
         row["agree"] = yes_or_no(agree(result.opinions))
         if overlap := map_agreement(result.opinions):
@@ -4735,7 +4697,8 @@ def reference_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
     if not flags:
         return []
     unlike, contradicted = (sum(check in each for each in flags) for check in ("unlike", "neighbours"))
-    return [f"Unlike the reference: {unlike} of {len(flags)} images; contradicted by similar cases: {contradicted}"]
+    told = f"Unlike the reference: {unlike} of {len(flags)} images"
+    return [f"{told}; contradicted by similar cases: {contradicted}"]
 
 
 def named_lines(what: str, rows: Sequence[dict[str, str]]) -> list[str]:
@@ -5023,7 +4986,7 @@ def model_node(rows: Sequence[dict[str, str]], model: Model, observations: Seque
         graphs.append(confidence_node(known or rows, model, bool(known)))
     if observations:
         heat = resized(normalised(np.mean([each.heat for each in observations], axis=0)), 130, 130)
-        pixels = png(colour_table("jet")[(heat * 255).round().astype(np.uint8)], 96)
+        pixels = png(colours_of(FigureStyle())[(heat * 255).round().astype(np.uint8)], 96)
         caption = f"Mean map of {len(observations)} images"
         image = ["img", {"src": f"data:image/png;base64,{base64.b64encode(pixels).decode()}", "alt": caption}]
         graphs.append(["figure", {}, ["figcaption", {}, caption], image])
@@ -5055,43 +5018,52 @@ def classes_node(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> Nod
     return ["section", {"class": "wide"}, ["table", {}, ["caption", {}, caption], *lines]]
 
 
-def row_data(row: dict[str, str], name: str, models: Sequence[Model]) -> dict[str, Any]:
-    """What the page's script takes of an image: its card, and what filters and orders ask for."""
-    links = {file: quote(os.fsencode(file), safe="") for file in json.loads(row.get("outputs") or "[]")}
-    pages = [file for file in links if not re.match(r"radiograph_|heatmap_|overlay_|.*\.npy$", file)]
-    page = next((file for file in pages if file.startswith("comparison")), pages[0] if pages else "")
-    picture = "" if page.endswith(".pdf") else links.get(page, "")
-    kinds = {model.family.key: kinds_of(row, model) for model in models}
-    flagged, said, sure, wrong = defaultdict(list), [], [], [0.0]
+def verdicts(row: dict[str, str], models: Sequence[Model]) -> tuple[list[float], list[float], list[str]]:
+    """The models' confidences in an image, those of wrong predictions, and in words what each model said."""
+    sure, wrong, said = [], [], []
     for model in models:
-        found = kinds[model.family.key]
-        for key in filter(CHECKS.get, found):
-            flagged[key].append(model.title)
         if predicted := said_in(row, model, "predicted"):
             sure.append(float(said_in(row, model, "confidence")))
-            mark = "✗ wrong, " if "wrong" in found else ""
-            said.append(f"{mark}{model.title}: {predicted}, {sure[-1]:.1%}")
-            if mark:
+            said.append(f"{model.title}: {predicted}, {sure[-1]:.1%}")
+            if said_in(row, model, "correct") == "no":
+                said[-1] = f"✗ wrong, {said[-1]}"
                 wrong.append(sure[-1])
+    return sure, wrong, said
+
+
+def row_data(row: dict[str, str], has_own_name: bool, models: Sequence[Model]) -> dict[str, Any]:
+    """What the page's script takes of an image: its card, and what filters and orders ask for."""
+    name = printable(Path(row["file"]).name if has_own_name else row["file"])
+    links = {file: quote(os.fsencode(file), safe="") for file in json.loads(row.get("outputs") or "[]")}
+    pages = [file for file in links if not re.match(r"radiograph_|heatmap_|overlay_|.*\.npy$", file)]
+    page = min(pages, key=lambda file: not file.startswith("comparison"), default="")
+    picture = "" if page.endswith(".pdf") else links.get(page, "")
+    kinds = {model.family.key: kinds_of(row, model) for model in models}
+    flagged = defaultdict(list)  # by check: whose maps
+    for model in models:
+        for key in filter(CHECKS.get, kinds[model.family.key]):
+            flagged[key].append(model.title)
     flags = [f"{flag_text(key)}: {', '.join(titles)}" for key, titles in flagged.items()]
-    every = set(itertools.chain(*kinds.values()))
-    steps = max(wrong) >= SURE, "disagree" in every, len(wrong) > 1, bool(flags), "failed" not in every, True
-    truth = [f"true: {row['true_class']}"] if row.get("true_class") else []
-    notes = [f"✗ {row['error']}" if row.get("error") else "", row.get("notes", "")]
+    sure, wrong, said = verdicts(row, models)
+    failed, surest = row.get("error"), max(wrong, default=0.0)
+    worst = "unlike" in flagged, surest >= SURE, row.get("agree") == "no", bool(wrong)
+    steps = *worst, bool(flags), not failed, True
+    texts = [f"true: {row['true_class']}", *said] if row.get("true_class") else said
+    notes = [f"✗ {failed}" if failed else "", row.get("notes", "")]
     image = ["img", {"src": picture, "alt": f"Figure of {name}", "loading": "lazy"}]
     heading = [["button", {"aria-label": f"Open {name}"}, image]] if picture else []
     heading.append(["p", {"class": "name"}, ["a", {"href": links[page]}, name] if page else name])
     return {
         "file": printable(row["file"]),
         "kinds": kinds,
-        "first": (steps.index(True), -max(wrong)),
+        "first": (steps.index(True), -surest),
         "confidence": min(sure, default=2),
         "agreement": float(row.get(AGREEMENT) or 2),
         "isDrawn": page != "",
         "picture": picture,
-        "caption": " · ".join([name, *truth, *said]),
+        "caption": " · ".join([name, *texts]),
         "links": [["div", {}, ["a", {"href": link}, printable(file)]] for file, link in links.items()],
-        "cells": [heading, *([["p", {}, text] for text in texts] for texts in (truth + said, flags, notes))],
+        "cells": [heading, *([["p", {}, text] for text in part] for part in (texts, flags, notes))],
     }
 
 
@@ -5123,11 +5095,8 @@ def report_page(
     The observations, by family, are of the maps made last, which need not be all; `told` is what else
     its reader must know of the run.
     """
-    names = Counter(Path(row["file"]).name for row in rows)
-    cards = []
-    for row in rows:
-        name = Path(row["file"]).name
-        cards.append(row_data(row, printable(name if names[name] == 1 else row["file"]), models))
+    times = Counter(Path(row["file"]).name for row in rows)
+    cards = [row_data(row, times[Path(row["file"]).name] == 1, models) for row in rows]
     cards.sort(key=lambda card: (card["first"], card["file"]))
     kinds = [set(itertools.chain(*card["kinds"].values())) for card in cards]
     counts, flagged = Counter(itertools.chain(*kinds)), sum(not CHECKS.keys().isdisjoint(each) for each in kinds)
@@ -5922,13 +5891,11 @@ def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Pat
     """
     keys = list(FAMILIES) if args.compare or args.model == "both" else [args.model]
     named = {key: weights_file(path) for key in keys if (path := vars(args)[f"{key}_checkpoint"])}
-    for path in named.values():
-        check_checkpoint_path(path)
     lone = [] if args.compare else lone_family(keys, named)
     paths = {key: named.get(key) or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER) for key in lone or keys}
-    check_not_mixed(list(paths.values()))
     for path in paths.values():
         check_checkpoint_path(path)
+    check_not_mixed(list(paths.values()))
     alone = "explained alone, as no other network of yours is beside it"
     notes = [f"ℹ️  {shown(paths[key])}: {alone}" for key in lone]
     return [(FAMILIES[key], path) for key, path in paths.items()], notes
