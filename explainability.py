@@ -411,7 +411,7 @@ FILE_KINDS = (  # the first that fits counts
     FileKind(rb"PK\x03\x04", "a zip archive", "zip"),
     FileKind(rb"\x80[\x00-\x05]", "a pickle", "pickle"),  # what torch.save wrote before version 1.6
     FileKind(rb".{3}[\x00-\x05]\0{4}\{", "a safetensors file", "safetensors"),  # length of the header, header
-    FileKind(rb"version https://git-lfs", "a Git LFS pointer, cloned without Git LFS", remedy="run git lfs pull"),
+    FileKind(rb"version https://git-lfs", "a Git LFS pointer, not the file", remedy="run git lfs pull"),
     FileKind(rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", remedy="convert it to PNG or JPEG"),
     FileKind(rb"%PDF-", "a PDF document", remedy="export its page as PNG"),
     FileKind(rb"\x89HDF\r\n", "an HDF5 file, as of Keras", remedy="networks of PyTorch are explained here"),
@@ -800,8 +800,6 @@ NAME_KEYS = (  # lists in the order of the outputs, or dictionaries from name to
     "class_names", "classes", "class_to_idx", "idx_to_class", "id2label", "label2id", "label_names", "labels",
     "names",
 )  # fmt: skip
-PREPARATION = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-
 AGAIN = "copy or download the checkpoint again"
 PLAIN = "torch.save(model.state_dict(), PATH)"
 ZERO = "run the zero_to_fp32.py that lies in its folder"
@@ -874,11 +872,8 @@ def is_demo(checkpoint: Path) -> bool:
 
 def candidates(family: Family, folder: Path) -> list[Path]:
     """The checkpoints of a family in a folder; demos only where there are no others."""
-    found = [
-        path
-        for path in sorted(folder.glob(f"{family.key}*"))
-        if path.suffix in CHECKPOINT_SUFFIXES or any((path / name).is_file() for name in HUB_FILES)
-    ]
+    named = sorted(folder.glob(f"{family.key}*"))
+    found = [path for path in named if path.suffix in CHECKPOINT_SUFFIXES or (path / "config.json").exists()]
     return [path for path in found if not is_demo(path)] or found
 
 
@@ -911,7 +906,7 @@ def check_not_mixed(checkpoints: Sequence[Path]) -> None:
     demos = [path for path in checkpoints if is_demo(path)]
     own = [path for path in checkpoints if not is_demo(path)]
     if demos and own:
-        cause = f"cannot be compared with {shown(demos[0])}, a demo network (trained on synthetic radiographs)"
+        cause = f"cannot be compared with {shown(demos[0])}, a demo network trained on synthetic radiographs"
         raise refusal(own[0], cause, "add the missing checkpoint, or choose one network with --model")
 
 
@@ -950,7 +945,8 @@ def check_archive(file: BinaryIO) -> None:
     if "constants.pkl" in names:
         raise ExplainError(f"a TorchScript archive, which holds code; {PLAIN} of the network itself")
     if "data.pkl" not in names:
-        raise ExplainError(f"an archive without weights of torch.save, as of Keras; {WANTED['checkpoint'][2]}")
+        remedy = WANTED["checkpoint"][2]
+        raise ExplainError(f"a zip archive without weights of PyTorch, as of Keras; {remedy}")
 
 
 def check_not_foreign(names: Iterable[str], path: Path) -> None:
@@ -967,9 +963,14 @@ def read_checkpoint(path: Path) -> dict[Any, Any]:
     Raises ExplainError where it is not a checkpoint or holds more than tensors and plain values.
     """
     check_checkpoint_path(path)
+    import torch
+
     try:
         with silenced(), opened(path, "checkpoint") as (_, use):
-            contents = read_safetensors(path) if use == "safetensors" else read_torch(path, use == "zip")
+            if use == "safetensors":
+                return read_safetensors(path)
+            with torch.serialization.safe_globals(harmless_types()):
+                contents = torch.load(path, map_location="cpu", weights_only=True, mmap=use == "zip")
     except Exception as error:  # torch lets out KeyError, EOFError, UnpicklingError; damaged files anything
         raise unreadable(path, error) from error
     if not isinstance(contents, dict):
@@ -986,22 +987,14 @@ def unreadable(path: Path, error: Exception) -> ExplainError:
         cause = f"damaged, or not written by torch.save ({type(error).__name__})"
         return refusal(path, cause, f"{AGAIN}, or {PLAIN}")
     check_not_foreign([found[0]], path)
-    cause = f"holds a whole network or another object ({found[0]}): code of the file would run, and none is run"
+    cause = f"holds a whole network or another object ({found[0]}), which needs its code, and none is run"
     return refusal(path, cause, f"{PLAIN} where it was trained")
-
-
-def read_torch(path: Path, is_mapped: bool) -> Any:
-    """What torch.save wrote; memory-mapped where it can be, so that the optimizer's state is never read."""
-    import torch
-
-    with torch.serialization.safe_globals(harmless_types()):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
 
 
 def harmless_types() -> list[Any]:
     """What trainers save beside tensors and plain values, some with the name that files know it by.
 
-    None runs code. Paths may come from another system, and defaultdicts become dicts.
+    None runs code. Paths may come from another system; defaultdicts and NumPy's numbers become plain.
     """
     types: list[Any] = [np.dtype, np.ndarray, list, argparse.Namespace]
     types += [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
@@ -1009,16 +1002,12 @@ def harmless_types() -> list[Any]:
     types.append((lambda *factory: {}, "collections.defaultdict"))
     array = np.zeros(0).__reduce__()[0]
     for core in ("numpy.core.multiarray", "numpy._core.multiarray"):  # before and from NumPy 2
-        types += [(plain_number, f"{core}.scalar"), (array, f"{core}._reconstruct")]
+        types.append((lambda kind, content: np.frombuffer(content, kind)[0].item(), f"{core}.scalar"))
+        types.append((array, f"{core}._reconstruct"))
     for module in ("pathlib", "pathlib._local"):  # the second is Python 3.13's
         for path in (PurePosixPath, PureWindowsPath):
             types += [(path, f"{module}.{path.__name__}"), (path, f"{module}.{path.__name__[4:]}")]
     return types
-
-
-def plain_number(kind: np.dtype[Any], content: bytes) -> float:
-    """Stands in for what makes a NumPy number of its bytes."""
-    return np.frombuffer(content, kind)[0].item()
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
@@ -1063,15 +1052,15 @@ def records(contents: dict[Any, Any]) -> list[dict[Any, Any]]:
             inner = record.get(name)
             if isinstance(inner, argparse.Namespace):
                 inner = vars(inner)
-            if isinstance(inner, dict):  # timm's pretrained_cfg tells of other weights' classes
-                found.append({**inner, "num_classes": None} if name == "pretrained_cfg" else inner)
+            if isinstance(inner, dict):
+                found.append(inner)
     return found
 
 
-def recorded(contents: dict[Any, Any], *names: str) -> Any:
-    """The first that a checkpoint records under these names; else None."""
+def recorded(contents: dict[Any, Any], *names: str, default: Any = None) -> Any:
+    """The first that a checkpoint records under these names."""
     found = (record.get(name) for name in names for record in records(contents))
-    return next((value for value in found if str(value) not in ("None", "")), None)
+    return next((value for value in found if str(value) not in ("None", "")), default)
 
 
 # The network's weights among all else
@@ -1101,8 +1090,8 @@ def dictionaries(
 
     tensors = {key: value for key, value in inside.items() if isinstance(value, torch.Tensor)}
     yield place, {key: tensor for key, tensor in tensors.items() if isinstance(key, str)}
-    for key, value in inside.items():
-        if isinstance(value, dict) and levels > 1 and not str(key).startswith("optim"):  # momenta have names too
+    for key, value in inside.items():  # but an optimizer's, whose momenta have the weights' names
+        if isinstance(value, dict) and levels > 1 and not str(key).startswith("optim"):
             yield from dictionaries(value, f"{place}.{key}".removeprefix(f"{TOP}."), levels - 1)
 
 
@@ -1133,28 +1122,22 @@ def chosen_source(
     usual = [[source for source in pool if source.place == place] for place in MODEL_KEYS]
     taken, *rivals = next(filter(None, usual), pool)
     if rivals:
-        names = " and ".join(source.name for source in [taken, *rivals[:2]])
-        raise refusal(path, f"holds weights more than once ({names})", f"save one set alone: {PLAIN}")
-    return taken, source_notes(taken, found, averaged, contents)
-
-
-def source_notes(
-    taken: Source, found: list[Source], averaged: list[Source], contents: dict[Any, Any]
-) -> list[str]:
-    """What to say where a file holds averaged weights, or more than one set."""
-    kind, other = ("averaged (EMA) weights", "plain") if taken in averaged else ("weights", "ema")
-    others = ", ".join(source.name for source in found if source is not taken)
-    keyless = [key for key, value in contents.items() if isinstance(value, dict) and words(str(key)) & AVERAGED]
-    notes = []
-    if others:
-        notes.append(f"{kind} taken from {taken.name}, not from {others}")
-    elif averaged:
-        notes.append(f"{kind} taken from {taken.name}, the only ones in the file")
-    if others and averaged:
-        notes[0] += f"; --weights {other} takes others"
+        cause = f"holds weights more than once ({taken.name} and {rivals[0].name})"
+        raise refusal(path, cause, f"save one set alone: {PLAIN}")
+    keyless = [key for key in contents if words(str(key)) & AVERAGED and isinstance(contents[key], dict)]
     if keyless and not averaged:  # as torch_ema saves them
-        notes.append(f"averaged weights under {', '.join(map(str, keyless))} have no keys: not used")
-    return notes
+        return taken, [f"averaged weights under {', '.join(map(str, keyless))} have no keys and are not used"]
+    return taken, source_notes(taken, found, averaged)
+
+
+def source_notes(taken: Source, found: list[Source], averaged: list[Source]) -> list[str]:
+    """What to say where a file holds averaged weights, or more than one set."""
+    others = ", ".join(source.name for source in found if source is not taken)
+    kind, other = ("averaged (EMA) weights", "plain") if taken in averaged else ("weights", "ema")
+    if not others:
+        return [f"{kind} taken from {taken.name}, the only ones in the file"] if averaged else []
+    note = f"{kind} taken from {taken.name}, not from {others}"
+    return [f"{note}; --weights {other} takes others" if averaged else note]
 
 
 def without_network(family: Family, contents: dict[Any, Any], path: Path) -> ExplainError:
@@ -1165,11 +1148,9 @@ def without_network(family: Family, contents: dict[Any, Any], path: Path) -> Exp
             return refusal(path, cause, f"give it to --{other.key}-checkpoint")
     keys = [key for _, tensors in dictionaries(contents) for key in tensors]
     check_not_foreign([*keys, *map(str, contents)], path)
-    if not keys:
-        return refusal(path, f"holds no weights under {', '.join(MODEL_KEYS)}", PLAIN)
     fitting = " or ".join(each.names.pattern.partition("(")[0] + "*" for each in FAMILIES.values())
-    cause = f"holds another network, without the key {family.landmark}"
-    return refusal(path, cause, f"give one of timm's {fitting}: this tool explains no others")
+    cause = f"holds another network, or none: no key {family.landmark} among its {len(keys)} weights"
+    return refusal(path, cause, f"give one of timm's {fitting}, saved by {PLAIN}")
 
 
 def weights_of(family: Family, source: Source, path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -1215,16 +1196,14 @@ def lone_layer(family: Family, source: Source, rest: dict[str, torch.Tensor], pa
         if tensor.ndim > 1 or len(tensor) == inputs  # other linear layers, convolutions, norms
     }
     parents = source.prefix.split(".")[:-1]
-    for count in range(len(parents), -1, -1):  # from the network's own modules to the whole
-        start = "".join(f"{name}." for name in parents[:count])
-        near = {name: tensor for name, tensor in layers.items() if name.startswith(start)}
-        if [tensor.shape[1:] for tensor in near.values()] == [(inputs,)]:
-            return next(iter(near))
-        if near:
-            cause = f"its head has other layers than a single linear one, {listed(list(near))}"
-            raise refusal(path, cause, "no other head can be explained here: train one linear layer")
-    cause = f"holds no head: neither {family.head} nor another linear layer of {inputs} inputs"
-    raise refusal(path, cause, f"{PLAIN} of the whole network")
+    starts = [".".join([*parents[:count], ""]) for count in range(len(parents), -1, -1)]
+    near = [[name for name in layers if name.startswith(start)] for start in starts]
+    found = next(filter(None, near), [])
+    if [layers[name].shape[1:] for name in found] != [(inputs,)]:
+        cause = f"lacks {family.head}, and what is left over is no single linear layer of {inputs} inputs"
+        remedy = "no other head can be explained here: train one linear layer"
+        raise refusal(path, f"{cause} but {listed(found)}", remedy)
+    return found[0]
 
 
 # What a file says of its network
@@ -1265,7 +1244,9 @@ def class_names_of(
     names = found[fitting[0]] if fitting else usual_names(given or CLASS_NAMES)
     if given and [*map(class_key, names)] != [*map(class_key, usual_names(given))]:
         raise refusal(path, f"records its own class names, {listed(names)}", "leave --class-names out")
-    check_outputs(outputs, recorded(contents, "num_classes"), names, path)
+    if len(names) != max(2, outputs):
+        cause = f"its head has {outputs} outputs, but the class names are {listed(names)}"
+        raise refusal(path, cause, "name them with --class-names, or save class_names in the checkpoint")
     notes = [f"one output: its sigmoid is the probability of {names[1]}"] if outputs == 1 else []
     if not (fitting or given):
         order = ", ".join(f"{index} = {name}" for index, name in enumerate(names))
@@ -1286,7 +1267,8 @@ def class_lists(contents: dict[Any, Any], path: Path) -> dict[str, tuple[str, ..
             if not all(re.fullmatch(r"(label|class)?[_ ]*\d+", name, re.IGNORECASE) for name in names):
                 found.setdefault(key, usual_names(names))  # LABEL_0, LABEL_1 say nothing
         elif key == "class_names" and value is not None:
-            raise unusable(key, value, f"a list of 2 to {MAX_CLASSES} different names", path)
+            cause = f"class_names is {brief(value)}, not a list of 2 to {MAX_CLASSES} different names"
+            raise refusal(path, cause, "correct class_names in the checkpoint")
     return found
 
 
@@ -1309,24 +1291,6 @@ def usual_names(names: Sequence[str]) -> tuple[str, ...]:
     return usual if len(set(usual)) == len(names) else tuple(map(printable, names))
 
 
-def check_outputs(outputs: int, claimed: object, names: Sequence[str], path: Path) -> None:
-    """Raise ExplainError unless the head has an output for each name, as many as the file claims.
-
-    One output speaks for two classes.
-    """
-    head = f"its head has {outputs} outputs"
-    if claimed is not None and (type(claimed) is not int or claimed not in (outputs, max(2, outputs))):
-        raise unusable("num_classes", claimed, f"{outputs}, as {head}", path)
-    if max(2, outputs) != len(names):
-        remedy = "name them with --class-names, or save class_names in the checkpoint"
-        raise refusal(path, f"{head}, but the class names are {listed(names)}", remedy)
-
-
-def unusable(name: str, value: object, wanted: str, path: Path) -> ExplainError:
-    """The refusal of what a file says of its network."""
-    return refusal(path, f"{name} is {brief(value)}, not {wanted}", f"correct {name} in the checkpoint")
-
-
 def are_class_names(value: object) -> bool:
     """Whether these are names that can be told apart by their letters and digits."""
     if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
@@ -1343,8 +1307,8 @@ def preprocessing_of(contents: dict[Any, Any], is_grey: bool, path: Path) -> tup
     interpolation = str(recorded(contents, "interpolation")).lower()
     if interpolation.upper() not in Image.Resampling.__members__:  # none; or random, of timm's trainer
         interpolation = "bilinear"
-    mean = channel_values(contents, "mean", IMAGENET_MEAN, 0, path)
-    std = channel_values(contents, "std", IMAGENET_STD, 0.001, path)
+    mean = channel_values("mean", recorded(contents, "mean", default=IMAGENET_MEAN), 0, path)
+    std = channel_values("std", recorded(contents, "std", default=IMAGENET_STD), 0.001, path)
     preprocessing = Preprocessing(side_of(contents, path), mean, std, interpolation)
     notes = []
     if preprocessing != Preprocessing():
@@ -1362,27 +1326,21 @@ def preprocessing_of(contents: dict[Any, Any], is_grey: bool, path: Path) -> tup
 
 def side_of(contents: dict[Any, Any], path: Path) -> int:
     """Pixels a side of the network's input. Raises ExplainError where what is recorded cannot be that."""
-    height = width = side = recorded(contents, *SIDE_KEYS)
-    if side is None:
-        return INPUT_SIZE
-    if isinstance(side, (list, tuple)) and len(side) > 1:  # height, width; timm's with the channels before
-        height, width = side[-2:]
-    if type(height) is not int or height not in INPUT_SIZES or width != height:
+    side = recorded(contents, *SIDE_KEYS, default=INPUT_SIZE)
+    if isinstance(side, (list, tuple)) and len(side) in (2, 3) and side[-2] == side[-1]:
+        side = side[-1]  # of height and width; timm's has the channels before them
+    if type(side) is not int or side not in INPUT_SIZES:
         wanted = f"one number of pixels from {INPUT_SIZES[0]} to {INPUT_SIZES[-1]}"
-        raise unusable("img_size", side, wanted, path)
-    return height
+        raise refusal(path, f"img_size is {brief(side)}, not {wanted}", "correct img_size in the checkpoint")
+    return side
 
 
-def channel_values(
-    contents: dict[Any, Any], name: str, default: tuple[float, ...], least: float, path: Path
-) -> tuple[float, ...]:
+def channel_values(name: str, values: Any, least: float, path: Path) -> tuple[float, ...]:
     """Three numbers, one for each of RGB in [0, 1]; one stands for all. Raises ExplainError for all else."""
-    values = recorded(contents, name)
-    if values is None:
-        return default
     is_list = isinstance(values, (list, tuple)) and len(values) in (1, 3)
     if not is_list or not all(type(value) in (int, float) and least <= value <= 1 for value in values):
-        raise unusable(name, values, f"three numbers from {least} to 1 for pixels in [0, 1]", path)
+        cause = f"{name} is {brief(values)}, not three numbers from {least} to 1 for pixels in [0, 1]"
+        raise refusal(path, cause, f"correct {name} in the checkpoint")
     return tuple(float(value) for value in [*values, *values, *values][:3])
 
 
@@ -1410,18 +1368,13 @@ def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], why: s
     """
     held = {key: described(tensor) for key, tensor in weights.items()}
     expected = {key: described(tensor) for key, tensor in network.state_dict().items()}
-    faults = {
-        "keys missing": [key for key in expected if key not in held and not key.endswith(COUNTER)],
-        "keys not in the network": [key for key in held if key not in expected],
-        "of another kind": [
-            f"{key} is {held[key]} in the file, {kind} in the network"
-            for key, kind in expected.items()
-            if held.get(key, kind) != kind
-        ],
-    }
-    told = [f"{what} {listed(items)}" for what, items in faults.items() if items]
-    if told:
-        cause = f"its {len(held)} weights do not fit the {len(expected)} of {why}: {', '.join(told)}"
+    faults = [
+        f"{key} is {held.get(key, 'missing')} in the file, {expected.get(key, 'missing')} in the network"
+        for key in expected | held
+        if held.get(key) != expected.get(key) and not key.endswith(COUNTER)
+    ]
+    if faults:
+        cause = f"its {len(held)} weights do not fit the {len(expected)} of {why}: {listed(faults)}"
         remedy = "give the file that was trained with that network, or correct the name in its config"
         if "assumed" in why:
             remedy = "record the timm name of the trained network as model_name in its config"
@@ -1438,20 +1391,12 @@ def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, 
     floats = {key: tensor.detach() for key, tensor in weights.items() if tensor.is_floating_point()}
     ready = {key: tensor.float() for key, tensor in floats.items()}
     # The sum is ten times as fast as isfinite alone, which decides only where a sum overflows.
-    bad = [key for key, tensor in ready.items() if not tensor.sum().isfinite() and not tensor.isfinite().all()]
+    bad = [key for key, tensor in ready.items() if not (tensor.sum().isfinite() or tensor.isfinite().all())]
     if bad:
         cause = f"NaN or infinite weights in {listed(bad)}"
         raise refusal(path, cause, "use a checkpoint from before the training diverged")
     kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in floats.values()} - {"float32"}
     return weights | ready, [f"{kind} weights computed in float32" for kind in sorted(kinds)]
-
-
-def for_two_classes(weights: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
-    """Weights with one output z as those with -z / 2 and z / 2, whose softmax is 1 - p and p = sigmoid(z)."""
-    import torch
-
-    halves = {key: tensor / 2 for key, tensor in weights.items() if key.startswith(f"{family.head}.")}
-    return weights | {key: torch.cat([-half, half]) for key, half in halves.items()}
 
 
 def build_network(architecture: str, outputs: int) -> torch.nn.Module:
@@ -1475,8 +1420,9 @@ def network_of(
     weights, notes = in_float32(weights, path)
     if takes_grey(family, weights):  # of RGB, the sum that is its grey
         weights[family.stem] = weights[family.stem] * torch.tensor(GREY_OF_RGB).view(1, 3, 1, 1)
-    if len(weights[f"{family.head}.weight"]) == 1:
-        weights = for_two_classes(weights, family)
+    if len(weights[f"{family.head}.weight"]) == 1:  # z as -z/2 and z/2, whose softmax is 1 - p and p = sigmoid(z)
+        head = [key for key in weights if key.startswith(f"{family.head}.")]
+        weights |= {key: torch.cat([-weights[key], weights[key]]) / 2 for key in head}
     network = build_network(architecture, len(weights[f"{family.head}.weight"]))
     check_fit(network, weights, f"{architecture} ({why})", path)
     counters = [key for key in network.state_dict() if key not in weights]  # which only training needs
@@ -1535,7 +1481,7 @@ def with_trainers_defaults(contents: dict[Any, Any], architecture: str) -> dict[
         return contents
     is_known = timm.models.is_model_pretrained(architecture)
     defaults = timm.get_pretrained_cfg(architecture if is_known else architecture.partition(".")[0])
-    return {**contents, "pretrained_cfg": {key: getattr(defaults, key) for key in PREPARATION}}
+    return {**contents, "pretrained_cfg": vars(defaults)}
 
 
 def choose_device(wanted: str) -> str:
