@@ -424,7 +424,7 @@ FILE_KINDS = (  # the first that fits counts
 
 WANTED = {  # which of the uses count, what they are together, and what to do without one
     "image": (("image", "dicom"), "an image that can be read here", "give a radiograph or convert it to PNG"),
-    "checkpoint": (("zip", "pickle", "safetensors"), "a checkpoint", "give a file of torch.save or safetensors"),
+    "checkpoint": (("zip", "pickle", "safetensors"), "a checkpoint", "give one of torch.save or safetensors"),
 }  # fmt: skip
 
 
@@ -775,6 +775,9 @@ def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.nd
 # Models
 # ------------------------------------------------------------------------------------------
 
+Contents = dict[Any, Any]  # of a checkpoint file
+Weights = dict[str, "torch.Tensor"]  # by the network's keys, or a file's
+
 INPUT_SIZES = range(64, 1025)  # pixels a side that are accepted
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")  # timm's trainer: .pth.tar
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder beside its config.json
@@ -957,7 +960,7 @@ def check_not_foreign(names: Iterable[str], path: Path) -> None:
             raise refusal(path, f"holds {what}", remedy)
 
 
-def read_checkpoint(path: Path) -> dict[Any, Any]:
+def read_checkpoint(path: Path) -> Contents:
     """What a checkpoint file holds; no code from it is run.
 
     Raises ExplainError where it is not a checkpoint or holds more than tensors and plain values.
@@ -1027,7 +1030,7 @@ def json_or_text(text: str) -> Any:
         return text
 
 
-def with_config_beside(family: Family, contents: dict[Any, Any], path: Path) -> dict[Any, Any]:
+def with_config_beside(family: Family, contents: Contents, path: Path) -> Contents:
     """Contents and what a config.json beside the file says, where that is of this network.
 
     Raises ExplainError where it is not JSON.
@@ -1044,7 +1047,7 @@ def with_config_beside(family: Family, contents: dict[Any, Any], path: Path) -> 
     return {**contents, "config.json": config} if belongs and own in ("None", other) else contents
 
 
-def records(contents: dict[Any, Any]) -> list[dict[Any, Any]]:
+def records(contents: Contents) -> list[Contents]:
     """The dictionaries in which a file says something of itself: the whole, and those within."""
     found = [contents]
     for record in found:
@@ -1057,7 +1060,7 @@ def records(contents: dict[Any, Any]) -> list[dict[Any, Any]]:
     return found
 
 
-def recorded(contents: dict[Any, Any], *names: str, default: Any = None) -> Any:
+def recorded(contents: Contents, *names: str, default: Any = None) -> Any:
     """The first that a checkpoint records under these names."""
     found = (record.get(name) for name in names for record in records(contents))
     return next((value for value in found if str(value) not in ("None", "")), default)
@@ -1071,7 +1074,7 @@ class Source(NamedTuple):
 
     place: str  # of the dictionary in the file
     prefix: str  # that wrappers put before the keys (module., model. ...)
-    tensors: dict[str, torch.Tensor]  # all of the dictionary
+    tensors: Weights  # all of the dictionary
 
     @property
     def name(self) -> str:
@@ -1082,9 +1085,7 @@ def words(key: str) -> set[str]:
     return set(re.split(r"[\W_]+", key.lower()))
 
 
-def dictionaries(
-    inside: dict[Any, Any], place: str = TOP, levels: int = 3
-) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def dictionaries(inside: Contents, place: str = TOP, levels: int = 3) -> Iterator[tuple[str, Weights]]:
     """Each dictionary in a file, down to the third level: its place, and its tensors with text keys."""
     import torch
 
@@ -1095,7 +1096,7 @@ def dictionaries(
             yield from dictionaries(value, f"{place}.{key}".removeprefix(f"{TOP}."), levels - 1)
 
 
-def sources(family: Family, contents: dict[Any, Any]) -> list[Source]:
+def sources(family: Family, contents: Contents) -> list[Source]:
     """Where a file holds weights of a family: wherever its landmark is among the keys."""
     return [
         Source(place, key.removesuffix(family.landmark), tensors)
@@ -1105,9 +1106,7 @@ def sources(family: Family, contents: dict[Any, Any]) -> list[Source]:
     ]
 
 
-def chosen_source(
-    family: Family, contents: dict[Any, Any], wanted: str, path: Path
-) -> tuple[Source, list[str]]:
+def chosen_source(family: Family, contents: Contents, wanted: str, path: Path) -> tuple[Source, list[str]]:
     """The weights to take, averaged ones first unless `wanted` is plain; and notes.
 
     Raises ExplainError where there are none of this family, or several and nothing tells which.
@@ -1140,7 +1139,7 @@ def source_notes(taken: Source, found: list[Source], averaged: list[Source]) -> 
     return [f"{note}; --weights {other} takes others" if averaged else note]
 
 
-def without_network(family: Family, contents: dict[Any, Any], path: Path) -> ExplainError:
+def without_network(family: Family, contents: Contents, path: Path) -> ExplainError:
     """The refusal of a file that holds no weights of a family, by what it holds instead."""
     for other in FAMILIES.values():
         if sources(other, contents):
@@ -1153,7 +1152,7 @@ def without_network(family: Family, contents: dict[Any, Any], path: Path) -> Exp
     return refusal(path, cause, f"give one of timm's {fitting}, saved by {PLAIN}")
 
 
-def weights_of(family: Family, source: Source, path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+def weights_of(family: Family, source: Source, path: Path) -> tuple[Weights, list[str]]:
     """The network's tensors by its own keys, and notes on what lies beside them.
 
     Raises ExplainError where that is a part of the network as well.
@@ -1182,7 +1181,7 @@ def weights_of(family: Family, source: Source, path: Path) -> tuple[dict[str, to
     return weights, notes
 
 
-def lone_layer(family: Family, source: Source, rest: dict[str, torch.Tensor], path: Path) -> str:
+def lone_layer(family: Family, source: Source, rest: Weights, path: Path) -> str:
     """The one linear layer that is left over for a head, nearest to the network's other weights.
 
     Raises ExplainError where there is none, or where it is not alone.
@@ -1209,9 +1208,7 @@ def lone_layer(family: Family, source: Source, rest: dict[str, torch.Tensor], pa
 # What a file says of its network
 
 
-def architecture_of(
-    family: Family, contents: dict[Any, Any], weights: dict[str, Any], path: Path
-) -> tuple[str, str]:
+def architecture_of(family: Family, contents: Contents, weights: Weights, path: Path) -> tuple[str, str]:
     """The timm name that the checkpoint records, else the one its shapes tell; and how that is known.
 
     The name is checked against the family's own: a foreign one could send timm to the network.
@@ -1228,7 +1225,7 @@ def architecture_of(
 
 
 def class_names_of(
-    contents: dict[Any, Any], outputs: int, given: Sequence[str] | None, path: Path
+    contents: Contents, outputs: int, given: Sequence[str] | None, path: Path
 ) -> tuple[tuple[str, ...], list[str]]:
     """The names of the classes in the order of the outputs, of one output those of both its sides; and notes.
 
@@ -1254,7 +1251,7 @@ def class_names_of(
     return names, notes
 
 
-def class_lists(contents: dict[Any, Any], path: Path) -> dict[str, tuple[str, ...]]:
+def class_lists(contents: Contents, path: Path) -> dict[str, tuple[str, ...]]:
     """All that a file says of the order of its classes, by its own name for that.
 
     Raises ExplainError where class_names is unusable; other names may stand for other things.
@@ -1299,7 +1296,7 @@ def are_class_names(value: object) -> bool:
     return 2 <= len(keys) == len(value) <= MAX_CLASSES
 
 
-def preprocessing_of(contents: dict[Any, Any], is_grey: bool, path: Path) -> tuple[Preprocessing, list[str]]:
+def preprocessing_of(contents: Contents, is_grey: bool, path: Path) -> tuple[Preprocessing, list[str]]:
     """How the checkpoint says images are prepared, else as both networks were trained; and notes.
 
     Raises ExplainError where it says something unusable.
@@ -1324,7 +1321,7 @@ def preprocessing_of(contents: dict[Any, Any], is_grey: bool, path: Path) -> tup
     return preprocessing, notes
 
 
-def side_of(contents: dict[Any, Any], path: Path) -> int:
+def side_of(contents: Contents, path: Path) -> int:
     """Pixels a side of the network's input. Raises ExplainError where what is recorded cannot be that."""
     side = recorded(contents, *SIDE_KEYS, default=INPUT_SIZE)
     if isinstance(side, (list, tuple)) and len(side) in (2, 3) and side[-2] == side[-1]:
@@ -1344,7 +1341,7 @@ def channel_values(name: str, values: Any, least: float, path: Path) -> tuple[fl
     return tuple(float(value) for value in [*values, *values, *values][:3])
 
 
-def accuracy_text(contents: dict[Any, Any]) -> str:
+def accuracy_text(contents: Contents) -> str:
     """What a checkpoint says about its accuracy, under the name it uses.
 
     Trainers record percent; whether a number up to 1 is meant as a share, the file does not say.
@@ -1361,7 +1358,7 @@ def accuracy_text(contents: dict[Any, Any]) -> str:
 # Into the network
 
 
-def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], why: str, path: Path) -> None:
+def check_fit(network: torch.nn.Module, weights: Weights, why: str, path: Path) -> None:
     """Raise ExplainError unless the weights have the network's keys, shapes and kinds of number.
 
     `why` says which network that is and how that is known.
@@ -1386,7 +1383,7 @@ def described(tensor: torch.Tensor) -> str:
     return f"{'x'.join(map(str, tensor.shape)) or 'one'} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+def in_float32(weights: Weights, path: Path) -> tuple[Weights, list[str]]:
     """The weights as they are computed with. Raises ExplainError where some are NaN or infinite."""
     floats = {key: tensor.detach() for key, tensor in weights.items() if tensor.is_floating_point()}
     ready = {key: tensor.float() for key, tensor in floats.items()}
@@ -1409,7 +1406,7 @@ def build_network(architecture: str, outputs: int) -> torch.nn.Module:
 
 
 def network_of(
-    family: Family, architecture: str, why: str, weights: dict[str, torch.Tensor], path: Path
+    family: Family, architecture: str, why: str, weights: Weights, path: Path
 ) -> tuple[torch.nn.Module, list[str]]:
     """The network with these weights on the CPU, for RGB and two or more classes, in eval mode; and notes.
 
@@ -1420,7 +1417,7 @@ def network_of(
     weights, notes = in_float32(weights, path)
     if takes_grey(family, weights):  # of RGB, the sum that is its grey
         weights[family.stem] = weights[family.stem] * torch.tensor(GREY_OF_RGB).view(1, 3, 1, 1)
-    if len(weights[f"{family.head}.weight"]) == 1:  # z as -z/2 and z/2, whose softmax is 1 - p and p = sigmoid(z)
+    if len(weights[f"{family.head}.weight"]) == 1:  # z as -z/2 and z/2: softmax gives sigmoid(z)
         head = [key for key in weights if key.startswith(f"{family.head}.")]
         weights |= {key: torch.cat([-weights[key], weights[key]]) / 2 for key in head}
     network = build_network(architecture, len(weights[f"{family.head}.weight"]))
@@ -1431,7 +1428,7 @@ def network_of(
     return network.eval().requires_grad_(False), notes
 
 
-def takes_grey(family: Family, weights: dict[str, torch.Tensor]) -> bool:
+def takes_grey(family: Family, weights: Weights) -> bool:
     return family.stem in weights and weights[family.stem].shape[1:2] == (1,)
 
 
@@ -1450,16 +1447,16 @@ def load_classifier(
     architecture, why = architecture_of(family, contents, tensors, path)
     outputs = len(tensors[f"{family.head}.weight"])
     class_names, class_notes = class_names_of(contents, outputs, class_names, path)
-    contents = with_trainers_defaults(contents, architecture)
-    preprocessing, preprocessing_notes = preprocessing_of(contents, takes_grey(family, tensors), path)
+    prepared = with_trainers_defaults(contents, architecture)
+    preprocessing, preprocessing_notes = preprocessing_of(prepared, takes_grey(family, tensors), path)
     try:
         network, number_notes = network_of(family, architecture, why, tensors, path)
         network.to(device)
     except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
-            raise
-        remedy = "close other programs, or choose --device cpu"
-        raise refusal(path, f"not enough memory for its network on {device}", remedy) from error
+        if lacks_memory(error):
+            cause = f"not enough memory for its network on {device}"
+            raise refusal(path, cause, "close other programs, or choose --device cpu") from error
+        raise
     model = Model(
         family=family,
         architecture=architecture,
@@ -1473,7 +1470,7 @@ def load_classifier(
     return Classifier(model, network)
 
 
-def with_trainers_defaults(contents: dict[Any, Any], architecture: str) -> dict[Any, Any]:
+def with_trainers_defaults(contents: Contents, architecture: str) -> Contents:
     """Contents of timm's trainer with what it prepares images by where its options say nothing."""
     import timm
 
