@@ -160,7 +160,10 @@ def test_heat_inside_the_box_is_a_share_and_chance_is_its_area():
     assert pointing(an_explanation(raw_map=UNIFORM), [left_half]).heat == pytest.approx(0.5)
     assert pointing(an_explanation(raw_map=UNIFORM), [left_half]).area == pytest.approx(0.5)
     assert pointing(an_explanation(raw_map=spot(3, 0)), [left_half]).heat == pytest.approx(1)
-    assert pointing(an_explanation(raw_map=spot(3, 6)), [left_half]).heat == 0
+    found = pointing(an_explanation(raw_map=spot(3, 6)), [left_half])
+    assert found.heat == 0
+    said = tool.pointing_text(found).replace("\u00a0", " ")
+    assert said == "⚠️  Maximum outside the true fracture's box; 0 % of the heat inside, 50 % of the area"
 
 
 def test_a_box_and_a_map_that_are_not_square_point_alike():
