@@ -245,6 +245,10 @@ def test_each_image_keeps_its_last_row(explain, folder, tmp_path):
     for target in ("0", "1"):
         assert explain("--image", folder, *asked, "--target-class", target) == 0
     assert [row["convnext_explained"] for row in table(tmp_path)] == ["Simple Fracture"] * 5
+    columns = ["file", "digest"]
+    for digest in ("old", "new"):  # as a run leaves them that was interrupted
+        tool.add_row(tmp_path, {"file": "a.png", "digest": digest}, columns)
+    assert [row["digest"] for row in tool.earlier_rows(tmp_path, columns).values()] == ["new"]
 
 
 def test_a_column_that_becomes_needed_later_is_added(explain, folder, tmp_path):
