@@ -123,9 +123,8 @@ def told(request: pytest.FixtureRequest, classifiers: dict[str, tool.Classifier]
     asked += [f"--output-dir={folder / 'out'}", "--method", *METHODS, "--save-maps", "--save-panels", "--batch-size=3", "--device=cpu", "--dpi=30"]
     asked += [f"--target-class={target}"] if target else []
 
-    def page_figure(view: tool.View, explanations: list[Explanation]) -> tool.Sheet:
+    def page_figure(view: tool.View, explanations: list[Explanation]) -> None:
         pages["last"] = view, list(explanations)
-        return tool.Sheet(1, 1)
 
     def write_page(result: tool.Result, page: tool.Page, style: tool.FigureStyle, write=tool.write_page) -> None:
         write(result, page, style)
@@ -137,6 +136,7 @@ def told(request: pytest.FixtureRequest, classifiers: dict[str, tool.Classifier]
         for name, value in (("MAX_DRAWING_PROCESSES", 0), ("MOVED_MASKS", 3), ("FEW_MAPS", 2)):
             patch.setattr(tool, name, value)
         patch.setattr(tool, "page_figure", page_figure)
+        patch.setattr(tool, "figure_bytes", lambda *_: b"")
         patch.setattr(tool, "write_page", write_page)
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(errors):
             assert tool.main(asked) == 1  # of the bad file
