@@ -1186,11 +1186,12 @@ def without_network(family: Family, contents: Contents, path: Path) -> ExplainEr
     return refusal(path, cause, f"give one of timm's {fitting}, saved by {PLAIN}")
 
 
-def weights_of(family: Family, source: Source, path: Path) -> tuple[Weights, list[str]]:
-    """The network's tensors by its own keys, and notes on what lies beside them.
+def weights_of(family: Family, contents: Contents, wanted: str, path: Path) -> tuple[Weights, list[str]]:
+    """The network's tensors by its own keys, averaged ones unless `wanted` is plain; and notes.
 
-    Raises ExplainError where that is a part of the network as well.
+    Raises ExplainError where a file holds none, or more than a plain network.
     """
+    source, notes = chosen_source(family, contents, wanted, path)
     check_not_foreign([*source.tensors, *{type(tensor).__name__ for tensor in source.tensors.values()}], path)
     if not source.tensors[f"{source.prefix}{family.landmark}"].numel():
         raise refusal(path, "holds the places of weights alone, as DeepSpeed saves them", ZERO)
@@ -1204,7 +1205,6 @@ def weights_of(family: Family, source: Source, path: Path) -> tuple[Weights, lis
             weights[key] = tensor
         elif not name.startswith(tuple(copies)):
             rest[name] = tensor
-    notes = []
     if ends[0] not in weights:
         layer = lone_layer(family, source, rest, path)
         weights[ends[0]] = rest.pop(f"{layer}.weight")
@@ -1476,8 +1476,7 @@ def load_classifier(
     """
     path = weights_file(path)
     contents = with_config_beside(family, read_checkpoint(path), path)
-    source, source_notes = chosen_source(family, contents, weights, path)
-    tensors, rest_notes = weights_of(family, source, path)
+    tensors, weight_notes = weights_of(family, contents, weights, path)
     architecture, why = architecture_of(family, contents, tensors, path)
     outputs = len(tensors[f"{family.head}.weight"])
     class_names, class_notes = class_names_of(contents, outputs, class_names, path)
@@ -1488,8 +1487,8 @@ def load_classifier(
         network.to(device)
     except (MemoryError, RuntimeError) as error:
         if lacks_memory(error):
-            cause = f"not enough memory for its network on {device}"
-            raise refusal(path, cause, "close other programs, or choose --device cpu") from error
+            remedy = "close other programs, or choose --device cpu"
+            raise refusal(path, f"not enough memory on {device}", remedy) from error
         raise
     model = Model(
         family=family,
@@ -1499,7 +1498,7 @@ def load_classifier(
         class_names=class_names,
         preprocessing=preprocessing,
         score_scale=2.0 if outputs == 1 else 1.0,
-        notes=(*source_notes, *rest_notes, *class_notes, *number_notes, *preprocessing_notes),
+        notes=(*weight_notes, *class_notes, *number_notes, *preprocessing_notes),
     )
     return Classifier(model, network)
 

@@ -130,9 +130,7 @@ def test_wrapper_prefixes_are_removed(key: str, pristine: dict[str, Any], prefix
 
 def taken(contents: dict[Any, Any], key: str = "convnext", wanted: str = "ema") -> tuple[dict[str, torch.Tensor], list[str]]:
     """Weights and notes from the contents of a file, without one: for what is found before a network is built."""
-    source, notes = tool.chosen_source(tool.FAMILIES[key], contents, wanted, Path("x.pth"))
-    weights, more = tool.weights_of(tool.FAMILIES[key], source, Path("x.pth"))
-    return weights, notes + more
+    return tool.weights_of(tool.FAMILIES[key], contents, wanted, Path("x.pth"))
 
 
 def are_same(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
