@@ -682,9 +682,7 @@ def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
     except ImportError as error:
         raise ExplainError("a DICOM file, which needs pydicom; pip install pydicom") from error
     dataset = dcmread(file, force=True)  # also without preamble and file meta information
-    is_implicit = dataset.original_encoding[0]
-    syntax = uid.ImplicitVRLittleEndian if is_implicit else uid.ExplicitVRLittleEndian
-    dataset.file_meta.setdefault("TransferSyntaxUID", syntax)
+    dataset.file_meta.setdefault("TransferSyntaxUID", uid.ExplicitVRLittleEndian)  # for pixels, as implicit
     if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise ExplainError("a DICOM file without an image in it; give one that holds the radiograph")
     check_size(dataset.Columns, dataset.Rows)

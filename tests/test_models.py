@@ -210,6 +210,7 @@ BESIDE = {
     "criterion.pos_weight": torch.ones(2), "loss_fn.weight": torch.ones(2), "metrics.confusion": torch.ones(2, 2),
     "train_acc.tp": torch.zeros(2), "model.total_ops": torch.zeros(1), "model.stages.0.total_params": torch.zeros(1),
     "ema.decay": torch.ones(()), "class_weights": torch.ones(2), "center_loss.weight": torch.ones(2, 320),
+    "projector.weight": torch.ones(8, 320),
 }  # fmt: skip
 
 
