@@ -20,7 +20,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 import explainability as tool
-from conftest import HEADS, TINY, save, users_checkpoint
+from conftest import HEADS, TINY, a_model, an_explanation, save, users_checkpoint
 from explainability import CHECKS, CLASS_NAMES, FAMILIES, Evidence, Explanation
 
 COMMINUTED, SIMPLE = CLASS_NAMES
@@ -347,3 +347,33 @@ def test_the_summary_counts_where_the_models_differ(told):
     assert f"Maps share {mean} of their heat on average, in {few} of {len(found)} images too little" in told.out
     assert "Images: 4 done, 1 failed" in told.out and "bad.png" in told.err
     assert "method gradcam lrp" in (told.folder / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_each_copy_that_a_network_is_asked_about_is_changed_where_it_says():
+    """The copies themselves: covered on the marker, erased on the hot area, and as much elsewhere."""
+    import torch
+
+    class Spy(torch.nn.Module):
+        """Keeps what it is given; its scores are the copies' numbers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.given = torch.nn.Parameter(torch.zeros(1)), []
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            self.given.append(inputs)
+            return torch.arange(2.0 * len(inputs)).view(-1, 2)
+
+    image = np.random.default_rng(0).normal(size=(3, 224, 224)).astype(np.float32)
+    raw_map, box, spy = np.zeros((7, 7), np.float32), (150, 170, 175, 200), Spy()
+    raw_map[1, 2] = 1
+    explanation, landmarks = an_explanation(raw_map=raw_map), tool.Landmarks(np.ones((7, 7)), (box,))
+    trial = tool.tried(tool.Classifier(a_model(), spy), image, explanation, landmarks, 64)
+    blurred, letter, line, covered, elsewhere, hot, *moved = (spy.given[0].numpy() != image).any(axis=1)
+    numbers = [part[:, 0].tolist() for part in (trial.blurred, trial.added, trial.covered, trial.erased)]
+    assert numbers == [[0], [2, 4], [6, 8], [10 + 2 * number for number in range(len(moved) + 1)]]
+    inside, mask = tool.box_mask([box], 224), tool.hot_mask(explanation.heatmap, 224)
+    assert blurred.mean() > 0.99 and 0 < letter.mean() < 0.1 and 0 < line.mean() < 0.1
+    assert covered[inside].all() and covered.mean() < 0.05 and not elsewhere[inside].any() and elsewhere.any()
+    assert (hot == mask).mean() > 0.999 and moved
+    assert all(abs(int(each.sum()) - int(mask.sum())) < 9 and (each & mask).sum() < 0.25 * mask.sum() for each in moved)
