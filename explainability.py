@@ -682,9 +682,7 @@ def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
     except ImportError as error:
         raise ExplainError("a DICOM file, which needs pydicom; pip install pydicom") from error
     dataset = dcmread(file, force=True)  # also without preamble and file meta information
-    is_implicit = dataset.original_encoding[0]
-    syntax = uid.ImplicitVRLittleEndian if is_implicit else uid.ExplicitVRLittleEndian
-    dataset.file_meta.setdefault("TransferSyntaxUID", syntax)
+    dataset.file_meta.setdefault("TransferSyntaxUID", uid.ExplicitVRLittleEndian)  # for pixels, as implicit
     if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise ExplainError("a DICOM file without an image in it; give one that holds the radiograph")
     check_size(dataset.Columns, dataset.Rows)
@@ -1186,11 +1184,12 @@ def without_network(family: Family, contents: Contents, path: Path) -> ExplainEr
     return refusal(path, cause, f"give one of timm's {fitting}, saved by {PLAIN}")
 
 
-def weights_of(family: Family, source: Source, path: Path) -> tuple[Weights, list[str]]:
-    """The network's tensors by its own keys, and notes on what lies beside them.
+def weights_of(family: Family, contents: Contents, wanted: str, path: Path) -> tuple[Weights, list[str]]:
+    """The network's tensors by its own keys, averaged ones unless `wanted` is plain; and notes.
 
-    Raises ExplainError where that is a part of the network as well.
+    Raises ExplainError where a file holds none, or more than a plain network.
     """
+    source, notes = chosen_source(family, contents, wanted, path)
     check_not_foreign([*source.tensors, *{type(tensor).__name__ for tensor in source.tensors.values()}], path)
     if not source.tensors[f"{source.prefix}{family.landmark}"].numel():
         raise refusal(path, "holds the places of weights alone, as DeepSpeed saves them", ZERO)
@@ -1204,7 +1203,6 @@ def weights_of(family: Family, source: Source, path: Path) -> tuple[Weights, lis
             weights[key] = tensor
         elif not name.startswith(tuple(copies)):
             rest[name] = tensor
-    notes = []
     if ends[0] not in weights:
         layer = lone_layer(family, source, rest, path)
         weights[ends[0]] = rest.pop(f"{layer}.weight")
@@ -1476,8 +1474,7 @@ def load_classifier(
     """
     path = weights_file(path)
     contents = with_config_beside(family, read_checkpoint(path), path)
-    source, source_notes = chosen_source(family, contents, weights, path)
-    tensors, rest_notes = weights_of(family, source, path)
+    tensors, weight_notes = weights_of(family, contents, weights, path)
     architecture, why = architecture_of(family, contents, tensors, path)
     outputs = len(tensors[f"{family.head}.weight"])
     class_names, class_notes = class_names_of(contents, outputs, class_names, path)
@@ -1488,8 +1485,8 @@ def load_classifier(
         network.to(device)
     except (MemoryError, RuntimeError) as error:
         if lacks_memory(error):
-            cause = f"not enough memory for its network on {device}"
-            raise refusal(path, cause, "close other programs, or choose --device cpu") from error
+            remedy = "close other programs, or choose --device cpu"
+            raise refusal(path, f"not enough memory on {device}", remedy) from error
         raise
     model = Model(
         family=family,
@@ -1499,7 +1496,7 @@ def load_classifier(
         class_names=class_names,
         preprocessing=preprocessing,
         score_scale=2.0 if outputs == 1 else 1.0,
-        notes=(*source_notes, *rest_notes, *class_notes, *number_notes, *preprocessing_notes),
+        notes=(*weight_notes, *class_notes, *number_notes, *preprocessing_notes),
     )
     return Classifier(model, network)
 
@@ -1570,7 +1567,7 @@ class ForwardPass:
     activations: torch.Tensor  # (B, C, h, w) of the target layer
     gradients: torch.Tensor  # (B, C, h, w) d score / d activations
     at_once: int  # inputs that memory has room for in one pass
-    features: torch.Tensor | None = None  # (B, D) input of the head, where there is a reference
+    features: torch.Tensor | None = None  # (B, D) input of the head
 
     @property
     def scores(self) -> torch.Tensor:
@@ -1670,9 +1667,7 @@ def forward_pass(
     family, network = classifier.model.family, classifier.network
     at_once = min(at_once, max(1, at_once * INPUT_SIZE**2 // inputs[0, 0].numel()))
     wanted = None if target is None else torch.full((len(inputs),), target, device=inputs.device)
-    features, hook = [None], contextlib.nullcontext()
-    if classifier.reference:
-        features, hook = head_inputs(network, family.head)
+    features, hook = head_inputs(network, family.head)
     with hook:
         logits, *rest = layer_gradients(network, family.target_layer, inputs, wanted)
     if not torch.isfinite(logits).all():
@@ -1818,8 +1813,10 @@ HELD_LAYERS: dict[str, Callable[..., torch.Tensor]] = {
     "SiLU": lambda layer, count, inputs: inputs * held(inputs[:count].sigmoid(), inputs),
     "Sigmoid": lambda layer, count, inputs: held(inputs[:count].sigmoid(), inputs),  # gates of SqueezeExcite
 }
-LINEAR_LAYERS = {"Conv2d", "Conv2dSame", "Linear", "BatchNorm2d", "AdaptiveAvgPool2d", "AvgPool2d"}
-IDLE_LAYERS = {"Identity", "Flatten", "Dropout"}  # in eval mode, as BatchNorm2d is linear there
+LINEAR_LAYERS = {
+    "Conv2d", "Conv2dSame", "Linear", "BatchNorm2d", "AdaptiveAvgPool2d", "AvgPool2d",
+    "Identity", "Flatten", "Dropout",
+}  # fmt: skip  # in eval mode
 
 
 @contextlib.contextmanager
@@ -1831,7 +1828,7 @@ def held_factors(network: torch.nn.Module, count: int) -> Iterator[None]:
     """
     layers = [(layer, type(layer).__name__) for layer in network.modules()]
     leaves = {name for layer, name in layers if not list(layer.children())}
-    unknown = sorted(leaves - HELD_LAYERS.keys() - LINEAR_LAYERS - IDLE_LAYERS)
+    unknown = sorted(leaves - HELD_LAYERS.keys() - LINEAR_LAYERS)
     if unknown:
         cause = f"no rule for {', '.join(unknown)} in this network"
         raise ExplainError(f"--method lrp: {cause}; choose another method")
@@ -2119,7 +2116,6 @@ SHARPNESS, SHARPNESS_REACH = 0.13, 2  # mean of |Laplacian| in and round a box; 
 
 NEAREST = 3  # reference images that are told
 AGREEMENT = "map_agreement"  # the check of a pair
-AGREEMENT_LIMIT = 0.05  # equal maps share 1, of parts of one fracture less, of two places next to nothing
 CONFIDENCE_LIMIT = 0.95  # the guide's, for clear cases
 ERASING_BLUR = 8 / 224  # of the image's side: standard deviation of the Gaussian that erases
 ERASED_AREA = 0.2  # of the image, the hottest
@@ -2132,7 +2128,6 @@ MAX_OVERLAP = 0.25  # of a moved mask with what it was moved from
 MARKER_MARGIN = 4  # pixels of CHECKED_SIDE round a covered marker
 
 FEW_MAPS = 20  # fewer tell more about chance than about the network
-
 
 
 # What a radiograph shows
@@ -2177,8 +2172,13 @@ def dense_shares(grey: np.ndarray) -> np.ndarray:
     Means of 3 x 3 pixels are compared, or noise in the dark would count.
     """
     smooth = (over_windows(grey.astype(np.uint16), 1, np.add) // 9).astype(np.uint8)
+    return shares_of_cells(smooth > otsu_threshold(smooth))
+
+
+def shares_of_cells(mask: np.ndarray) -> np.ndarray:
+    """Share of each cell's pixels that are in a mask (CHECKED_SIDE, CHECKED_SIDE): (CELLS, CELLS)."""
     side = CHECKED_SIDE // CELLS
-    return (smooth > otsu_threshold(smooth)).reshape(CELLS, side, CELLS, side).mean(axis=(1, 3))
+    return mask.reshape(CELLS, side, CELLS, side).mean(axis=(1, 3))
 
 
 def marker_boxes(grey: np.ndarray) -> Iterator[PixelBox]:
@@ -2281,12 +2281,6 @@ def heat_on_cells(raw_map: np.ndarray) -> np.ndarray:
     return overlaps(CELLS, h) @ (heat / total) @ overlaps(CELLS, w).T
 
 
-def touched_cells(boxes: Iterable[PixelBox]) -> np.ndarray:
-    """(CELLS, CELLS) bool: the cells that boxes touch."""
-    side = CHECKED_SIDE // CELLS
-    return box_mask(boxes, CHECKED_SIDE).reshape(CELLS, side, CELLS, side).any(axis=(1, 3))
-
-
 @dataclass(frozen=True)
 class Trial:
     """What a network says of changed copies of a radiograph: class scores before the softmax, (n, K) each."""
@@ -2345,7 +2339,8 @@ def dark(evidence: Evidence) -> Said:
 
 def markers(evidence: Evidence) -> Said:
     """Share of the heat in cells that a marker's box touches; 0 where there is no marker."""
-    share = float(evidence.heat[touched_cells(evidence.landmarks.markers)].sum())
+    touched = shares_of_cells(box_mask(evidence.landmarks.markers, CHECKED_SIDE)) > 0
+    share = float(evidence.heat[touched].sum())
     return share, f"{percent(share)} of the heat lies on cells with a marker or text"
 
 
@@ -2502,7 +2497,8 @@ CHECKS = {check.key: check for check in (
     Check("markers", "Focus on text/labels/artifacts", "map", markers, operator.gt, 0.2),
     # Of noise that is positive in half of the cells it is 0.8; of a uniform map 0.25.
     Check("focus", "No clear focal point", "map", focus, operator.lt, 0.8),
-    Check(AGREEMENT, "Models strongly disagree", "pair", agreement, operator.lt, AGREEMENT_LIMIT),
+    # Equal maps share 1, of parts of one fracture less, of two places next to nothing.
+    Check(AGREEMENT, "Models strongly disagree", "pair", agreement, operator.lt, 0.05),
     Check("confidence", "Low confidence overall", "prediction", confidence, operator.lt, CONFIDENCE_LIMIT),
     Check("unlike", "Unlike the reference", "reference", unlike, operator.lt, 0.05),
     Check("neighbours", "Similar cases contradict", "reference", neighbours, operator.lt, 1 / (2 * NEAREST)),
@@ -2716,15 +2712,12 @@ class Observation:
     explained: str  # class
     heat: np.ndarray  # (CELLS, CELLS) shares; all 0 for a blank map
     has_marker: bool
-    findings: tuple[Finding, ...]
-
-    def value(self, check: str) -> float:
-        return next(finding.value for finding in self.findings if finding.check == check)
+    values: dict[str, float]  # what each check measured
 
 
 def observation(explanation: Explanation, landmarks: Landmarks) -> Observation:
-    heat = heat_on_cells(explanation.raw_map)
-    return Observation(explanation.explained_class, heat, bool(landmarks.markers), explanation.findings)
+    heat, values = heat_on_cells(explanation.raw_map), {each.check: each.value for each in explanation.findings}
+    return Observation(explanation.explained_class, heat, bool(landmarks.markers), values)
 
 
 def mean_correlation(heats: np.ndarray) -> float:
@@ -2736,11 +2729,6 @@ def mean_correlation(heats: np.ndarray) -> float:
     standardised = (flat - flat.mean(axis=1, keepdims=True)) / flat.std(axis=1, keepdims=True)
     summed = (standardised.sum(axis=0) ** 2).mean()
     return float((summed - len(heats)) / (len(heats) * (len(heats) - 1)))
-
-
-def same_cell_share(heats: np.ndarray) -> float:
-    """The largest share of maps whose hottest cell is the same one: (n, CELLS, CELLS)."""
-    return float(np.bincount(heats.reshape(len(heats), -1).argmax(axis=1)).max() / len(heats))
 
 
 def audit_line(text: str, value: float, limit: float, form: Callable[[float], str] = percent) -> str:
@@ -2759,10 +2747,10 @@ def audit_lines(observations: Sequence[Observation]) -> list[str]:
         return []
     lines = []
     for name in sorted({each.explained for each in observations}):
-        blank = [each.value("blank") for each in observations if each.explained == name]
+        blank = [each.values["blank"] for each in observations if each.explained == name]
         if any(blank) and len(blank) >= FEW_MAPS:
             lines.append(audit_line(f"Blank maps for {printable(name)}", float(np.mean(blank)), 0.5))
-    placed = [each for each in observations if not each.value("blank")]
+    placed = [each for each in observations if not each.values["blank"]]
     if len(placed) < FEW_MAPS:
         few = f"needs {FEW_MAPS} maps that are not blank, here {len(placed)}"
         return [*lines, f"Same place in every image: {few}"]
@@ -2773,16 +2761,16 @@ def placed_lines(placed: Sequence[Observation]) -> list[str]:
     """The same of maps that have a place to judge: fractures lie in different places, in bone."""
     heats = np.stack([each.heat for each in placed])
     same = "Same place in every image, mean correlation of the maps"
-    dark = np.mean([each.value("dark") for each in placed])
+    ((_, most),) = Counter(each.heat.argmax() for each in placed).most_common(1)
+    dark = np.mean([each.values["dark"] for each in placed])
     lines = [
         audit_line(same, mean_correlation(heats), 0.5, "{:.2f}".format),
-        audit_line("Same hottest cell", same_cell_share(heats), 0.5),
+        audit_line("Same hottest cell", most / len(placed), 0.5),
         audit_line("Mean heat where nothing as dense as bone is", dark, 0.25),
     ]
-    marked = [each.value("markers") for each in placed if each.has_marker]
+    marked = [each.values["markers"] for each in placed if each.has_marker]
     if len(marked) >= FEW_MAPS:
-        text = "Mean heat on markers, where there are any"
-        lines.append(audit_line(text, np.mean(marked), 0.1))
+        lines.append(audit_line("Mean heat on markers, where there are any", np.mean(marked), 0.1))
     return lines
 
 
@@ -2799,15 +2787,12 @@ def pointing(explanation: Explanation, boxes: Sequence[Region]) -> Pointing:
     h, w = explanation.raw_map.shape
     row, column = np.unravel_index(explanation.raw_map.argmax(), (h, w))
     x, y = (column + 0.5) / w, (row + 0.5) / h
-    grown = [with_margin(box, min(h, CELLS), min(w, CELLS)) for box in boxes]
-    is_inside = any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in grown)
-    mask = np.zeros((CHECKED_SIDE, CHECKED_SIDE), bool)
-    for box in grown:
-        left, top, right, bottom = (round(end * CHECKED_SIDE) for end in box)
-        mask[top:bottom, left:right] = True
+    larger = [with_margin(box, min(h, CELLS), min(w, CELLS)) for box in boxes]
+    is_inside = any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in larger)
+    mask = box_mask([[round(end * CHECKED_SIDE) for end in box] for box in larger], CHECKED_SIDE)
     heat = enlarged(explanation.heatmap, CHECKED_SIDE)
     share = heat[mask].sum() / heat.sum() if heat.any() else 0
-    return Pointing(is_inside and not explanation.blankness, float(share), united_area(grown))
+    return Pointing(is_inside and not explanation.blankness, float(share), united_area(larger))
 
 
 def united_area(boxes: Sequence[Region]) -> float:
@@ -5091,10 +5076,6 @@ def own_reference(family: Family) -> Path:
     return CHECKPOINT_FOLDER / f"reference_{family.key}_demo.npz"
 
 
-def own_reference_mark(family: Family, checkpoint: Path) -> str:
-    return file_mark(own_reference(family)) if is_demo(checkpoint) else ""
-
-
 def stamps(images: Sequence[Path]) -> list[tuple[str, int, int]]:
     """What tells whether files are others, without reading them."""
     stats = [image.stat() for image in images]
@@ -5107,11 +5088,8 @@ def with_reference(classifier: Classifier, args: argparse.Namespace, images: Seq
     Raises ExplainError where too few of a class are there.
     """
     model, mark = classifier.model, network_mark(classifier)
-    if args.reference is None:
-        is_ours = is_demo(model.checkpoint)
-        return dataclasses.replace(
-            classifier, reference=read_reference(own_reference(model.family), mark) if is_ours else None
-        )
+    if args.reference is None:  # of any other network, the mark is another
+        return dataclasses.replace(classifier, reference=read_reference(own_reference(model.family), mark))
     cases = reference_cases(images, args.reference, model.class_names, args.anonymous)
     mark = digest_of(mark, cases, stamps([image for image, *_ in cases]))
     path = args.output_dir / f"reference_{model.family.key}_{mark}.npz"
@@ -5831,7 +5809,7 @@ def checked_request(args: argparse.Namespace) -> Request:
         (family.key, file_mark(path), file_mark(path.with_name("config.json"))) for family, path in checkpoints
     ]
     if not args.reference:
-        marks += [own_reference_mark(family, path) for family, path in checkpoints]
+        marks += [file_mark(own_reference(family)) for family, _ in checkpoints]
     question = args.weights, args.target_class, args.class_names, methods, style, args.verify
     asked = marks, question, table, stamps(reference)
     wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
