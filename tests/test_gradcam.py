@@ -36,7 +36,7 @@ def toy(head: Sequence[Sequence[float]], kernel: float = 1.0) -> Classifier:
     network.grid.bias.data.fill_(1)
     network.head.weight.data = torch.tensor(head)
     plain = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # activations stay positive
-    family = dataclasses.replace(FAMILIES["convnext"], target_layer="grid")
+    family = dataclasses.replace(FAMILIES["convnext"], target_layer="grid", head="head")
     network.eval().requires_grad_(False)
     return Classifier(a_model(family=family, class_names=CLASSES, preprocessing=plain), network)
 
