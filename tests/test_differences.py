@@ -318,8 +318,7 @@ def test_the_audit_of_a_run_is_of_each_models_own_maps(told, monkeypatch):
     expected = []
     for key, part in zip(TINY, parts, strict=True):
         kept = [
-            tool.Observation(each.explained_class, tool.heat_on_cells(each.raw_map), bool(landmarks.markers), each.findings)
-            for each, landmarks in zip(told.of(key), seen)
+            tool.observation(each, landmarks) for each, landmarks in zip(told.of(key), seen)
         ]
         expected.append(tool.audit_lines(kept))
         assert all(f"  {line}\n" in part for line in expected[-1])
