@@ -1825,9 +1825,11 @@ def refine_cam(seen: ForwardPass) -> torch.Tensor:
     *_, activations, gradients = layer_gradients(seen.network, seen.finer_layer, seen.inputs, seen.explained)
     product = torch.ones_like(seen.inputs[:, 0])
     for raw in (grad_cam(seen.activations, seen.gradients), grad_cam(activations, gradients)):
-        heat = torch.nn.functional.interpolate(raw.relu()[:, None], seen.inputs.shape[2:], mode="bilinear")[:, 0]
+        heat = raw.relu()[:, None]
+        heat = torch.nn.functional.interpolate(heat, seen.inputs.shape[2:], mode="bilinear")[:, 0]
         low, high = heat.amin(dim=(1, 2), keepdim=True), heat.amax(dim=(1, 2), keepdim=True)
-        product *= ((heat - low) / (high - low)).where(high > low, heat.sign())  # a constant map takes nothing away
+        # A constant map takes nothing away.
+        product *= ((heat - low) / (high - low)).where(high > low, heat.sign())
     return product
 
 
@@ -2490,9 +2492,9 @@ def neighbours(evidence: Evidence) -> Said | None:
     explanation = evidence.explanation
     if explanation.likeness is None:
         return None
-    names = [case.class_name for case in explanation.likeness.similar]
-    count = names.count(explanation.prediction)
-    return count / len(names), f"{count} of the {len(names)} most similar reference images are {explanation.prediction}"
+    names, name = [case.class_name for case in explanation.similar], explanation.prediction
+    count = names.count(name)
+    return count / len(names), f"{count} of the {len(names)} most similar reference images are {name}"
 
 
 # What a network says of changed copies (--verify)
@@ -2645,8 +2647,8 @@ def map_agreement(explanations: Sequence[Explanation]) -> Finding | None:
     return finding_of(CHECKS[AGREEMENT], Evidence(first, None, other_map=second.raw_map))
 
 
-def flagged_findings(findings: Sequence[Finding], *about: str) -> list[Finding]:
-    return [each for each in findings if each.is_flagged and CHECKS[each.check].about in about]
+def flagged_findings(findings: Sequence[Finding], about: str) -> list[Finding]:
+    return [each for each in findings if each.is_flagged and CHECKS[each.check].about == about]
 
 
 def checks_text(findings: Sequence[Finding]) -> str:
@@ -2818,7 +2820,8 @@ class Observation:
 
 
 def observation(explanation: Explanation, landmarks: Landmarks) -> Observation:
-    heat, values = heat_on_cells(explanation.raw_map), {each.check: each.value for each in explanation.findings}
+    heat = heat_on_cells(explanation.raw_map)
+    values = {each.check: each.value for each in explanation.findings}
     return Observation(explanation.explained_class, heat, bool(landmarks.markers), values)
 
 

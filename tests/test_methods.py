@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import explainability
-from conftest import a_model, an_explanation
+from conftest import an_explanation
 from explainability import (
     CELL, FAMILIES, HELD_LAYERS, METHODS, ExplainError, ForwardPass, Job, Result, forward_pass,
 )  # fmt: skip
@@ -303,18 +303,6 @@ def test_cells_are_equal_and_keep_the_sum(size):
 
 
 @pytest.mark.parametrize("key", FAMILIES)
-def test_scores_are_linear_while_factors_are_held(networks, key):
-    network, (image, start, end) = copy.deepcopy(networks[key].network).double(), noise(3).double()
-    middle = 0.3 * start + 0.7 * end
-    with torch.no_grad(), explainability.held_factors(network, 1):
-        _, *scores = network(torch.stack([image, start, end, middle]))
-    np.testing.assert_allclose(scores[2], 0.3 * scores[0] + 0.7 * scores[1], rtol=1e-9)
-    with torch.no_grad():  # and not otherwise
-        scores = network(torch.stack([start, end, middle]))
-    assert relative(scores[2] - 0.3 * scores[0] - 0.7 * scores[1], scores) > 1e-4
-
-
-@pytest.mark.parametrize("key", FAMILIES)
 def test_relevance_and_biases_make_up_the_score(networks, key):
     """y = sum(x g) + what the held network says of zeros, in float64."""
     network, inputs = copy.deepcopy(networks[key].network).double(), noise(2).double()
@@ -452,21 +440,6 @@ def test_shap_of_an_additive_network_is_the_difference_that_each_cell_makes():
     expected[:, 0, 0] *= 3
     raw = METHODS["shap"].maps(seen)
     assert relative(raw - expected, expected) < 1e-3
-
-
-# Full size
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("key", FAMILIES)
-def test_full_size_networks_pay_what_they_owe(key):
-    import timm
-
-    torch.manual_seed(0)
-    network = timm.create_model(FAMILIES[key].full_size.partition(".")[0], num_classes=2).requires_grad_(False)
-    seen = seen_by(explainability.Classifier(a_model(family=FAMILIES[key]), livened(network, 224)), noise(1, 224))
-    raw, owed = METHODS["lrp"].maps(seen), METHODS["lrp"].owed(seen)  # SHAP's sum does not depend on the network
-    assert (raw.sum() - owed).abs() < 2e-5 * raw.abs().sum()
 
 
 # What comes of it: remarks, files, table, console
