@@ -415,10 +415,10 @@ class Result:
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".dcm")
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may decode; never EPS
 MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 million
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is larger, and warns before it is reached
 HEAD_BYTES = 1024  # enough to tell what a file is
 DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg, or export it uncompressed"
 COPY_AGAIN = "copy it again from where it came"
-LFS_POINTER = "a Git LFS pointer: the repository was cloned without Git LFS"
 NOTHING_TO_SEE = "every pixel is the same: there is nothing to see"
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
 BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
@@ -445,7 +445,7 @@ FILE_KINDS = (  # the first that fits counts
     FileKind(rb"PK\x03\x04", "a zip archive", "zip"),
     FileKind(rb"\x80[\x00-\x05]", "a pickle", "pickle"),  # what torch.save wrote before version 1.6
     FileKind(rb".{3}[\x00-\x05]\0{4}\{", "a safetensors file", "safetensors"),  # length of the header, header
-    FileKind(rb"version https://git-lfs", LFS_POINTER, remedy="run git lfs pull"),
+    FileKind(rb"version https://git-lfs", "a Git LFS pointer, not the file", remedy="run git lfs pull"),
     FileKind(rb".{4}ftyp(hei|hev|mif|msf)", "a HEIC image", remedy="convert it to PNG or JPEG"),
     FileKind(rb"%PDF-", "a PDF document", remedy="export its page as PNG"),
     FileKind(rb"\x89HDF\r\n", "an HDF5 file, as of Keras", remedy="networks of PyTorch are explained here"),
@@ -458,7 +458,7 @@ FILE_KINDS = (  # the first that fits counts
 
 WANTED = {  # which of the uses count, what they are together, and what to do without one
     "image": (("image", "dicom"), "an image that can be read here", "give a radiograph or convert it to PNG"),
-    "checkpoint": (("zip", "pickle", "safetensors"), "a checkpoint", "give a file of torch.save or safetensors"),
+    "checkpoint": (("zip", "pickle", "safetensors"), "a checkpoint", "give one of torch.save or safetensors"),
 }  # fmt: skip
 
 
@@ -527,15 +527,10 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading. Raises ExplainError, without the path, where that cannot be done."""
     try:
         if path.exists() and not path.is_file():  # a named pipe would keep the run waiting
-            what = "a directory" if path.is_dir() else "a pipe or a device"
-            raise ExplainError(f"{what}, not a file; give one file")
+            raise ExplainError("a directory or a device, not a file; give one file")
         return open(path, "rb")
-    except FileNotFoundError as error:
-        raise ExplainError("no such file; check the path") from error
-    except PermissionError as error:
-        raise ExplainError("no permission to read it; change its mode or copy it") from error
     except OSError as error:
-        raise ExplainError(f"cannot be opened ({error.strerror}); check the path") from error
+        raise ExplainError(f"{str(error.strerror).lower()}; check the path and its permissions") from error
 
 
 def kind_of(head: bytes) -> FileKind:
@@ -640,50 +635,34 @@ def read_picture(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
 
     Raises ExplainError, without the path, for what cannot be shown right; and what Pillow does.
     """
-    with open_picture(file) as image:
+    with Image.open(file, formats=IMAGE_FORMATS) as image:
         check_size(*image.size)
-        notes = frame_notes(getattr(image, "n_frames", 1))
+        # Pillow has read up to the scan. Without an end mark behind it (a copy that broke off and
+        # was filled with zeros), the decoder would invent the rest in grey.
+        if image.format == "JPEG" and b"\xff\xd9" not in file.read():
+            raise ExplainError(f"cut short; {COPY_AGAIN}")
         tags = dict(getattr(image, "tag_v2", {}))  # of TIFF; gone after loading
         if tags.get(PLANAR) == 2 and max(tags.get(BITS, (8,))) > 8:  # Pillow mixes their bytes up
             raise ExplainError("16-bit colour in separate planes; save it as PNG")
+        notes = frame_notes(getattr(image, "n_frames", 1))
         deep_colour = image.mode not in DEEP_MODES and any(";16" in str(tile.args) for tile in image.tile)
         image.load()
-        upright = ImageOps.exif_transpose(image)
-    values = grey_values(upright, tags)
-    if values is None:
-        pixels = colours(upright)
-        if deep_colour and pixels.max() < 64:  # Pillow keeps only the upper 8 of 16 bits
-            raise ExplainError("16-bit colour that uses only its lower bits; save it as 16-bit grey")
-        return pixels, notes
+        values = picture_values(ImageOps.exif_transpose(image), tags)
+    if deep_colour and values.max() < 64:  # Pillow keeps only the upper 8 of 16 bits
+        raise ExplainError("16-bit colour that uses only its lower bits; save it as 16-bit grey")
     pixels, scaling = to_8_bits(values)
-    if tags.get(PHOTOMETRIC) == 0:  # white is zero; Pillow inverts 8 bits and fewer only
+    if tags.get(PHOTOMETRIC) == 0 and values.dtype != np.uint8:  # white is zero; Pillow inverts only 8 bits
         pixels = 255 - pixels
     return pixels, notes + scaling
 
 
-def open_picture(file: BinaryIO) -> Image.Image:
-    """Read an image file's header. Raises ExplainError, without the path, and what Pillow does."""
-    try:
-        image = Image.open(file, formats=IMAGE_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise ExplainError(f"more than {MAX_PIXELS:,} pixels; reduce it") from error
-    # Pillow has read up to the scan. Without an end mark behind it (a copy that broke off and
-    # was filled with zeros), the decoder would invent the rest in grey.
-    if image.format == "JPEG" and b"\xff\xd9" not in file.read():
-        raise ExplainError(f"cut short; {COPY_AGAIN}")
-    return image
-
-
-def grey_values(image: Image.Image, tags: dict[int, Any]) -> np.ndarray | None:
-    """(H, W) values that 8 unsigned bits cannot hold, or None where there are none."""
+def picture_values(image: Image.Image, tags: dict[int, Any]) -> np.ndarray:
+    """(H, W) grey that 8 unsigned bits cannot hold, else (H, W, 3) uint8, transparent parts over black."""
     stored = image.mode, tags.get(BITS), tags.get(SAMPLE_FORMAT, (1,))
     if stored in MISREAD:
         return np.asarray(image).view(MISREAD[stored])
-    return np.asarray(image) if image.mode in DEEP_MODES else None
-
-
-def colours(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8 of an image of at most 8 bits a colour, transparent parts over black."""
+    if image.mode in DEEP_MODES:
+        return np.asarray(image)
     if not image.has_transparency_data:
         return np.asarray(image.convert("RGB"))
     premultiplied = image.convert("RGBA").convert("RGBa")  # colour * opacity is what black lets through
@@ -699,54 +678,34 @@ def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
     Raises ExplainError, without the path, and what pydicom does.
     """
     try:
-        import pydicom
+        from pydicom import dcmread, pixels, uid
     except ImportError as error:
         raise ExplainError("a DICOM file, which needs pydicom; pip install pydicom") from error
-    dataset = pydicom.dcmread(file, force=True)  # also without preamble and file meta information
-    if "TransferSyntaxUID" not in dataset.file_meta:
-        is_implicit, _ = dataset.original_encoding
-        uids = pydicom.uid
-        dataset.file_meta.TransferSyntaxUID = (
-            uids.ImplicitVRLittleEndian if is_implicit else uids.ExplicitVRLittleEndian
-        )
+    dataset = dcmread(file, force=True)  # also without preamble and file meta information
+    dataset.file_meta.setdefault("TransferSyntaxUID", uid.ExplicitVRLittleEndian)  # for pixels, as implicit
     if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise ExplainError("a DICOM file without an image in it; give one that holds the radiograph")
     check_size(dataset.Columns, dataset.Rows)
-    stored = decoded(dataset)
-    pixels, scaling = dicom_grey(dataset, stored) if dataset.SamplesPerPixel == 1 else to_8_bits(stored)
-    return pixels, frame_notes(int(dataset.get("NumberOfFrames") or 1)) + scaling
+    try:
+        stored = pixels.pixel_array(dataset, index=0)
+    except (NotImplementedError, RuntimeError) as error:
+        name = dataset.file_meta.TransferSyntaxUID.name
+        cause = f"compressed as {name}, and damaged or in need of another decoder"
+        raise ExplainError(f"{cause}; {DICOM_DECODERS}") from error
+    seen, notes = dicom_grey(dataset, stored) if dataset.SamplesPerPixel == 1 else to_8_bits(stored)
+    return seen, frame_notes(int(dataset.get("NumberOfFrames") or 1)) + notes
 
 
 def is_no_radiograph(path: Path) -> bool:
     """Whether a file from a folder is none, whatever its name: of macOS, or DICOM without pixels."""
     if path.name.startswith("._") or "__MACOSX" in path.parts:
         return True
-    try:
-        with naming(path), opened(path, "image") as (file, use):
+    with contextlib.suppress(ExplainError), naming(path), opened(path, "image") as (file, use):
+        if use == "dicom":
             import pydicom
 
-            if use != "dicom":
-                return False
             return "Rows" not in pydicom.dcmread(file, force=True, stop_before_pixels=True)
-    except ExplainError:
-        return False  # what is wrong with it is said when it is read
-
-
-def decoded(dataset: Dataset) -> np.ndarray:
-    """Stored values of the first frame, (H, W), or RGB (H, W, 3).
-
-    Raises ExplainError, without the path, where its compression cannot be undone.
-    """
-    from pydicom.pixels import pixel_array
-
-    syntax = dataset.file_meta.TransferSyntaxUID
-    try:
-        return pixel_array(dataset, index=0)
-    except (NotImplementedError, RuntimeError) as error:
-        if not syntax.is_encapsulated:
-            raise
-        cause = f"compressed as {syntax.name}, and damaged or in need of another decoder"
-        raise ExplainError(f"{cause}; {DICOM_DECODERS}") from error
+    return False  # what else is wrong with it is said when it is read
 
 
 def dicom_grey(dataset: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -826,9 +785,8 @@ def looked_up(item: Dataset, values: np.ndarray) -> tuple[np.ndarray, int, int]:
 
 def first_number(dataset: Dataset, name: str) -> float | None:
     """The first of an attribute's values, or None where it has none."""
-    value = dataset.get(name)
-    numbers = [] if value is None else np.ravel(value)
-    return float(numbers[0]) if len(numbers) else None
+    numbers = [number for number in np.ravel(dataset.get(name)) if number is not None]
+    return float(numbers[0]) if numbers else None
 
 
 # What the networks see
@@ -848,6 +806,9 @@ def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.nd
 # ------------------------------------------------------------------------------------------
 # Models
 # ------------------------------------------------------------------------------------------
+
+Contents = dict[Any, Any]  # of a checkpoint file
+Weights = dict[str, "torch.Tensor"]  # by the network's keys, or a file's
 
 INPUT_SIZES = range(64, 1025)  # pixels a side that are accepted
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")  # timm's trainer: .pth.tar
@@ -874,8 +835,6 @@ NAME_KEYS = (  # lists in the order of the outputs, or dictionaries from name to
     "class_names", "classes", "class_to_idx", "idx_to_class", "id2label", "label2id", "label_names", "labels",
     "names",
 )  # fmt: skip
-PREPARATION = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-
 AGAIN = "copy or download the checkpoint again"
 PLAIN = "torch.save(model.state_dict(), PATH)"
 ZERO = "run the zero_to_fp32.py that lies in its folder"
@@ -949,7 +908,7 @@ def is_demo(checkpoint: Path) -> bool:
 def candidates(family: Family, folder: Path) -> list[Path]:
     """The checkpoints of a family in a folder; demos only where there are no others."""
     named = sorted(folder.glob(f"{family.key}*"))
-    found = [path for path in named if path.suffix in CHECKPOINT_SUFFIXES or hub_files(path)]
+    found = [path for path in named if path.suffix in CHECKPOINT_SUFFIXES or (path / "config.json").exists()]
     return [path for path in found if not is_demo(path)] or found
 
 
@@ -964,30 +923,26 @@ def find_checkpoint(family: Family, folder: Path) -> Path:
     return weights_file(found[0])
 
 
-def hub_files(folder: Path) -> list[Path]:
-    return [folder / name for name in HUB_FILES if (folder / name).is_file()]
-
-
 def weights_file(path: Path) -> Path:
     """The file of weights that a path names: itself, or the one in a folder. Raises ExplainError without."""
     if not path.is_dir():
         return path
     names = sorted(os.listdir(path))
     check_not_foreign(names, path)
-    found = [path / name for name in names if name.endswith(CHECKPOINT_SUFFIXES)]
-    if len(found) != 1 and not hub_files(path):
+    found = [name for name in HUB_FILES if name in names][:1]
+    found = found or [name for name in names if name.endswith(CHECKPOINT_SUFFIXES)]
+    if len(found) != 1:
         raise refusal(path, f"a folder with {len(found)} files of weights", "name the file")
-    return (hub_files(path) or found)[0]
+    return path / found[0]
 
 
 def check_not_mixed(checkpoints: Sequence[Path]) -> None:
     """Raise ExplainError where a user's network would be compared with a demo network."""
     demos = [path for path in checkpoints if is_demo(path)]
-    if demos and len(demos) < len(checkpoints):
-        (own,) = (path for path in checkpoints if not is_demo(path))
-        demo = f"{shown(demos[0])}, a demo network (trained on synthetic radiographs)"
-        cause = f"cannot be compared with {demo}"
-        raise refusal(own, cause, "add the missing checkpoint, or choose one network with --model")
+    own = [path for path in checkpoints if not is_demo(path)]
+    if demos and own:
+        cause = f"cannot be compared with {shown(demos[0])}, a demo network trained on synthetic radiographs"
+        raise refusal(own[0], cause, "add the missing checkpoint, or choose one network with --model")
 
 
 def brief(value: object) -> str:
@@ -1019,92 +974,75 @@ def check_checkpoint_path(path: Path) -> None:
 def check_archive(file: BinaryIO) -> None:
     """Raise ExplainError, without the path, where a zip archive is not one of weights from torch.save."""
     try:
-        entries = zipfile.ZipFile(file).infolist()
+        names = {name.rpartition("/")[2] for name in zipfile.ZipFile(file).namelist()}
     except Exception as error:  # zipfile lets out more than BadZipFile on damaged archives
         raise ExplainError(f"an incomplete or damaged archive; {AGAIN}") from error
-    names = {entry.filename.rpartition("/")[2] for entry in entries}
     if "constants.pkl" in names:
         raise ExplainError(f"a TorchScript archive, which holds code; {PLAIN} of the network itself")
     if "data.pkl" not in names:
-        what = "an archive of Keras" if "model.weights.h5" in names else "a zip archive without weights"
-        raise ExplainError(f"{what}; {WANTED['checkpoint'][2]}")
-
-
-def foreign_kind(names: Iterable[str]) -> tuple[str, str] | None:
-    """What else than a plain state dict these names of files, classes or keys tell of, and the remedy."""
-    text = "\n".join(names)
-    found = (kind for kind in FOREIGN if re.search(kind[0], text, re.MULTILINE))
-    return next(((f"holds {what}", remedy) for _, what, remedy in found), None)
+        remedy = WANTED["checkpoint"][2]
+        raise ExplainError(f"a zip archive without weights of PyTorch, as of Keras; {remedy}")
 
 
 def check_not_foreign(names: Iterable[str], path: Path) -> None:
-    if kind := foreign_kind(names):
-        raise refusal(path, *kind)
+    """Raise ExplainError where names of files, classes or keys tell of more than a plain state dict."""
+    text = "\n".join(names)
+    for pattern, what, remedy in FOREIGN:
+        if re.search(pattern, text, re.MULTILINE):
+            raise refusal(path, f"holds {what}", remedy)
 
 
-def read_checkpoint(path: Path) -> dict[Any, Any]:
+def read_checkpoint(path: Path) -> Contents:
     """What a checkpoint file holds; no code from it is run.
 
     Raises ExplainError where it is not a checkpoint or holds more than tensors and plain values.
     """
     check_checkpoint_path(path)
+    import torch
+
     try:
         with silenced(), opened(path, "checkpoint") as (_, use):
-            contents = read_safetensors(path) if use == "safetensors" else read_torch(path, use == "zip")
+            if use == "safetensors":
+                return read_safetensors(path)
+            with torch.serialization.safe_globals(harmless_types()):
+                contents = torch.load(path, map_location="cpu", weights_only=True, mmap=use == "zip")
     except Exception as error:  # torch lets out KeyError, EOFError, UnpicklingError; damaged files anything
-        raise refusal(path, *why_unreadable(error)) from error
+        raise unreadable(path, error) from error
     if not isinstance(contents, dict):
         raise refusal(path, f"holds {brief(contents)}, not a dictionary of weights", PLAIN)
     return contents
 
 
-def why_unreadable(error: Exception) -> tuple[str, str]:
-    """Cause and remedy for a file that torch rejects; not in its words, which advise to run the code."""
+def unreadable(path: Path, error: Exception) -> ExplainError:
+    """The refusal of a file that torch rejects; not in its words, which advise to run the code."""
     if lacks_memory(error):
-        return "too large for the memory of this computer", "close other programs"
+        return refusal(path, "too large for the memory of this computer", "close other programs")
     found = re.search(r"(?<=GLOBAL )[\w.]{1,80}|DTensor", str(error))
     if not found:
-        return f"damaged, or not written by torch.save ({type(error).__name__})", f"{AGAIN}, or {PLAIN}"
-    cause = f"holds a whole network or another object ({found[0]}), for which code from the file would run"
-    return foreign_kind([found[0]]) or (f"{cause}, and none is run", f"{PLAIN} where it was trained")
+        cause = f"damaged, or not written by torch.save ({type(error).__name__})"
+        return refusal(path, cause, f"{AGAIN}, or {PLAIN}")
+    check_not_foreign([found[0]], path)
+    cause = f"holds a whole network or another object ({found[0]}), which needs its code, and none is run"
+    return refusal(path, cause, f"{PLAIN} where it was trained")
 
 
-def read_torch(path: Path, is_mapped: bool) -> Any:
-    """What torch.save wrote; memory-mapped where it can be, so that the optimizer's state is never read."""
-    import torch
+def harmless_types() -> list[Any]:
+    """What trainers save beside tensors and plain values, some with the name that files know it by.
 
-    with torch.serialization.safe_globals(harmless_types()):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
-
-
-def harmless_types() -> list[tuple[Any, str]]:
-    """What trainers save beside tensors and plain values, each with the name that files know it by.
-
-    None runs code. Paths may come from another system, and defaultdicts become dicts.
+    None runs code. Paths may come from another system; defaultdicts and NumPy's numbers become plain.
     """
+    types: list[Any] = [np.dtype, np.ndarray, list, argparse.Namespace]
+    types += [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
+    types += {type(np.dtype(code)) for code in "?bhilqBHILQefdU"}
+    types.append((lambda *factory: {}, "collections.defaultdict"))
     array = np.zeros(0).__reduce__()[0]
-    named = [(np.dtype, "numpy.dtype"), (np.ndarray, "numpy.ndarray")]
-    for core in ("numpy.core", "numpy._core"):  # before and from NumPy 2
-        named += [(plain_number, f"{core}.multiarray.scalar"), (array, f"{core}.multiarray._reconstruct")]
-    for kind in {type(np.dtype(code)) for code in "?bhilqBHILQefdU"}:
-        named.append((kind, f"numpy.dtypes.{kind.__name__}"))
+    for core in ("numpy.core.multiarray", "numpy._core.multiarray"):  # before and from NumPy 2
+        types.append((lambda kind, content: np.frombuffer(content, kind)[0].item(), f"{core}.scalar"))
+        types.append((array, f"{core}._reconstruct"))
     for module in ("pathlib", "pathlib._local"):  # the second is Python 3.13's
         for path in (PurePosixPath, PureWindowsPath):
-            named += [(path, f"{module}.{path.__name__}"), (path, f"{module}.{path.__name__[4:]}")]
-    for each in (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone):
-        named.append((each, f"datetime.{each.__name__}"))
-    named += [(plain_dict, "collections.defaultdict"), (list, "builtins.list")]
-    return [*named, (argparse.Namespace, "argparse.Namespace")]
-
-
-def plain_number(kind: np.dtype[Any], content: bytes) -> float:
-    """Stands in for what makes a NumPy number of its bytes."""
-    return np.frombuffer(content, kind)[0].item()
-
-
-def plain_dict(factory: object = None) -> dict[Any, Any]:
-    """Stands in for collections.defaultdict."""
-    return {}
+            types += [(path, f"{module}.{path.__name__}"), (path, f"{module}.{path.__name__[4:]}")]
+    return types
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
@@ -1124,7 +1062,7 @@ def json_or_text(text: str) -> Any:
         return text
 
 
-def with_config_beside(family: Family, contents: dict[Any, Any], path: Path) -> dict[Any, Any]:
+def with_config_beside(family: Family, contents: Contents, path: Path) -> Contents:
     """Contents and what a config.json beside the file says, where that is of this network.
 
     Raises ExplainError where it is not JSON.
@@ -1135,12 +1073,13 @@ def with_config_beside(family: Family, contents: dict[Any, Any], path: Path) -> 
     config = json_or_text(beside.read_text(encoding="utf-8", errors="replace"))
     if not isinstance(config, dict):
         raise refusal(beside, "not what a hub or Trainer writes", "correct it, or take it away")
-    own, other = (str(recorded(each, *ARCHITECTURES)).partition(".")[0] for each in (contents, config))
+    own = str(recorded(contents, *ARCHITECTURES)).partition(".")[0]
+    other = str(recorded(config, *ARCHITECTURES)).partition(".")[0]
     belongs = path.name in HUB_FILES or family.names.fullmatch(other)
     return {**contents, "config.json": config} if belongs and own in ("None", other) else contents
 
 
-def records(contents: dict[Any, Any]) -> list[dict[Any, Any]]:
+def records(contents: Contents) -> list[Contents]:
     """The dictionaries in which a file says something of itself: the whole, and those within."""
     found = [contents]
     for record in found:
@@ -1148,15 +1087,15 @@ def records(contents: dict[Any, Any]) -> list[dict[Any, Any]]:
             inner = record.get(name)
             if isinstance(inner, argparse.Namespace):
                 inner = vars(inner)
-            if isinstance(inner, dict):  # timm's pretrained_cfg tells of other weights' classes
-                found.append({**inner, "num_classes": None} if name == "pretrained_cfg" else inner)
+            if isinstance(inner, dict):
+                found.append(inner)
     return found
 
 
-def recorded(contents: dict[Any, Any], *names: str) -> Any:
-    """The first that a checkpoint records under these names; else None."""
+def recorded(contents: Contents, *names: str, default: Any = None) -> Any:
+    """The first that a checkpoint records under these names."""
     found = (record.get(name) for name in names for record in records(contents))
-    return next((value for value in found if str(value) not in ("None", "")), None)
+    return next((value for value in found if str(value) not in ("None", "")), default)
 
 
 # The network's weights among all else
@@ -1167,7 +1106,7 @@ class Source(NamedTuple):
 
     place: str  # of the dictionary in the file
     prefix: str  # that wrappers put before the keys (module., model. ...)
-    tensors: dict[str, torch.Tensor]  # all of the dictionary
+    tensors: Weights  # all of the dictionary
 
     @property
     def name(self) -> str:
@@ -1178,20 +1117,18 @@ def words(key: str) -> set[str]:
     return set(re.split(r"[\W_]+", key.lower()))
 
 
-def dictionaries(
-    inside: dict[Any, Any], place: str = TOP, levels: int = 3
-) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def dictionaries(inside: Contents, place: str = TOP, levels: int = 3) -> Iterator[tuple[str, Weights]]:
     """Each dictionary in a file, down to the third level: its place, and its tensors with text keys."""
     import torch
 
     tensors = {key: value for key, value in inside.items() if isinstance(value, torch.Tensor)}
     yield place, {key: tensor for key, tensor in tensors.items() if isinstance(key, str)}
-    for key, value in inside.items():
-        if isinstance(value, dict) and levels > 1 and not str(key).startswith("optim"):  # momenta have names too
+    for key, value in inside.items():  # but an optimizer's, whose momenta have the weights' names
+        if isinstance(value, dict) and levels > 1 and not str(key).startswith("optim"):
             yield from dictionaries(value, f"{place}.{key}".removeprefix(f"{TOP}."), levels - 1)
 
 
-def sources(family: Family, contents: dict[Any, Any]) -> list[Source]:
+def sources(family: Family, contents: Contents) -> list[Source]:
     """Where a file holds weights of a family: wherever its landmark is among the keys."""
     return [
         Source(place, key.removesuffix(family.landmark), tensors)
@@ -1201,9 +1138,7 @@ def sources(family: Family, contents: dict[Any, Any]) -> list[Source]:
     ]
 
 
-def chosen_source(
-    family: Family, contents: dict[Any, Any], wanted: str, path: Path
-) -> tuple[Source, list[str]]:
+def chosen_source(family: Family, contents: Contents, wanted: str, path: Path) -> tuple[Source, list[str]]:
     """The weights to take, averaged ones first unless `wanted` is plain; and notes.
 
     Raises ExplainError where there are none of this family, or several and nothing tells which.
@@ -1214,30 +1149,29 @@ def chosen_source(
     students = [source for source in found if not words(source.name) & TEACHERS] or found
     averaged = [source for source in students if words(source.name) & AVERAGED]
     plain = [source for source in students if source not in averaged]
-    pool = (averaged if wanted == "ema" else plain) or averaged or plain
+    pool = (averaged if wanted == "ema" else plain) or students
     usual = [[source for source in pool if source.place == place] for place in MODEL_KEYS]
-    first = next(filter(None, usual), pool)
-    if len(first) > 1:
-        names = " and ".join(source.name for source in first[:3])
-        raise refusal(path, f"holds weights more than once ({names})", f"save one set alone: {PLAIN}")
-    taken = first[0]
-    lists = [str(key) for key, value in contents.items() if isinstance(value, dict) and words(str(key)) & AVERAGED]
-    if lists and not averaged:  # without keys, as torch_ema saves them
-        return taken, [f"what averaged weights lie under {', '.join(lists)} cannot be told and is not used"]
-    return taken, source_note(taken, found, averaged)
+    taken, *rivals = next(filter(None, usual), pool)
+    if rivals:
+        cause = f"holds weights more than once ({taken.name} and {rivals[0].name})"
+        raise refusal(path, cause, f"save one set alone: {PLAIN}")
+    keyless = [key for key in contents if words(str(key)) & AVERAGED and isinstance(contents[key], dict)]
+    if keyless and not averaged:  # as torch_ema saves them
+        return taken, [f"averaged weights under {', '.join(map(str, keyless))} have no keys and are not used"]
+    return taken, source_notes(taken, found, averaged)
 
 
-def source_note(taken: Source, found: list[Source], averaged: list[Source]) -> list[str]:
+def source_notes(taken: Source, found: list[Source], averaged: list[Source]) -> list[str]:
     """What to say where a file holds averaged weights, or more than one set."""
     others = ", ".join(source.name for source in found if source is not taken)
-    kind = "averaged (EMA) weights" if taken in averaged else "plain weights" if averaged else "weights"
+    kind, other = ("averaged (EMA) weights", "plain") if taken in averaged else ("weights", "ema")
     if not others:
         return [f"{kind} taken from {taken.name}, the only ones in the file"] if averaged else []
-    other = f"; --weights {'plain' if taken in averaged else 'ema'} takes others" if averaged else ""
-    return [f"{kind} taken from {taken.name}, not from {others}{other}"]
+    note = f"{kind} taken from {taken.name}, not from {others}"
+    return [f"{note}; --weights {other} takes others" if averaged else note]
 
 
-def without_network(family: Family, contents: dict[Any, Any], path: Path) -> ExplainError:
+def without_network(family: Family, contents: Contents, path: Path) -> ExplainError:
     """The refusal of a file that holds no weights of a family, by what it holds instead."""
     for other in FAMILIES.values():
         if sources(other, contents):
@@ -1245,19 +1179,17 @@ def without_network(family: Family, contents: dict[Any, Any], path: Path) -> Exp
             return refusal(path, cause, f"give it to --{other.key}-checkpoint")
     keys = [key for _, tensors in dictionaries(contents) for key in tensors]
     check_not_foreign([*keys, *map(str, contents)], path)
-    if not keys:
-        cause = f"holds no weights under {', '.join(MODEL_KEYS[:4])} or at its top level"
-        return refusal(path, cause, PLAIN)
     fitting = " or ".join(each.names.pattern.partition("(")[0] + "*" for each in FAMILIES.values())
-    cause = f"holds another network, without the key {family.landmark}"
-    return refusal(path, cause, f"give one of timm's {fitting}: this tool explains no others")
+    cause = f"holds another network, or none: no key {family.landmark} among its {len(keys)} weights"
+    return refusal(path, cause, f"give one of timm's {fitting}, saved by {PLAIN}")
 
 
-def weights_of(family: Family, source: Source, path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The network's tensors by its own keys, and notes on what lies beside them.
+def weights_of(family: Family, contents: Contents, wanted: str, path: Path) -> tuple[Weights, list[str]]:
+    """The network's tensors by its own keys, averaged ones unless `wanted` is plain; and notes.
 
-    Raises ExplainError where that is a part of the network as well.
+    Raises ExplainError where a file holds none, or more than a plain network.
     """
+    source, notes = chosen_source(family, contents, wanted, path)
     check_not_foreign([*source.tensors, *{type(tensor).__name__ for tensor in source.tensors.values()}], path)
     if not source.tensors[f"{source.prefix}{family.landmark}"].numel():
         raise refusal(path, "holds the places of weights alone, as DeepSpeed saves them", ZERO)
@@ -1271,7 +1203,6 @@ def weights_of(family: Family, source: Source, path: Path) -> tuple[dict[str, to
             weights[key] = tensor
         elif not name.startswith(tuple(copies)):
             rest[name] = tensor
-    notes = []
     if ends[0] not in weights:
         layer = lone_layer(family, source, rest, path)
         weights[ends[0]] = rest.pop(f"{layer}.weight")
@@ -1282,7 +1213,7 @@ def weights_of(family: Family, source: Source, path: Path) -> tuple[dict[str, to
     return weights, notes
 
 
-def lone_layer(family: Family, source: Source, rest: dict[str, torch.Tensor], path: Path) -> str:
+def lone_layer(family: Family, source: Source, rest: Weights, path: Path) -> str:
     """The one linear layer that is left over for a head, nearest to the network's other weights.
 
     Raises ExplainError where there is none, or where it is not alone.
@@ -1296,24 +1227,20 @@ def lone_layer(family: Family, source: Source, rest: dict[str, torch.Tensor], pa
         if tensor.ndim > 1 or len(tensor) == inputs  # other linear layers, convolutions, norms
     }
     parents = source.prefix.split(".")[:-1]
-    for count in range(len(parents), -1, -1):  # from the network's own modules to the whole
-        start = "".join(f"{name}." for name in parents[:count])
-        near = {name: tensor for name, tensor in layers.items() if name.startswith(start)}
-        if [tensor.shape[1:] for tensor in near.values()] == [(inputs,)]:
-            return next(iter(near))
-        if near:
-            cause = f"its head has other layers than a single linear one, {listed(list(near))}"
-            raise refusal(path, cause, "no other head can be explained here: train one linear layer")
-    cause = f"holds no head: neither {family.head} nor another linear layer of {inputs} inputs"
-    raise refusal(path, cause, f"{PLAIN} of the whole network")
+    starts = [".".join([*parents[:count], ""]) for count in range(len(parents), -1, -1)]
+    near = [[name for name in layers if name.startswith(start)] for start in starts]
+    found = next(filter(None, near), [])
+    if [layers[name].shape[1:] for name in found] != [(inputs,)]:
+        cause = f"lacks {family.head}, and what is left over is no single linear layer of {inputs} inputs"
+        remedy = "no other head can be explained here: train one linear layer"
+        raise refusal(path, f"{cause} but {listed(found)}", remedy)
+    return found[0]
 
 
 # What a file says of its network
 
 
-def architecture_of(
-    family: Family, contents: dict[Any, Any], weights: dict[str, Any], path: Path
-) -> tuple[str, str]:
+def architecture_of(family: Family, contents: Contents, weights: Weights, path: Path) -> tuple[str, str]:
     """The timm name that the checkpoint records, else the one its shapes tell; and how that is known.
 
     The name is checked against the family's own: a foreign one could send timm to the network.
@@ -1330,7 +1257,7 @@ def architecture_of(
 
 
 def class_names_of(
-    contents: dict[Any, Any], outputs: int, given: Sequence[str] | None, path: Path
+    contents: Contents, outputs: int, given: Sequence[str] | None, path: Path
 ) -> tuple[tuple[str, ...], list[str]]:
     """The names of the classes in the order of the outputs, of one output those of both its sides; and notes.
 
@@ -1346,7 +1273,9 @@ def class_names_of(
     names = found[fitting[0]] if fitting else usual_names(given or CLASS_NAMES)
     if given and [*map(class_key, names)] != [*map(class_key, usual_names(given))]:
         raise refusal(path, f"records its own class names, {listed(names)}", "leave --class-names out")
-    check_outputs(outputs, recorded(contents, "num_classes"), names, path)
+    if len(names) != max(2, outputs):
+        cause = f"its head has {outputs} outputs, but the class names are {listed(names)}"
+        raise refusal(path, cause, "name them with --class-names, or save class_names in the checkpoint")
     notes = [f"one output: its sigmoid is the probability of {names[1]}"] if outputs == 1 else []
     if not (fitting or given):
         order = ", ".join(f"{index} = {name}" for index, name in enumerate(names))
@@ -1354,7 +1283,7 @@ def class_names_of(
     return names, notes
 
 
-def class_lists(contents: dict[Any, Any], path: Path) -> dict[str, tuple[str, ...]]:
+def class_lists(contents: Contents, path: Path) -> dict[str, tuple[str, ...]]:
     """All that a file says of the order of its classes, by its own name for that.
 
     Raises ExplainError where class_names is unusable; other names may stand for other things.
@@ -1391,20 +1320,6 @@ def usual_names(names: Sequence[str]) -> tuple[str, ...]:
     return usual if len(set(usual)) == len(names) else tuple(map(printable, names))
 
 
-def check_outputs(outputs: int, claimed: object, names: Sequence[str], path: Path) -> None:
-    """Raise ExplainError unless the head has an output for each name, as many as the file claims.
-
-    One output speaks for two classes.
-    """
-    head = f"its head has {outputs} outputs"
-    if claimed is not None and (type(claimed) is not int or claimed not in (outputs, max(2, outputs))):
-        cause = f"records num_classes {brief(claimed)}, but {head}"
-        raise refusal(path, cause, "correct num_classes in the checkpoint")
-    if max(2, outputs) != len(names):
-        remedy = "name them with --class-names, or save class_names in the checkpoint"
-        raise refusal(path, f"{head}, but the class names are {listed(names)}", remedy)
-
-
 def are_class_names(value: object) -> bool:
     """Whether these are names that can be told apart by their letters and digits."""
     if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
@@ -1413,56 +1328,52 @@ def are_class_names(value: object) -> bool:
     return 2 <= len(keys) == len(value) <= MAX_CLASSES
 
 
-def preprocessing_of(contents: dict[Any, Any], is_grey: bool, path: Path) -> tuple[Preprocessing, list[str]]:
+def preprocessing_of(contents: Contents, is_grey: bool, path: Path) -> tuple[Preprocessing, list[str]]:
     """How the checkpoint says images are prepared, else as both networks were trained; and notes.
 
     Raises ExplainError where it says something unusable.
     """
-    side = recorded(contents, *SIDE_KEYS)
-    sides = list(side[-2:]) if isinstance(side, (list, tuple)) else [INPUT_SIZE if side is None else side] * 2
-    are_numbers = all(type(each) is int and each in INPUT_SIZES for each in sides)
-    if not are_numbers or len(sides) != 2 or sides[0] != sides[1]:
-        wanted = f"one number of pixels from {INPUT_SIZES[0]} to {INPUT_SIZES[-1]}"
-        raise refusal(path, f"img_size is {brief(side)}, not {wanted}", "correct img_size in the checkpoint")
-    mean = channel_values(contents, "mean", IMAGENET_MEAN, 0, path)
-    std = channel_values(contents, "std", IMAGENET_STD, 0.001, path)
+    interpolation = str(recorded(contents, "interpolation")).lower()
+    if interpolation.upper() not in Image.Resampling.__members__:  # none; or random, of timm's trainer
+        interpolation = "bilinear"
+    mean = channel_values("mean", recorded(contents, "mean", default=IMAGENET_MEAN), 0, path)
+    std = channel_values("std", recorded(contents, "std", default=IMAGENET_STD), 0.001, path)
+    preprocessing = Preprocessing(side_of(contents, path), mean, std, interpolation)
     notes = []
+    if preprocessing != Preprocessing():
+        told = f"{preprocessing.size} pixels a side, mean {mean}, std {std}, {interpolation}"
+        notes.append(f"preprocessing as the checkpoint says: {told}")
     if is_grey:
         mean, std = (round(sum(mean) / 3, 6),) * 3, (round(sum(std) / 3, 6),) * 3
+        preprocessing = dataclasses.replace(preprocessing, mean=mean, std=std)
         notes.append(f"takes one grey value a pixel: that of the radiograph, mean {mean[0]}, std {std[0]}")
-    preprocessing = Preprocessing(sides[0], mean, std, interpolation_of(contents))
-    if preprocessing not in (Preprocessing(), Preprocessing(mean=mean, std=std) if is_grey else None):
-        told = f"{sides[0]} pixels a side, mean {mean}, std {std}, {preprocessing.interpolation}"
-        notes.append(f"preprocessing as the checkpoint says: {told}")
     crop, mode = recorded(contents, "crop_pct"), recorded(contents, "crop_mode")
     if (isinstance(crop, float) and crop < 1) or mode in ("center", "border"):
         notes.append(f"its crop (crop_pct {brief(crop)}) is not made: the whole radiograph is squashed")
     return preprocessing, notes
 
 
-def interpolation_of(contents: dict[Any, Any]) -> str:
-    """The name of Pillow's filter for resizing, where the checkpoint says one; else bilinear."""
-    name = str(recorded(contents, "interpolation")).lower()
-    return name if name.upper() in Image.Resampling.__members__ else "bilinear"
+def side_of(contents: Contents, path: Path) -> int:
+    """Pixels a side of the network's input. Raises ExplainError where what is recorded cannot be that."""
+    side = recorded(contents, *SIDE_KEYS, default=INPUT_SIZE)
+    if isinstance(side, (list, tuple)) and len(side) in (2, 3) and side[-2] == side[-1]:
+        side = side[-1]  # of height and width; timm's has the channels before them
+    if type(side) is not int or side not in INPUT_SIZES:
+        wanted = f"one number of pixels from {INPUT_SIZES[0]} to {INPUT_SIZES[-1]}"
+        raise refusal(path, f"img_size is {brief(side)}, not {wanted}", "correct img_size in the checkpoint")
+    return side
 
 
-def channel_values(
-    contents: dict[Any, Any], name: str, default: tuple[float, ...], least: float, path: Path
-) -> tuple[float, ...]:
+def channel_values(name: str, values: Any, least: float, path: Path) -> tuple[float, ...]:
     """Three numbers, one for each of RGB in [0, 1]; one stands for all. Raises ExplainError for all else."""
-    values = recorded(contents, name)
-    if values is None:
-        return default
-    if isinstance(values, (list, tuple)) and len(values) == 1:
-        values = [values[0]] * 3
-    is_list = isinstance(values, (list, tuple)) and len(values) == 3
+    is_list = isinstance(values, (list, tuple)) and len(values) in (1, 3)
     if not is_list or not all(type(value) in (int, float) and least <= value <= 1 for value in values):
         cause = f"{name} is {brief(values)}, not three numbers from {least} to 1 for pixels in [0, 1]"
         raise refusal(path, cause, f"correct {name} in the checkpoint")
-    return tuple(float(value) for value in values)
+    return tuple(float(value) for value in [*values, *values, *values][:3])
 
 
-def accuracy_text(contents: dict[Any, Any]) -> str:
+def accuracy_text(contents: Contents) -> str:
     """What a checkpoint says about its accuracy, under the name it uses.
 
     Trainers record percent; whether a number up to 1 is meant as a share, the file does not say.
@@ -1479,23 +1390,20 @@ def accuracy_text(contents: dict[Any, Any]) -> str:
 # Into the network
 
 
-def check_fit(network: torch.nn.Module, weights: dict[str, torch.Tensor], why: str, path: Path) -> None:
+def check_fit(network: torch.nn.Module, weights: Weights, why: str, path: Path) -> None:
     """Raise ExplainError unless the weights have the network's keys, shapes and kinds of number.
 
     `why` says which network that is and how that is known.
     """
-    expected = network.state_dict()
-    missing = [key for key in expected if key not in weights and not key.endswith(COUNTER)]
-    unexpected = [key for key in weights if key not in expected]
-    others = [
-        f"{key} is {described(weights[key])} in the file, {described(tensor)} in the network"
-        for key, tensor in expected.items()
-        if key in weights and described(weights[key]) != described(tensor)
+    held = {key: described(tensor) for key, tensor in weights.items()}
+    expected = {key: described(tensor) for key, tensor in network.state_dict().items()}
+    faults = [
+        f"{key} is {held.get(key, 'missing')} in the file, {expected.get(key, 'missing')} in the network"
+        for key in expected | held
+        if held.get(key) != expected.get(key) and not key.endswith(COUNTER)
     ]
-    faults = (("keys missing", missing), ("keys not in the network", unexpected), ("of another kind", others))
-    told = [f"{what} {listed(items)}" for what, items in faults if items]
-    if told:
-        cause = f"its {len(weights)} weights do not fit the {len(expected)} of {why}: {', '.join(told)}"
+    if faults:
+        cause = f"its {len(held)} weights do not fit the {len(expected)} of {why}: {listed(faults)}"
         remedy = "give the file that was trained with that network, or correct the name in its config"
         if "assumed" in why:
             remedy = "record the timm name of the trained network as model_name in its config"
@@ -1507,29 +1415,17 @@ def described(tensor: torch.Tensor) -> str:
     return f"{'x'.join(map(str, tensor.shape)) or 'one'} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def in_float32(weights: dict[str, torch.Tensor], path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+def in_float32(weights: Weights, path: Path) -> tuple[Weights, list[str]]:
     """The weights as they are computed with. Raises ExplainError where some are NaN or infinite."""
     floats = {key: tensor.detach() for key, tensor in weights.items() if tensor.is_floating_point()}
     ready = {key: tensor.float() for key, tensor in floats.items()}
-    bad = [key for key, tensor in ready.items() if not is_finite(tensor)]
+    # The sum is ten times as fast as isfinite alone, which decides only where a sum overflows.
+    bad = [key for key, tensor in ready.items() if not (tensor.sum().isfinite() or tensor.isfinite().all())]
     if bad:
         cause = f"NaN or infinite weights in {listed(bad)}"
         raise refusal(path, cause, "use a checkpoint from before the training diverged")
     kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in floats.values()} - {"float32"}
     return weights | ready, [f"{kind} weights computed in float32" for kind in sorted(kinds)]
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Exact, and ten times faster than isfinite alone, which decides only where a sum overflows."""
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def for_two_classes(weights: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
-    """Weights with one output z as those with -z / 2 and z / 2, whose softmax is 1 - p and p = sigmoid(z)."""
-    import torch
-
-    halves = {key: tensor / 2 for key, tensor in weights.items() if key.startswith(f"{family.head}.")}
-    return weights | {key: torch.cat([-half, half]) for key, half in halves.items()}
 
 
 def build_network(architecture: str, outputs: int) -> torch.nn.Module:
@@ -1542,7 +1438,7 @@ def build_network(architecture: str, outputs: int) -> torch.nn.Module:
 
 
 def network_of(
-    family: Family, architecture: str, why: str, weights: dict[str, torch.Tensor], path: Path
+    family: Family, architecture: str, why: str, weights: Weights, path: Path
 ) -> tuple[torch.nn.Module, list[str]]:
     """The network with these weights on the CPU, for RGB and two or more classes, in eval mode; and notes.
 
@@ -1553,8 +1449,9 @@ def network_of(
     weights, notes = in_float32(weights, path)
     if takes_grey(family, weights):  # of RGB, the sum that is its grey
         weights[family.stem] = weights[family.stem] * torch.tensor(GREY_OF_RGB).view(1, 3, 1, 1)
-    if len(weights[f"{family.head}.weight"]) == 1:
-        weights = for_two_classes(weights, family)
+    if len(weights[f"{family.head}.weight"]) == 1:  # z as -z/2 and z/2: softmax gives sigmoid(z)
+        head = [key for key in weights if key.startswith(f"{family.head}.")]
+        weights |= {key: torch.cat([-weights[key], weights[key]]) / 2 for key in head}
     network = build_network(architecture, len(weights[f"{family.head}.weight"]))
     check_fit(network, weights, f"{architecture} ({why})", path)
     counters = [key for key in network.state_dict() if key not in weights]  # which only training needs
@@ -1563,7 +1460,7 @@ def network_of(
     return network.eval().requires_grad_(False), notes
 
 
-def takes_grey(family: Family, weights: dict[str, torch.Tensor]) -> bool:
+def takes_grey(family: Family, weights: Weights) -> bool:
     return family.stem in weights and weights[family.stem].shape[1:2] == (1,)
 
 
@@ -1577,21 +1474,20 @@ def load_classifier(
     """
     path = weights_file(path)
     contents = with_config_beside(family, read_checkpoint(path), path)
-    source, source_notes = chosen_source(family, contents, weights, path)
-    tensors, rest_notes = weights_of(family, source, path)
+    tensors, weight_notes = weights_of(family, contents, weights, path)
     architecture, why = architecture_of(family, contents, tensors, path)
     outputs = len(tensors[f"{family.head}.weight"])
     class_names, class_notes = class_names_of(contents, outputs, class_names, path)
-    contents = with_trainers_defaults(contents, architecture)
-    preprocessing, preprocessing_notes = preprocessing_of(contents, takes_grey(family, tensors), path)
+    prepared = with_trainers_defaults(contents, architecture)
+    preprocessing, preprocessing_notes = preprocessing_of(prepared, takes_grey(family, tensors), path)
     try:
         network, number_notes = network_of(family, architecture, why, tensors, path)
         network.to(device)
     except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
-            raise
-        remedy = "close other programs, or choose --device cpu"
-        raise refusal(path, f"not enough memory for its network on {device}", remedy) from error
+        if lacks_memory(error):
+            remedy = "close other programs, or choose --device cpu"
+            raise refusal(path, f"not enough memory on {device}", remedy) from error
+        raise
     model = Model(
         family=family,
         architecture=architecture,
@@ -1600,12 +1496,12 @@ def load_classifier(
         class_names=class_names,
         preprocessing=preprocessing,
         score_scale=2.0 if outputs == 1 else 1.0,
-        notes=(*source_notes, *rest_notes, *class_notes, *number_notes, *preprocessing_notes),
+        notes=(*weight_notes, *class_notes, *number_notes, *preprocessing_notes),
     )
     return Classifier(model, network)
 
 
-def with_trainers_defaults(contents: dict[Any, Any], architecture: str) -> dict[Any, Any]:
+def with_trainers_defaults(contents: Contents, architecture: str) -> Contents:
     """Contents of timm's trainer with what it prepares images by where its options say nothing."""
     import timm
 
@@ -1613,7 +1509,7 @@ def with_trainers_defaults(contents: dict[Any, Any], architecture: str) -> dict[
         return contents
     is_known = timm.models.is_model_pretrained(architecture)
     defaults = timm.get_pretrained_cfg(architecture if is_known else architecture.partition(".")[0])
-    return {**contents, "pretrained_cfg": {key: getattr(defaults, key) for key in PREPARATION}}
+    return {**contents, "pretrained_cfg": vars(defaults)}
 
 
 def choose_device(wanted: str) -> str:
@@ -1823,14 +1719,14 @@ def refine_cam(seen: ForwardPass) -> torch.Tensor:
     import torch
 
     *_, activations, gradients = layer_gradients(seen.network, seen.finer_layer, seen.inputs, seen.explained)
-    product = torch.ones_like(seen.inputs[:, 0])
+    product = torch.ones_like(seen.inputs[:, :1])
     for raw in (grad_cam(seen.activations, seen.gradients), grad_cam(activations, gradients)):
         heat = raw.relu()[:, None]
-        heat = torch.nn.functional.interpolate(heat, seen.inputs.shape[2:], mode="bilinear")[:, 0]
-        low, high = heat.amin(dim=(1, 2), keepdim=True), heat.amax(dim=(1, 2), keepdim=True)
+        heat = torch.nn.functional.interpolate(heat, seen.inputs.shape[2:], mode="bilinear")
+        low, high = heat.amin(dim=(2, 3), keepdim=True), heat.amax(dim=(2, 3), keepdim=True)
         # A constant map takes nothing away.
         product *= ((heat - low) / (high - low)).where(high > low, heat.sign())
-    return product
+    return product[:, 0]
 
 
 # Gradients of pixels
@@ -2492,9 +2388,9 @@ def neighbours(evidence: Evidence) -> Said | None:
     explanation = evidence.explanation
     if explanation.likeness is None:
         return None
-    names, name = [case.class_name for case in explanation.similar], explanation.prediction
-    count = names.count(name)
-    return count / len(names), f"{count} of the {len(names)} most similar reference images are {name}"
+    names, predicted = [case.class_name for case in explanation.similar], explanation.prediction
+    count = names.count(predicted)
+    return count / len(names), f"{count} of the {len(names)} most similar reference images are {predicted}"
 
 
 # What a network says of changed copies (--verify)
@@ -3025,8 +2921,8 @@ def reference_of(classifier: Classifier, images: Sequence[tuple[Path, str, str]]
 
     features, hook = head_inputs(classifier.network, classifier.model.family.head)
     kept, thumbnails = [], []
-    with hook, torch.no_grad(), tqdm(images, "Reference", unit="image", disable=not sys.stderr.isatty()) as bar:
-        rest = readable(bar)
+    with hook, torch.no_grad():
+        rest = readable(tqdm(images, "Reference", unit="image", disable=not sys.stderr.isatty()))
         while some := list(itertools.islice(rest, batch)):
             inputs = [network_input(radiograph, classifier.model.preprocessing) for radiograph, *_ in some]
             classifier.network(torch.from_numpy(np.stack(inputs)).to(classifier.device))
@@ -4686,7 +4582,8 @@ def reference_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
     if not flags:
         return []
     unlike, contradicted = (sum(check in each for each in flags) for check in ("unlike", "neighbours"))
-    return [f"Unlike the reference: {unlike} of {len(flags)} images; contradicted by similar cases: {contradicted}"]
+    told = f"Unlike the reference: {unlike} of {len(flags)} images"
+    return [f"{told}; contradicted by similar cases: {contradicted}"]
 
 
 def named_lines(what: str, rows: Sequence[dict[str, str]]) -> list[str]:
@@ -5034,7 +4931,8 @@ def row_data(row: dict[str, str], has_own_name: bool, models: Sequence[Model]) -
     flags = [f"{flag_text(key)}: {', '.join(titles)}" for key, titles in flagged.items()]
     sure, wrong, said = verdicts(row, models)
     failed, surest = row.get("error"), max(wrong, default=0.0)
-    steps = surest >= SURE, row.get("agree") == "no", bool(wrong), bool(flags), not failed, True
+    worst = "unlike" in flagged, surest >= SURE, row.get("agree") == "no", bool(wrong)
+    steps = *worst, bool(flags), not failed, True
     texts = [f"true: {row['true_class']}", *said] if row.get("true_class") else said
     notes = [f"✗ {failed}" if failed else "", row.get("notes", "")]
     image = ["img", {"src": picture, "alt": f"Figure of {name}", "loading": "lazy"}]

@@ -23,7 +23,7 @@ import torch
 
 HALF_CELL = 1 / 14  # of the image's side
 HOTTEST = 0.2  # share of the area that is blurred
-RANDOM_MAPS = 8  # an image
+RANDOM_MAPS = 2  # an image
 CONTROL = dataclasses.replace(
     tool.METHODS["gradcam"],
     key="control",

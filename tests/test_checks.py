@@ -365,7 +365,7 @@ def test_the_default_class_cannot_be_tested_by_erasing():
     assert found["default"].text == "with everything blurred it says Comminuted Fracture at 95 %"
     assert np.isnan(found["erasing"].value) and not found["erasing"].is_flagged
     explanation = checked(CENTRE_ONLY, EVERYWHERE, a_trial(blurred=odds(0.95)), probabilities=HIGH[::-1])
-    assert explainability.model_cells([explanation], "")["erasing"] == "untestable"
+    assert explainability.model_cells([explanation], "")["convnext_erasing"] == "untestable"
     lines = explainability.network_lines(explanation, "")
     assert "everything blurred" in lines[1] and not any("rasing" in line for line in lines)
 

@@ -254,7 +254,7 @@ def test_class_names_keep_their_order_and_a_colormap_that_is_not_used_is_told(ch
         (["--image", "https://example.org/x.png"], "URLs are not read"),
         (["--image", ""], "an empty path"),
         (["--image", "XRAY", "--output-dir", "XRAY"], "File exists"),
-        (["--image", "x" * 300 + ".png"], "cannot be opened"),
+        (["--image", "x" * 300 + ".png"], "name too long"),
     ),
 )
 def test_paths_that_cannot_be_meant_are_one_line(checkpoints, xray, capsys, arguments, word):

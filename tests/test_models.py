@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import datetime
 import io
 import json
@@ -22,17 +21,9 @@ import pytest
 import timm
 import torch
 from conftest import TINY, explain, save, users_checkpoint
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 import explainability as tool
-
-FUZZ = settings(
-    derandomize=True, deadline=None, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
-
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,19 +128,9 @@ def test_wrapper_prefixes_are_removed(key: str, pristine: dict[str, Any], prefix
     assert are_same(found, weights) and notes == []
 
 
-def test_parameters_of_a_parallel_network_load(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
-    weights = pristine[key]["model_state_dict"]
-    wrapped = {f"module.{name}": torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    classifier = load(save({**pristine[key], "model_state_dict": wrapped}, tmp_path / "p.pth"), key)
-    assert_same_weights(classifier, weights)
-    assert told(classifier) == ()
-
-
 def taken(contents: dict[Any, Any], key: str = "convnext", wanted: str = "ema") -> tuple[dict[str, torch.Tensor], list[str]]:
     """Weights and notes from the contents of a file, without one: for what is found before a network is built."""
-    source, notes = tool.chosen_source(tool.FAMILIES[key], contents, wanted, Path("x.pth"))
-    weights, more = tool.weights_of(tool.FAMILIES[key], source, Path("x.pth"))
-    return weights, notes + more
+    return tool.weights_of(tool.FAMILIES[key], contents, wanted, Path("x.pth"))
 
 
 def are_same(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
@@ -174,27 +155,25 @@ def shifted(weights: dict[str, torch.Tensor], by: float = 1) -> dict[str, torch.
 
 
 @pytest.mark.parametrize(("place", "inner"), [*((place, "") for place in AVERAGED), ("ema", "state_dict"), ("callbacks", "EMA")])
-@pytest.mark.parametrize("wanted", ["ema", "plain"])
-def test_averaged_weights_go_before_plain_ones(checkpoint: dict[str, Any], place: str, inner: str, wanted: str) -> None:
+def test_averaged_weights_go_before_plain_ones(checkpoint: dict[str, Any], place: str, inner: str) -> None:
     plain = checkpoint["model_state_dict"]
     averaged = {f"module.{name}": tensor for name, tensor in shifted(plain).items()}
-    weights, notes = taken({place: {inner: averaged} if inner else averaged, **checkpoint}, wanted=wanted)
-    assert are_same(weights, plain if wanted == "plain" else shifted(plain))
-    name = f"{place}.{inner}" if inner else place
-    assert notes[0] == (
-        f"plain weights taken from model_state_dict, not from {name}, module.*; --weights ema takes others" if wanted == "plain"
-        else f"averaged (EMA) weights taken from {name}, module.*, not from model_state_dict; --weights plain takes others"
-    )  # fmt: skip
+    contents = {place: {inner: averaged} if inner else averaged, **checkpoint}
+    name = f"{place}.{inner}, module.*" if inner else f"{place}, module.*"
+    weights, notes = taken(contents)
+    assert are_same(weights, shifted(plain))
+    assert notes == [f"averaged (EMA) weights taken from {name}, not from model_state_dict; --weights plain takes others"]
+    weights, notes = taken(contents, wanted="plain")
+    assert are_same(weights, plain)
+    assert notes == [f"weights taken from model_state_dict, not from {name}; --weights ema takes others"]
 
 
-@pytest.mark.parametrize("wanted", ["ema", "plain"])
-def test_averaged_weights_beside_plain_ones_in_one_dictionary(checkpoint: dict[str, Any], tmp_path: Path, wanted: str) -> None:
+def test_averaged_weights_beside_plain_ones_in_one_dictionary(checkpoint: dict[str, Any]) -> None:
     plain = checkpoint.pop("model_state_dict")
     both = {f"model.{name}": tensor for name, tensor in plain.items()} | {f"ema_model.{name}": tensor for name, tensor in shifted(plain).items()}
-    path = save({"state_dict": both, **checkpoint}, tmp_path / "x.ckpt")
-    classifier = tool.load_classifier(tool.FAMILIES["convnext"], path, "cpu", weights=wanted)
-    assert_same_weights(classifier, plain if wanted == "plain" else shifted(plain))
-    assert "--weights" in told(classifier)[0]
+    for wanted, expected in (("ema", shifted(plain)), ("plain", plain)):
+        weights, notes = taken({"state_dict": both, **checkpoint}, wanted=wanted)
+        assert are_same(weights, expected) and "--weights" in notes[0] and len(notes) == 1
 
 
 def test_the_command_line_names_folders_and_chooses_weights(checkpoint: dict[str, Any], tmp_path: Path) -> None:
@@ -211,7 +190,7 @@ def test_the_command_line_names_folders_and_chooses_weights(checkpoint: dict[str
 def test_averaged_weights_without_keys_are_told(checkpoint: dict[str, Any]) -> None:
     weights = checkpoint["model_state_dict"]
     found, notes = taken({**checkpoint, "ema": {"decay": 0.9, "shadow_params": [*weights.values()]}})
-    assert are_same(found, weights) and notes == ["what averaged weights lie under ema cannot be told and is not used"]
+    assert are_same(found, weights) and notes == ["averaged weights under ema have no keys and are not used"]
 
 
 def test_of_several_sets_of_weights_the_usual_place_counts_else_none(checkpoint: dict[str, Any], tmp_path: Path) -> None:
@@ -231,6 +210,7 @@ BESIDE = {
     "criterion.pos_weight": torch.ones(2), "loss_fn.weight": torch.ones(2), "metrics.confusion": torch.ones(2, 2),
     "train_acc.tp": torch.zeros(2), "model.total_ops": torch.zeros(1), "model.stages.0.total_params": torch.zeros(1),
     "ema.decay": torch.ones(()), "class_weights": torch.ones(2), "center_loss.weight": torch.ones(2, 320),
+    "projector.weight": torch.ones(8, 320),
 }  # fmt: skip
 
 
@@ -273,42 +253,27 @@ def test_a_single_linear_layer_that_is_left_over_is_the_head(key: str, pristine:
 
 
 @pytest.mark.parametrize(
-    ("layers", "words"),
+    "layers",
     [
-        ({"head.fc.0": (64, 320), "head.fc.3": (2, 64)}, "other layers than a single linear one, 2 (head.fc.0, head.fc.3)"),
-        ({"fc.0": (320,), "fc.1": (2, 320)}, "other layers than a single linear one, 2 (fc.0, fc.1)"),  # a norm before it
-        ({"fc": (2, 640)}, "other layers than a single linear one"),
-        ({"attention": (320, 320), "fc": (2, 320)}, "other layers than a single linear one"),
-        ({}, "holds no head: neither head.fc nor another linear layer of 320 inputs"),
+        {"head.fc.0": (64, 320), "head.fc.3": (2, 64)},
+        {"fc.0": (320,), "fc.1": (2, 320)},  # a norm before it
+        {"fc": (2, 640)},
+        {"attention": (320, 320), "fc": (2, 320)},
+        {},
     ],
 )
-def test_a_head_of_other_layers_is_refused(checkpoint: dict[str, Any], layers: dict[str, tuple[int, ...]], words: str) -> None:
+def test_a_head_of_other_layers_is_refused(checkpoint: dict[str, Any], layers: dict[str, tuple[int, ...]]) -> None:
     weights = {name: tensor for name, tensor in checkpoint["model_state_dict"].items() if not name.startswith("head.fc.")}
     weights |= {f"{name}.weight": torch.ones(shape) for name, shape in layers.items()}
+    words = f"no single linear layer of 320 inputs but {len(layers)} ({', '.join(layers)})"
     with pytest.raises(tool.ExplainError, match=re.escape(words)):
         taken(weights)
 
 
-def test_layers_inside_the_network_are_never_left_out(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint["model_state_dict"]["stages.0.attention.weight"] = torch.ones(40, 40)
-    refused(save(checkpoint, tmp_path / "x.pth"), "keys not in the network 1 (stages.0.attention.weight)")
-
-
-def test_bookkeeping_of_trainers_is_ignored(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    network = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(network.parameters())
-    network(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    extra = {"optimizer_state_dict": optimizer.state_dict(), "scheduler": {"last_epoch": 3}, "history": [0.5, 0.4], 7: "x"}
-    classifier = load(save({**checkpoint, **extra}, tmp_path / "more.pth"))
-    assert_same_weights(classifier, checkpoint["model_state_dict"])
-    assert told(classifier) == ()
-
-
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions_are_computed_in_float32(key: str, pristine: dict[str, Any], tmp_path: Path, kind: torch.dtype) -> None:
-    weights = {n: t.to(kind) if t.is_floating_point() else t for n, t in pristine[key]["model_state_dict"].items()}
-    classifier = load(save({**pristine[key], "model_state_dict": weights}, tmp_path / "h.pth"), key)
+def test_other_precisions_are_computed_in_float32(checkpoint: dict[str, Any], tmp_path: Path, kind: torch.dtype) -> None:
+    weights = {name: tensor.to(kind) for name, tensor in checkpoint["model_state_dict"].items()}
+    classifier = load(save({**checkpoint, "model_state_dict": weights}, tmp_path / "h.pth"))
     assert_same_weights(classifier, weights)
     assert told(classifier) == (f"{str(kind).removeprefix('torch.')} weights computed in float32",)
 
@@ -353,11 +318,10 @@ def test_file_is_mapped_not_copied(tiny_checkpoints: dict[str, Path], key: str) 
 
 
 def with_classes(checkpoint: dict[str, Any], count: int) -> dict[str, Any]:
-    """The same checkpoint with a head of `count` outputs, and num_classes to match."""
+    """The same checkpoint with a head of `count` outputs."""
     weights = checkpoint["model_state_dict"]
     weights["head.fc.weight"] = torch.ones(count, weights["head.fc.weight"].shape[1])
     weights["head.fc.bias"] = torch.zeros(count)
-    checkpoint["config"]["num_classes"] = count
     return checkpoint
 
 
@@ -403,12 +367,12 @@ def test_what_names_no_class_is_no_order(stub: dict[str, Any], record: dict[str,
 @pytest.mark.parametrize(
     ("recorded", "shown"),
     [
-        (["simple", "comminuted", "none"], ("Simple Fracture", "Comminuted Fracture", "none")),
         (["comminuted", "no_fracture", "simple"], ("Comminuted Fracture", "no_fracture", "Simple Fracture")),
         (["simple", "Simple Fracture", "x"], ("simple", "Simple Fracture", "x")),  # not to be told apart
     ],
 )
 def test_three_classes_with_three_names(checkpoint: dict[str, Any], tmp_path: Path, recorded: list[str], shown: tuple[str, ...]) -> None:
+    checkpoint["config"]["num_classes"] = 1000  # left from elsewhere: the head decides
     classifier = load(save({**with_classes(checkpoint, 3), "class_names": recorded}, tmp_path / "three.pth"))
     assert classifier.model.class_names == shown
     assert classifier.network(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
@@ -419,25 +383,20 @@ def test_more_than_ten_classes_keep_their_order(stub: dict[str, Any]) -> None:
     assert tool.class_names_of(stub, 12, None, Path("x"))[0] == tuple(f"kind {letter}" for letter in "abcdefghijkl")
 
 
-def random_head(checkpoint: dict[str, Any], outputs: int) -> None:
-    weights = checkpoint["model_state_dict"]
-    weights["head.fc.weight"], weights["head.fc.bias"] = torch.randn(outputs, 320), torch.randn(outputs)
-
-
 def pictures(*shapes: tuple[int, ...]) -> list[tool.Radiograph]:
     rng = np.random.default_rng(3)
     return [tool.Radiograph(np.repeat(rng.integers(0, 256, (*shape, 1), dtype=np.uint8), 3, axis=2)) for shape in shapes]
 
 
-@pytest.mark.parametrize("claimed", [1, 2, None])
-def test_one_output_speaks_for_two_classes(checkpoint: dict[str, Any], tmp_path: Path, claimed: int | None) -> None:
-    random_head(checkpoint, 1)
-    checkpoint["config"] |= {"num_classes": claimed, "class_names": ["simple", "comminuted"]}
+def test_one_output_speaks_for_two_classes(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    weights = checkpoint["model_state_dict"]
+    weights["head.fc.weight"], weights["head.fc.bias"] = torch.randn(1, 320), torch.randn(1)
+    checkpoint["config"] |= {"num_classes": 1, "class_names": ["simple", "comminuted"]}
     classifier = load(save(checkpoint, tmp_path / "one.pth"))
     assert classifier.model.class_names == ("Simple Fracture", "Comminuted Fracture")
     assert told(classifier) == ("one output: its sigmoid is the probability of Comminuted Fracture",)
     plain = timm.create_model("convnextv2_atto", num_classes=1).eval()
-    plain.load_state_dict(checkpoint["model_state_dict"])
+    plain.load_state_dict(weights)
     radiographs = pictures((100, 60), (50, 80))
     inputs = torch.from_numpy(np.stack([tool.network_input(each, classifier.model.preprocessing) for each in radiographs]))
     activations = plain.forward_features(inputs).detach().requires_grad_()
@@ -445,7 +404,7 @@ def test_one_output_speaks_for_two_classes(checkpoint: dict[str, Any], tmp_path:
     (gradients,) = torch.autograd.grad(logits.sum(), activations)
     raw = (gradients.mean(dim=(2, 3), keepdim=True) * activations).sum(dim=1).detach().numpy()
     for target, sign in ((0, -1), (1, 1)):
-        for each, logit, expected in zip(explain(classifier, radiographs, target), logits, raw):
+        for each, logit, expected in zip(explain(classifier, radiographs, target), logits.detach(), raw):
             assert each.probabilities[1] == pytest.approx(float(torch.sigmoid(logit)), abs=1e-6)
             assert each.probabilities.sum() == pytest.approx(1)
             np.testing.assert_allclose(each.raw_map, sign * expected, atol=1e-5 * np.abs(expected).max())
@@ -473,24 +432,19 @@ def test_head_without_enough_names_is_refused(stub: dict[str, Any], tmp_path: Pa
     refused(path, f"its head has {count} outputs", "class names are 2 (Comminuted Fracture, Simple Fracture)", "class_names")
 
 
-@pytest.mark.parametrize("claimed", [3, 0, 10**9, "2", True, [2]])
-def test_num_classes_that_contradicts_the_head_is_refused(stub: dict[str, Any], tmp_path: Path, claimed: object) -> None:
-    stub["config"]["num_classes"] = claimed
-    refused(save(stub, tmp_path / "claim.pth"), "num_classes", "2 outputs")
-
-
 @pytest.mark.parametrize(
-    "names", ["ab", [], ["a"], ["a", "A "], ["a", " "], ["a", 1], 7, [str(number) for number in range(101)]]
+    ("name", "values", "words"),
+    [
+        ("class_names", ["ab", [], ["a"], ["a", "A "], ["a", " "], ["a", 1], 7], "a list of 2 to 100 different names"),
+        ("img_size", [0, 63, 1025, 224.0, "224", True, [224, 256], {}, torch.ones(2)], "one number of pixels from 64 to 1024"),
+        ("mean", [0.5, [0.5] * 4, ["a"] * 3, [float("nan")] * 3, [123.7, 116.3, 103.5], torch.ones(3)], "three numbers from 0 to 1"),
+        ("std", [[0, 0.2, 0.2], [-1, 0.5, 0.5], {}], "three numbers from 0.001 to 1"),
+    ],
 )
-def test_unusable_class_names_are_refused(stub: dict[str, Any], tmp_path: Path, names: object) -> None:
-    refused(save({**stub, "class_names": names}, tmp_path / "names.pth"), "class_names", "correct class_names")
-    refused(save({**stub, "class_names": ["a", "b\n", "c", "d"]}, tmp_path / "n.pth"), "2 outputs", "class names are 4 (a, b\\n, c, …)")
-
-
-@pytest.mark.parametrize("size", [0, -224, 63, 1025, 10**9, 224.0, "224", True, [224, 256], [224, 224, 3], {}, torch.ones(2)])
-def test_absurd_img_size_is_refused(stub: dict[str, Any], tmp_path: Path, size: object) -> None:
-    stub["config"]["img_size"] = size
-    refused(save(stub, tmp_path / "size.pth"), "img_size", "one number of pixels from 64 to 1024")
+def test_unusable_records_are_refused(stub: dict[str, Any], tmp_path: Path, name: str, values: list[object], words: str) -> None:
+    for value in values:
+        stub["config"][name] = value
+        refused(save(stub, tmp_path / "x.pth"), f"{name} is ", words, f"correct {name} in the checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -520,25 +474,15 @@ def test_the_recorded_interpolation_makes_the_input() -> None:
         assert np.array_equal(np.rint(seen * 255), expected.transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize("name", ["mean", "std"])
-@pytest.mark.parametrize("values", [0.5, [0.5] * 4, ["a"] * 3, [float("nan")] * 3, [123.7, 116.3, 103.5], [-1, 0.5, 0.5], {}, torch.ones(3)])
-def test_unusable_mean_or_std_is_refused(stub: dict[str, Any], tmp_path: Path, name: str, values: object) -> None:
-    refused(save({**stub, name: values}, tmp_path / "mean.pth"), f"{name} is", "three numbers")
-    refused(save({**stub, "std": [0, 0.2, 0.2]}, tmp_path / "std.pth"), "std is", "0.001")
-
-
 @pytest.mark.parametrize(
     ("recorded", "text"),
     [
         ({"val_acc": 99.16}, "Validation accuracy: 99.16%"),
-        ({"test_acc": 97, "val_acc": 99.16}, "Test accuracy: 97.00%"),
+        ({"test_acc": torch.tensor(97), "val_acc": 99.16}, "Test accuracy: 97.00%"),
         ({"val_acc": 0.9832}, "Validation accuracy: 0.9832 as recorded"),
-        ({"test_acc": True, "val_acc": 90.0}, "Validation accuracy: 90.00%"),
-        *(({"val_acc": bad}, "Accuracy: not recorded in the checkpoint")
-          for bad in (float("nan"), -1, 101, "99", [99], None, True)),
-        ({}, "Accuracy: not recorded in the checkpoint"),
+        *(({"val_acc": bad}, "Accuracy: not recorded in the checkpoint") for bad in (float("nan"), -1, 101, "99", None, True)),
     ],
-)  # fmt: skip
+)
 def test_accuracy_is_named_as_the_file_names_it(recorded: dict[str, Any], text: str) -> None:
     assert tool.accuracy_text(recorded) == text
 
@@ -548,54 +492,47 @@ def test_accuracy_is_named_as_the_file_names_it(recorded: dict[str, Any], text: 
 # ------------------------------------------------------------------------------------------
 
 
-def test_missing_and_unexpected_keys_are_named_and_counted(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    weights = checkpoint["model_state_dict"]
-    for name in ("stem.0.weight", "stem.0.bias", "head.norm.weight", "head.norm.bias"):
-        weights[name.replace(".", ".my_", 1) + "\n"] = weights.pop(name)
-    text = refused(save(checkpoint, tmp_path / "renamed.pth"), "of convnextv2_atto (which its config names)", "correct the name in its config")
-    assert "keys missing 4 (stem.0.weight, stem.0.bias, head.norm.weight, …)" in text
-    assert "keys not in the network 2 (stem.my_0.weight\\n, " in text
-    del weights["stem.my_0.weight\n"], weights["stages.3.blocks.0.norm.weight"]
-    refused(save(weights, tmp_path / "bare.pth"), "assumed, as its config names none", "record the timm name")
+MISFITS = {
+    "renamed": (lambda weights: weights.update({"stem.my_0\n": weights.pop("stem.0.weight")}),
+                ("2 (stem.0.weight is missing in the file, 40x3x4x4 float32 in the network", "stem.my_0\\n is 40x3x4x4 float32 in the file, missing in")),
+    "a layer more": (lambda weights: weights.update({"stages.0.attention.weight": torch.ones(40, 40)}), ("1 (stages.0.attention.weight is 40x40",)),
+    "another shape": (lambda weights: weights.update({"stem.0.weight": torch.zeros(40, 2, 4, 4)}),
+                      ("1 (stem.0.weight is 40x2x4x4 float32 in the file, 40x3x4x4 float32 in the network)",)),
+    "three of many": (lambda weights: [weights.pop(f"stages.{index}.blocks.0.norm.weight") for index in range(4)],
+                      ("its 136 weights do not fit the 140", "stages.2.blocks.0.norm.weight is missing", ", …)")),
+    "complex": (lambda weights: weights.update({"head.fc.bias": torch.ones(2) + 0j}), ("2 complex64 in the file",)),
+    "whole numbers": (lambda weights: weights.update({"head.fc.bias": torch.ones(2).int()}), ("1 (head.fc.bias is 2 int32 in the file, 2 float32",)),
+}  # fmt: skip
 
 
-def test_other_shape_is_named_with_both_sides(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint["model_state_dict"]["stem.0.weight"] = torch.zeros(40, 2, 4, 4)
-    path = save(checkpoint, tmp_path / "grey.pth")
-    refused(path, "of another kind 1 (stem.0.weight is 40x2x4x4 float32 in the file, 40x3x4x4 float32 in the network)")
+@pytest.mark.parametrize("kind", MISFITS)
+def test_weights_that_do_not_fit_are_named_with_both_sides(checkpoint: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    change, words = MISFITS[kind]
+    change(checkpoint["model_state_dict"])
+    refused(save(checkpoint, tmp_path / "x.pth"), "of convnextv2_atto (which its config names)", "correct the name in its config", *words)
+    del checkpoint["config"]
+    refused(save(checkpoint, tmp_path / "x.pth"), "(assumed, as its config names none)", "record the timm name")
 
 
 def test_size_that_differs_from_config_is_refused(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
     larger = {"convnext": "convnextv2_femto", "efficientnet": "tf_efficientnetv2_b1"}[key]
     contents = copied(pristine[key])
     contents["config"]["model_name"] = larger
-    found, needed = (len(tool.build_network(name, 2).state_dict()) for name in (TINY[key], larger))
-    wrong = {"convnext": "of another kind", "efficientnet": "keys missing"}[key]
     path = save(contents, tmp_path / "size.pth")
-    refused(path, f"its {found} weights do not fit the {needed} of {larger} (which its config names)", wrong, key=key)
+    refused(path, f"its {len(contents['model_state_dict'])} weights do not fit", f"of {larger} (which its config names)", key=key)
+    del contents["config"]
+    assert load(save(contents, path), key).model.architecture == TINY[key]
 
 
-def test_size_without_config_is_told_by_shapes_else_assumed_and_said(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    path = save(checkpoint["model_state_dict"], tmp_path / "bare.pth")
-    assert load(path).model.architecture == "convnextv2_atto"
-    weights = checkpoint["model_state_dict"]
-    del weights["head.norm.weight"]
-    path = save(weights, tmp_path / "incomplete.pth")
-    refused(path, "convnextv2_atto (assumed, as its config names none)", "keys missing 1 (head.norm.weight)", "model_name")
-
-
-@pytest.mark.parametrize("with_config", [True, False])
-def test_other_family_is_recognised_by_its_keys(key: str, pristine: dict[str, Any], tmp_path: Path, with_config: bool) -> None:
+def test_other_family_is_recognised_by_its_keys(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
     (other,) = set(TINY) - {key}
-    path = save(pristine[other] if with_config else pristine[other]["model_state_dict"], tmp_path / "other.pth")
-    refused(path, f"of the {other} family", f"--{other}-checkpoint", key=key)
+    for contents in (pristine[other], pristine[other]["model_state_dict"]):
+        refused(save(contents, tmp_path / "other.pth"), f"of the {other} family", f"--{other}-checkpoint", key=key)
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["hf-hub:timm/convnextv2_atto", "local-dir:/tmp", "convnextv2_atto/../x", "https://example.org/convnextv2_atto", "resnet18",
-     "tf_efficientnetv2_b0", "convnextv2_gigantic", "convnextv2_atto\n", "convnextv2_atto." + "x" * 500, 7, ["convnextv2_atto"], torch.ones(3)],
-)  # fmt: skip
+    "name", ["hf-hub:timm/convnextv2_atto", "local-dir:/tmp", "convnextv2_atto/../x", "resnet18", "tf_efficientnetv2_b0", "convnextv2_atto\n", 7]
+)
 def test_foreign_network_name_is_refused(stub: dict[str, Any], tmp_path: Path, name: object) -> None:
     stub["config"]["model_name"] = name
     refused(save(stub, tmp_path / "name.pth"), "records the network", "not of the family")
@@ -623,22 +560,6 @@ def test_weights_that_are_not_finite_are_refused(checkpoint: dict[str, Any], tmp
     refused(path, "NaN or infinite", "1 (stages.2.blocks.0.mlp.fc1.weight)")
     weights["stages.2.blocks.0.mlp.fc1.weight"][3, 3:6] = 6e4 if kind == torch.float16 else 3e38  # whose sum is infinite
     assert_same_weights(load(save({**checkpoint, "model_state_dict": weights}, path)), weights)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "2x320 qint8 in the file"),
-        (lambda tensor: tensor.to(torch.complex64), "complex64"),
-        (lambda tensor: tensor.to(torch.int32), "int32"),
-        (lambda tensor: tensor.to(torch.int64), "int64"),
-    ],
-)
-def test_tensors_of_other_kinds_are_refused(checkpoint: dict[str, Any], tmp_path: Path, change: Callable, word: str) -> None:
-    weights = checkpoint["model_state_dict"]
-    weights["head.fc.weight"] = change(weights["head.fc.weight"])
-    refused(save(checkpoint, tmp_path / "kind.pth"), word, "of another kind 1 (head.fc.weight", "2x320 float32 in the network")
 
 
 class Bomb:
@@ -690,21 +611,14 @@ def test_what_trainers_save_beside_the_weights_is_harmless(checkpoint: dict[str,
 
 
 @pytest.mark.parametrize("name", ["pathlib WindowsPath", "pathlib._local PosixPath", "pathlib._local WindowsPath", "numpy.core.multiarray scalar"])
-def test_harmless_types_of_other_systems_and_versions_load(stub: dict[str, Any], tmp_path: Path, name: str) -> None:
+def test_harmless_types_of_other_systems_and_versions_load(tmp_path: Path, name: str) -> None:
     path, module = tmp_path / "x.pth", name.split()[0]
     value = np.float64(1) if "numpy" in name else PurePosixPath("a")
-    torch.save({**stub, "val_acc": value}, path, _use_new_zipfile_serialization=False)
-    written = {"numpy": b"cnumpy._core.multiarray\nscalar\n"}.get(module[:5], b"cpathlib\nPurePosixPath\n")
-    contents = path.read_bytes()
-    assert written in contents
-    path.write_bytes(contents.replace(written, f"c{module}\n{name.split()[1]}\n".encode()))
+    torch.save({"val_acc": value}, path, _use_new_zipfile_serialization=False)
+    written = b"cnumpy._core.multiarray\nscalar\n" if "numpy" in name else b"cpathlib\nPurePosixPath\n"
+    assert written in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(written, f"c{module}\n{name.split()[1]}\n".encode()))
     assert tool.read_checkpoint(path)["val_acc"] in (1, PurePosixPath("a"), PureWindowsPath("a"))
-
-
-@pytest.mark.parametrize("number", [np.float64(99.25), np.float32(99.25), np.int64(99), torch.tensor(99.25)])
-def test_an_accuracy_of_numpy_or_torch_is_read(checkpoint: dict[str, Any], tmp_path: Path, number: Any) -> None:
-    path = save({**checkpoint, "val_acc": number}, tmp_path / "number.pth")
-    assert load(path).model.accuracy == f"Validation accuracy: {number:.2f}%"
 
 
 def test_a_checkpoint_of_timms_trainer_loads(key: str, pristine: dict[str, Any], tmp_path: Path) -> None:
@@ -726,11 +640,6 @@ def test_every_size_is_told_by_its_shapes() -> None:
             weights = tool.build_network(name, 0).state_dict()
             assert tool.architecture_of(family, {}, weights, Path("x"))[0] == name
         assert len({family.names.fullmatch(name).group(1) for name in sizes}) == len(sizes)
-
-
-def test_another_kind_of_network_is_told_which_fit(key: str, tmp_path: Path) -> None:
-    path = save(timm.create_model("resnet10t", num_classes=2).state_dict(), tmp_path / "resnet.pth")
-    refused(path, "another network", "convnextv2_*", "tf_efficientnetv2_*", key=key)
 
 
 # ------------------------------------------------------------------------------------------
@@ -832,7 +741,7 @@ FOREIGN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], tuple[str,
     "pruned": (lambda weights: {**weights, "stem.0.weight_mask": torch.ones(1)}, ("pruned", "prune.remove")),
     "fastai": (lambda weights: {"model": {**{f"0.model.{name}": tensor for name, tensor in weights.items() if "head.fc" not in name},
                                           "1.2.weight": torch.ones(640), "1.4.weight": torch.ones(512, 640), "1.8.weight": torch.ones(2, 512)}, "opt": {}},
-               ("other layers than a single linear one",)),
+               ("no single linear layer",)),
 }  # fmt: skip
 
 
@@ -853,12 +762,10 @@ def test_torchscript_is_refused(tmp_path: Path) -> None:
     [
         ("fastai.learner Learner", ("a Learner of fastai", "learn.model.state_dict()")),
         ("torch.distributed.tensor._api DTensor", ("FSDP", "dcp_to_torch")),
-        ("torch.distributed._shard.sharded_tensor.api ShardedTensor", ("FSDP", "dcp_to_torch")),
         ("torch.ao.nn.quantized.modules.linear Linear", ("quantised",)),
         ("deepspeed.runtime.zero.config ZeroStageEnum", ("DeepSpeed", "zero_to_fp32.py")),
         ("pytorch_lightning.callbacks.model_checkpoint ModelCheckpoint", ("Lightning", "['state_dict']")),
-        ("timm.models.convnext ConvNeXt", ("a whole network", "timm.models.convnext.ConvNeXt", "model.state_dict()", "none is run")),
-        ("__main__ FractureNet", ("a whole network", "__main__.FractureNet", "model.state_dict()")),
+        ("__main__ FractureNet", ("a whole network", "__main__.FractureNet", "model.state_dict()", "none is run")),
     ],
 )
 def test_objects_are_named_with_the_call_that_helps(tmp_path: Path, name: str, words: tuple[str, ...]) -> None:
@@ -866,8 +773,13 @@ def test_objects_are_named_with_the_call_that_helps(tmp_path: Path, name: str, w
     contents = (tmp_path / "x.pth").read_bytes()
     (tmp_path / "x.pth").write_bytes(contents.replace(b"cpathlib\nPurePosixPath\n", "c{}\n{}\n".format(*name.split()).encode()))
     refused(tmp_path / "x.pth", *words)
-    for file, said in (("__0_0.distcp", "FSDP"), ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "DeepSpeed"), ("adapter_model.bin", "PEFT")):
-        refused(save({"a": torch.ones(2)}, tmp_path / file), said)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("__0_0.distcp", "FSDP"), ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "DeepSpeed"), ("adapter_model.bin", "PEFT")]
+)
+def test_files_are_told_by_their_names(tmp_path: Path, name: str, said: str) -> None:
+    refused(save({"a": torch.ones(2)}, tmp_path / name), said)
 
 
 def test_a_checkpoint_of_lightning_is_found_by_its_suffix_and_loads(checkpoint: dict[str, Any], tmp_path: Path) -> None:
@@ -909,15 +821,15 @@ def test_missing_counters_of_batches_are_harmless(pristine: dict[str, Any], tmp_
 
 
 @pytest.mark.parametrize(
-    ("contents", "word"), [([1, 2], "a list"), (torch.ones(2), "a Tensor"), (7, "holds 7"), ("x\n", r"'x\n'")]
-)
-def test_what_is_no_dictionary_is_refused(tmp_path: Path, contents: object, word: str) -> None:
-    refused(save(contents, tmp_path / "no.pth"), word, "not a dictionary of weights")
-
-
-@pytest.mark.parametrize("contents", [{}, {"epoch": 3, "config": {}}, {"model_state_dict": {}}, {"model": {3: torch.ones(2)}}])
-def test_a_dictionary_without_weights_is_refused(tmp_path: Path, contents: dict[str, Any]) -> None:
-    refused(save(contents, tmp_path / "none.pth"), "holds no weights", "model_state_dict")
+    ("contents", "words"),
+    [
+        *((contents, ("not a dictionary of weights", said)) for contents, said in (([1], "a list"), (torch.ones(2), "a Tensor"), ("x\n", r"'x\n'"))),
+        *((contents, ("another network, or none", "0 weights", "convnextv2_*")) for contents in ({}, {"epoch": 3, "config": {}}, {"model": {}})),
+        ({"model": {"conv1.weight": torch.ones(3, 3)}}, ("another network, or none", "1 weights", "convnextv2_* or tf_efficientnetv2_*")),
+    ],
+)  # fmt: skip
+def test_a_file_without_a_network_is_refused(tmp_path: Path, contents: object, words: tuple[str, ...]) -> None:
+    refused(save(contents, tmp_path / "none.pth"), *words)
 
 
 def test_lack_of_memory_is_one_line(tiny_checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -935,12 +847,6 @@ def test_lack_of_memory_is_one_line(tiny_checkpoints: dict[str, Path], monkeypat
 # ------------------------------------------------------------------------------------------
 
 
-def picture(kind: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", (8, 8)).save(buffer, kind)
-    return buffer.getvalue()
-
-
 def archive(*names: str) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
@@ -949,28 +855,20 @@ def archive(*names: str) -> bytes:
     return buffer.getvalue()
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 1052814323\n"
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"", ("an empty file",)),
-        (b"just text\n", ("a text file", "torch.save")),
-        ("Gr\u00fc\u00dfe\n".encode(), ("a text file",)),
-        (b"<html><body>404</body></html>", ("a text file",)),
-        (LFS, ("Git LFS pointer", "cloned without Git LFS", "git lfs pull")),
-        (b"%PDF-1.7\n%\xe2\xe3", ("a PDF document",)),
-        *((picture(kind), (f"a {kind} image",)) for kind in ("PNG", "JPEG", "TIFF", "GIF")),
-        (picture("WEBP"), ("WebP",)),
-        (b"\x00\x01\x02\x03" * 50, ("unknown kind",)),
-        (archive("word/document.xml"), ("a zip archive without weights",)),
+        (b"<html><body>404</body></html>", ("a text file", "torch.save")),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1052814323\n", ("Git LFS pointer", "git lfs pull")),
+        (b"\x89PNG\r\n", ("a PNG image",)),
+        (b"\x89HDF\r\n", ("an HDF5 file, as of Keras", "PyTorch")),
+        (archive("model.weights.h5"), ("a zip archive without weights", "Keras")),
         (b"PK\x03\x04" + b"\x00" * 60, ("incomplete or damaged archive", "copy or download")),
         (b"\x80\x02", ("damaged",)),
-        ((20).to_bytes(8, "little") + b"{", ("damaged",)),
-        ((90_000_000).to_bytes(8, "little") + b'{"a":', ("damaged",)),
+        *((length.to_bytes(8, "little") + b'{"a":', ("damaged",)) for length in (20, 90_000_000)),
     ],
-)  # fmt: skip
+)
 def test_other_files_are_named_as_what_they_are(tmp_path: Path, content: bytes, words: tuple[str, ...]) -> None:
     path = tmp_path / "convnext_best.pth"
     path.write_bytes(content)
@@ -984,89 +882,3 @@ def test_truncated_checkpoint_is_refused(checkpoint: dict[str, Any], tmp_path: P
     torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
     os.truncate(path, int(path.stat().st_size * share))
     refused(path, "damaged", "copy or download")
-
-
-# ------------------------------------------------------------------------------------------
-# Any bytes
-# ------------------------------------------------------------------------------------------
-
-SMALL = {
-    "epoch": 1,
-    "model_state_dict": {"head.fc.weight": torch.ones(2, 3), "b": torch.zeros(1)},
-    "val_acc": 90.0,
-    "config": {"model_name": "convnextv2_atto", "img_size": 224},
-}
-
-
-@functools.cache
-def small_files() -> list[bytes]:
-    from safetensors.torch import save as safetensors_bytes
-
-    files = [safetensors_bytes(SMALL["model_state_dict"], {"config": json.dumps(SMALL["config"])})]
-    for zipped in (True, False):
-        buffer = io.BytesIO()
-        torch.save(SMALL, buffer, _use_new_zipfile_serialization=zipped)
-        files.append(buffer.getvalue())
-    return files
-
-
-@st.composite
-def mutations(draw: st.DrawFn) -> bytes:
-    """One of the small files with some bytes flipped, left out, put in, or its end cut off."""
-    data = bytearray(draw(st.sampled_from(small_files())))
-    for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, len(data)))
-        action = draw(st.sampled_from(["flip", "remove", "insert", "truncate"]))
-        if action == "flip" and place < len(data):
-            data[place] ^= draw(st.integers(1, 255))
-        elif action == "remove":
-            del data[place : place + draw(st.integers(1, 16))]
-        elif action == "insert":
-            data[place:place] = draw(st.binary(min_size=1, max_size=16))
-        elif action == "truncate":
-            del data[place:]
-    return bytes(data)
-
-
-def loads_or_is_refused(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    try:
-        load(path)
-    except tool.ExplainError as error:
-        one_line(error, path)
-
-
-@settings(FUZZ, max_examples=400)
-@given(data=mutations())
-@pytest.mark.slow
-def test_any_mutation_loads_or_is_refused(tmp_path: Path, data: bytes) -> None:
-    loads_or_is_refused(tmp_path / "fuzz.pth", data)
-
-
-PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-    | st.builds(lambda: torch.ones(2)),
-    lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)  # fmt: skip
-FIELDS = ("config", "class_names", "img_size", "mean", "std", "num_classes", "model_name", "val_acc", "test_acc", "ema")
-METADATA = st.dictionaries(st.sampled_from(FIELDS), PLAIN, max_size=3)
-
-
-EMPTY_NETWORK = functools.cache(tool.build_network)  # loading replaces every weight of it
-
-
-@settings(FUZZ, max_examples=60)
-@given(top=METADATA, config=METADATA)
-@pytest.mark.slow
-def test_any_metadata_loads_or_is_refused(
-    pristine: dict[str, Any], monkeypatch: pytest.MonkeyPatch, top: dict[str, Any], config: dict[str, Any]
-) -> None:
-    contents = copied(pristine["convnext"])
-    contents["config"] = {**contents["config"], **config}
-    monkeypatch.setattr(tool, "build_network", EMPTY_NETWORK)
-    monkeypatch.setattr(tool, "read_checkpoint", lambda path: {**contents, **top})
-    try:
-        assert load(Path("any.pth")).model.accuracy.isprintable()
-    except tool.ExplainError as error:
-        one_line(error, Path("any.pth"))

@@ -245,6 +245,10 @@ def test_each_image_keeps_its_last_row(explain, folder, tmp_path):
     for target in ("0", "1"):
         assert explain("--image", folder, *asked, "--target-class", target) == 0
     assert [row["convnext_explained"] for row in table(tmp_path)] == ["Simple Fracture"] * 5
+    columns = ["file", "digest"]
+    for digest in ("old", "new"):  # as a run leaves them that was interrupted
+        tool.add_row(tmp_path, {"file": "a.png", "digest": digest}, columns)
+    assert [row["digest"] for row in tool.earlier_rows(tmp_path, columns).values()] == ["new"]
 
 
 def test_a_column_that_becomes_needed_later_is_added(explain, folder, tmp_path):
@@ -322,11 +326,17 @@ def test_maps_of_another_question_are_not_taken_for_finished(explain, xray, tmp_
 
 def test_only_a_row_of_the_same_job_without_an_error_is_left_alone(tmp_path):
     job = tool.Job(Path("a.png"), "a.png", (), (), "digest", truth=tool.Truth("Simple Fracture"))
-    row = {"digest": "digest", "true_class": "Simple Fracture", "error": ""}
-    assert tool.is_row_of(row, job)
+    row = {"file": "a.png", "digest": "digest", "true_class": "Simple Fracture", "error": ""}
+
+    def is_left_alone(row: dict[str, str], job: tool.Job = job) -> bool:
+        rows, left = tool.resumed([job], {tool.row_key("a.png"): row})
+        assert (rows, left) in (([row], []), ([], [job]))
+        return bool(rows)
+
+    assert is_left_alone(row)
     for other in ({"digest": "another"}, {"true_class": "Comminuted Fracture"}, {"error": "cut short"}):
-        assert not tool.is_row_of({**row, **other}, job)
-    assert not tool.is_row_of(row, dataclasses.replace(job, maps=(tmp_path / "missing.npy",)))
+        assert not is_left_alone({**row, **other})
+    assert not is_left_alone(row, dataclasses.replace(job, maps=(tmp_path / "missing.npy",)))
 
 
 def test_a_folder_named_in_two_ways_stands_once_in_the_table(explain, folder, tmp_path, monkeypatch):
