@@ -2543,8 +2543,8 @@ def map_agreement(explanations: Sequence[Explanation]) -> Finding | None:
     return finding_of(CHECKS[AGREEMENT], Evidence(first, None, other_map=second.raw_map))
 
 
-def flagged_findings(findings: Sequence[Finding], *about: str) -> list[Finding]:
-    return [each for each in findings if each.is_flagged and CHECKS[each.check].about in about]
+def flagged_findings(findings: Sequence[Finding], about: str) -> list[Finding]:
+    return [each for each in findings if each.is_flagged and CHECKS[each.check].about == about]
 
 
 def checks_text(findings: Sequence[Finding]) -> str:
@@ -2716,7 +2716,8 @@ class Observation:
 
 
 def observation(explanation: Explanation, landmarks: Landmarks) -> Observation:
-    heat, values = heat_on_cells(explanation.raw_map), {each.check: each.value for each in explanation.findings}
+    heat = heat_on_cells(explanation.raw_map)
+    values = {each.check: each.value for each in explanation.findings}
     return Observation(explanation.explained_class, heat, bool(landmarks.markers), values)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import explainability
 from conftest import a_model
-from explainability import CHECKS, CLASS_NAMES, FAMILIES, Finding, Model, Observation, report_page, wilson_interval
+from explainability import CHECKS, CLASS_NAMES, FAMILIES, Model, Observation, report_page, wilson_interval
 
 COMMINUTED, SIMPLE = CLASS_NAMES
 HOSTILE = "<img src=x onerror=alert(1)>&\"' #50%?.png"
@@ -57,8 +57,8 @@ ROWS = [RIGHT, DOUBTFUL, DIFFER, SURE, SUREST, FLAGGED, FAILED]
 def observations(count: int) -> list[Observation]:
     heat = np.zeros((7, 7), np.float32)
     heat[1, 5] = 1
-    findings = tuple(Finding(key, 0.0, False, "") for key, check in CHECKS.items() if check.about == "map")
-    return [Observation(SIMPLE, heat, False, findings) for _ in range(count)]
+    values = {key: 0.0 for key, check in CHECKS.items() if check.about == "map"}
+    return [Observation(SIMPLE, heat, False, values) for _ in range(count)]
 
 
 def page(rows: list[dict[str, str]] = ROWS, **seen: list[Observation]) -> str:
