@@ -183,7 +183,9 @@ def test_the_command_line_names_folders_and_chooses_weights(checkpoint: dict[str
     checkpoints, _ = tool.chosen_checkpoints(args)
     assert args.weights == "ema" and checkpoints == [(tool.FAMILIES["convnext"], path)]
     for wanted in ("ema", "plain"):
-        (classifier,) = tool.load_classifiers(checkpoints, "cpu", None, wanted, quiet=True)
+        request = tool.Request((), True, tuple(checkpoints), ("gradcam",), tool.FigureStyle())
+        args = tool.parsed(["--device=cpu", f"--weights={wanted}", "--quiet"])
+        (classifier,) = tool.load_classifiers(request, args)
         assert_same_weights(classifier, plain if wanted == "plain" else shifted(plain))
 
 
