@@ -254,15 +254,15 @@ def test_refine_cam_is_that_of_pytorch_grad_cam(networks, key):
 
 
 def test_what_the_maps_of_layers_are_made_of_is_told():
-    def told(method: str) -> str:
-        view = explainability.View(np.zeros((9, 9, 3), np.uint8), "", explainability.FigureStyle())
+    view = explainability.View(np.zeros((9, 9, 3), np.uint8), "", explainability.FigureStyle())
+    told = []
+    for method in ("refinecam", "gradcam++", "ig"):
         sheet = explainability.Sheet(view, 9)
-        explainability.provenance_block(sheet, 0, 0, 8, an_explanation(method=method))
-        return "\n".join(item.text for item in sheet.items)
-
-    assert "stages.3 and stages.2" in told("refinecam") and "2 grids, interpolated to 7×7 pixels, then multiplied" in told("refinecam")
-    assert "\nstages.3\n" in told("gradcam++") and "7×7 grid, interpolated; a cell is 1/49 of the image" in told("gradcam++")
-    assert "Target layer" not in told("ig")
+        explainability.provenance_block(sheet, 0, 0, 9, an_explanation(method=method))
+        told.append([line.text for line in sheet.items])
+    assert "stages.3 and stages.2" in told[0] and "2 grids, interpolated to 7×7 pixels, then multiplied" in told[0]
+    assert "stages.3" in told[1] and "7×7 grid, interpolated; a cell is 1/49 of the image" in told[1]
+    assert "Target layer" not in told[2]
 
 
 def test_a_constant_factor_takes_nothing_from_the_other(networks, monkeypatch):
