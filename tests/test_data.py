@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "data_original"))
 
 import generate  # noqa: E402
 
+pytestmark = pytest.mark.slow  # the quick tests are for work in progress on other parts
+
 TEST = ROOT / "data_original" / "test"
 FRACTURED = generate.LABELS[:2]
 SMALL = 200  # px, longer side: fast

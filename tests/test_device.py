@@ -15,6 +15,8 @@ from explainability import FAMILIES, METHODS, Landmarks
 torch = pytest.importorskip("torch")
 from torch.utils import _pytree, backend_registration  # noqa: E402
 
+pytestmark = pytest.mark.slow  # the quick tests are for work in progress on other parts
+
 NAME = "_setup_privateuseone_for_python_backend"
 if not hasattr(backend_registration, NAME):
     pytest.skip("this torch registers no devices in Python", allow_module_level=True)

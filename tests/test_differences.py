@@ -23,6 +23,8 @@ import explainability as tool
 from conftest import HEADS, TINY, a_model, an_explanation, save, users_checkpoint
 from explainability import CHECKS, CLASS_NAMES, FAMILIES, Evidence, Explanation
 
+pytestmark = pytest.mark.slow  # the quick tests are for work in progress on other parts
+
 COMMINUTED, SIMPLE = CLASS_NAMES
 METHODS = ("gradcam", "lrp")
 OWN = {  # what each checkpoint says of itself

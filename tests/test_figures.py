@@ -603,6 +603,7 @@ def test_png_holds_every_pixel_and_the_digest(tmp_path):
         assert (np.asarray(page) == pixels).all() and page.info["Digest"] == "abc"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extension", FORMATS)
 def test_same_input_gives_the_same_bytes_with_a_digest_that_whole_files_alone_have(tmp_path, extension):
     path, other = (written(tmp_path, extension, name=name) for name in ("first", "second"))
@@ -622,6 +623,7 @@ def test_vector_figures_hold_each_picture_once_and_their_fonts_or_shapes(tmp_pat
             assert expected in said
 
 
+@pytest.mark.slow
 def test_pdf_looks_like_the_png(tmp_path):
     if not shutil.which("pdftoppm"):
         pytest.skip("pdftoppm is not installed")
@@ -635,6 +637,7 @@ def test_pdf_looks_like_the_png(tmp_path):
 POISON = "text.usetex: True\nfont.family: serif\nfont.size: 30\nfigure.autolayout: True\npath.sketch: 1, 100, 2\nsavefig.bbox: tight\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extension", ("png", "svg"))
 def test_nobodys_matplotlib_settings_reach_a_figure(tmp_path, extension):
     (tmp_path / "matplotlibrc").write_text(POISON)

@@ -24,6 +24,8 @@ from explainability import (
     CELL, FAMILIES, HELD_LAYERS, METHODS, ExplainError, ForwardPass, Job, Result, forward_pass,
 )  # fmt: skip
 
+pytestmark = pytest.mark.slow  # the quick tests are for work in progress on other parts
+
 torch = pytest.importorskip("torch")
 
 COMPARING = [key for key, method in METHODS.items() if method.compares]

@@ -17,6 +17,8 @@ from explainability import (
     explain_batch, findings_of,
 )  # fmt: skip
 
+pytestmark = pytest.mark.slow  # the quick tests are for work in progress on other parts
+
 EVERYWHERE = Landmarks(np.ones((7, 7)), ())
 
 

@@ -19,6 +19,8 @@ import explainability
 from conftest import a_model
 from explainability import CHECKS, CLASS_NAMES, FAMILIES, Model, Observation, report_page, wilson_interval
 
+pytestmark = pytest.mark.slow  # the quick tests are for work in progress on other parts
+
 COMMINUTED, SIMPLE = CLASS_NAMES
 HOSTILE = "<img src=x onerror=alert(1)>&\"' #50%?.png"
 MARKUP = '</script><script>alert("notes")</script>'
