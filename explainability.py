@@ -28,19 +28,23 @@ line is wrong; 129 terminal closed; 130 interrupted; 141 standard output closed;
 
 The file, from top to bottom; each section uses only what stands above it
     Records              what is handed on: Radiograph, Model, Explanation, Finding, Job, Result ...
-    Inputs               a file -> a Radiograph -> a network's input. A new image format: FILE_KINDS, IMAGE_SUFFIXES
+    Inputs               a file -> a Radiograph -> a network's input. A new image format: FILE_KINDS and
+                         IMAGE_SUFFIXES
     Models               a checkpoint -> a Classifier. A new family: FAMILIES; a place where trainers keep
                          weights or names: the tables at the section's start
     Methods              a batch -> signed maps. A new method: one function and one entry of METHODS
     Checks               a map -> Findings. A new check: one function and one entry of CHECKS
-    Reference            images that a network is meant for -> how far another is from them, and the most similar
+    Reference            images that a network is meant for -> how far another is from them, and which of
+                         them are most similar
     Panels and figures   Explanations -> a Sheet -> PNG, PDF or SVG. A new panel: one draw_ function
     Truth                what folders' names and --truth tell of an image
     Outputs              names, jobs, files
     The table            summary.csv. A new column: one line of model_cells or map_cells
     Console text         lines for one image, and for a run over many
+    The report           report.html, of the table's rows
     Runs                 jobs -> read -> explained in batches -> drawn and written -> row, lines
-    Command line         options, and what they come to. A new option: argument_parser, then checked_request
+    Command line         options, and what they come to. A new option: one line of its group, add_questions to
+                         add_outputs, then checked_request
 """
 
 from __future__ import annotations
