@@ -4695,6 +4695,7 @@ label:has(:checked) { background: var(--bar); color: var(--page) }
 article { content-visibility: auto; contain-intrinsic-size: auto 440px }
 article button { width: 100%; padding: 0; background: #fff; cursor: zoom-in }
 article img { display: block; width: 100%; aspect-ratio: 1.2; object-fit: contain }
+article .case, td .case { display: inline-block; width: 56px; aspect-ratio: auto; vertical-align: top; margin: 2px }
 dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0; color: inherit;
   background: var(--page) } dialog[open] { display: flex; flex-direction: column; gap: 8px }
 #frame { flex: 1; overflow: auto; text-align: center; cursor: zoom-in }
@@ -4716,7 +4717,7 @@ dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0
 <script>
 "use strict";
 const at = id => document.getElementById(id), form = at("filters"), large = at("large");
-const {places, rows} = JSON.parse(at("data").textContent);
+const {places, rows, cases} = JSON.parse(at("data").textContent);
 const isPictured = rows.some(row => row.isDrawn);  // else the images are the lines of a table
 let left = rows, opened = null, later;  // what the filters leave, in order; the row that is shown large
 
@@ -4728,6 +4729,7 @@ function build(part, space = "http://www.w3.org/1999/xhtml") {
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   if (/^[✗⚠🚩]/u.test(children[0])) node.className = "bad";
   if (attributes.share) node.style.setProperty("--share", attributes.share);
+  if (attributes.case) node.src = cases[attributes.case] ?? "";
   node.append(...children.map(child => build(child, inner)));
   return node;
 }
@@ -4920,6 +4922,18 @@ def verdicts(row: dict[str, str], models: Sequence[Model]) -> tuple[list[float],
     return sure, wrong, said
 
 
+def similar_nodes(row: dict[str, str], models: Sequence[Model]) -> list[Node]:
+    """For each model the reference images most like this one; the page's script fills in the pictures."""
+    nodes = []
+    for model in models:
+        cases = re.findall(r"(.+?) (\([^()]*, [\d.]+\))(?:; |$)", said_in(row, model, "similar"))
+        told = [{"class": "case", "case": label, "alt": f"{label} {rest}"} for label, rest in cases]
+        if told:
+            pictures = [["img", {**each, "title": each["alt"]}] for each in told]
+            nodes.append(["p", {}, f"Most similar to {model.title}", ["br", {}], *pictures])
+    return nodes
+
+
 def row_data(row: dict[str, str], has_own_name: bool, models: Sequence[Model]) -> dict[str, Any]:
     """What the page's script takes of an image: its card, and what filters and orders ask for."""
     name = printable(Path(row["file"]).name if has_own_name else row["file"])
@@ -4952,7 +4966,11 @@ def row_data(row: dict[str, str], has_own_name: bool, models: Sequence[Model]) -
         "picture": picture,
         "caption": " · ".join([name, *texts]),
         "links": [["div", {}, ["a", {"href": link}, printable(file)]] for file, link in links.items()],
-        "cells": [heading, *([["p", {}, text] for text in part] for part in (texts, flags, notes))],
+        "cells": [
+            heading,
+            *([["p", {}, text] for text in part] for part in (texts, flags, notes)),
+            similar_nodes(row, models),
+        ],
     }
 
 
@@ -4977,12 +4995,12 @@ def filter_nodes(counts: Counter[str], models: Sequence[Model]) -> list[Node]:
 
 def report_page(
     rows: Sequence[dict[str, str]], models: Sequence[Model], observations: dict[str, list[Observation]],
-    told: Sequence[str],
+    told: Sequence[str], thumbnails: dict[str, bytes],
 ) -> str:  # fmt: skip
     """The page of these rows of the table.
 
     The observations, by family, are of the maps made last, which need not be all; `told` is what else
-    its reader must know of the run.
+    its reader must know of the run; thumbnails, as JPEG, are of the reference's images by their label.
     """
     times = Counter(Path(row["file"]).name for row in rows)
     cards = [row_data(row, times[Path(row["file"]).name] == 1, models) for row in rows]
@@ -5005,7 +5023,14 @@ def report_page(
         content = re.search(rf"<{kind}>(.*?)</{kind}>", REPORT, re.DOTALL)[1]
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         page = page.replace(f"{{{kind}-hash}}", f"'sha256-{digest}'")
-    return page.replace("{data}", json.dumps({"places": places, "rows": cards}).replace("<", "\\u003c"))
+    used = " ".join(said_in(row, model, "similar") for row in rows for model in models)
+    cases = {
+        label: f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+        for label, picture in thumbnails.items()
+        if label in used
+    }
+    data = json.dumps({"places": places, "rows": cards, "cases": cases})
+    return page.replace("{data}", data.replace("<", "\\u003c"))
 
 
 # ------------------------------------------------------------------------------------------
@@ -5461,7 +5486,10 @@ def explain_many(
     spent = time.monotonic() - started
     kept = fold_table(folder, columns)
     told = [options_text(args), versions_text().replace("\n", ", ")]
-    write_file(folder / REPORT_NAME, report_page(kept, plan.models, observations, told).encode())
+    thumbnails = {}
+    for reference in (classifier.reference for classifier in plan.classifiers if classifier.reference):
+        thumbnails |= zip(map(printable, reference.labels), reference.thumbnails)
+    write_file(folder / REPORT_NAME, report_page(kept, plan.models, observations, told, thumbnails).encode())
     failed = len([row for row in rows if row["error"]])
     fresh = len(left) - failed
     lines = run_lines(rows, plan.models, plan.methods, observations, fresh, spent)

@@ -63,8 +63,11 @@ def observations(count: int) -> list[Observation]:
     return [Observation(SIMPLE, heat, False, values) for _ in range(count)]
 
 
+THUMBNAILS = {"train/a (1).jpg": b"\xff\xd8a", "train/b.jpg": b"\xff\xd8b", "train/unused.jpg": b"\xff\xd8c"}
+
+
 def page(rows: list[dict[str, str]] = ROWS, **seen: list[Observation]) -> str:
-    return report_page(rows, models(), seen, ["method gradcam", "torch 2.10"])
+    return report_page(rows, models(), seen, ["method gradcam", "torch 2.10"], THUMBNAILS)
 
 
 def data(text: str) -> dict:
@@ -416,3 +419,14 @@ def test_table_where_there_are_no_figures(browser, tmp_path):
     assert len(browser.find_elements("css selector", "table#list tr")) == 7
     click(browser, "failed")
     assert "✗ a/bad.png: cut short" in browser.find_element("css selector", "table#list").text
+
+
+def test_similar_cases_are_small_pictures_that_stand_in_the_page_once():
+    similar = "train/a (1).jpg (Simple Fracture, 0.997); train/b.jpg (Comminuted Fracture, 0.990)"
+    told = data(page([{**RIGHT, "efficientnet_similar": similar}, {**DOUBTFUL, "efficientnet_similar": similar}]))
+    assert told["cases"] == {label: f"data:image/jpeg;base64,{code}" for label, code in (("train/a (1).jpg", "/9hh"), ("train/b.jpg", "/9hi"))}
+    for row in told["rows"]:
+        ((tag, _, words, _, *pictures),) = row["cells"][-1]
+        assert tag == "p" and words == "Most similar to EfficientNetV2-S"
+        assert [(each[0], each[1]["case"]) for each in pictures] == [("img", "train/a (1).jpg"), ("img", "train/b.jpg")]
+        assert pictures[1][1]["alt"] == pictures[1][1]["title"] == "train/b.jpg (Comminuted Fracture, 0.990)"
