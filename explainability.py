@@ -4093,12 +4093,19 @@ def make_jobs(
         )
         for image, label, name, stem in zip(images, labels, display_names(labels), output_stems(labels))
     ]
-    inputs = {os.path.realpath(image) for image in images}
-    for path in (folder / TABLE_NAME, *(path for job in jobs for path in job.outputs)):
+    check_outputs([path for job in jobs for path in job.outputs], images, folder)
+    return jobs
+
+
+def check_outputs(outputs: Sequence[Path], images: Sequence[Path], folder: Path) -> None:
+    """Raise ExplainError where an output would replace an image of the run, or another output."""
+    inputs, times = {os.path.realpath(image) for image in images}, Counter(outputs)
+    for path in (folder / TABLE_NAME, folder / REPORT_NAME, *outputs):
         if os.path.realpath(path) in inputs:
             cause = "is an input of this run and would be replaced"
             raise refusal(path, cause, "choose another --output-dir")
-    return jobs
+        if times[path] > 1:  # comparison_ig_x: of x by Integrated Gradients, or of ig_x by Grad-CAM
+            raise refusal(path, "two results of this run would have this name", "run one --method at a time")
 
 
 def is_finished(job: Job) -> bool:

@@ -517,3 +517,11 @@ def test_figures_come_in_formats_for_print_and_are_left_alone_when_finished(expl
     assert figure.name == f"gradcam_convnext_xray.{ending}" and explain(*asked, "--contours", "--skip-existing") == 0
     assert figure.stat().st_mtime_ns == before
     assert explain(*asked, "--skip-existing") == 0 and figure.stat().st_mtime_ns > before
+
+
+def test_two_results_of_one_name_are_refused(explain, xray, tmp_path, capsys):
+    twin = xray.with_name("ig_xray.png")
+    twin.write_bytes(xray.read_bytes())
+    assert explain("--image", xray, twin, "--method", "gradcam", "ig") == 1
+    assert "comparison_ig_xray.png: two results of this run would have this name" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.png"))
