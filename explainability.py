@@ -4871,6 +4871,11 @@ def confidence_node(rows: Sequence[dict[str, str]], model: Model, is_known: bool
     return ["figure", {}, ["figcaption", {}, told], ["svg", box, *drawn]]
 
 
+def data_uri(kind: str, picture: bytes) -> str:
+    """A picture that stands in the page itself."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
 def model_node(rows: Sequence[dict[str, str]], model: Model, observations: Sequence[Observation]) -> Node:
     """How one model did, over the images that it was asked about."""
     rows = [row for row in rows if said_in(row, model, "predicted")]
@@ -4886,7 +4891,7 @@ def model_node(rows: Sequence[dict[str, str]], model: Model, observations: Seque
         heat = resized(normalised(np.mean([each.heat for each in observations], axis=0)), 130, 130)
         pixels = png(colours_of(FigureStyle())[(heat * 255).round().astype(np.uint8)], 96)
         caption = f"Mean map of {len(observations)} images"
-        image = ["img", {"src": f"data:image/png;base64,{base64.b64encode(pixels).decode()}", "alt": caption}]
+        image = ["img", {"src": data_uri("png", pixels), "alt": caption}]
         graphs.append(["figure", {}, ["figcaption", {}, caption], image])
     where = f"{model.architecture}, {printable(model.checkpoint.name)}; {model.accuracy}"
     lines = [["p", {}, line] for line in (told, where, *audit_lines(observations))]
@@ -5031,11 +5036,7 @@ def report_page(
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         page = page.replace(f"{{{kind}-hash}}", f"'sha256-{digest}'")
     used = " ".join(said_in(row, model, "similar") for row in rows for model in models)
-    cases = {
-        label: f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
-        for label, picture in thumbnails.items()
-        if label in used
-    }
+    cases = {label: data_uri("jpeg", picture) for label, picture in thumbnails.items() if label in used}
     data = json.dumps({"places": places, "rows": cards, "cases": cases})
     return page.replace("{data}", data.replace("<", "\\u003c"))
 

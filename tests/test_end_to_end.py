@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import json
 import re
 from pathlib import Path
 
@@ -232,3 +234,16 @@ def test_notice_is_printed_for_demo_networks_alone(xray, tiny_checkpoints, tiny_
     assert capsys.readouterr().out.count(explainability.DEMO_NOTICE) == 1
     main([*tiny_arguments, "--image", str(xray), "--model=efficientnet"])
     assert explainability.DEMO_NOTICE not in capsys.readouterr().out
+
+
+def test_python_gives_what_the_command_gives(xray, tiny_arguments, tiny_classifiers, tmp_path):
+    radiograph, classifier = explainability.load_radiograph(xray), tiny_classifiers["convnext"]
+    explanation = explainability.explain(classifier, radiograph, target=1)
+    options = ["--model=convnext", "--target-class=1", "--save-maps", "--image", str(xray)]
+    assert main([*tiny_arguments, *options]) == 0
+    np.testing.assert_array_equal(explanation.raw_map, np.load(tmp_path / "figures" / "map_convnext_xray.npy"))
+    told = json.loads((tmp_path / "figures" / "map_convnext_xray.json").read_text())["checks"]
+    assert {each.check: each.text for each in explanation.findings} == {key: each["text"] for key, each in told.items()}
+    drawn = Image.open(io.BytesIO(explainability.draw(explanation, radiograph, "xray.png", explainability.FigureStyle(dpi=30))))
+    written = Image.open(tmp_path / "figures" / "gradcam_convnext_xray.png")
+    assert (np.asarray(drawn) == np.asarray(written)).all()
