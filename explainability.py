@@ -3975,15 +3975,12 @@ def write_file(path: Path, content: bytes) -> None:
 
 def numbered(names: Iterable[str]) -> list[str]:
     """The names, with a number behind each that came before; upper and lower case are one to some systems."""
-    times: Counter[str] = Counter()
+    taken: set[str] = set()
     told = []
     for name in names:
-        key, unique = name.casefold(), name
-        while times[unique.casefold()]:
-            times[key] += 1
-            unique = f"{name}_{times[key]}"
-        times[unique.casefold()] += 1
-        told.append(unique)
+        others = (f"{name}_{number}" for number in itertools.count(2))
+        told.append(next(each for each in itertools.chain([name], others) if each.casefold() not in taken))
+        taken.add(told[-1].casefold())
     return told
 
 
@@ -3997,24 +3994,16 @@ def with_folders(labels: Sequence[str], names: Sequence[str], between: str) -> l
     return told
 
 
-def display_names(labels: Sequence[str]) -> list[str]:
-    """What figures and console call images."""
-    return numbered(with_folders(labels, [Path(label).name for label in labels], "/"))
-
-
 def output_stems(labels: Sequence[str]) -> list[str]:
-    """What the names of each image's outputs end in."""
-    stems = with_folders(labels, [Path(label).stem for label in labels], "_")
-    return numbered(map(short_stem, stems))
-
-
-def short_stem(stem: str) -> str:
-    """A file's stem, cut where its outputs' names would be longer than file systems allow."""
-    encoded = os.fsencode(stem)
-    if len(encoded) <= MAX_STEM_BYTES:
-        return stem
-    kept = encoded[: MAX_STEM_BYTES - 9].decode(errors="ignore")
-    return f"{kept}_{hashlib.sha256(encoded).hexdigest()[:8]}"
+    """What the names of each image's outputs end in, no longer than file systems allow."""
+    stems = []
+    for stem in with_folders(labels, [Path(label).stem for label in labels], "_"):
+        encoded = os.fsencode(stem)
+        if len(encoded) > MAX_STEM_BYTES:
+            kept = encoded[: MAX_STEM_BYTES - 9].decode(errors="ignore")
+            stem = f"{kept}_{hashlib.sha256(encoded).hexdigest()[:8]}"
+        stems.append(stem)
+    return numbered(stems)
 
 
 def content_label(image: Path) -> str:
@@ -4047,11 +4036,10 @@ def page_prefixes(keys: Sequence[str], methods: Sequence[str]) -> dict[str, tupl
 
 
 def file_mark(path: Path) -> str:
-    """What tells whether a file's content is another one.
+    """What tells whether a file's content is another one; nothing for one that cannot be read.
 
-    Of a zip archive, which checkpoints are as a rule, its directory at the end is enough: it holds
-    a checksum of every part, unless torch was told to write none. A file that cannot be read has no
-    mark; what is wrong is said when it is used.
+    Of a zip archive, which checkpoints are as a rule, its directory at the end is enough: it holds a
+    checksum of every part, unless torch was told to write none.
     """
     with contextlib.suppress(ExplainError, OSError), open_regular(path) as file:
         is_zip = file.read(2) == b"PK"
@@ -4072,15 +4060,15 @@ def make_jobs(
 ) -> list[Job]:  # fmt: skip
     """A job for each image, known by its label; `asked` is all that results depend on beside the image.
 
-    It writes outputs of these kinds: figures, whose names have this ending, maps and panels.
-
-    Raises ExplainError where an output would replace one of the images.
+    It writes outputs of these kinds: figures, whose names have this ending, maps and panels. Raises
+    ExplainError where an output would replace an image of the run, or another output.
     """
     made = list(itertools.product(keys, methods))
     shown_by = page_prefixes(keys, methods) if "figures" in kinds else {}
     map_prefixes = [prefix_of("map", method, key) for key, method in made] if "maps" in kinds else []
     bare = [prefix_of(kind, method, key) for key, method in made for kind in ("heatmap", "overlay")]
     panel_prefixes = ["radiograph", *bare] if "panels" in kinds else []
+    names = numbered(with_folders(labels, [Path(label).name for label in labels], "/"))
     jobs = [
         Job(
             image=image,
@@ -4091,21 +4079,15 @@ def make_jobs(
             panels=tuple(folder / f"{prefix}_{stem}.png" for prefix in panel_prefixes),
             digest=digest_of(asked, file_mark(image)),
         )
-        for image, label, name, stem in zip(images, labels, display_names(labels), output_stems(labels))
+        for image, label, name, stem in zip(images, labels, names, output_stems(labels))
     ]
-    check_outputs([path for job in jobs for path in job.outputs], images, folder)
-    return jobs
-
-
-def check_outputs(outputs: Sequence[Path], images: Sequence[Path], folder: Path) -> None:
-    """Raise ExplainError where an output would replace an image of the run, or another output."""
-    inputs, times = {os.path.realpath(image) for image in images}, Counter(outputs)
-    for path in (folder / TABLE_NAME, folder / REPORT_NAME, *outputs):
+    inputs, outputs = {os.path.realpath(image) for image in images}, [path for job in jobs for path in job.outputs]
+    for path, times in Counter([folder / TABLE_NAME, folder / REPORT_NAME, *outputs]).items():
         if os.path.realpath(path) in inputs:
-            cause = "is an input of this run and would be replaced"
-            raise refusal(path, cause, "choose another --output-dir")
-        if times[path] > 1:  # comparison_ig_x: of x by Integrated Gradients, or of ig_x by Grad-CAM
+            raise refusal(path, "is an input of this run and would be replaced", "choose another --output-dir")
+        if times > 1:  # comparison_ig_x: of x by Integrated Gradients, or of ig_x by Grad-CAM
             raise refusal(path, "two results of this run would have this name", "run one --method at a time")
+    return jobs
 
 
 def is_finished(job: Job) -> bool:
@@ -4164,37 +4146,33 @@ def write_maps(result: Result) -> None:
 def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
     """Everything that a raw map depends on, and what was found about it."""
     model, method = explanation.model, METHODS[explanation.method]
+    checks = {
+        each.check: {
+            "value": each.value if each.is_measured else None,  # JSON has no NaN
+            "flagged": each.is_flagged,
+            "text": each.text,
+        }
+        for each in explanation.findings
+    }
     return {
         "image": shown(Path(job.label)),
         "image_sha256": file_digest(job.image),
         "checkpoint": shown(model.checkpoint),
         "checkpoint_sha256": file_digest(model.checkpoint),
         "architecture": model.architecture,
-        "target_layer": model.family.target_layer,
+        "preprocessing": dataclasses.asdict(model.preprocessing),
         "method": explanation.method,
-        "method_title": method.title,
         "citation": method.citation,
+        "target_layer": model.family.target_layer,
+        "reference": REFERENCE if method.compares else None,
         "sum": float(explanation.raw_map.sum(dtype=float)),
         "sum_owed": explanation.owed,
-        "reference": REFERENCE if method.compares else None,
-        "remarks": explanation.remarks,
-        "explained_class": explanation.explained,
         "class_names": model.class_names,
+        "explained_class": explanation.explained,
         "probabilities": explanation.probabilities.tolist(),
-        "preprocessing": dataclasses.asdict(model.preprocessing),
-        "checks": {
-            each.check: {
-                "value": each.value if each.is_measured else None,  # JSON has no NaN
-                "flagged": each.is_flagged,
-                "text": each.text,
-            }
-            for each in explanation.findings
-        },
-        "similar": [
-            {"file": case.label, "class": case.class_name, "likeness": case.likeness}
-            for case in explanation.similar
-        ],
-        "true_box": explanation.pointing and dataclasses.asdict(explanation.pointing),
+        "remarks": explanation.remarks,
+        "checks": checks,
+        "similar": list(map(case_text, explanation.similar)),
         "versions": {name: version(name) for name in LIBRARIES},
         "digest": job.digest,
     }
@@ -4311,11 +4289,6 @@ def is_right(explanation: Explanation, truth: str) -> bool:
     return class_key(explanation.prediction) == class_key(truth)
 
 
-def row_key(file: str) -> str:
-    """What tells the rows of a table apart: a folder may be named in more than one way."""
-    return os.path.abspath(file)
-
-
 # The file. Other runs may write to it at the same time: each row goes in under a lock.
 
 
@@ -4327,7 +4300,7 @@ def table_alone(folder: Path) -> Iterator[Path]:
         if fcntl:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
+        if path.exists() and path.stat().st_size:
             drop_torn_line(path)
         yield path
 
@@ -4335,8 +4308,6 @@ def table_alone(folder: Path) -> Iterator[Path]:
 def drop_torn_line(path: Path) -> None:
     """Cut off a last line that a crash left without its end, and say so."""
     with open(path, "rb+") as file:
-        if not file.seek(0, os.SEEK_END):
-            return
         file.seek(-1, os.SEEK_END)
         if file.read(1) != b"\n":
             file.seek(0)
@@ -4389,10 +4360,10 @@ def add_row(folder: Path, row: dict[str, str], columns: Sequence[str]) -> None:
 
 
 def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The last row of each image in a folder's table, by `row_key`; a table of another kind is renamed."""
+    """The last row of each image in a folder's table, by its whole path; a table of another kind is renamed."""
     with table_alone(folder) as path:
         try:
-            return {row_key(row["file"]): row for row in table_rows(path, columns)}
+            return {os.path.abspath(row["file"]): row for row in table_rows(path, columns)}
         except ExplainError:
             names = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(1))
             other = next(name for name in names if not os.path.lexists(name))
@@ -4404,7 +4375,7 @@ def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, st
 def fold_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Keep the last row of each image and the columns that say something; the rows."""
     with table_alone(folder) as path:
-        last = {row_key(row["file"]): row for row in table_rows(path, columns)}
+        last = {os.path.abspath(row["file"]): row for row in table_rows(path, columns)}
         rows = sorted(last.values(), key=lambda row: row["file"])
         write_rows(path, rows, [name for name in columns if any(row[name] for row in rows)])
     return rows
@@ -4429,12 +4400,6 @@ def warn(*lines: str) -> None:
 
 def note_lines(file: Path | str, notes: Sequence[str]) -> list[str]:
     return [f"ℹ️  {shown(Path(file))}: {note}" for note in notes]
-
-
-def demo_lines(checkpoints: Sequence[Path]) -> list[str]:
-    """What every run with demo networks ends in, also a quiet one."""
-    noun = "networks" if len(checkpoints) > 1 else "network"
-    return ["", f"⚠️  Demo {noun}: {DEMO_NOTICE}"] if is_demo(checkpoints[0]) else []
 
 
 def opening_lines(jobs: Sequence[Job], is_single: bool, is_random: bool, models: int) -> list[str]:
@@ -4490,7 +4455,12 @@ def prediction_lines(explanations: Sequence[Explanation]) -> list[str]:
     lines = [f"Prediction: {first.prediction}", f"Confidence: {first.confidence:.2%}"]
     if first.explained != first.predicted:
         lines.append(f"Explained class: {first.explained_class}")
-    lines += [proof_text(each) for each in explanations if METHODS[each.method].compares]
+    for each in explanations:
+        title = METHODS[each.method].title
+        if METHODS[each.method].compares:
+            owed = "" if each.owed is None else f", must be {each.owed:.4g}"
+            against = f"{each.negative_share:.0%} of its magnitude speaks against the class"
+            lines.append(f"{title}: sum {each.raw_map.sum(dtype=float):.4g}{owed}; {against}")
     titles = ["" if len(explanations) == 1 else f"{METHODS[each.method].title}: " for each in explanations]
     for explanation, title in zip(explanations, titles):
         if explanation.findings:
@@ -4502,14 +4472,6 @@ def prediction_lines(explanations: Sequence[Explanation]) -> list[str]:
     remarks = dict.fromkeys(remark for each in explanations for remark in each.remarks)
     lines += [f"⚠️  {text}" for text in remarks]
     return [f"{first.model.title}:", *(f"  {line}" for line in lines)]
-
-
-def proof_text(explanation: Explanation) -> str:
-    """What a signed map sums to and owes, and how much of it speaks against the class."""
-    owed = "" if explanation.owed is None else f", must be {explanation.owed:.4g}"
-    against = f"{explanation.negative_share:.0%} of its magnitude speaks against the class"
-    total = f"sum {explanation.raw_map.sum(dtype=float):.4g}{owed}"
-    return f"{METHODS[explanation.method].title}: {total}; {against}"
 
 
 def network_lines(explanation: Explanation, title: str) -> list[str]:
@@ -4536,26 +4498,19 @@ def result_line(result: Result) -> str:
     words = [f"wrong: {each.model.title}" for each in result.wrong]
     if not agree(result.opinions):
         words.append("models disagree")
-    words += flag_words(result)
-    if NOTHING_TO_SEE in result.notes:
-        words.append(NOTHING_TO_SEE)
-    words += [sum_remark(each) for each in result.explanations if each.sum_error > MAX_SUM_ERROR]
-    mark = "⚠️ " if words else "✅"
-    return f"{mark} {printable(result.job.name)}: {'; '.join([', '.join(verdicts), *words])}"
-
-
-def flag_words(result: Result) -> list[str]:
-    """The flagged checks of each explanation, and of the pair."""
-    words = []
-    has_methods = len(result.explanations) > len(result.opinions)
     for each in result.explanations:
-        whose = f"{each.model.title}, {METHODS[each.method].title}" if has_methods else each.model.title
+        several = len(result.explanations) > len(result.opinions)
+        whose = f"{each.model.title}, {METHODS[each.method].title}" if several else each.model.title
         if keys := flags_text(each):
             words.append(f"{whose} flagged: {keys}")
     overlap = map_agreement(result.opinions)
     if overlap and overlap.is_flagged:
         words.append(overlap.text)
-    return words
+    if NOTHING_TO_SEE in result.notes:
+        words.append(NOTHING_TO_SEE)
+    words += [sum_remark(each) for each in result.explanations if each.sum_error > MAX_SUM_ERROR]
+    mark = "⚠️ " if words else "✅"
+    return f"{mark} {printable(result.job.name)}: {'; '.join([', '.join(verdicts), *words])}"
 
 
 def run_lines(
@@ -4574,8 +4529,7 @@ def run_lines(
         lines.append(f"Speed: {fresh / seconds:.2f} images per second ({fresh} images in {seconds:.1f} s)")
     for model in models:
         seen = observations.get(model.family.key, ())
-        told = [*accuracy_lines(done, model), *box_lines(done, model), *flags_lines(done, model, methods)]
-        told += reference_lines(done, model)
+        told = [*accuracy_lines(done, model), *model_lines(done, model, methods)]
         if 0 < len(seen) < len(done):
             told.append(f"Of the {len(seen)} images explained now:")
         lines += ["", f"{model.title}:", *(f"  {line}" for line in [*told, *audit_lines(seen)])]
@@ -4586,17 +4540,6 @@ def run_lines(
     return lines
 
 
-def reference_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
-    """How many images are unlike the reference, or contradicted by their similar cases."""
-    key = model.family.key
-    flags = [row[f"{key}_flags"].split(", ") for row in rows if row.get(f"{key}_unlike")]
-    if not flags:
-        return []
-    unlike, contradicted = (sum(check in each for each in flags) for check in ("unlike", "neighbours"))
-    told = f"Unlike the reference: {unlike} of {len(flags)} images"
-    return [f"{told}; contradicted by similar cases: {contradicted}"]
-
-
 def named_lines(what: str, rows: Sequence[dict[str, str]]) -> list[str]:
     """The first files of a kind, and how many more there are."""
     lines = [f"{what}: {shown(Path(row['file']))}" for row in rows[:MOST_NAMED]]
@@ -4605,40 +4548,44 @@ def named_lines(what: str, rows: Sequence[dict[str, str]]) -> list[str]:
     return lines
 
 
+def filled(rows: Sequence[dict[str, str]], column: str) -> list[str]:
+    """The cells of a column that say something."""
+    return [text for row in rows if (text := row.get(column))]
+
+
+def mean_of(rows: Sequence[dict[str, str]], column: str) -> float:
+    """Mean of a column's numbers."""
+    return float(np.mean([float(text) for text in filled(rows, column)]))
+
+
 def overlap_lines(rows: Sequence[dict[str, str]]) -> list[str]:
     """How far the two models' maps agree over a run, which is another thing than the same class."""
-    shares = [float(row[AGREEMENT]) for row in rows if row.get(AGREEMENT)]
-    if not shares:
+    count, few = len(filled(rows, AGREEMENT)), len(filled(rows, "pair_flags"))
+    if not count:
         return []
-    few = len([row for row in rows if row.get("pair_flags")])
-    mean = percent(np.mean(shares))
-    return [f"Maps share {mean} of their heat on average, in {few} of {len(shares)} images too little"]
+    mean = percent(mean_of(rows, AGREEMENT))
+    return [f"Maps share {mean} of their heat on average, in {few} of {count} images too little"]
 
 
-def box_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
-    """How one model's maps compare with the true boxes, over the images that have one."""
-    key = model.family.key
-    known = [row for row in rows if row.get(f"{key}_in_box")]
-    if not known:
-        return []
-    inside = sum(row[f"{key}_in_box"] == "yes" for row in known)
-    heat = np.mean([float(row[f"{key}_heat_in_box"]) for row in known])
-    area = np.mean([float(row[f"{key}_box_area"]) for row in known])
-    share = f"{inside / len(known):.1%} ({inside} of {len(known)})"
-    return [f"True fracture: maximum inside {share}, heat inside {heat:.1%}, chance {area:.1%}"]
-
-
-def flags_lines(rows: Sequence[dict[str, str]], model: Model, methods: Sequence[str]) -> list[str]:
-    """How many images have something flagged by each method, and what how often."""
-    lines = []
+def model_lines(rows: Sequence[dict[str, str]], model: Model, methods: Sequence[str]) -> list[str]:
+    """How one model's maps compare with true boxes, what is flagged how often, and what the reference told."""
+    key, lines = model.family.key, []
+    if known := filled(rows, f"{key}_in_box"):
+        inside = known.count("yes")
+        share = f"{inside / len(known):.1%} ({inside} of {len(known)})"
+        heat, area = mean_of(rows, f"{key}_heat_in_box"), mean_of(rows, f"{key}_box_area")
+        lines.append(f"True fracture: maximum inside {share}, heat inside {heat:.1%}, chance {area:.1%}")
     for method in methods:
-        column = "flags" if method == methods[0] else f"{method}_flags"
-        flags = [text for row in rows if (text := row.get(f"{model.family.key}_{column}"))]
-        counts = Counter(key for text in flags for key in text.split(", "))
-        which = ", ".join(f"{key} {counts[key]}" for key in CHECKS if counts[key])
+        flags = filled(rows, f"{key}_flags" if method == methods[0] else f"{key}_{method}_flags")
+        counts = Counter(check for text in flags for check in text.split(", "))
         title = "Flagged" if len(methods) == 1 else f"{METHODS[method].title}, flagged"
-        line = f"{title}: {len(flags)} of {len(rows)} images"
-        lines.append(f"{line}: {which}" if which else line)
+        lines.append(f"{title}: {len(flags)} of {len(rows)} images")
+        if counts:
+            lines[-1] += f": {', '.join(f'{check} {counts[check]}' for check in CHECKS if counts[check])}"
+    if compared := [row for row in rows if row.get(f"{key}_unlike")]:
+        flags = Counter(check for row in compared for check in row[f"{key}_flags"].split(", "))
+        told = f"Unlike the reference: {flags['unlike']} of {len(compared)} images"
+        lines.append(f"{told}; contradicted by similar cases: {flags['neighbours']}")
     return lines
 
 
@@ -5180,19 +5127,17 @@ def read_result(job: Job, models: Sequence[Model], style: FigureStyle) -> Result
 
 def explained_results(results: Sequence[Result], index: int, plan: Plan) -> list[Result]:
     """A batch of results with the explanations of one more classifier, the one of this index."""
-    classifier, target, methods = plan.classifiers[index], plan.targets[index], plan.methods
-    inputs = [result.inputs[index] for result in results if not result.error]
-    fresh = iter(explain_batch(classifier, inputs, target, methods, plan.batch) if inputs else ())
+    classifier, count = plan.classifiers[index], len(plan.methods)
+    inputs = [result.inputs[index] for result in results]
+    fresh = iter(explain_batch(classifier, inputs, plan.targets[index], plan.methods, plan.batch) if inputs else ())
     explained = []
     for result in results:
-        if not result.error:
-            first, *others = (next(fresh) for _ in methods)
-            trial = None
-            if plan.is_verified:
-                trial = tried(classifier, result.inputs[index], first, result.landmarks, plan.batch)
-            made = [checked(first, result, trial), *(checked(each, result) for each in others)]
-            result = dataclasses.replace(result, explanations=(*result.explanations, *made))
-        explained.append(result)
+        first, *others = itertools.islice(fresh, count)
+        trial = None
+        if plan.is_verified:
+            trial = tried(classifier, result.inputs[index], first, result.landmarks, plan.batch)
+        made = [checked(first, result, trial), *(checked(each, result) for each in others)]
+        explained.append(dataclasses.replace(result, explanations=(*result.explanations, *made)))
     return explained
 
 
@@ -5218,13 +5163,14 @@ def explain_jobs(jobs: Sequence[Job], plan: Plan, submit: Submit) -> Iterator[Be
     """
     for start in range(0, len(jobs), plan.batch):
         results = [read_result(job, plan.models, plan.style) for job in jobs[start : start + plan.batch]]
-        drawings: list[list[Future[None]]] = [[] for _ in results]
+        good = [result for result in results if not result.error]
+        drawings: list[list[Future[None]]] = [[] for _ in good]
         for index in range(len(plan.classifiers)):
-            results = explained_results(results, index, plan)
-            for result, begun in zip(results, drawings):
-                if not result.error:
-                    begun += begun_drawings(result, plan, submit)
-        yield from zip(results, drawings)
+            good = explained_results(good, index, plan)
+            for result, begun in zip(good, drawings):
+                begun += begun_drawings(result, plan, submit)
+        explained = zip(good, drawings)
+        yield from ((result, []) if result.error else next(explained) for result in results)
 
 
 def begun_drawings(result: Result, plan: Plan, submit: Submit) -> list[Future[None]]:
@@ -5410,32 +5356,29 @@ def draw(
 
 def run(args: argparse.Namespace, request: Request) -> int:
     """Do what is asked; the exit status."""
-    job = request.jobs[0]
+    job, checkpoints = request.jobs[0], request.checkpoints
     if request.is_single and args.skip_existing and job.outputs and is_finished(job):
         lines, status = [f"⏭️  Finished earlier, left alone: {shown(Path(job.label))}"], 0
     else:
         with contextlib.redirect_stdout(io.StringIO()) if args.quiet else contextlib.nullcontext():
             lines, status = explain_all(args, request)
-    say(*lines, *demo_lines([path for _, path in request.checkpoints]))
+    say(*lines)
+    if is_demo(checkpoints[0][1]):  # what also a quiet run ends in
+        say("", f"⚠️  Demo {'networks' if len(checkpoints) > 1 else 'network'}: {DEMO_NOTICE}")
     return status
-
-
-def drawing_processes(request: Request) -> int:
-    """One for one image, which a second would not serve; one a core for many."""
-    if not request.jobs[0].pages:
-        return 0
-    return min(MAX_DRAWING_PROCESSES, 1 if request.is_single else os.cpu_count() or 1)
 
 
 def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], int]:
     """Explain every image; returns what to say last, and the exit status. One image is a run of one."""
     # Read when torch is imported: its threads then sleep while they wait, and leave the cores to the drawing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with drawing_pool(drawing_processes(request), request.style) as submit:
+    processes = 1 if request.is_single else os.cpu_count() or 1  # a second would not serve one image
+    if not request.jobs[0].pages:
+        processes = 0
+    with drawing_pool(min(processes, MAX_DRAWING_PROCESSES), request.style) as submit:
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
-        classifiers = load_classifiers(request, args)
-        classifiers = [with_reference(each, args, request.reference) for each in classifiers]
+        classifiers = [with_reference(each, args, request.reference) for each in load_classifiers(request, args)]
         names = [classifier.model.class_names for classifier in classifiers]
         plan = Plan(
             classifiers=classifiers,
@@ -5511,7 +5454,7 @@ def resumed(
     """The earlier rows that say what their jobs would say again, and the jobs that are left."""
     rows, left = [], []
     for job in jobs:
-        row = earlier.get(row_key(job.label), {"error": "none"})
+        row = earlier.get(os.path.abspath(job.label), {"error": "none"})
         is_same = not row["error"] and (row["digest"], row["true_class"]) == (job.digest, job.truth.name)
         if is_same and is_finished(job):
             rows.append(row)
@@ -5664,25 +5607,19 @@ def add_outputs(add: Callable[..., object]) -> None:
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; ends with 2 where they are wrong."""
+    """The arguments; ends with 2 where they are wrong, and names the options that may be meant."""
     parser = argument_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         word = printable(unknown[0])
-        near = [f"--image {word}"]
+        name, near = word.partition("=")[0].lstrip("-"), [f"--image {word}"]
         if word.startswith("-"):
-            near = near_options(word.partition("=")[0], parser.format_help())
+            options = sorted(set(re.findall(r"--[a-z-]+", parser.format_help())))
+            near = [each for each in options if each.startswith(f"--{name}") or (len(name) > 3 and name in each)]
+            near = near or difflib.get_close_matches(f"--{name}", options, 1)
         parser.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}{near_text(near)}")
     args.method = list(dict.fromkeys(itertools.chain(*args.method or [["gradcam"]])))
     return args
-
-
-def near_options(word: str, help_text: str) -> list[str]:
-    """The options that a mistaken one may stand for: it is part of them, or spelled nearly alike."""
-    options = sorted(set(re.findall(r"--[a-z-]+", help_text)))
-    name = word.lstrip("-")
-    held = [each for each in options if each.startswith(f"--{name}") or (len(name) > 3 and name in each)]
-    return held or difflib.get_close_matches(f"--{name}", options, 1)
 
 
 def near_text(near: Sequence[str]) -> str:
@@ -5706,21 +5643,24 @@ def versions_text() -> str:
 # Images
 
 
-def images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path, results: Path | None = None) -> list[Path]:
     """Every file below a folder that has an image's suffix, or none and the mark of DICOM; sorted.
 
-    Raises ExplainError where a folder cannot be searched.
+    Not those in a folder of results. Raises ExplainError where a folder cannot be searched.
     """
 
     def refuse(error: OSError) -> None:
         cause = f"cannot be searched ({error.strerror})"
         raise refusal(Path(error.filename), cause, "change its mode, or name the other folders")
 
-    paths, searched = [], set(map(str, Path(os.path.realpath(folder)).parents))
+    start = os.path.realpath(folder)
+    paths, searched = [], set(map(str, Path(start).parents))
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(parent)
-        if real in searched:  # a link there would come round again
+        are_results = results is not None and real == os.path.realpath(results)
+        if real in searched or (are_results and real != start):  # a link there would come round again
             folders.clear()
+        if real in searched or are_results:
             continue
         searched.add(real)
         folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
@@ -5739,7 +5679,6 @@ def is_dicom(path: Path) -> bool:
 def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
     """The images that --image names, each once: files as they are, folders and patterns sorted.
 
-    In a folder that holds the output folder, or is it, the results there are not looked at.
     Raises ExplainError where nothing is found.
     """
     images: list[Path] = []
@@ -5749,7 +5688,7 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
         if re.match(r"[a-z]+://", text, re.IGNORECASE):
             raise ExplainError(f"{printable(text)}: URLs are not read; download the image and name its file")
         if os.path.isdir(text):
-            found = without_outputs(images_below(Path(text)), Path(text), output_folder)
+            found = images_below(Path(text), output_folder)
         elif glob.has_magic(text) and not os.path.lexists(text):
             found = sorted(Path(each) for each in glob.glob(text, recursive=True) if os.path.isfile(each))
         else:
@@ -5759,18 +5698,7 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
             remedy = f"name a folder or pattern with files that end in {', '.join(IMAGE_SUFFIXES)}"
             raise refusal(Path(text), cause, remedy)
         images += found
-    return list({row_key(str(image)): image for image in reversed(images)}.values())[::-1]
-
-
-def without_outputs(images: Sequence[Path], searched: Path, output_folder: Path) -> list[Path]:
-    """Images below a searched folder, less those in the output folder and, where it is within, below it."""
-    outputs, left = Path(os.path.realpath(output_folder)), []
-    is_within = Path(os.path.realpath(searched)) in outputs.parents
-    for path in images:
-        folder = Path(os.path.realpath(path)).parent
-        if folder != outputs and not (is_within and outputs in folder.parents):
-            left.append(path)
-    return left
+    return list({os.path.abspath(image): image for image in reversed(images)}.values())[::-1]
 
 
 def without_other_files(images: list[Path], named: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -5804,29 +5732,28 @@ def random_test_image(seed: int | None) -> Path:
 def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Path]], list[str]]:
     """The checkpoint of each model that is asked for, and what to say of the choice.
 
-    One network of the user's, named or in the folder, is explained alone where there is no other.
-    Raises ExplainError where one is missing or cannot be a checkpoint.
+    One network of the user's, named or in the folder, is explained alone where there is no other. Raises
+    ExplainError where one is missing, cannot be a checkpoint, or would be compared with a demo network.
     """
     keys = list(FAMILIES) if args.compare or args.model == "both" else [args.model]
     named = {key: weights_file(path) for key in keys if (path := vars(args)[f"{key}_checkpoint"])}
-    lone = [] if args.compare else lone_family(keys, named)
-    paths = {key: named.get(key) or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER) for key in lone or keys}
-    for path in paths.values():
-        check_checkpoint_path(path)
-    check_not_mixed(list(paths.values()))
-    alone = "explained alone, as no other network of yours is beside it"
-    notes = [f"ℹ️  {shown(paths[key])}: {alone}" for key in lone]
-    return [(FAMILIES[key], path) for key, path in paths.items()], notes
-
-
-def lone_family(keys: Sequence[str], named: dict[str, Path]) -> list[str]:
-    """The one family of two of which there is a network of the user's; none where another was named."""
     own = []
     for key in keys:
         found = [named[key]] if key in named else candidates(FAMILIES[key], CHECKPOINT_FOLDER)
         if not all(map(is_demo, found)):
             own.append(key)
-    return own if len(own) == 1 < len(keys) and set(named) <= set(own) else []
+    is_alone = len(own) == 1 < len(keys) and set(named) <= set(own) and not args.compare
+    keys = own if is_alone else keys
+    paths = {key: named.get(key) or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER) for key in keys}
+    for path in paths.values():
+        check_checkpoint_path(path)
+    demos = [path for path in paths.values() if is_demo(path)]
+    if demos and own and not is_alone:
+        cause = f"cannot be compared with {shown(demos[0])}, a demo network trained on synthetic radiographs"
+        raise refusal(paths[own[0]], cause, "add the missing checkpoint, or choose one network with --model")
+    alone = "explained alone, as no other network of yours is beside it"
+    notes = [f"ℹ️  {shown(paths[own[0]])}: {alone}"] if is_alone else []
+    return [(FAMILIES[key], path) for key, path in paths.items()], notes
 
 
 def checked_request(args: argparse.Namespace) -> Request:
@@ -5865,11 +5792,6 @@ def checked_request(args: argparse.Namespace) -> Request:
 
 
 # The end
-
-
-def end_on_signal(number: int, _: Any) -> None:
-    """End as after Ctrl-C, so that nothing half done stays behind."""
-    sys.exit(128 + number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5915,7 +5837,8 @@ if __name__ == "__main__":
     gc.disable()  # what torch and timm bring stays: looking through it while it comes takes a second
     for ending in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; under nohup it is ignored, and stays so
         if hasattr(signal, ending) and signal.getsignal(getattr(signal, ending)) == signal.SIG_DFL:
-            signal.signal(getattr(signal, ending), end_on_signal)
+            # As after Ctrl-C, so that nothing half done stays behind.
+            signal.signal(getattr(signal, ending), lambda number, frame: sys.exit(128 + number))
     try:
         leave(main())
     except SystemExit as ended:
