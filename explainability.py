@@ -86,7 +86,7 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -5212,16 +5212,6 @@ def written(result: Result, drawings: Sequence[Future[None]]) -> Result:
 # Processes that draw
 
 
-def done_here(function: Callable[..., None], *arguments: object) -> Future[None]:
-    """Call a function at once, in this process, as an executor would elsewhere."""
-    future: Future[None] = Future()
-    try:
-        future.set_result(function(*arguments))
-    except ExplainError as error:
-        future.set_exception(error)
-    return future
-
-
 def prepare_drawing() -> None:
     """Run first in a drawing process: it ends when it has nothing to do, or with its parent."""
 
@@ -5248,12 +5238,13 @@ def warm_up(style: FigureStyle) -> None:
 
 @contextlib.contextmanager
 def drawing_pool(processes: int, style: FigureStyle) -> Iterator[Submit]:
-    """What draws figures: processes, which import matplotlib and never torch, or this one for none.
+    """What draws figures: processes, which import matplotlib and never torch, or a thread here for none.
 
     Raises ExplainError, within seconds, where one of them is killed.
     """
     if not processes:
-        yield done_here
+        with ThreadPoolExecutor(1) as thread:
+            yield thread.submit
         return
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_drawing)
     for _ in range(processes):
