@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import explainability
-from conftest import ROOT, TINY, explain, in_new_process, leaning, save, users_checkpoint
+from conftest import ROOT, explain, in_new_process, leaning, save, users_checkpoint
 from explainability import CLASS_NAMES, FAMILIES, load_classifier, load_radiograph, main
 
 FIGURES = ["comparison_{}.png", "gradcam_convnext_{}.png", "gradcam_efficientnet_{}.png"]
@@ -120,15 +120,6 @@ def test_two_runs_write_the_same_bytes_whatever_ran_between_them(xray, tiny_argu
     assert figures_in(tmp_path / "first") == [name.format("xray") for name in FIGURES]
     for name in figures_in(tmp_path / "first"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
-
-
-def test_accuracy_is_called_what_the_checkpoint_calls_it(xray, tiny_arguments, tmp_path, capsys):
-    path = save({**users_checkpoint(TINY["efficientnet"]), "test_acc": 99.159}, tmp_path / "efficientnet.pth")
-    asked = ["--image", str(xray), f"--efficientnet-checkpoint={path}", "--no-figures"]
-    assert main([*tiny_arguments, *asked]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    told = [lines[lines.index(f"✅ Model loaded: {name}") + 1] for name in TINY.values()]
-    assert told == ["   Validation accuracy: 98.32%", "   Test accuracy: 99.16%"]
 
 
 def test_failure_at_the_second_model_claims_no_success(xray, tiny_arguments, tmp_path, capsys):
