@@ -26,8 +26,6 @@ from explainability import ExplainError, load_radiograph
 ROWS, COLUMNS = 12, 9
 RAMP = np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS)  # every pixel another value, 0 to 107
 
-# Builders
-
 
 def written(path: Path, contents: bytes) -> Path:
     path.write_bytes(contents)
@@ -63,32 +61,19 @@ def png(values: np.ndarray, colour_type: int = 0, side: int = 0) -> bytes:
 
 def dataset_of(stored: np.ndarray, **tags: object) -> pydicom.Dataset:
     """What a DICOM file of these values says, little-endian and uncompressed."""
-    dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1"
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = "1.2.3"
-    dataset.PatientName, dataset.PatientID = "SECRET^NAME", "SECRET-7"
-    is_colour = stored.shape[-1] == 3
-    dataset.SamplesPerPixel, dataset.PlanarConfiguration = 3 if is_colour else 1, 0
-    dataset.PhotometricInterpretation = "RGB" if is_colour else "MONOCHROME2"
-    dataset.Rows, dataset.Columns = stored.shape[:2] if is_colour else stored.shape[-2:]
-    dataset.BitsAllocated = dataset.BitsStored = 8 * stored.itemsize
-    dataset.PixelRepresentation = int(stored.dtype.kind == "i")
+    dataset, colours = pydicom.Dataset(), "RGB" if stored.shape[-1] == 3 else "MONOCHROME2"
+    dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1"
+    dataset.PatientName = dataset.PatientID = "SECRET"
+    dataset.set_pixel_data(stored, colours, 8 * stored.itemsize)
     for name, value in tags.items():
-        setattr(dataset, name, lut_item(*value) if name.endswith("LUTSequence") else value)
+        if name.endswith("LUTSequence"):
+            item, (first, entries, bits) = pydicom.Dataset(), value
+            item.add_new("LUTDescriptor", "US", [len(entries), first, bits])
+            item.add_new("LUTData", "OW", entries.tobytes())
+            item.ModalityLUTType, value = "US", pydicom.Sequence([item])
+        setattr(dataset, name, value)
     dataset.HighBit = dataset.BitsStored - 1
-    dataset.PixelData = stored.tobytes() + b"\0" * (stored.nbytes % 2)
-    dataset["PixelData"].VR = "OW" if stored.itemsize > 1 else "OB"
     return dataset
-
-
-def lut_item(first: int, entries: np.ndarray, bits: int) -> pydicom.Sequence:
-    item = pydicom.Dataset()
-    item.add_new("LUTDescriptor", "US", [len(entries), first, bits])
-    item.add_new("LUTData", "OW", entries.tobytes())
-    item.ModalityLUTType = "US"
-    return pydicom.Sequence([item])
 
 
 def saved(dataset: pydicom.Dataset, **options: object) -> bytes:
@@ -144,6 +129,8 @@ def refusal(path: Path) -> str:
 
 GREY8 = (RAMP + 50).astype(np.uint8)
 COLOUR8 = np.dstack([GREY8, GREY8 // 2, 255 - GREY8])
+FLAT = np.kron(RAMP[:6, :4] * 2, np.ones((8, 8))).astype(np.uint8)  # a portrait of flat JPEG blocks
+FLAT_JPEG = pillow(FLAT, "JPEG", quality=100)
 INDICES = RAMP.astype(np.uint8)
 DEEP = (100 + 38 * RAMP).astype(np.uint16)
 SCALED = stretched(RAMP, 0, 107)  # any even ramp from its lowest to its highest value
@@ -171,14 +158,10 @@ PICTURES = {  # what it is: contents, pixels, and where they count the notes
     "8-bit colour DICOM": (lambda: dicom(COLOUR8), COLOUR8, []),
     "16-bit PNG": (lambda: png(DEEP), SCALED, [DEEP_NOTE]),
     "16-bit PNG, narrow": (lambda: png(RAMP.astype(np.uint16) + 60_000), SCALED),
-    "16-bit TIFF": (lambda: tiff(DEEP), SCALED),
-    "16-bit TIFF, big-endian": (lambda: tiff(DEEP, byteorder=">"), SCALED),
-    "16-bit TIFF, deflated": (lambda: tiff(DEEP, compression="zlib"), SCALED),
     "16-bit DICOM": (lambda: dicom(DEEP), SCALED, [DEEP_NOTE]),
     **{f"{dtype} TIFF, {order}": (partial(tiff, (low + step * RAMP).astype(dtype), byteorder=order), SCALED)
        for dtype, (low, step) in TYPES.items() for order in "<>"},
     **{f"1-bit {kind}": (partial(pillow, SPOTTED, kind), SPOTTED * 255) for kind in ("PNG", "TIFF", "BMP")},
-    "white is 0, 1 bit": (lambda: tiff(SPOTTED, photometric="miniswhite"), 255 - SPOTTED * 255),
     "white is 0, 8 bits": (lambda: tiff(GREY8, photometric="miniswhite"), 255 - GREY8),
     "white is 0, 16 bits": (lambda: tiff(DEEP, photometric="miniswhite"), 255 - SCALED),
     "white is 0, floats": (lambda: tiff(FLOATS, photometric="miniswhite"), 255 - SCALED),
@@ -188,7 +171,8 @@ PICTURES = {  # what it is: contents, pixels, and where they count the notes
     **{f"clear entry {kind}": (partial(pillow, INDICES, kind, palette=PALETTE, transparency=7), CLEAR)
        for kind in ("PNG", "GIF")},
     "palette DICOM": (lambda: dicom(INDICES, **PALETTE_TAGS), PALETTE[RAMP]),
-    **{f"clear {kind}": (partial(pillow, NOISE8, kind), over_black(NOISE8)) for kind in ("PNG", "TIFF", "WEBP")},
+    **{f"clear {kind}": (partial(pillow, NOISE8, kind), over_black(NOISE8))
+       for kind in ("PNG", "TIFF", "WEBP")},
     "clear grey": (lambda: pillow(NOISE8[:, :, :2], "PNG", "LA"), over_black(NOISE8[:, :, :2])),
     "16-bit colour PNG": (lambda: png(NOISE[:, :, :3], 2), NOISE8[:, :, :3]),
     **{f"16-bit colour TIFF, {value}": (
@@ -198,9 +182,12 @@ PICTURES = {  # what it is: contents, pixels, and where they count the notes
     "DICOM of 7 bits": (lambda: dicom(INDICES, BitsStored=7), SCALED),
     "signed DICOM": (lambda: dicom((RAMP * 20 - 1000).astype("i2"), RescaleSlope=2, RescaleIntercept=-24),
                      SCALED, ["values -2024 to 2256 scaled to 8 bits"]),
-    **{f"frames {kind}": (partial(pillow, INDICES, kind, save_all=True, append_images=OTHERS), RAMP, [FRAMES_NOTE])
+    **{f"frames {kind}": (
+        partial(pillow, INDICES, kind, save_all=True, append_images=OTHERS), RAMP, [FRAMES_NOTE])
        for kind in ("TIFF", "GIF", "WEBP", "PNG")},
     "frames DICOM": (lambda: dicom(STACK, NumberOfFrames=3), RAMP, [FRAMES_NOTE]),
+    "JPEG DICOM": (lambda: compressed(FLAT_JPEG, 50, FLAT), np.asarray(Image.open(io.BytesIO(FLAT_JPEG)))),
+    "JPEG 2000 DICOM": (lambda: compressed(pillow(FLAT, "JPEG2000", no_jp2=True), 90, FLAT), FLAT),
     "constant": (lambda: png(np.full((5, 4), 4000, np.uint16)), np.full((5, 4), 127),
                  ["every value is 4000: shown as mid grey", tool.NOTHING_TO_SEE]),
     "one black pixel": (lambda: png(np.zeros((1, 1), np.uint8)), np.zeros((1, 1)), [tool.NOTHING_TO_SEE]),
@@ -235,7 +222,6 @@ AS_STORED = {  # how an upright picture is stored under each EXIF orientation (E
     7: lambda upright: np.swapaxes(np.rot90(upright, 2), 0, 1),
     8: lambda upright: np.rot90(upright, -1),
 }
-FLAT = np.kron(RAMP[:6, :4] * 2, np.ones((8, 8))).astype(np.uint8)  # a portrait of flat JPEG blocks
 ORIENTED = [  # kind, picture, options
     ("JPEG", FLAT, {"quality": 100}), ("PNG", COLOUR8, {}), ("WEBP", COLOUR8, {}), ("TIFF", COLOUR8, {}),
     ("TIFF", COLOUR8, {"compression": "tiff_adobe_deflate"}), ("deep", DEEP, {}), ("deep", FLOATS, {}),
@@ -398,31 +384,36 @@ def plain(values: np.ndarray) -> np.ndarray:
     return stretched(values, 3, 538)
 
 
+def linear(values: np.ndarray) -> np.ndarray:
+    return stretched(values, 199.5, 399.5)
+
+
 def sigmoid(values: np.ndarray) -> np.ndarray:
     return np.rint(255 / (1 + np.exp(-4 * (values - 300) / 201)))
 
 
 WINDOW = {"WindowCenter": 300, "WindowWidth": 201}
-TWO = {"WindowCenter": [300, 9], "WindowWidth": [201, 9]}
+TWO = {"WindowCenter": [300, 9], "WindowWidth": [201, 9], "VOILUTFunction": "LINEAR"}
 USELESS = ((500, 0), (500, -3), (500, 0.5), (500, 1), (60_000, 100), (-900, 50), (500, None), (None, 40))
 LUT = (np.arange(1000, dtype=np.uint32) ** 2 // 16).astype(np.uint16)
 BYTES = (np.arange(600) * 255 // 599).astype(np.uint8)  # two entries in each word
 DOWN = BYTES[::-1].astype(int)
 WAYS = {  # what a file of the values 3 to 538 says of them, and what is shown
-    "nothing": ({}, plain),
+    "nothing": ({}, plain, "values 3 to 538 scaled to 8 bits"),
     "10 bits": ({"BitsStored": 10}, plain),
-    "window": (WINDOW, lambda values: stretched(values, 199.5, 399.5)),
-    "two windows": ({**TWO, "VOILUTFunction": "LINEAR"}, lambda values: stretched(values, 199.5, 399.5)),
+    "window": (WINDOW, linear),
+    "two windows": (TWO, linear, "shown through its window, centre 300 and width 201"),
     "exact": ({**WINDOW, "VOILUTFunction": "LINEAR_EXACT"}, lambda values: stretched(values, 199.5, 400.5)),
     "sigmoid": ({**WINDOW, "VOILUTFunction": "SIGMOID"}, sigmoid),
     "rescale": ({"RescaleSlope": 2, "RescaleIntercept": 0}, plain),
     "rescale and window": (
-        {**WINDOW, "RescaleSlope": 2, "RescaleIntercept": -100},
-        lambda values: stretched(values * 2 - 100, 199.5, 399.5)),
+        {**WINDOW, "RescaleSlope": 2, "RescaleIntercept": -100}, lambda values: linear(values * 2 - 100)),
     "a centre of 0": (
         {"WindowCenter": 0, "WindowWidth": 601, "RescaleSlope": 1, "RescaleIntercept": -300},
         lambda values: stretched(values - 300, -300.5, 299.5)),
-    "VOI LUT": ({"VOILUTSequence": (0, LUT, 16)}, lambda values: stretched(LUT[values], 0, LUT[-1])),
+    "VOI LUT": (
+        {"VOILUTSequence": (0, LUT, 16)}, lambda values: stretched(LUT[values], 0, LUT[-1]),
+        "shown through its VOI LUT"),
     "VOI LUT before window": (
         {"VOILUTSequence": (50, LUT // 16, 12), **WINDOW},
         lambda values: stretched(LUT[np.clip(values - 50, 0, 999)] // 16, 0, LUT[-1] // 16)),
@@ -445,7 +436,7 @@ INVERTED = (("MONOCHROME1", None), ("MONOCHROME1", "INVERSE"), ("MONOCHROME2", "
 
 @pytest.mark.parametrize("way", WAYS)
 def test_monochrome1_and_inverse_are_inverted_once_whatever_the_values_go_through(tmp_path, way):
-    tags, expected = WAYS[way]
+    tags, expected, *notes = WAYS[way]
     for rows in (12, 6):  # a portrait and a landscape
         values = (5 * RAMP.reshape(rows, -1)[::-1] + 3).astype(np.uint16)
         upright = expected(values.astype(int))
@@ -453,13 +444,7 @@ def test_monochrome1_and_inverse_are_inverted_once_whatever_the_values_go_throug
             given = {"PhotometricInterpretation": kind, "PresentationLUTShape": shape, **tags}
             seen = grey(tmp_path, dicom(values, **given))
             assert np.array_equal(seen, 255 - upright if (kind, shape) in INVERTED else upright)
-
-
-def test_what_a_dicom_file_is_shown_through_is_noted(tmp_path):
-    assert read(tmp_path, dicom(NARROW, **TWO)).notes == (
-        "shown through its window, centre 300 and width 201",
-    )
-    assert read(tmp_path, dicom(NARROW, VOILUTSequence=(0, LUT, 16))).notes == ("shown through its VOI LUT",)
+    assert not notes or load_radiograph(tmp_path / "x").notes == tuple(notes)
 
 
 def test_big_endian_dicom_and_its_lut_are_read(tmp_path):
@@ -488,12 +473,11 @@ def test_padding_is_black_and_does_not_count_for_the_range(tmp_path, padding, li
 
 @pytest.mark.parametrize("tags", [{}, WINDOW, {**WINDOW, "VOILUTFunction": "SIGMOID"}])
 def test_nan_in_float_dicom_is_refused(tmp_path, tags):
-    dataset, values = dataset_of(RAMP.astype(np.uint32), **tags), RAMP.astype(np.float32) * 5
+    dataset = dataset_of(NARROW, BitsAllocated=32, **tags)
     del dataset.PixelData, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation
-    dataset.FloatPixelData = values.tobytes()
+    dataset.FloatPixelData = (5 * FLOATS).tobytes()
     assert len(np.unique(grey(tmp_path, saved(dataset)))) > 40
-    values[2, 2] = np.nan
-    dataset.FloatPixelData = values.tobytes()
+    dataset.FloatPixelData = np.where(RAMP == 7, np.float32(np.nan), 5 * FLOATS).tobytes()
     assert "NaN" in refusal(written(tmp_path / "x", saved(dataset)))
 
 
@@ -532,15 +516,6 @@ def test_other_files_in_folders_are_passed_over_and_counted(tmp_path):
     assert "without an image" in refusal(others[0])
     with pytest.raises(ExplainError, match="no radiograph there, only 1"):
         tool.without_other_files(others[:1], [str(folder)])
-
-
-def test_compressed_dicom_is_decoded(tmp_path):
-    for syntax, stream in (
-        (50, pillow(FLAT, "JPEG", quality=100)),
-        (90, pillow(FLAT, "JPEG2000", no_jp2=True)),
-    ):
-        seen = grey(tmp_path, compressed(stream, syntax, FLAT)).astype(int)
-        assert np.abs(seen - FLAT).max() <= (2 if syntax == 50 else 0)
 
 
 DAMAGES = [
