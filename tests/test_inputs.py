@@ -11,8 +11,10 @@ import os
 import struct
 import sys
 import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pydicom
@@ -213,15 +215,10 @@ def test_a_burned_in_marker_does_not_blacken_a_16_bit_image(tmp_path):
 
 
 AS_STORED = {  # how an upright picture is stored under each EXIF orientation (EXIF 2.32, 4.6.4)
-    1: lambda upright: upright,
-    2: np.fliplr,
-    3: lambda upright: np.rot90(upright, 2),
-    4: np.flipud,
-    5: lambda upright: np.swapaxes(upright, 0, 1),
-    6: np.rot90,
-    7: lambda upright: np.swapaxes(np.rot90(upright, 2), 0, 1),
-    8: lambda upright: np.rot90(upright, -1),
-}
+    1: np.array, 2: np.fliplr, 3: partial(np.rot90, k=2), 4: np.flipud, 6: np.rot90,
+    5: partial(np.swapaxes, axis1=0, axis2=1), 7: lambda upright: np.swapaxes(np.rot90(upright, 2), 0, 1),
+    8: partial(np.rot90, k=-1),
+}  # fmt: skip
 ORIENTED = [  # kind, picture, options
     ("JPEG", FLAT, {"quality": 100}), ("PNG", COLOUR8, {}), ("WEBP", COLOUR8, {}), ("TIFF", COLOUR8, {}),
     ("TIFF", COLOUR8, {"compression": "tiff_adobe_deflate"}), ("deep", DEEP, {}), ("deep", FLOATS, {}),
@@ -261,16 +258,12 @@ REFUSED = {
     "empty": (lambda: b"", "an empty file"),
     "program": (lambda: b"\x7fELF\x02\x01\x01" + bytes(200), UNKNOWN),
     "JPEG 2000": (lambda: pillow(COLOUR8, "JPEG2000", num_resolutions=1), UNKNOWN),
-    "big-endian u4 TIFF": (lambda: tiff(RAMP.astype("u4"), byteorder=">"), "a kind that cannot be read here"),
-    "f8 TIFF": (lambda: tiff(RAMP.astype("f8")), "export it as PNG"),
-    "white is 0": (lambda: tiff(DEEP, byteorder=">", photometric="miniswhite"), "export it as PNG"),
-    "NaN alone": (lambda: tiff(np.full((5, 4), np.nan, np.float32)), "NaN or infinite"),
+    "f8 TIFF": (lambda: tiff(RAMP.astype("f8")), "a kind that cannot be read here; copy it again"),
     "one infinite": (lambda: tiff(np.where(RAMP == 30, -np.inf, RAMP).astype(np.float32)), "NaN or infinite"),
     "narrow colour PNG": (lambda: png(NARROW_COLOUR, 2), "save it as 16-bit grey"),
     "narrow clear PNG": (lambda: png(NARROW_CLEAR, 4), "save it as 16-bit grey"),
     "narrow colour TIFF": (lambda: tiff(NARROW_COLOUR, photometric="rgb"), "save it as 16-bit grey"),
     "huge PNG": (lambda: png(GREY8, side=10_001), "more than 100,000,000"),
-    "huger PNG": (lambda: png(GREY8, side=60_000), "more than 100,000,000"),
     "huge DICOM": (lambda: dicom(GREY8, Rows=60_000, Columns=60_000), "more than 100,000,000"),
     "padding alone": (lambda: dicom(DEEP * 0, PixelPaddingValue=0), "none but padding"),
     "start of DICOM": (lambda: b"\x08\0\x05\0CS\x0a\0ISO_IR 100", "a DICOM file without an image in it"),
@@ -291,7 +284,7 @@ def test_what_is_no_image_or_would_be_shown_wrong_is_refused(tmp_path, key):
 
 
 @pytest.mark.parametrize(
-    "name", ["two words", "骨折", b"bad_\xff\xfe", "new\nline", "[a-z]*?", "-rf", "esc\x1b[31m"]
+    "name", ["two words", "骨折", b"bad_\xff", "new\nline", "[a-z]*?", "-rf", "\x1b[31m"]
 )
 def test_files_of_odd_names_load_and_are_named_on_one_line(tmp_path, name):
     path = written(tmp_path / os.fsdecode(name), png(GREY8))
@@ -301,11 +294,8 @@ def test_files_of_odd_names_load_and_are_named_on_one_line(tmp_path, name):
 
 
 def test_what_this_computer_lacks_is_told(tmp_path, monkeypatch):
-    def lacking(image):
-        raise MemoryError
-
     with monkeypatch.context() as patched:
-        patched.setattr(Image.Image, "load", lacking)
+        patched.setattr(Image.Image, "load", Mock(side_effect=MemoryError))
         assert "too large for the memory" in refusal(written(tmp_path / "x", png(GREY8)))
         patched.setattr(pydicom.pixels.decoders.base.Decoder, "is_available", property(lambda self: False))
         message = refusal(written(tmp_path / "x", compressed(b"\0\0", 70)))
@@ -313,16 +303,6 @@ def test_what_this_computer_lacks_is_told(tmp_path, monkeypatch):
     path = written(tmp_path / "x", dicom(GREY8))
     monkeypatch.setitem(sys.modules, "pydicom", None)
     assert "pip install pydicom" in refusal(path)
-
-
-def test_libraries_say_nothing_of_their_own(tmp_path, recwarn, caplog):
-    path = written(tmp_path / "x", dicom(GREY8, PatientID="X" * 65))  # pydicom warns and logs
-    recwarn.clear()
-    caplog.clear()
-    load_radiograph(path)
-    assert not recwarn.list and not caplog.records
-    logging.getLogger("PIL").error("heard again")
-    assert caplog.messages == ["heard again"]
 
 
 @pytest.mark.parametrize("check", [tool.check_image_path, tool.check_checkpoint_path, load_radiograph])
@@ -335,12 +315,9 @@ def test_only_files_that_can_be_read_are_opened(tmp_path, monkeypatch, check):
     for name, cause in zip(("missing", "broken", "pipe", "folder", "n" * 300), causes):
         with pytest.raises(ExplainError, match=cause):
             check(tmp_path / name)
-
-    def denied(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
     path = written(tmp_path / "x", b"x")
-    monkeypatch.setattr("builtins.open", denied)  # the tests may run as root, who may read everything
+    denied = PermissionError(13, "Permission denied")  # the tests may run as root, who may read everything
+    monkeypatch.setattr("builtins.open", Mock(side_effect=denied))
     with pytest.raises(ExplainError, match="permission denied; check the path and its permissions"):
         check(path)
 
@@ -348,18 +325,12 @@ def test_only_files_that_can_be_read_are_opened(tmp_path, monkeypatch, check):
 NOISY = np.random.default_rng(4).integers(0, 256, (64, 48), dtype=np.uint8)
 NOISY_COLOUR = np.dstack([NOISY, NOISY.T.reshape(64, 48), 255 - NOISY])
 WHOLE = {
-    "JPEG": pillow(NOISY_COLOUR, "JPEG"),
-    "progressive JPEG": pillow(NOISY_COLOUR, "JPEG", progressive=True),
-    "PNG": pillow(NOISY, "PNG"),
-    "TIFF": tiff(NOISY),
-    "TIFF in tiles": tiff(NOISY, tile=(16, 16)),
-    "deflated TIFF": tiff(NOISY, compression="zlib", rowsperstrip=8),
-    "16-bit TIFF": tiff(NOISY.astype(np.uint16) * 9),
-    "WEBP": pillow(NOISY_COLOUR, "WEBP", lossless=False),
-    "BMP": pillow(NOISY, "BMP"),
-    "GIF": pillow(NOISY, "GIF"),
-    "DICOM": dicom(NOISY),
-}
+    "JPEG": pillow(NOISY_COLOUR, "JPEG"), "progressive JPEG": pillow(NOISY_COLOUR, "JPEG", progressive=True),
+    "PNG": pillow(NOISY, "PNG"), "BMP": pillow(NOISY, "BMP"), "GIF": pillow(NOISY, "GIF"),
+    "WEBP": pillow(NOISY_COLOUR, "WEBP"), "TIFF": tiff(NOISY), "TIFF in tiles": tiff(NOISY, tile=(16, 16)),
+    "deflated TIFF": tiff(NOISY, compression="zlib", rowsperstrip=8), "DICOM": dicom(NOISY),
+    "16-bit TIFF": tiff(NOISY * np.uint16(9)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", WHOLE)
@@ -380,50 +351,39 @@ def test_a_file_cut_short_is_refused_or_has_lost_no_pixel(tmp_path, kind):
 # DICOM
 
 
-def plain(values: np.ndarray) -> np.ndarray:
-    return stretched(values, 3, 538)
+def through(table: np.ndarray, low: int, high: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda values: stretched(table[values], low, high)
 
 
-def linear(values: np.ndarray) -> np.ndarray:
-    return stretched(values, 199.5, 399.5)
-
-
-def sigmoid(values: np.ndarray) -> np.ndarray:
-    return np.rint(255 / (1 + np.exp(-4 * (values - 300) / 201)))
-
-
+plain, linear = partial(stretched, low=3, high=538), partial(stretched, low=199.5, high=399.5)
 WINDOW = {"WindowCenter": 300, "WindowWidth": 201}
 TWO = {"WindowCenter": [300, 9], "WindowWidth": [201, 9], "VOILUTFunction": "LINEAR"}
 USELESS = ((500, 0), (500, -3), (500, 0.5), (500, 1), (60_000, 100), (-900, 50), (500, None), (None, 40))
 LUT = (np.arange(1000, dtype=np.uint32) ** 2 // 16).astype(np.uint16)
 BYTES = (np.arange(600) * 255 // 599).astype(np.uint8)  # two entries in each word
-DOWN = BYTES[::-1].astype(int)
+DOWN, FEW = LUT[::-1], BYTES[::-1]
 WAYS = {  # what a file of the values 3 to 538 says of them, and what is shown
     "nothing": ({}, plain, "values 3 to 538 scaled to 8 bits"),
     "10 bits": ({"BitsStored": 10}, plain),
     "window": (WINDOW, linear),
     "two windows": (TWO, linear, "shown through its window, centre 300 and width 201"),
     "exact": ({**WINDOW, "VOILUTFunction": "LINEAR_EXACT"}, lambda values: stretched(values, 199.5, 400.5)),
-    "sigmoid": ({**WINDOW, "VOILUTFunction": "SIGMOID"}, sigmoid),
+    "sigmoid": (
+        {**WINDOW, "VOILUTFunction": "SIGMOID"},
+        lambda values: np.rint(255 / (1 + np.exp(-4 * (values - 300) / 201)))),
     "rescale": ({"RescaleSlope": 2, "RescaleIntercept": 0}, plain),
     "rescale and window": (
         {**WINDOW, "RescaleSlope": 2, "RescaleIntercept": -100}, lambda values: linear(values * 2 - 100)),
     "a centre of 0": (
         {"WindowCenter": 0, "WindowWidth": 601, "RescaleSlope": 1, "RescaleIntercept": -300},
         lambda values: stretched(values - 300, -300.5, 299.5)),
-    "VOI LUT": (
-        {"VOILUTSequence": (0, LUT, 16)}, lambda values: stretched(LUT[values], 0, LUT[-1]),
-        "shown through its VOI LUT"),
+    "VOI LUT": ({"VOILUTSequence": (0, LUT, 16)}, through(LUT, 0, LUT[-1]), "shown through its VOI LUT"),
     "VOI LUT before window": (
         {"VOILUTSequence": (50, LUT // 16, 12), **WINDOW},
-        lambda values: stretched(LUT[np.clip(values - 50, 0, 999)] // 16, 0, LUT[-1] // 16)),
+        lambda values: through(LUT // 16, 0, LUT[-1] // 16)(np.clip(values - 50, 0, 999))),
     "VOI LUT of bytes": ({"VOILUTSequence": (0, BYTES, 8)}, lambda values: BYTES[values]),
-    "modality LUT": (
-        {"ModalityLUTSequence": (0, LUT[::-1], 16)},
-        lambda values: stretched(LUT[::-1][values], LUT[::-1][538], LUT[::-1][3])),
-    "modality LUT of bytes": (
-        {"ModalityLUTSequence": (0, BYTES[::-1], 8)},
-        lambda values: stretched(DOWN[values], DOWN[538], DOWN[3])),
+    "modality LUT": ({"ModalityLUTSequence": (0, DOWN, 16)}, through(DOWN, DOWN[538], DOWN[3])),
+    "modality LUT of bytes": ({"ModalityLUTSequence": (0, FEW, 8)}, through(FEW, FEW[538], FEW[3])),
     **{f"useless window {centre}, {width}": ({"WindowCenter": centre, "WindowWidth": width}, plain)
        for centre, width in USELESS},
     "useless rescale": ({"RescaleSlope": None, "RescaleIntercept": None}, plain),
@@ -456,9 +416,7 @@ def test_big_endian_dicom_and_its_lut_are_read(tmp_path):
     assert np.array_equal(seen, stretched(LUT[values], 0, LUT[-1]))
 
 
-@pytest.mark.parametrize(
-    "padding, limit", [(-2000, None), (30_000, None), (30_000, 30_010), (30_010, 30_000)]
-)
+@pytest.mark.parametrize("padding, limit", [(-2000, None), (30_000, 30_010), (30_010, 30_000)])
 def test_padding_is_black_and_does_not_count_for_the_range(tmp_path, padding, limit):
     values = (RAMP * 9 + 100).astype(np.int16)
     values[:, 0] = padding
@@ -486,10 +444,8 @@ def test_dicom_without_its_preamble_is_read(tmp_path, syntax):
     dataset = dataset_of(DEEP, PhotometricInterpretation="MONOCHROME1")
     dataset.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
     contents = saved(dataset, enforce_file_format=True)[132:]
-    without_meta = contents[
-        12 + int.from_bytes(contents[8:12], "little") :
-    ]  # its first element is its length
-    for each in (contents, without_meta):
+    length = 12 + int.from_bytes(contents[8:12], "little")  # of the meta information
+    for each in (contents, contents[length:]):
         assert np.array_equal(grey(tmp_path, each), 255 - SCALED)
         tool.check_image_path(tmp_path / "x")
         assert tool.is_dicom(tmp_path / "x") and not tool.is_no_radiograph(tmp_path / "x")
@@ -509,43 +465,37 @@ def test_other_files_in_folders_are_passed_over_and_counted(tmp_path):
     left, (line,) = tool.without_other_files(found, [str(folder)])
     assert set(left) == set(images) and "passed over, as no radiographs: 4 (" in line
     assert tool.without_other_files(images, []) == (images, [])
-    assert tool.without_other_files(others[:1], [str(others[0])]) == (
-        others[:1],
-        [],
-    )  # and so it gets its line
-    assert "without an image" in refusal(others[0])
+    report = others[0]  # named by itself, it gets its line
+    assert tool.without_other_files([report], [str(report)]) == ([report], [])
+    assert "without an image" in refusal(report)
     with pytest.raises(ExplainError, match="no radiograph there, only 1"):
-        tool.without_other_files(others[:1], [str(folder)])
+        tool.without_other_files([report], [str(folder)])
 
 
-DAMAGES = [
-    {"BitsAllocated": 12},
-    {"Rows": 500},
-    {"PhotometricInterpretation": "SECRET"},
-    {"SamplesPerPixel": 2},
-]
-
-
-@pytest.mark.parametrize("damage", [{}, *DAMAGES])
-def test_nothing_tells_a_patient_tag(tmp_path, capfd, damage):
-    path = written(tmp_path / "x", dicom(GREY8, **damage))
-    assert "SECRET" not in (refusal(path) if damage else repr(load_radiograph(path).notes))
-    assert capfd.readouterr() == ("", "")
-
-
-# What the networks see
+@pytest.mark.parametrize(
+    "name", ["BitsAllocated", "Rows", "PhotometricInterpretation", "SamplesPerPixel", ""]
+)
+def test_neither_libraries_nor_refusals_tell_a_patient_tag(tmp_path, recwarn, caplog, capfd, name):
+    dataset = dataset_of(GREY8, PatientID="SECRET" * 11)  # of which pydicom warns, in the log too
+    if name:
+        dataset[name].value = {"BitsAllocated": 12, "Rows": 500, "SamplesPerPixel": 2}.get(name, "SECRET")
+    path = written(tmp_path / "x", saved(dataset))
+    recwarn.clear()
+    caplog.clear()
+    assert "SECRET" not in (refusal(path) if name else repr(load_radiograph(path).notes))
+    assert not recwarn.list and not caplog.records and capfd.readouterr() == ("", "")
+    logging.getLogger("PIL").error("heard again")
+    assert caplog.messages == ["heard again"]
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (100, 500), (224, 224), (1, 1)])
 def test_network_input_equals_torchvision_also_of_one_radiograph_for_two_networks(shape):
     transforms = pytest.importorskip("torchvision.transforms")
     pixels = np.random.default_rng(8).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    radiograph, normalise = (
-        tool.Radiograph(pixels),
-        transforms.Normalize(tool.IMAGENET_MEAN, tool.IMAGENET_STD),
-    )
+    radiograph = tool.Radiograph(pixels)
+    last = transforms.ToTensor(), transforms.Normalize(tool.IMAGENET_MEAN, tool.IMAGENET_STD)
     for size in (224, 96, 224):
-        steps = transforms.Compose([transforms.Resize((size, size)), transforms.ToTensor(), normalise])
+        steps = transforms.Compose([transforms.Resize((size, size)), *last])
         ours = tool.network_input(radiograph, tool.Preprocessing(size))
         assert ours.dtype == np.float32 and ours.shape == (3, size, size)
         assert np.abs(ours - steps(Image.fromarray(pixels)).numpy()).max() <= 1e-6

@@ -1,4 +1,4 @@
-"""What is known of an image: classes that folders name, tables of classes and boxes; and the pointing game."""
+"""What is known of an image: classes that folders name, tables of classes and boxes, the pointing game."""
 
 from __future__ import annotations
 
@@ -35,19 +35,15 @@ def test_a_text_names_the_class_whose_own_words_it_holds(name):
     assert {text: tool.named_class(text, three) for text in NAMED[name]} == dict.fromkeys(NAMED[name], name)
 
 
-@pytest.mark.parametrize(
-    "path, word, name",
-    [
-        ("/data/simple/patient1/x.png", "", SIMPLE),
-        ("/simple/comminuted/x.png", "", COMMINUTED),
-        ("/simple/both comminuted simple/x.png", "", SIMPLE),
-        ("/data/images/simple.png", "", ""),
-        ("/simple/x.png", "comminuted", COMMINUTED),
-        ("/simple/x.png", "0", COMMINUTED),
-        ("/simple/x.png", "2", ""),
-        ("/simple/x.png", "greenstick", ""),
-    ],
-)
+FOLDERS = [  # path, word of a table, class
+    ("/data/simple/patient1/x.png", "", SIMPLE), ("/simple/comminuted/x.png", "", COMMINUTED),
+    ("/simple/both comminuted simple/x.png", "", SIMPLE), ("/data/images/simple.png", "", ""),
+    ("/simple/x.png", "comminuted", COMMINUTED), ("/simple/x.png", "0", COMMINUTED),
+    ("/simple/x.png", "2", ""), ("/simple/x.png", "greenstick", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path, word, name", FOLDERS)
 def test_the_nearest_folder_that_names_one_class_counts_unless_a_table_tells(path, word, name):
     job, unknown = tool.told_truth(tool.Job(Path(path), path, (), (), "", truth=Truth(word)), CLASS_NAMES)
     assert (job.truth.name, unknown) == (name, "" if name else word)
@@ -161,41 +157,28 @@ def spot(row: int, column: int, shape: tuple[int, int] = (7, 7)) -> np.ndarray:
 
 
 UNIFORM = np.ones((7, 7), np.float32)
+WIDE = spot(0, 6, (4, 8))  # at 0.81 of the width, 0.125 of the height
+CELL, LEFT = (3 / 7, 3 / 7, 4 / 7, 4 / 7), (0, 0, 0.5 - 0.5 / 7, 1)  # cell (3, 3); the half once enlarged
+FIRST, LAST = (0, 0, 1 / 7, 1 / 7), (6 / 7, 6 / 7, 1, 1)
+POINTED = [  # map, boxes, whether the maximum is inside, share of heat, area
+    (spot(3, 3), [CELL], True, 1, 4 / 49), (spot(3, 2), [CELL], True, 0.5, 4 / 49),
+    (spot(2, 3), [CELL], True, 0.5, 4 / 49), (spot(3, 1), [CELL], False, 0, 4 / 49),
+    (spot(3, 0), [LEFT], True, 1, 0.5), (spot(3, 6), [LEFT], False, 0, 0.5),
+    (UNIFORM, [LEFT], False, 0.5, 0.5), (-UNIFORM, [LEFT], False, 0, 0.5),
+    (WIDE, [(0.7, 0.05, 0.8, 0.3)], True, 0.86, (0.1 + 1 / 7) * (0.3 + 1 / 8)),
+    (WIDE, [(0.05, 0.7, 0.3, 0.8)], False, 0, (0.3 + 1 / 14) * (0.1 + 1 / 4)),
+    (spot(6, 6), [FIRST, LAST], True, 1, 4.5 / 49), (UNIFORM, [FIRST, FIRST], False, 2.25 / 49, 2.25 / 49),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "place, is_inside", [((3, 3), 1), ((3, 2), 1), ((3, 1), 0), ((2, 3), 1), ((6, 6), 0)]
-)
-def test_pointing_counts_half_a_cell_round_the_box(place, is_inside):
-    found = pointing(an_explanation(raw_map=spot(*place)), [(3 / 7, 3 / 7, 4 / 7, 4 / 7)])  # cell (3, 3)
-    assert found.is_inside == is_inside and found.area == pytest.approx(4 / 49)
-
-
-@pytest.mark.parametrize("raw_map, heat", [(UNIFORM, 0.5), (-UNIFORM, 0), (spot(3, 0), 1), (spot(3, 6), 0)])
-def test_heat_inside_the_box_is_a_share_and_chance_is_its_area(raw_map, heat):
-    found = pointing(an_explanation(raw_map=raw_map), [(0, 0, 0.5 - 0.5 / 7, 1)])  # half once enlarged
-    assert (found.heat, found.area, found.is_inside) == pytest.approx((heat, 0.5, heat == 1))
-    said = "⚠️  Maximum outside the true fracture's box; 0 % of the heat inside, 50 % of the area"
-    assert heat or tool.pointing_text(found).replace("\u00a0", " ") == said
-
-
-def test_a_box_and_a_map_that_are_not_square_point_alike():
-    raw_map = spot(0, 6, (4, 8))  # at 0.81 of the width, 0.125 of the height
-    boxes = (0.7, 0.05, 0.8, 0.3), (0.05, 0.7, 0.3, 0.8)
-    wide, high = (pointing(an_explanation(raw_map=raw_map), [box]) for box in boxes)
-    assert wide.is_inside and not high.is_inside
-    assert wide.area == pytest.approx((0.1 + 1 / 7) * (0.3 + 1 / 8)) and wide.heat > 0.5
-
-
-def test_of_several_boxes_any_will_do_and_what_they_share_counts_once():
-    corner, other = (0, 0, 1 / 7, 1 / 7), (6 / 7, 6 / 7, 1, 1)
-    found = pointing(an_explanation(raw_map=spot(6, 6)), [corner, other])
-    assert found.is_inside and found.area == pytest.approx(2 * 2.25 / 49)
-    twice = pointing(an_explanation(raw_map=UNIFORM), [corner, corner])
-    assert (twice.area, twice.heat) == pytest.approx((2.25 / 49, 2.25 / 49), rel=0.05)
-
-
-# Whole runs
+@pytest.mark.parametrize("raw_map, boxes, is_inside, heat, area", POINTED)
+def test_pointing_counts_half_a_cell_round_any_of_the_boxes(raw_map, boxes, is_inside, heat, area):
+    found = pointing(an_explanation(raw_map=raw_map), boxes)
+    assert found.is_inside == is_inside and found.area == pytest.approx(area)
+    assert found.heat == pytest.approx(heat, rel=0.05)
+    if (heat, area) == (0, 0.5):
+        said = "⚠️  Maximum outside the true fracture's box; 0 % of the heat inside, 50 % of the area"
+        assert tool.pointing_text(found).replace("\u00a0", " ") == said
 
 
 def test_without_truth_the_line_says_which_names_would_tell(images, tiny_arguments, capsys):
