@@ -15,7 +15,7 @@ from explainability import CLASS_NAMES, ExplainError, Truth, pointing
 COMMINUTED, SIMPLE = CLASS_NAMES
 NAMED = {
     "No Fracture": ("no_fracture", "No"),
-    COMMINUTED: ("Comminuted Bone Fracture", "ComminutedFracture", "test-comminuted", "comminuteds"),
+    COMMINUTED: ("Comminuted Bone Fracture", "testComminuted", "test-comminuted", "comminuteds"),
     SIMPLE: (
         "simple_fracture",
         "Simple Fracture",
@@ -94,6 +94,7 @@ def test_several_lines_are_several_boxes_of_images_beside_the_table_or_in_the_ru
     assert truths(images, lines, "..") == {"a.png": Truth("simple"), "b.png": Truth("comminuted")}
     twin = images[0].parent.parent / "twin" / "a.png"  # which of the two a name means, nobody knows
     assert truths([*images, twin], "file,class\na.png,simple\n", "..") == {}
+    assert truths([*images, twin], "file,class\na.png,simple\n") == {"a.png": Truth("simple")}
 
 
 def test_the_table_of_the_test_images_counts_for_them_alone(images):
@@ -131,8 +132,8 @@ def test_what_is_wrong_with_a_table_is_one_line_with_its_number(images, content,
 
 def test_images_that_are_nowhere_are_told_and_a_table_that_is_none_is_refused(images, tmp_path):
     table = tmp_path / "truth.csv"
-    table.write_text("file,class\nc.png,simple\na.png,simple\n")
-    for is_anonymous, told in ((False, "1 (c.png)"), (True, "1")):
+    table.write_text("file,class\nñ.png,simple\na.png,simple\n", encoding="cp1252")
+    for is_anonymous, told in ((False, "1 (ñ.png)"), (True, "1")):
         found, _, (note,) = tool.known_truth(table, images, is_anonymous)
         assert len(found) == 1 and note.endswith(f"in this run: {told}")
     for path in (tmp_path, tmp_path / "none.csv"):
