@@ -613,14 +613,14 @@ def to_grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def read_picture(file: BinaryIO) -> tuple[np.ndarray, int, list[str]]:
-    """Of an image file the first frame, (H, W) or (H, W, 3) uint8, upright; count of frames; notes."""
+    """The first frame of an image, (H, W) or (H, W, 3) uint8, upright; how many there are; notes."""
     with Image.open(file, formats=IMAGE_FORMATS) as image:
         check_size(*image.size)
         # Pillow has read up to the scan. Without an end mark behind it (a copy that broke off and
         # was filled with zeros), the decoder would invent the rest in grey.
         if image.format == "JPEG" and b"\xff\xd9" not in file.read():
             raise ExplainError(f"cut short; {COPY_AGAIN}")
-        is_negative = getattr(image, "tag_v2", {}).get(262) == 0  # TIFF's PhotometricInterpretation
+        is_negative = getattr(image, "tag_v2", {}).get(262) == 0  # TIFF: white is zero
         frames = getattr(image, "n_frames", 1)
         has_16_bits = any(";16" in str(tile.args) for tile in image.tile)
         image.load()
@@ -643,7 +643,7 @@ def read_picture(file: BinaryIO) -> tuple[np.ndarray, int, list[str]]:
 
 
 def read_dicom(file: BinaryIO) -> tuple[np.ndarray, int, list[str]]:
-    """Of a DICOM file the first frame, (H, W) or (H, W, 3) uint8; count of frames; notes."""
+    """The first frame of a DICOM file, (H, W) or (H, W, 3) uint8; how many there are; notes."""
     try:
         from pydicom import dcmread, pixels, uid
     except ImportError as error:
