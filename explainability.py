@@ -424,9 +424,6 @@ HEAD_BYTES = 1024  # enough to tell what a file is
 DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg, or export it uncompressed"
 COPY_AGAIN = "copy it again from where it came"
 NOTHING_TO_SEE = "every pixel is the same: there is nothing to see"
-DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, for more than 8 bits of grey
-BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
-MISREAD = {("L", (8,), (2,)): np.int8, ("I", (32,), (1,)): np.uint32}  # by mode, bits and sample format
 
 
 class FileKind(NamedTuple):
@@ -458,8 +455,6 @@ FILE_KINDS = (  # the first that fits counts
     FileKind(rb"[^\x00-\x08\x0e-\x1f]+\Z|\xff\xfe|\xfe\xff", "a text file"),
     FileKind(rb"", "a file of an unknown kind"),
 )  # fmt: skip
-
-
 WANTED = {  # which of the uses count, what they are together, and what to do without one
     "image": (("image", "dicom"), "an image that can be read here", "give a radiograph or convert it to PNG"),
     "checkpoint": (("zip", "pickle", "safetensors"), "a checkpoint", "give one of torch.save or safetensors"),
@@ -520,8 +515,7 @@ def silenced() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(before)
@@ -544,10 +538,7 @@ def kind_of(head: bytes) -> FileKind:
 
 @contextlib.contextmanager
 def opened(path: Path, wanted: str) -> Iterator[tuple[BinaryIO, str]]:
-    """A file open for reading, and its use by its first bytes. `wanted`: image or checkpoint.
-
-    Raises ExplainError, without the path, where it is something else.
-    """
+    """A file open for reading, and its use by its first bytes; raises ExplainError unless it is `wanted`."""
     uses, what, remedy = WANTED[wanted]
     with open_regular(path) as file:
         kind = kind_of(file.read(HEAD_BYTES))
@@ -566,15 +557,15 @@ def check_image_path(path: Path) -> None:
 def load_radiograph(path: Path) -> Radiograph:
     """Read an image or DICOM file, told by its bytes, into upright 8-bit RGB.
 
-    8-bit values stay as they are; `to_8_bits` says how deeper ones are scaled. Transparent pixels
-    are laid over black, the background of radiographs. Of more frames, the first counts.
-
-    Raises ExplainError where the file is not an image that can be decoded whole.
+    Transparent pixels are laid over black, the background of radiographs. Of more frames, the first
+    counts. Raises ExplainError where the file is not an image that can be decoded whole.
     """
     with naming(path), opened(path, "image") as (file, use):
-        pixels, notes = read_dicom(file) if use == "dicom" else read_picture(file)
+        pixels, frames, notes = read_dicom(file) if use == "dicom" else read_picture(file)
         if pixels.ndim == 2:
             pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+    if frames > 1:
+        notes = [f"first of {frames} frames", *notes]
     if pixels.min() == pixels.max():
         notes = [*notes, NOTHING_TO_SEE]
     return Radiograph(pixels, tuple(notes))
@@ -586,31 +577,22 @@ def check_size(width: int, height: int) -> None:
         raise ExplainError(f"{width} x {height} pixels, more than {MAX_PIXELS:,} in all; reduce it")
 
 
-def frame_notes(frames: int) -> list[str]:
-    return [f"first of {frames} frames"] if frames > 1 else []
-
-
 # From deep values to 8 bits
 
 
 def to_8_bits(values: np.ndarray, left_out: np.ndarray | None = None) -> tuple[np.ndarray, list[str]]:
     """Values of any depth as uint8 of the same shape, with a note on what was done.
 
-    uint8 stays as it is. Of all else the lowest value becomes 0 and the highest 255, linearly,
-    halves rounded to even; unless these lie more than twice as far apart as the 1st and the 99th
-    percentile (burned-in markers, dead pixels): then the percentiles are the ends, and what lies
-    beyond is clipped. A constant becomes 127. Where the mask `left_out` is True, values do not
-    count for the ends.
-
-    Raises ExplainError where a value is NaN or infinite.
+    uint8 stays as it is. Of all else the lowest value becomes 0 and the highest 255; unless these lie
+    more than twice as far apart as the 1st and the 99th percentile (burned-in markers, dead pixels):
+    then these are the ends. Where the mask `left_out` is True, values do not count for the ends.
+    Raises ExplainError where none counts, or one that does is NaN or infinite.
     """
     if values.dtype == np.uint8:
         return values, []
     counted = values if left_out is None else values[~left_out]
-    if not np.isfinite(counted).all():
-        raise ExplainError("NaN or infinite pixel values; export it again")
-    if not counted.size:
-        return np.zeros(values.shape, np.uint8), ["no pixel holds a value: shown black"]
+    if not counted.size or not np.isfinite(counted).all():
+        raise ExplainError("NaN or infinite pixel values, or none but padding; export it again")
     lowest, highest = float(counted.min()), float(counted.max())
     if lowest == highest:
         return np.full(values.shape, 127, np.uint8), [f"every value is {lowest:g}: shown as mid grey"]
@@ -622,72 +604,53 @@ def to_8_bits(values: np.ndarray, left_out: np.ndarray | None = None) -> tuple[n
 
 
 def to_grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """255 * (values - low) / (high - low), rounded and clipped to uint8; changes no input."""
-    result = values.astype(np.float64)  # the one large copy: all steps work in place
-    result -= low
-    result *= 255
-    result /= high - low
-    np.clip(np.rint(result, out=result), 0, 255, out=result)
-    return result.astype(np.uint8)
+    """255 * (values - low) / (high - low), halves rounded to even and clipped to uint8."""
+    scaled = (values.astype(np.float64) - low) * 255 / (high - low)
+    return np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled).astype(np.uint8)
 
 
 # Files that Pillow reads
 
 
-def read_picture(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
-    """The first frame of an image file: (H, W) or (H, W, 3) uint8, upright, and notes.
-
-    Raises ExplainError, without the path, for what cannot be shown right; and what Pillow does.
-    """
+def read_picture(file: BinaryIO) -> tuple[np.ndarray, int, list[str]]:
+    """The first frame of an image, (H, W) or (H, W, 3) uint8, upright; how many there are; notes."""
     with Image.open(file, formats=IMAGE_FORMATS) as image:
         check_size(*image.size)
         # Pillow has read up to the scan. Without an end mark behind it (a copy that broke off and
         # was filled with zeros), the decoder would invent the rest in grey.
         if image.format == "JPEG" and b"\xff\xd9" not in file.read():
             raise ExplainError(f"cut short; {COPY_AGAIN}")
-        tags = dict(getattr(image, "tag_v2", {}))  # of TIFF; gone after loading
-        if tags.get(PLANAR) == 2 and max(tags.get(BITS, (8,))) > 8:  # Pillow mixes their bytes up
-            raise ExplainError("16-bit colour in separate planes; save it as PNG")
-        notes = frame_notes(getattr(image, "n_frames", 1))
-        deep_colour = image.mode not in DEEP_MODES and any(";16" in str(tile.args) for tile in image.tile)
+        is_negative = getattr(image, "tag_v2", {}).get(262) == 0  # TIFF: white is zero
+        frames = getattr(image, "n_frames", 1)
+        has_16_bits = any(";16" in str(tile.args) for tile in image.tile)
         image.load()
-        values = picture_values(ImageOps.exif_transpose(image), tags)
-    if deep_colour and values.max() < 64:  # Pillow keeps only the upper 8 of 16 bits
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith(("I", "F")):  # more than 8 bits of grey
+            values = np.asarray(upright)
+        elif upright.has_transparency_data:  # colour * opacity is what black lets through
+            values = np.ascontiguousarray(np.asarray(upright.convert("RGBA").convert("RGBa"))[:, :, :3])
+        else:
+            values = np.asarray(upright.convert("RGB"))
+    if has_16_bits and values.dtype == np.uint8 and values.max() < 64:  # Pillow keeps only the upper 8
         raise ExplainError("16-bit colour that uses only its lower bits; save it as 16-bit grey")
-    pixels, scaling = to_8_bits(values)
-    if tags.get(PHOTOMETRIC) == 0 and values.dtype != np.uint8:  # white is zero; Pillow inverts only 8 bits
+    pixels, notes = to_8_bits(values)
+    if is_negative and values.dtype != np.uint8:  # Pillow inverts only 8 bits
         pixels = 255 - pixels
-    return pixels, notes + scaling
-
-
-def picture_values(image: Image.Image, tags: dict[int, Any]) -> np.ndarray:
-    """(H, W) grey that 8 unsigned bits cannot hold, else (H, W, 3) uint8, transparent parts over black."""
-    stored = image.mode, tags.get(BITS), tags.get(SAMPLE_FORMAT, (1,))
-    if stored in MISREAD:
-        return np.asarray(image).view(MISREAD[stored])
-    if image.mode in DEEP_MODES:
-        return np.asarray(image)
-    if not image.has_transparency_data:
-        return np.asarray(image.convert("RGB"))
-    premultiplied = image.convert("RGBA").convert("RGBa")  # colour * opacity is what black lets through
-    return np.ascontiguousarray(np.asarray(premultiplied)[:, :, :3])
+    return pixels, frames, notes
 
 
 # DICOM
 
 
-def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
-    """The first frame of a DICOM file: (H, W) or (H, W, 3) uint8, and notes.
-
-    Raises ExplainError, without the path, and what pydicom does.
-    """
+def read_dicom(file: BinaryIO) -> tuple[np.ndarray, int, list[str]]:
+    """The first frame of a DICOM file, (H, W) or (H, W, 3) uint8; how many there are; notes."""
     try:
         from pydicom import dcmread, pixels, uid
     except ImportError as error:
         raise ExplainError("a DICOM file, which needs pydicom; pip install pydicom") from error
     dataset = dcmread(file, force=True)  # also without preamble and file meta information
     dataset.file_meta.setdefault("TransferSyntaxUID", uid.ExplicitVRLittleEndian)  # for pixels, as implicit
-    if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+    if "Rows" not in dataset:
         raise ExplainError("a DICOM file without an image in it; give one that holds the radiograph")
     check_size(dataset.Columns, dataset.Rows)
     try:
@@ -697,7 +660,7 @@ def read_dicom(file: BinaryIO) -> tuple[np.ndarray, list[str]]:
         cause = f"compressed as {name}, and damaged or in need of another decoder"
         raise ExplainError(f"{cause}; {DICOM_DECODERS}") from error
     seen, notes = dicom_grey(dataset, stored) if dataset.SamplesPerPixel == 1 else to_8_bits(stored)
-    return seen, frame_notes(int(dataset.get("NumberOfFrames") or 1)) + notes
+    return seen, int(dataset.get("NumberOfFrames") or 1), notes
 
 
 def is_no_radiograph(path: Path) -> bool:
@@ -715,63 +678,47 @@ def is_no_radiograph(path: Path) -> bool:
 def dicom_grey(dataset: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Stored values of one sample a pixel as they are meant to be seen: uint8, and notes.
 
-    Modality LUT, then VOI LUT or first window, then MONOCHROME1 or INVERSE inverted, once (PS3.3
-    C.7.6.3, C.11.1, C.11.2, C.11.6); padding black. Without a usable LUT or window the rule of `to_8_bits`.
+    Modality LUT or rescale, then VOI LUT or first window, then MONOCHROME1 or INVERSE inverted, once
+    (PS3.3 C.7.6.3, C.11.1, C.11.2, C.11.6). Without a usable LUT or window the rule of `to_8_bits`.
+    Padding, pixels outside the radiograph (C.7.5.1.1.2), is black.
     """
     from pydicom.pixels import apply_color_lut
 
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         return to_8_bits(apply_color_lut(stored, dataset))
-    padding = padding_mask(dataset, stored)
-    values = modality_values(dataset, stored)
+    values, padding = stored, np.zeros(stored.shape, bool)
+    if (value := dataset.get("PixelPaddingValue")) is not None:
+        low, high = sorted((value, dataset.get("PixelPaddingRangeLimit", value)))
+        padding = (stored >= low) & (stored <= high)
+    slope, intercept = first_number(dataset, "RescaleSlope", 1), first_number(dataset, "RescaleIntercept", 0)
+    if dataset.get("ModalityLUTSequence"):
+        values, *_ = looked_up(dataset.ModalityLUTSequence[0], stored)
+    elif (slope, intercept) != (1, 0) or dataset.get("BitsStored", 8) < 8:  # fewer are scaled as more are
+        values = stored * slope + intercept
     pixels, notes = windowed(dataset, values) or to_8_bits(values, padding)
     if dataset.PhotometricInterpretation == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE":
         pixels = 255 - pixels
     return np.where(padding, np.uint8(0), pixels), notes
 
 
-def modality_values(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
-    """Stored values through the modality LUT or the rescale; uint8 only where 8 bits are in use."""
-    if dataset.get("ModalityLUTSequence"):
-        return looked_up(dataset.ModalityLUTSequence[0], stored)[0]
-    slope, intercept = first_number(dataset, "RescaleSlope"), first_number(dataset, "RescaleIntercept")
-    if None not in (slope, intercept) and (slope, intercept) != (1, 0):
-        return stored * slope + intercept
-    if dataset.get("BitsStored") == 8:
-        return stored
-    return stored.astype(np.promote_types(stored.dtype, np.int16))
-
-
-def padding_mask(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
-    """(H, W) bool: the pixels outside the radiograph (PS3.3 C.7.5.1.1.2)."""
-    value = dataset.get("PixelPaddingValue")
-    if value is None:
-        return np.zeros(stored.shape, bool)
-    low, high = sorted((value, dataset.get("PixelPaddingRangeLimit", value)))
-    return (stored >= low) & (stored <= high)
-
-
 def windowed(dataset: Dataset, values: np.ndarray) -> tuple[np.ndarray, list[str]] | None:
     """uint8 through the first VOI LUT, else the first window, and a note; None where it shows nothing.
 
-    pydicom's own functions are not used: they cut indices of 8-bit tables to 8 bits, and raise
-    on windows of width zero, which some machines write.
+    Not by pydicom, which cuts indices of 8-bit tables to 8 bits, and raises on windows of width zero.
     """
     if dataset.get("VOILUTSequence"):
         through, low, high = looked_up(dataset.VOILUTSequence[0], values)
         return (to_grey(through, low, high), ["shown through its VOI LUT"]) if low < high else None
-    centre, width = first_number(dataset, "WindowCenter"), first_number(dataset, "WindowWidth")
-    shape = dataset.get("VOILUTFunction") or "LINEAR"
-    if centre is None or width is None or width <= 0 or (shape == "LINEAR" and width <= 1):
-        return None
+    centre, width = first_number(dataset, "WindowCenter", math.nan), first_number(dataset, "WindowWidth", 0)
     notes = [f"shown through its window, centre {centre:g} and width {width:g}"]
+    shape = dataset.get("VOILUTFunction") or "LINEAR"
     if shape == "LINEAR":  # PS3.3 C.11.2.1.2.1; the others have neither shift
         centre, width = centre - 0.5, width - 1
     low, high = centre - width / 2, centre + width / 2
-    if not (low < values.max() and high > values.min()):
-        return None  # beside all values; or a value is NaN, which to_8_bits refuses
+    if not (low < high and low < values.max() and high > values.min()):
+        return None  # without width or beside all values; or a value is NaN, which to_8_bits refuses
     if shape == "SIGMOID":
-        return to_grey(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1), notes
+        values, low, high = 1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1
     return to_grey(values, low, high), notes
 
 
@@ -787,10 +734,10 @@ def looked_up(item: Dataset, values: np.ndarray) -> tuple[np.ndarray, int, int]:
     return table[index], int(table.min()), int(table.max())
 
 
-def first_number(dataset: Dataset, name: str) -> float | None:
-    """The first of an attribute's values, or None where it has none."""
+def first_number(dataset: Dataset, name: str, default: float) -> float:
+    """The first of an attribute's values, or the default where it has none."""
     numbers = [number for number in np.ravel(dataset.get(name)) if number is not None]
-    return float(numbers[0]) if numbers else None
+    return float(numbers[0]) if numbers else float(default)
 
 
 # What the networks see
@@ -3770,17 +3717,15 @@ TEST_TRUTH = TEST_IMAGES / "fracture_boxes.csv"  # used by itself for the images
 SIDES = ("x0", "y0", "x1", "y1")
 TRUTH_COLUMNS = {  # by what a table's header may call them, in any case
     **dict.fromkeys(("file", "filename", "image", "path"), "file"),
-    **dict.fromkeys(("class", "label"), "class"),
-    **dict(zip(SIDES, SIDES)),
-    **dict(zip(("xmin", "ymin", "xmax", "ymax"), SIDES)),
+    **{"class": "class", "label": "class"},
+    **dict(zip((*SIDES, "xmin", "ymin", "xmax", "ymax"), SIDES * 2)),
 }
 NEGATIONS = {"no", "non", "not", "without"}
 
 
-def words_of(text: str) -> list[str]:
+def words_of(text: str) -> set[str]:
     """Words and numbers in small letters: Simple_Fracture1 and simpleFracture 1 hold the same three."""
-    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
-    return re.findall(r"[^\W\d_]+|\d+", parted.casefold())
+    return set(re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).casefold()))
 
 
 def short_class(name: str, names: Sequence[str]) -> str:
@@ -3790,20 +3735,14 @@ def short_class(name: str, names: Sequence[str]) -> str:
 
 
 def named_class(text: str, class_names: Sequence[str]) -> str:
-    """The one class that a text names, whole or by the words it alone has (simple); else nothing."""
-    for name in class_names:
-        if class_key(name) == class_key(text):
-            return name
-    words, own = words_of(text), {name: words_of(short_class(name, class_names)) for name in class_names}
-    found = [name for name in class_names if all(is_among(each, words) for each in own[name])]
-    if len(found) != 1 or NEGATIONS & (set(words) - set(own[found[0]])):
+    """The one class that a text names, whole or by the words it alone has (simple, simples); else nothing."""
+    words = words_of(text)
+    starts = words | {word[:end] for word in words for end in range(4, len(word))}  # shorter: of too many
+    found = [name for name in class_names if class_key(name) == class_key(text)]
+    found = found or [name for name in class_names if words_of(short_class(name, class_names)) <= starts]
+    if len(found) != 1 or NEGATIONS & (words - words_of(found[0])):
         return ""
     return found[0]
-
-
-def is_among(own: str, words: Sequence[str]) -> bool:
-    """Whether a word is there, or one that begins so; short ones begin too many others."""
-    return any(word == own or (len(own) > 3 and word.startswith(own)) for word in words)
 
 
 def folder_class(image: Path, class_names: Sequence[str]) -> str:
@@ -3821,104 +3760,87 @@ def known_truth(
     if not table and not (path.is_file() and any(ours)):
         return {}, "", []
     truths, missing = read_truth(path, images)
-    notes = []
-    if missing and table:
-        which = len(missing) if is_anonymous else listed(missing)
-        notes.append(f"ℹ️  {shown(path)}: images that are neither beside it nor in this run: {which}")
-    return truths, file_mark(path), notes
+    which = len(missing) if is_anonymous else listed(missing)
+    note = f"ℹ️  {shown(path)}: images that are neither beside it nor in this run: {which}"
+    return truths, file_mark(path), [note] if missing and table else []
 
 
 def read_truth(path: Path, images: Sequence[Path]) -> tuple[dict[str, Truth], list[str]]:
     """A table's truths by the real path of the image, and the names of images that are not there.
 
-    Names start from the table's folder; one that is not there may be the name of an image of the
-    run. Several lines for an image are several boxes. Raises ExplainError, with the line.
+    Names start from the table's folder, or are those of single images of the run. Several lines for
+    an image are several boxes. Raises ExplainError, with the line.
     """
     by_name = defaultdict(list)
     for image in images:
         by_name[image.name].append(image)
-    truths: dict[str, Truth] = defaultdict(Truth)
-    missing = []
+    truths, missing = defaultdict(Truth), []
     for number, cells in truth_rows(path):
-        name = cells["file"].replace("\\", "/")
-        image, twins = path.parent / name, by_name[Path(name).name]
-        if not os.path.isfile(image):
-            if len(twins) != 1:
-                missing.append(name)
-                continue
-            image = twins[0]
-        key = os.path.realpath(image)
-        try:
-            truths[key] = extended(truths[key], cells)
-        except ExplainError as error:
-            raise ExplainError(f"{shown(path)}, line {number}: {error}; correct it") from error
+        image = path.parent / cells["file"].replace("\\", "/")
+        found = [image] if os.path.isfile(image) else by_name[image.name]
+        if len(found) == 1:
+            key = os.path.realpath(found[0])
+            truths[key] = extended(truths[key], cells, path, number)
+        else:
+            missing.append(cells["file"])
     return truths, missing
 
 
 def truth_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Line numbers and cells of a table, between commas, semicolons or tabs. Raises ExplainError."""
     with naming(path), open_regular(path) as file:
-        lines = decoded_text(file.read()).splitlines()
-    header = lines[0] if lines else ""
-    reader = csv.reader(lines, delimiter=max(",;\t", key=header.count), skipinitialspace=True)
-    titles = [TRUTH_COLUMNS.get(title.strip().casefold()) for title in next(reader, [])]
+        content = file.read()
+    try:
+        text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+    except UnicodeDecodeError:  # spreadsheet programs of Windows
+        text = content.decode("cp1252", errors="replace")
+    lines = text.splitlines() or [""]
+    reader = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count), skipinitialspace=True)
+    titles = [TRUTH_COLUMNS.get(title.strip().casefold()) for title in next(reader)]
     if "file" not in titles or len({*titles} - {None}) < 2:
-        cause = f"its first line is {brief(header)}"
+        cause = f"its first line is {brief(lines[0])}"
         raise refusal(path, cause, "begin with names of columns: file and any of class, x0, y0, x1, y1")
     for row in reader:
-        cells = {title: cell.strip() for title, cell in zip(titles, row) if title}
+        cells = defaultdict(str, {title: cell.strip() for title, cell in zip(titles, row) if title})
         if any(cells.values()):
-            yield reader.line_num, {"file": "", **cells}
+            yield reader.line_num, cells
 
 
-def decoded_text(content: bytes) -> str:
-    """Text as spreadsheet programs save it: UTF-8, UTF-16 with its mark, or else Windows' own."""
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return content.decode("utf-16")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("cp1252", errors="replace")
-
-
-def extended(truth: Truth, cells: dict[str, str]) -> Truth:
-    """What is known of an image with one more line of a table. Raises ExplainError, without the line."""
-    name = cells.get("class", "")
-    if name and truth.name and class_key(name) != class_key(truth.name):
-        raise ExplainError(f"class {brief(name)}, and {brief(truth.name)} on a line before")
-    texts = [cells.get(side, "") for side in SIDES]
-    if not any(texts):
-        return Truth(name or truth.name, truth.boxes)
-    try:
-        box = tuple(float(text.replace(",", ".")) for text in texts)  # decimal commas go with semicolons
-    except ValueError as error:
-        raise ExplainError(f"{', '.join(SIDES)} are {brief(', '.join(texts))}, not four numbers") from error
-    if not (all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]):
-        raise ExplainError(f"{', '.join(SIDES)} are {', '.join(texts)}, not x0 < x1 and y0 < y1")
-    return Truth(name or truth.name, (*truth.boxes, box))
+def extended(truth: Truth, cells: dict[str, str], path: Path, number: int) -> Truth:
+    """What is known of an image with one more line of a table. Raises ExplainError."""
+    name, sides = cells["class"] or truth.name, [cells[side] for side in SIDES]
+    if truth.name and class_key(name) != class_key(truth.name):
+        cause = f"class {brief(name)}, and {brief(truth.name)} on a line before"
+        raise refusal(path, f"line {number}: {cause}", "correct it")
+    if not any(sides):
+        return Truth(name, truth.boxes)
+    with contextlib.suppress(ValueError):
+        x0, y0, x1, y1 = (float(side.replace(",", ".")) for side in sides)  # 3,5 where semicolons part
+        if x0 < x1 and y0 < y1:
+            return Truth(name, (*truth.boxes, (x0, y0, x1, y1)))
+    cause = f"{', '.join(SIDES)} are {brief(', '.join(sides))}, not numbers with x0 < x1 and y0 < y1"
+    raise refusal(path, f"line {number}: {cause}", "correct it")
 
 
 def told_truth(job: Job, class_names: Sequence[str]) -> tuple[Job, str]:
     """A job that knows its true class, of its table or its folders; and the table's word that is no class."""
     word = job.truth.name
+    name = named_class(word, class_names) if word else folder_class(job.image, class_names)
     if word.isdecimal() and int(word) < len(class_names):
         name = class_names[int(word)]
-    else:
-        name = named_class(word, class_names) if word else folder_class(job.image, class_names)
-    told = dataclasses.replace(job.truth, name=name)
-    return dataclasses.replace(job, truth=told), "" if name else word
+    return dataclasses.replace(job, truth=dataclasses.replace(job.truth, name=name)), "" if name else word
 
 
 def boxes_in_shares(boxes: Sequence[Region], width: int, height: int) -> tuple[list[Region], list[str]]:
     """Boxes in shares of the image's sides, cut at its edges, and notes on those that reach outside."""
     shares, notes = [], []
-    for x0, y0, x1, y1 in boxes:
-        cut = max(0, x0), max(0, y0), min(width, x1), min(height, y1)
-        if cut[0] < cut[2] and cut[1] < cut[3]:
-            shares.append((cut[0] / width, cut[1] / height, cut[2] / width, cut[3] / height))
-        if cut != (x0, y0, x1, y1):
-            place = f"the box {x0:g}, {y0:g}, {x1:g}, {y1:g}"
-            notes.append(f"{place} reaches outside the image of {width} x {height} pixels: only what is inside counts")
+    for box in boxes:
+        x0, y0, x1, y1 = max(0, box[0]), max(0, box[1]), min(width, box[2]), min(height, box[3])
+        if x0 < x1 and y0 < y1:
+            shares.append((x0 / width, y0 / height, x1 / width, y1 / height))
+        if (x0, y0, x1, y1) != box:
+            place = f"the box {', '.join(f'{side:g}' for side in box)} reaches outside"
+            notes.append(f"{place} the image of {width} x {height} pixels: only what is inside counts")
     return shares, notes
 
 
