@@ -423,6 +423,7 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is larger, and warns before 
 HEAD_BYTES = 1024  # enough to tell what a file is
 DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg, or export it uncompressed"
 COPY_AGAIN = "copy it again from where it came"
+MISREAD = {((8,), (2,)): np.int8, ((32,), (1,)): np.uint32}  # by TIFF's bits and sample format
 NOTHING_TO_SEE = "every pixel is the same: there is nothing to see"
 
 
@@ -620,12 +621,17 @@ def read_picture(file: BinaryIO) -> tuple[np.ndarray, int, list[str]]:
         # was filled with zeros), the decoder would invent the rest in grey.
         if image.format == "JPEG" and b"\xff\xd9" not in file.read():
             raise ExplainError(f"cut short; {COPY_AGAIN}")
-        is_negative = getattr(image, "tag_v2", {}).get(262) == 0  # TIFF: white is zero
+        tags = dict(getattr(image, "tag_v2", {}))  # of TIFF; gone after loading
+        bits, sign = tags.get(258, (8,)), tags.get(339, (1,))
+        if tags.get(284) == 2 and max(bits) > 8:  # Pillow mixes their bytes up
+            raise ExplainError("16-bit colour in separate planes; save it as PNG")
         frames = getattr(image, "n_frames", 1)
         has_16_bits = any(";16" in str(tile.args) for tile in image.tile)
         image.load()
         upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith(("I", "F")):  # more than 8 bits of grey
+        if tags and (bits, sign) in MISREAD:
+            values = np.asarray(upright).view(MISREAD[bits, sign])
+        elif upright.mode.startswith(("I", "F")):  # more than 8 bits of grey
             values = np.asarray(upright)
         elif upright.has_transparency_data:  # colour * opacity is what black lets through
             values = np.ascontiguousarray(np.asarray(upright.convert("RGBA").convert("RGBa"))[:, :, :3])
@@ -634,7 +640,7 @@ def read_picture(file: BinaryIO) -> tuple[np.ndarray, int, list[str]]:
     if has_16_bits and values.dtype == np.uint8 and values.max() < 64:  # Pillow keeps only the upper 8
         raise ExplainError("16-bit colour that uses only its lower bits; save it as 16-bit grey")
     pixels, notes = to_8_bits(values)
-    if is_negative and values.dtype != np.uint8:  # Pillow inverts only 8 bits
+    if tags.get(262) == 0 and values.dtype != np.uint8:  # white is zero; Pillow inverts only 8 bits
         pixels = 255 - pixels
     return pixels, frames, notes
 

@@ -164,6 +164,8 @@ PICTURES = {  # what it is: contents, pixels, and where they count the notes
     **{f"{dtype} TIFF, {order}": (partial(tiff, (low + step * RAMP).astype(dtype), byteorder=order), SCALED)
        for dtype, (low, step) in TYPES.items() for order in "<>"},
     **{f"1-bit {kind}": (partial(pillow, SPOTTED, kind), SPOTTED * 255) for kind in ("PNG", "TIFF", "BMP")},
+    "signed 8 bits": (lambda: tiff((RAMP - 100).astype(np.int8)), SCALED),
+    "unsigned 32 bits": (lambda: tiff(RAMP.astype(np.uint32) * 40_000_000), SCALED),
     "white is 0, 8 bits": (lambda: tiff(GREY8, photometric="miniswhite"), 255 - GREY8),
     "white is 0, 16 bits": (lambda: tiff(DEEP, photometric="miniswhite"), 255 - SCALED),
     "white is 0, floats": (lambda: tiff(FLOATS, photometric="miniswhite"), 255 - SCALED),
@@ -262,6 +264,10 @@ REFUSED = {
     "one infinite": (lambda: tiff(np.where(RAMP == 30, -np.inf, RAMP).astype(np.float32)), "NaN or infinite"),
     "narrow colour PNG": (lambda: png(NARROW_COLOUR, 2), "save it as 16-bit grey"),
     "narrow clear PNG": (lambda: png(NARROW_CLEAR, 4), "save it as 16-bit grey"),
+    "deep planes": (
+        lambda: tiff(np.moveaxis(NARROW_COLOUR, 2, 0), photometric="rgb", planarconfig="separate"),
+        "16-bit colour in separate planes",
+    ),
     "narrow colour TIFF": (lambda: tiff(NARROW_COLOUR, photometric="rgb"), "save it as 16-bit grey"),
     "huge PNG": (lambda: png(GREY8, side=10_001), "more than 100,000,000"),
     "huge DICOM": (lambda: dicom(GREY8, Rows=60_000, Columns=60_000), "more than 100,000,000"),
