@@ -82,10 +82,7 @@ def test_similar_cases_are_the_nearest_by_cosine_and_never_the_image_itself():
 
 
 def likeness(nearer=100, classes=(0, 0, 1)):
-    picture = np.zeros((9, 7), np.uint8)
-    cases = [
-        SimilarCase(f"{place}.png", CLASS_NAMES[each], 0.9, picture) for place, each in enumerate(classes)
-    ]
+    cases = [SimilarCase("a.png", CLASS_NAMES[each], 0.9, np.zeros((9, 7), np.uint8)) for each in classes]
     return Likeness(nearer, 150, tuple(cases))
 
 
@@ -99,10 +96,8 @@ def test_what_is_unlike_the_reference_is_told(nearer, is_flagged):
     told = reference_findings(likeness=likeness(nearer))["unlike"]
     assert told.value == pytest.approx((151 - nearer) / 151) and told.is_flagged == is_flagged
     start = "⚠️  Unlike the reference: f" if is_flagged else "F"
-    assert (
-        tool.marked_text(told)
-        == f"{start}arther from the reference images than {nearer} of the 150 themselves"
-    )
+    words = f"arther from the reference images than {nearer} of the 150 themselves"
+    assert tool.marked_text(told) == start + words
     assert not reference_findings() and an_explanation().similar == ()  # without a reference nothing
 
 
@@ -153,14 +148,8 @@ def test_a_run_tells_what_is_unlike_and_what_is_similar(tiny_arguments, training
     asked.mkdir()
     (asked / "same.png").write_bytes((trained / "07.png").read_bytes())
     Image.fromarray(np.eye(40, dtype=np.uint8) * 255).save(asked / "other.png")
-    run = [
-        *tiny_arguments,
-        f"--reference={training_images}",
-        "--no-figures",
-        "--save-maps",
-        "--model=efficientnet",
-    ]
-    run += ["--skip-existing", f"--image={asked}"]
+    run = [*tiny_arguments, f"--reference={training_images}", f"--image={asked}", "--model=efficientnet"]
+    run += ["--no-figures", "--save-maps", "--skip-existing"]
     assert tool.main(run) == 0
     (file,) = results.glob("reference_efficientnet_*.npz")
     written = file.stat().st_mtime_ns
@@ -171,10 +160,8 @@ def test_a_run_tells_what_is_unlike_and_what_is_similar(tiny_arguments, training
     similar = same["efficientnet_similar"]
     assert "07.png" not in similar and similar.count("simple_fracture/") == 3
     told = json.loads((results / "map_efficientnet_same.json").read_text())
-    assert told["similar"][0]["class"] == "Simple Fracture" and told["checks"]["neighbours"]["value"] in (
-        0,
-        1,
-    )
+    assert told["similar"][0]["class"] == "Simple Fracture"
+    assert told["checks"]["neighbours"]["value"] in (0, 1)
     said = capsys.readouterr().out
     assert "Reference saved" in said and "  Unlike the reference: 1 of 2 images; contradicted by sim" in said
     assert tool.main(run) == 0
@@ -190,21 +177,15 @@ def test_too_few_images_of_a_class_are_refused(tiny_arguments, training_images, 
     run = [*tiny_arguments, "--no-figures", f"--image={xray}", f"--reference={training_images}"]
     assert tool.main(run) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert (
-        "49 images in folders named Simple Fracture, too few" in line and "50 or more of each class" in line
-    )
+    assert "49 images in folders named Simple Fracture, too few" in line and "50 or more of each" in line
 
 
-def test_what_is_made_of_images_is_read_again_for_the_same_network_alone(
-    tiny_classifiers, training_images, tmp_path, capsys
-):
+def test_a_reference_is_read_again_for_its_network_alone(tiny_classifiers, training_images, tmp_path, capsys):
     (training_images / "simple_fracture" / "00.png").write_bytes(b"no image")
     images = tool.images_below(training_images)
     cases = tool.reference_cases(images, training_images, CLASS_NAMES, False)
-    reference, path = (
-        tool.reference_of(tiny_classifiers["efficientnet"], cases, 8),
-        tmp_path / "reference.npz",
-    )
+    reference = tool.reference_of(tiny_classifiers["efficientnet"], cases, 8)
+    path = tmp_path / "reference.npz"
     assert "00.png" in capsys.readouterr().err  # it is told and left out
     tool.write_reference(reference, path, "this network")
     again = tool.read_reference(path, "this network")
