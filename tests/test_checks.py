@@ -1,7 +1,5 @@
 """Checks of heatmaps: constructed maps and radiographs whose values are known by arithmetic."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np
@@ -27,10 +25,6 @@ def checked(raw_map, landmarks=EVERYWHERE, trial=None, **changed):
     return dataclasses.replace(explanation, findings=found)
 
 
-def findings(*given, **changed):
-    return {finding.check: finding for finding in checked(*given, **changed).findings}
-
-
 def heated(heats):
     """A map that has this heat in these cells."""
     raw_map = np.zeros((7, 7), np.float32)
@@ -41,9 +35,6 @@ def heated(heats):
 
 def spot(*cell):
     return heated({cell: 2})
-
-
-# Quantities
 
 
 @pytest.mark.parametrize("shape", [(7, 7), (10, 10), (28, 28), (224, 224), (5, 9), (1, 2)])
@@ -78,26 +69,19 @@ def test_each_fault_of_a_map_is_measured_and_flagged_under_its_own_name(raw_map,
 
 
 def test_map_agreement_is_the_heat_that_two_maps_share():
-    for other, share in (
-        (spot(4, 4) - spot(0, 0), 0.5),
-        (BORDER_ONLY, 0),
-        (2 * spot(2, 2) + 2 * spot(4, 4), 1),
-    ):
-        pair = an_explanation(raw_map=spot(2, 2) + spot(4, 4)), an_explanation(raw_map=other)
-        found = tool.map_agreement(pair)
+    both = spot(2, 2) + spot(4, 4)
+    for other, share in ((spot(4, 4) - spot(0, 0), 0.5), (BORDER_ONLY, 0), (9 * both, 1)):
+        found = tool.map_agreement([an_explanation(raw_map=each) for each in (both, other)])
         assert found.value == pytest.approx(share) and found.is_flagged == (share < 0.05)
         assert found.text == f"the two maps share {100 * share:.0f} % of their heat"
 
 
-@pytest.mark.parametrize(
-    ("raw_map", "words"),
-    [(-UNIFORM, "Blank map: no positive evidence for Comm"), (0 * UNIFORM, "Blank"), (UNIFORM, "Constant")],
-)
-def test_of_a_blank_or_constant_map_only_that_is_told(raw_map, words):
-    pair = [checked(raw_map), checked(CENTRE_ONLY)]
-    assert [finding.check for finding in pair[0].findings] == ["blank", "confidence"]
-    assert pair[0].findings[0].is_flagged and words in tool.checks_text(pair[0].findings)
-    assert tool.map_agreement(pair) is None and tool.map_agreement(pair[1:]) is None
+def test_of_a_blank_or_constant_map_only_that_is_told():
+    for raw_map, kind in ((-UNIFORM, "Blank"), (0 * UNIFORM, "Blank"), (UNIFORM, "Constant")):
+        pair = [checked(raw_map), checked(CENTRE_ONLY)]
+        assert [finding.check for finding in pair[0].findings] == ["blank", "confidence"]
+        assert pair[0].findings[0].is_flagged and f"{kind} map: no p" in tool.checks_text(pair[0].findings)
+        assert tool.map_agreement(pair) is None and tool.map_agreement(pair[1:]) is None
 
 
 def test_thresholds():
@@ -217,7 +201,7 @@ def test_a_marker_is_bright_sharp_and_small(pixels, count):
     assert len(seen_in(pixels).markers) == count
 
 
-# --verify: what a network said of changed copies
+# --verify: what a network says of changed copies
 
 
 def odds(*probabilities):
@@ -227,29 +211,19 @@ def odds(*probabilities):
 
 def verified(markers=((10, 10, 30, 30),), explained=0, **changed):
     """Findings about a network that gives class 0 95 %, and in changed copies these probabilities."""
-    usual = {
-        "blurred": odds(0.3),
-        "added": odds(0.9, 0.94),
-        "covered": odds(0.9, 0.9),  # with markers, and as much elsewhere
-        "erased": odds(0.1, 0.9, 0.7, 0.95),  # the hot area, and moved masks
-    }
-    given = CENTRE_ONLY, Landmarks(np.ones((7, 7)), markers), Trial(**{**usual, **changed})
-    found = findings(*given, probabilities=np.float32([0.95, 0.05]), explained=explained)
-    return {key: finding for key, finding in found.items() if CHECKS[key].about in tool.ASKED_AGAIN}
+    usual = Trial(odds(0.3), odds(0.9, 0.94), odds(0.9, 0.9), odds(0.1, 0.9, 0.7, 0.95))
+    seen = Landmarks(np.ones((7, 7)), markers), dataclasses.replace(usual, **changed)
+    found = checked(CENTRE_ONLY, *seen, probabilities=np.float32([0.95, 0.05]), explained=explained).findings
+    return {finding.check: finding for finding in found if CHECKS[finding.check].about in tool.ASKED_AGAIN}
 
 
-@pytest.mark.parametrize(
-    ("covered", "elsewhere", "fall"),
-    [(0.25, 0.94, 0.69), (0.25, 0.30, 0.05), (0.86, 0.95, 0.09), (0.99, 0.95, -0.04)],
-)
-def test_covering_the_markers_counts_beyond_covering_elsewhere(covered, elsewhere, fall):
-    found = verified(explained=1, covered=odds(covered, elsewhere))["covering"]  # of class 0 all the same
-    assert found.value == pytest.approx(fall) and found.is_flagged == (fall > 0.1)
-    change = (
-        f"{'lowers' if covered < 0.95 else 'takes'} Comminuted Fracture from 95 % to {100 * covered:.0f} %"
-    )
-    assert found.text.startswith(f"covering the side marker {change}; ")
-    assert found.text.endswith(f"covering as much elsewhere, {100 * elsewhere:.0f} %")
+def test_covering_the_markers_counts_beyond_covering_elsewhere():
+    for covered, elsewhere, fall in ((0.25, 0.94, 0.69), (0.25, 0.3, 0.05), (0.99, 0.95, -0.04)):
+        found = verified(explained=1, covered=odds(covered, elsewhere))["covering"]  # of class 0 all the same
+        assert found.value == pytest.approx(fall) and found.is_flagged == (fall > 0.1)
+        change = f"Comminuted Fracture from 95 % to {100 * covered:.0f} %; "
+        assert f"covering the side marker {'lowers' if covered < 0.95 else 'takes'} {change}" in found.text
+        assert found.text.endswith(f"covering as much elsewhere, {100 * elsewhere:.0f} %")
 
 
 def test_a_marker_that_is_added_must_not_count():
@@ -284,9 +258,6 @@ def test_what_cannot_be_tested_is_not_flagged_and_not_told_in_the_console():
         assert tool.model_cells([explanation], "")[f"convnext_{check}"] == "untestable"
     lines = tool.network_lines(explanation, "")
     assert "everything blurred" in lines[1] and not any("cannot be tested" in line for line in lines)
-
-
-# --verify: the copies
 
 
 def asked(image, raw_map, markers=(), batch=64):
@@ -408,9 +379,6 @@ def test_the_audit_tells_blank_maps_by_class_and_that_few_are_few():
     assert not any("Comminuted" in line for line in lines)
     few = "Same place in every image: needs 20 maps that are not blank, here 5"
     assert tool.audit_lines(observations([*scattered(5), -UNIFORM])) == [few] and tool.audit_lines([]) == []
-
-
-# Whole runs
 
 
 def test_one_image_tells_its_findings_and_the_cost_of_verifying(tiny_arguments, tmp_path, capsys):
