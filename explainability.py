@@ -2081,7 +2081,7 @@ ADDED_SIZE = 22  # pixels of CHECKED_SIDE; a network that reads text misses smal
 ADDED_EDGE = 8  # pixels of CHECKED_SIDE between what is added and the corner
 MOVED_MASKS = 13
 MOST_TRIALS = MOVED_MASKS + len(ADDED) + 4  # and the hot area, two covered copies and the blurred one
-MAX_OVERLAP = 0.25  # of a moved mask with what it was moved from
+MAX_OVERLAP = 0.25  # of a moved or mirrored mask with what it was made from
 MARKER_MARGIN = 4  # pixels of CHECKED_SIDE round a covered marker
 
 FEW_MAPS = 20  # fewer tell more about chance than about the network
@@ -2093,14 +2093,13 @@ FEW_MAPS = 20  # fewer tell more about chance than about the network
 def landmarks_of(radiograph: Radiograph) -> Landmarks:
     """Look for bone and markers in a radiograph."""
     grey = np.asarray(Image.fromarray(radiograph.squashed(CHECKED_SIDE)).convert("L"))
-    return Landmarks(dense_shares(grey), tuple(marker_boxes(grey)))
+    # Means of 3 x 3 pixels are compared, or noise in the dark would count.
+    smooth = (over_windows(grey.astype(np.uint16), 1, np.add) // 9).astype(np.uint8)
+    return Landmarks(shares_of_cells(smooth > otsu_threshold(smooth)), tuple(marker_boxes(grey)))
 
 
 def over_windows(values: np.ndarray, reach: int, combine: np.ufunc) -> np.ndarray:
-    """Combine the 2 * reach + 1 values a side around each one: (H, W) -> (H, W).
-
-    np.minimum gives the erosion, np.maximum the dilation; outside, the edge's values count.
-    """
+    """Combine 2 * reach + 1 values a side round each one of (H, W): np.minimum erodes, np.maximum dilates."""
     for _ in range(2):
         length = len(values)
         padded = np.pad(values, ((reach, reach), (0, 0)), mode="edge")
@@ -2110,26 +2109,13 @@ def over_windows(values: np.ndarray, reach: int, combine: np.ufunc) -> np.ndarra
 
 
 def otsu_threshold(values: np.ndarray) -> int:
-    """The grey value that best parts uint8 values into dark and bright: N. Otsu, IEEE SMC-9, 1979.
-
-    Of the thresholds with the largest variance between the two parts, the lowest; values equal to
-    it are dark. 255 where there is but one value.
-    """
+    """The uint8 value, itself dark, that best parts dark ones from bright: N. Otsu, IEEE SMC-9, 1979."""
     counts = np.bincount(values.ravel(), minlength=256)
     dark, mass = counts.cumsum(), (counts * np.arange(256)).cumsum()
     pairs = dark * (values.size - dark)  # 0 where one part is empty
     distance = (mass[-1] * (dark / values.size) - mass) ** 2
     between = np.divide(distance, pairs, out=np.zeros(256), where=pairs > 0)
-    return int(between.argmax()) if pairs.any() else 255
-
-
-def dense_shares(grey: np.ndarray) -> np.ndarray:
-    """Share of each cell's pixels above Otsu's threshold: grey (H, W) uint8 -> (CELLS, CELLS).
-
-    Means of 3 x 3 pixels are compared, or noise in the dark would count.
-    """
-    smooth = (over_windows(grey.astype(np.uint16), 1, np.add) // 9).astype(np.uint8)
-    return shares_of_cells(smooth > otsu_threshold(smooth))
+    return int(between.argmax()) if pairs.any() else 255  # values that are all alike are dark
 
 
 def shares_of_cells(mask: np.ndarray) -> np.ndarray:
@@ -2147,11 +2133,16 @@ def marker_boxes(grey: np.ndarray) -> Iterator[PixelBox]:
     low, high = np.percentile(grey, (1, 99))
     eroded = over_windows(grey, STROKE_REACH, np.minimum)
     strokes = grey - over_windows(eroded, STROKE_REACH, np.maximum) > STROKE_CONTRAST * (high - low)
+    values = grey.astype(np.int16)
+    around = values[:-2, 1:-1] + values[2:, 1:-1] + values[1:-1, :-2] + values[1:-1, 2:]
+    edges = np.abs(4 * values[1:-1, 1:-1] - around)  # without the outermost pixels
     for rows, columns in regions(strokes, JOINING_REACH):
         box = int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
         short, long = sorted((box[2] - box[0], box[3] - box[1]))
         is_small = long in MARKER_SIDES or (long in TEXT_SIDES and short < TEXT_HEIGHT)
-        if len(rows) < MARKER_PIXELS or not is_small or sharpness(grey, box) < SHARPNESS * (high - low):
+        x0, y0, x1, y1 = grown(box, SHARPNESS_REACH, SHARPNESS_REACH, CHECKED_SIDE)
+        sharpness = edges[y0 : y1 - 2, x0 : x1 - 2].mean()
+        if len(rows) < MARKER_PIXELS or not is_small or sharpness < SHARPNESS * (high - low):
             continue
         # Strips that are no text are cortex, pins or the field's edge.
         if long < 3 * short or is_text(rows, columns):
@@ -2160,22 +2151,15 @@ def marker_boxes(grey: np.ndarray) -> Iterator[PixelBox]:
 
 def regions(mask: np.ndarray, reach: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Parts of a mask (H, W): rows and columns of the pixels that hang together once dilated by `reach`."""
-    if not mask.any():
-        return
     joined = over_windows(mask, reach, np.maximum)
     rows, columns = mask.nonzero()
     labels = connected(joined)[mask[joined]]  # of the mask's own pixels
-    order = labels.argsort(kind="stable")
-    for part in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
-        yield rows[part], columns[part]
+    for label in np.unique(labels):
+        yield rows[labels == label], columns[labels == label]
 
 
 def connected(mask: np.ndarray) -> np.ndarray:
-    """A label for each of a mask's n pixels, row by row: the lowest number among those 8-connected with it.
-
-    Numbers spread along the edges; a label's own label is looked up, so that each turn reaches
-    about twice as far.
-    """
+    """For each of a mask's n pixels, row by row, the lowest number among those 8-connected with it."""
     rows, columns = mask.nonzero()
     labels = np.arange(rows.size)
     numbers = np.full(np.add(mask.shape, 2), -1)  # with a rim, so that every pixel has neighbours
@@ -2187,16 +2171,8 @@ def connected(mask: np.ndarray) -> np.ndarray:
         lower = np.minimum(labels[first], labels[second])
         for end in (labels[first], labels[second]):
             np.minimum.at(labels, end, lower)
-        labels = labels[labels]
+        labels = labels[labels]  # a label's own, so that each turn reaches about twice as far
     return labels
-
-
-def sharpness(grey: np.ndarray, box: PixelBox) -> float:
-    """Mean of the Laplacian's magnitude in a box and round it."""
-    x0, y0, x1, y1 = grown(box, SHARPNESS_REACH, CHECKED_SIDE)
-    values = grey[y0:y1, x0:x1].astype(int)
-    neighbours = values[:-2, 1:-1] + values[2:, 1:-1] + values[1:-1, :-2] + values[1:-1, 2:]
-    return float(np.abs(4 * values[1:-1, 1:-1] - neighbours).mean())
 
 
 def is_text(rows: np.ndarray, columns: np.ndarray) -> bool:
@@ -2208,10 +2184,10 @@ def is_text(rows: np.ndarray, columns: np.ndarray) -> bool:
     return len(lengths) >= TEXT_STROKES and max(lengths) <= LONGEST_STROKE * strokes.shape[along]
 
 
-def grown(box: PixelBox, reach: int, side: int) -> PixelBox:
-    """A box with `reach` pixels more on each side, cut at the edges of a square image."""
+def grown(box: Region, x: float, y: float, side: float) -> Region:
+    """A box with x more on the left and right, y above and below, cut at the edges of a square image."""
     x0, y0, x1, y1 = box
-    return max(0, x0 - reach), max(0, y0 - reach), min(side, x1 + reach), min(side, y1 + reach)
+    return max(0, x0 - x), max(0, y0 - y), min(side, x1 + x), min(side, y1 + y)
 
 
 def box_mask(boxes: Iterable[PixelBox], side: int) -> np.ndarray:
@@ -2226,16 +2202,10 @@ def box_mask(boxes: Iterable[PixelBox], side: int) -> np.ndarray:
 
 
 def heat_on_cells(raw_map: np.ndarray) -> np.ndarray:
-    """Share of the heat in each cell, by area: (h, w) -> (CELLS, CELLS); all 0 for a blank map.
-
-    Raises ValueError for a map that is not finite.
-    """
+    """Share of a finite map's heat in each cell, by area: (h, w) -> (CELLS, CELLS); 0 for a blank map."""
     heat = np.maximum(finite(raw_map), 0).astype(np.float64)
-    total = heat.sum()
-    if total == 0:
-        return np.zeros((CELLS, CELLS))
     h, w = heat.shape
-    return overlaps(CELLS, h) @ (heat / total) @ overlaps(CELLS, w).T
+    return overlaps(CELLS, h) @ (heat / (heat.sum() or 1)) @ overlaps(CELLS, w).T
 
 
 @dataclass(frozen=True)
@@ -2262,8 +2232,7 @@ class Evidence:
     other_map: np.ndarray | None = None  # the other model's raw map, for the check of a pair
 
     @functools.cached_property
-    def heat(self) -> np.ndarray:
-        """(CELLS, CELLS) shares."""
+    def heat(self) -> np.ndarray:  # (CELLS, CELLS) shares
         return heat_on_cells(self.explanation.raw_map)
 
 
@@ -2283,9 +2252,8 @@ def blank(evidence: Evidence) -> Said:
 def border(evidence: Evidence) -> Said:
     """Share of the heat in the frame of outer cells; 24/49 for a uniform map."""
     share = float(evidence.heat[OUTER].sum())
-    area = percent(OUTER.mean())
-    told = f"{percent(share)} of the heat lies in the outer ring of cells, which is {area} of the area"
-    return share, f"{told}; a fracture may lie there"
+    told = f"{percent(share)} of the heat lies in the outer ring of cells"
+    return share, f"{told}, which is {percent(OUTER.mean())} of the area; a fracture may lie there"
 
 
 def dark(evidence: Evidence) -> Said:
@@ -2311,10 +2279,7 @@ def focus(evidence: Evidence) -> Said:
 
 
 def shared_heat(one: np.ndarray, other: np.ndarray) -> float:
-    """Heat that two maps share, sum of min(a, b) over the cells: 1 for equal maps, 0 for disjoint ones.
-
-    Histogram intersection: M. Swain and D. Ballard, IJCV 1991.
-    """
+    """Heat that two maps share, sum of min(a, b) over the cells: M. Swain and D. Ballard, IJCV 1991."""
     return float(np.minimum(heat_on_cells(one), heat_on_cells(other)).sum())
 
 
@@ -2328,29 +2293,118 @@ def confidence(evidence: Evidence) -> Said:
     return value, f"confidence {value:.2%}, for clear cases above {percent(CONFIDENCE_LIMIT)}"
 
 
-def unlike(evidence: Evidence) -> Said | None:
-    """The conformal p-value of the image among the reference's: small where it is of another kind.
-
-    S. Bates et al., Annals of Statistics 2023: of images of the reference's kind 5 % fall below 5 %.
-    """
+def unlike(evidence: Evidence) -> Said:
+    """Conformal p-value: of the reference's kind 5 % have less than 5 %. S. Bates et al., Ann. Stat. 2023."""
     likeness = evidence.explanation.likeness
-    if likeness is None:
-        return None
     nearer = f"{likeness.nearer} of the {likeness.images} themselves"
     return likeness.p_value, f"farther from the reference images than {nearer}"
 
 
-def neighbours(evidence: Evidence) -> Said | None:
+def neighbours(evidence: Evidence) -> Said:
     """Share of the most similar reference images that are of the predicted class."""
-    explanation = evidence.explanation
-    if explanation.likeness is None:
-        return None
-    names, predicted = [case.class_name for case in explanation.similar], explanation.prediction
-    count = names.count(predicted)
-    return count / len(names), f"{count} of the {len(names)} most similar reference images are {predicted}"
+    predicted, cases = evidence.explanation.prediction, evidence.explanation.similar
+    count = sum(case.class_name == predicted for case in cases)
+    return count / len(cases), f"{count} of the {len(cases)} most similar reference images are {predicted}"
 
 
 # What a network says of changed copies (--verify)
+
+
+def with_filled(image: np.ndarray, boxes: Iterable[PixelBox]) -> np.ndarray:
+    """(C, N, N) with boxes filled: each pixel the mean, by closeness, of the nearest outside on each side."""
+    image, end = image.copy(), image.shape[1]
+    for x0, y0, x1, y1 in boxes:
+        right, down = np.arange(1, x1 - x0 + 1), np.arange(1, y1 - y0 + 1)[:, None]
+        sides = (
+            (x0 > 0, image[:, y0:y1, x0 - 1 : x0], 1 / right),
+            (x1 < end, image[:, y0:y1, x1 : x1 + 1], 1 / right[::-1]),
+            (y0 > 0, image[:, y0 - 1 : y0, x0:x1], 1 / down),
+            (y1 < end, image[:, y1 : y1 + 1, x0:x1], 1 / down[::-1]),
+        )
+        there = [(values, weights) for is_there, values, weights in sides if is_there]
+        total = sum(weights for _, weights in there)
+        image[:, y0:y1, x0:x1] = sum(values * weights for values, weights in there) / total
+    return image
+
+
+def marker_masks(markers: Sequence[PixelBox], side: int) -> list[list[PixelBox]]:
+    """Boxes to cover in an image of `side` pixels: the markers with a margin, and as much elsewhere.
+
+    Elsewhere is their mirror image, left-right, up-down or both, that overlaps them least: about
+    as far from the centre. Nothing where there are no markers, or some on all sides.
+    """
+    boxes = [grown(box, MARKER_MARGIN, MARKER_MARGIN, CHECKED_SIDE) for box in markers]
+    boxes = [tuple(round(end * side / CHECKED_SIDE) for end in box) for box in boxes]
+    mirrored = [
+        [(side - x1, y0, side - x0, y1) for x0, y0, x1, y1 in boxes],
+        [(x0, side - y1, x1, side - y0) for x0, y0, x1, y1 in boxes],
+        [(side - x1, side - y1, side - x0, side - y0) for x0, y0, x1, y1 in boxes],
+    ]
+    covered = box_mask(boxes, side)
+    common = [(covered & box_mask(each, side)).sum() for each in mirrored]
+    return [boxes, mirrored[np.argmin(common)]] if min(common) < MAX_OVERLAP * covered.sum() else []
+
+
+def with_writing(image: np.ndarray, text: str) -> np.ndarray:
+    """(3, N, N) with bright writing in its darkest corner."""
+    side = image.shape[1]
+    font = ImageFont.load_default(max(1, round(ADDED_SIZE * side / CHECKED_SIDE)))
+    left, top, right, bottom = map(round, font.getbbox(text))
+    plate = Image.new("L", (max(1, right - left), max(1, bottom - top)))
+    ImageDraw.Draw(plate).text((-left, -top), text, 255, font)
+    ink, edge = np.asarray(plate, np.float32) / 255, round(ADDED_EDGE * side / CHECKED_SIDE)
+    ends = [(slice(edge, edge + length), slice(side - edge - length, side - edge)) for length in ink.shape]
+    corner = min(itertools.product([slice(None)], *ends), key=lambda each: image[each].mean())
+    brightest, image = image.max(axis=(1, 2), keepdims=True), image.copy()
+    image[corner] += ink * (brightest - image[corner])
+    return image
+
+
+def enlarged(heatmap: np.ndarray, side: int) -> np.ndarray:
+    """A heatmap (h, w) at (side, side): bilinear, cell centres aligned; no heat where no cell has any."""
+    return np.asarray(Image.fromarray(heatmap).resize((side, side), Image.Resampling.BILINEAR))
+
+
+def hot_mask(heatmap: np.ndarray, side: int) -> np.ndarray:
+    """(side, side) bool: the hottest ERASED_AREA of the image; less where less has any heat."""
+    heat = enlarged(heatmap, side)
+    return (heat > 0) & (heat >= np.quantile(heat, 1 - ERASED_AREA))
+
+
+def moved_masks(mask: np.ndarray) -> list[np.ndarray]:
+    """At most MOVED_MASKS shifted and mirrored copies of a mask that hardly overlap it."""
+    step = len(mask) // CELLS
+    copies = [
+        np.roll(mirrored, (step * down, step * across), axis=(0, 1))
+        for down, across in np.ndindex(CELLS, CELLS)
+        for mirrored in (mask, mask[:, ::-1], mask[::-1], mask[::-1, ::-1])
+    ]
+    apart = [each for each in copies if (each & mask).sum() < MAX_OVERLAP * mask.sum()]
+    places = np.linspace(0, len(apart) - 1, min(MOVED_MASKS, len(apart))).round().astype(int)
+    return [apart[index] for index in places]
+
+
+def tried(
+    classifier: Classifier, image: np.ndarray, explanation: Explanation, landmarks: Landmarks, batch_size: int
+) -> Trial:
+    """Ask the network about changed copies of one input (3, N, N): at most MOST_TRIALS forward passes."""
+    import torch
+
+    side = image.shape[1]
+    kernel = blur_kernel(side, ERASING_BLUR).astype(np.float32)
+    blurred = kernel @ image @ kernel.T
+    added = [with_writing(image, text) for _, text in ADDED]
+    covered = [with_filled(image, boxes) for boxes in marker_masks(landmarks.markers, side)]
+    erased = []
+    if not explanation.blankness:
+        mask = hot_mask(explanation.heatmap, side)
+        erased = [np.where(each, blurred, image) for each in (mask, *moved_masks(mask))]
+    copies = [[blurred], added, covered, erased]
+    batches = torch.from_numpy(np.stack(list(itertools.chain(*copies)))).split(batch_size)
+    with torch.no_grad():
+        scores = [classifier.network(batch.to(classifier.device)).cpu().numpy() for batch in batches]
+    starts = np.cumsum([len(each) for each in copies])[:-1]
+    return Trial(*np.split(np.concatenate(scores).astype(np.float64), starts))
 
 
 def log_odds(scores: np.ndarray, index: int) -> np.ndarray:
@@ -2373,23 +2427,16 @@ def change_text(explanation: Explanation, probability: float) -> str:
 
 
 def covering(evidence: Evidence) -> Said | None:
-    """What covering the markers takes from the predicted class, beyond covering as much elsewhere.
-
-    NaN where markers lie everywhere, so that there is no elsewhere.
-    """
+    """What covering the markers takes from the predicted class, beyond covering as much elsewhere."""
     explanation, count = evidence.explanation, len(evidence.landmarks.markers)
     if not count:
         return None
     if not len(evidence.trial.covered):
-        why = "there are too many to cover as much elsewhere"
-        return float("nan"), f"covering the markers cannot be tested: {why}"
+        return math.nan, "covering the markers cannot be tested: no place opposite is free of them"
     covered, elsewhere = softmax_at(evidence.trial.covered, explanation.predicted)
     what = "the side marker" if count == 1 else f"{count} markers"
-    told = f"covering {what} {change_text(explanation, covered)}"
-    return (
-        min(explanation.confidence, elsewhere) - covered,
-        f"{told}; covering as much elsewhere, {percent(elsewhere)}",
-    )
+    told = f"covering {what} {change_text(explanation, covered)}; covering as much elsewhere"
+    return min(explanation.confidence, elsewhere) - covered, f"{told}, {percent(elsewhere)}"
 
 
 def adding(evidence: Evidence) -> Said:
@@ -2412,15 +2459,14 @@ def erasing(evidence: Evidence) -> Said | None:
     """Share of the moved masks that take at least as much from the explained class as the hot area's does.
 
     In log-odds, which do not saturate; 0 for a map that found what counts, about 0.5 for one that
-    points anywhere. NaN for the class that the network gives to a blurred radiograph as well:
-    nothing that is erased can lower it.
+    points anywhere. NaN for the class of the blurred radiograph: erasing cannot lower that.
     """
     trial, explained = evidence.trial, evidence.explanation.explained
     name = evidence.explanation.explained_class
     if len(trial.erased) < 2:
         return None
     if trial.blurred.argmax() == explained:
-        return float("nan"), f"erasing cannot be tested: it says {name} even when everything is blurred"
+        return math.nan, f"erasing cannot be tested: it says {name} even when everything is blurred"
     hot, *moved = log_odds(trial.erased, explained)
     usual = statistics.median_high(moved)
     left, usually_left = (percent(1 / (1 + np.exp(-odds))) for odds in (hot, usual))
@@ -2481,15 +2527,15 @@ def finding_of(check: Check, evidence: Evidence) -> Finding | None:
 
 def findings_of(evidence: Evidence) -> tuple[Finding, ...]:
     """What the checks say of one map; of a blank or constant one only that, and what needs no map."""
-    found = []
-    for check in CHECKS.values():
-        needs_place = check.about == "map" and check.key != "blank"
-        needs_more = check.about == "pair" or (check.about in ASKED_AGAIN and evidence.trial is None)
-        if needs_more or (needs_place and evidence.explanation.blankness):
-            continue
-        if finding := finding_of(check, evidence):
-            found.append(finding)
-    return tuple(found)
+    skipped = {"pair"}
+    if evidence.explanation.blankness:
+        skipped.add("map")
+    if evidence.explanation.likeness is None:
+        skipped.add("reference")
+    if evidence.trial is None:
+        skipped.update(ASKED_AGAIN)
+    asked = (check for check in CHECKS.values() if check.about not in skipped or check.key == "blank")
+    return tuple(filter(None, (finding_of(check, evidence) for check in asked)))
 
 
 def map_agreement(explanations: Sequence[Explanation]) -> Finding | None:
@@ -2514,149 +2560,10 @@ def checks_text(findings: Sequence[Finding]) -> str:
 
 def marked_text(finding: Finding) -> str:
     """A finding as a sentence, with a warning where it is flagged."""
+    if finding.is_flagged and finding.check == "unlike":  # its words do not say what that means
+        return f"⚠️  {CHECKS[finding.check].title}: {finding.text}"
     sentence = finding.text[0].upper() + finding.text[1:]
-    if not finding.is_flagged:
-        return sentence
-    if finding.check == "unlike":  # what its words do not say
-        sentence = f"{CHECKS[finding.check].title}: {finding.text}"
-    return f"⚠️  {sentence}"
-
-
-# --verify: copies of a radiograph in which something is covered, added or erased
-
-
-def without_detail(image: np.ndarray) -> np.ndarray:
-    """Gaussian blur of (C, N, N)."""
-    kernel = blur_kernel(image.shape[1], ERASING_BLUR).astype(np.float32)
-    return kernel @ image @ kernel.T
-
-
-def with_filled(image: np.ndarray, boxes: Iterable[PixelBox]) -> np.ndarray:
-    """(C, N, N) with boxes filled from their surroundings.
-
-    Each pixel is the mean of the four nearest ones outside, in its row and its column, weighted by
-    their closeness.
-    """
-    image, end = image.copy(), image.shape[1]
-    for x0, y0, x1, y1 in boxes:
-        right, down = np.arange(1, x1 - x0 + 1), np.arange(1, y1 - y0 + 1)[:, None]
-        sides = (
-            (x0 > 0, image[:, y0:y1, x0 - 1 : x0], 1 / right),
-            (x1 < end, image[:, y0:y1, x1 : x1 + 1], 1 / right[::-1]),
-            (y0 > 0, image[:, y0 - 1 : y0, x0:x1], 1 / down),
-            (y1 < end, image[:, y1 : y1 + 1, x0:x1], 1 / down[::-1]),
-        )
-        there = [(values, weights) for is_there, values, weights in sides if is_there]
-        total = sum(weights for _, weights in there)
-        image[:, y0:y1, x0:x1] = sum(values * weights for values, weights in there) / total
-    return image
-
-
-def marker_masks(markers: Sequence[PixelBox], side: int) -> tuple[list[PixelBox], list[PixelBox] | None]:
-    """Boxes to cover in an image of `side` pixels: the markers with a margin, and as much elsewhere.
-
-    Elsewhere is their mirror image, left-right, up-down or both, that overlaps them least: about
-    as far from the centre. Where markers lie in opposite places too, it is the first shift by
-    whole cells that hardly overlaps them; None where there is none.
-    """
-    boxes = [
-        tuple(round(end * side / CHECKED_SIDE) for end in grown(box, MARKER_MARGIN, CHECKED_SIDE))
-        for box in markers
-    ]
-    covered = box_mask(boxes, side)
-
-    def misfit(others: list[PixelBox]) -> float:
-        mask = box_mask(others, side)
-        return ((mask & covered).sum() + max(0, covered.sum() - mask.sum())) / covered.sum()
-
-    mirrors = [
-        [(side - x1, y0, side - x0, y1) for x0, y0, x1, y1 in boxes],
-        [(x0, side - y1, x1, side - y0) for x0, y0, x1, y1 in boxes],
-        [(side - x1, side - y1, side - x0, side - y0) for x0, y0, x1, y1 in boxes],
-    ]
-    steps = [(side * down // CELLS, side * right // CELLS) for down, right in np.ndindex(CELLS, CELLS)]
-    shifts = [[shifted(box, *step, side) for box in boxes] for step in steps]
-    others = sorted(mirrors, key=misfit) + shifts
-    return boxes, next((each for each in others if misfit(each) < MAX_OVERLAP), None)
-
-
-def shifted(box: PixelBox, down: int, right: int, side: int) -> PixelBox:
-    """A box moved on an image of `side` pixels whose opposite edges meet; none is cut in two."""
-    x0, y0, x1, y1 = box
-    x, y = min((x0 + right) % side, side - x1 + x0), min((y0 + down) % side, side - y1 + y0)
-    return x, y, x + x1 - x0, y + y1 - y0
-
-
-def with_writing(image: np.ndarray, text: str) -> np.ndarray:
-    """(3, N, N) with bright writing in its darkest corner."""
-    side = image.shape[1]
-    font = ImageFont.load_default(max(1, round(ADDED_SIZE * side / CHECKED_SIDE)))
-    left, top, right, bottom = map(round, font.getbbox(text))
-    plate = Image.new("L", (max(1, right - left), max(1, bottom - top)))
-    ImageDraw.Draw(plate).text((-left, -top), text, 255, font)
-    ink, edge = np.asarray(plate, np.float32) / 255, round(ADDED_EDGE * side / CHECKED_SIDE)
-    height, width = ink.shape
-    corners = [
-        np.s_[:, y : y + height, x : x + width]
-        for y in (edge, side - edge - height) for x in (edge, side - edge - width)
-    ]  # fmt: skip
-    corner = min(corners, key=lambda each: image[each].mean())
-    brightest, image = image.max(axis=(1, 2), keepdims=True), image.copy()
-    image[corner] += ink * (brightest - image[corner])
-    return image
-
-
-def enlarged(heatmap: np.ndarray, side: int) -> np.ndarray:
-    """A heatmap (h, w) at (side, side): bilinear, cell centres aligned; no heat where no cell has any."""
-    return np.asarray(Image.fromarray(heatmap).resize((side, side), Image.Resampling.BILINEAR))
-
-
-def hot_mask(heatmap: np.ndarray, side: int) -> np.ndarray:
-    """(side, side) bool: the hottest ERASED_AREA of the image; less where less has any heat."""
-    heat = enlarged(heatmap, side)
-    return (heat > 0) & (heat >= np.quantile(heat, 1 - ERASED_AREA))
-
-
-def moved_masks(mask: np.ndarray) -> list[np.ndarray]:
-    """At most MOVED_MASKS shifted and mirrored copies of a mask that hardly overlap it."""
-    step = len(mask) // CELLS
-    copies = [
-        np.roll(mirrored, (step * down, step * across), axis=(0, 1))
-        for down, across in itertools.product(range(CELLS), repeat=2)
-        for mirrored in (mask, mask[:, ::-1], mask[::-1], mask[::-1, ::-1])
-    ]
-    apart = [each for each in copies if (each & mask).sum() < MAX_OVERLAP * mask.sum()]
-    places = np.linspace(0, len(apart) - 1, min(MOVED_MASKS, len(apart))).round().astype(int)
-    return [apart[index] for index in places]
-
-
-def class_scores(classifier: Classifier, images: np.ndarray, batch_size: int) -> np.ndarray:
-    """Forward passes alone: (n, 3, N, N) -> (n, K) float64."""
-    import torch
-
-    batches = torch.from_numpy(images).split(batch_size)
-    with torch.no_grad():
-        scores = [classifier.network(batch.to(classifier.device)).cpu().numpy() for batch in batches]
-    return np.concatenate(scores).astype(np.float64)
-
-
-def tried(
-    classifier: Classifier, image: np.ndarray, explanation: Explanation, landmarks: Landmarks, batch_size: int
-) -> Trial:
-    """Ask the network about changed copies of one input (3, N, N): at most MOST_TRIALS forward passes."""
-    side, erasing, covered, erased = image.shape[1], without_detail(image), [], []
-    added = [with_writing(image, text) for _, text in ADDED]
-    if landmarks.markers:
-        markers, elsewhere = marker_masks(landmarks.markers, side)
-        if elsewhere:
-            covered = [with_filled(image, boxes) for boxes in (markers, elsewhere)]
-    if not explanation.blankness:
-        mask = hot_mask(explanation.heatmap, side)
-        erased = [np.where(each, erasing, image) for each in (mask, *moved_masks(mask))]
-    copies = [[erasing], added, covered, erased]
-    scores = class_scores(classifier, np.stack(list(itertools.chain(*copies))), batch_size)
-    starts = np.cumsum([len(each) for each in copies])[:-1]
-    return Trial(*np.split(scores, starts))
+    return f"⚠️  {sentence}" if finding.is_flagged else sentence
 
 
 # Over a run
@@ -2679,13 +2586,10 @@ def observation(explanation: Explanation, landmarks: Landmarks) -> Observation:
 
 
 def mean_correlation(heats: np.ndarray) -> float:
-    """Mean correlation (Pearson) between the maps of two different images: (n, CELLS, CELLS), none constant.
-
-    Of standardised maps z, |sum z|^2 / CELLS^2 holds each pair twice and each map with itself once.
-    """
+    """Mean correlation (Pearson) of the maps of two different images: (n, CELLS, CELLS), none constant."""
     flat = heats.reshape(len(heats), -1)
     standardised = (flat - flat.mean(axis=1, keepdims=True)) / flat.std(axis=1, keepdims=True)
-    summed = (standardised.sum(axis=0) ** 2).mean()
+    summed = (standardised.sum(axis=0) ** 2).mean()  # each pair twice, and each map with itself once
     return float((summed - len(heats)) / (len(heats) * (len(heats) - 1)))
 
 
@@ -2699,34 +2603,27 @@ def audit_line(text: str, value: float, limit: float, form: Callable[[float], st
 def audit_lines(observations: Sequence[Observation]) -> list[str]:
     """What the maps of one model have in common over a run; of few maps nothing.
 
-    Where most of a class's maps are blank, the network decides for it by what it does not see.
+    Where most of a class's maps are blank, the network decides for it by what it does not see. The
+    others should be hot in different places, as fractures are, and in bone.
     """
-    if not observations:
-        return []
     lines = []
     for name in sorted({each.explained for each in observations}):
         blank = [each.values["blank"] for each in observations if each.explained == name]
         if any(blank) and len(blank) >= FEW_MAPS:
-            lines.append(audit_line(f"Blank maps for {printable(name)}", float(np.mean(blank)), 0.5))
+            lines.append(audit_line(f"Blank maps for {printable(name)}", np.mean(blank), 0.5))
     placed = [each for each in observations if not each.values["blank"]]
     if len(placed) < FEW_MAPS:
-        few = f"needs {FEW_MAPS} maps that are not blank, here {len(placed)}"
-        return [*lines, f"Same place in every image: {few}"]
-    return lines + placed_lines(placed)
-
-
-def placed_lines(placed: Sequence[Observation]) -> list[str]:
-    """The same of maps that have a place to judge: fractures lie in different places, in bone."""
-    heats = np.stack([each.heat for each in placed])
-    same = "Same place in every image, mean correlation of the maps"
+        few = f"Same place in every image: needs {FEW_MAPS} maps that are not blank, here {len(placed)}"
+        return [*lines, few] if observations else []
+    same = mean_correlation(np.stack([each.heat for each in placed]))
     ((_, most),) = Counter(each.heat.argmax() for each in placed).most_common(1)
     dark = np.mean([each.values["dark"] for each in placed])
-    lines = [
-        audit_line(same, mean_correlation(heats), 0.5, "{:.2f}".format),
+    marked = [each.values["markers"] for each in placed if each.has_marker]
+    lines += [
+        audit_line("Same place in every image, mean correlation of the maps", same, 0.5, "{:.2f}".format),
         audit_line("Same hottest cell", most / len(placed), 0.5),
         audit_line("Mean heat where nothing as dense as bone is", dark, 0.25),
     ]
-    marked = [each.values["markers"] for each in placed if each.has_marker]
     if len(marked) >= FEW_MAPS:
         lines.append(audit_line("Mean heat on markers, where there are any", np.mean(marked), 0.1))
     return lines
@@ -2736,16 +2633,11 @@ def placed_lines(placed: Sequence[Observation]) -> list[str]:
 
 
 def pointing(explanation: Explanation, boxes: Sequence[Region]) -> Pointing:
-    """The pointing game (J. Zhang et al., ECCV 2016) and the heat inside.
-
-    Boxes are in shares of the image's sides, and count with half a cell of the map more on each
-    side: a map's maximum cannot be told more exactly. For finer maps it is half a cell of the
-    checks' grid, so that methods can be compared.
-    """
+    """The pointing game (J. Zhang et al., ECCV 2016) and the heat inside boxes, in shares of the sides."""
     h, w = explanation.raw_map.shape
     row, column = np.unravel_index(explanation.raw_map.argmax(), (h, w))
     x, y = (column + 0.5) / w, (row + 0.5) / h
-    larger = [with_margin(box, min(h, CELLS), min(w, CELLS)) for box in boxes]
+    larger = [with_margin(box, h, w) for box in boxes]
     is_inside = any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in larger)
     mask = box_mask([[round(end * CHECKED_SIDE) for end in box] for box in larger], CHECKED_SIDE)
     heat = enlarged(explanation.heatmap, CHECKED_SIDE)
@@ -2764,9 +2656,11 @@ def united_area(boxes: Sequence[Region]) -> float:
 
 
 def with_margin(box: Region, h: int, w: int) -> Region:
-    """A box in shares of the image's sides with half a cell of a grid (h, w) more on each side."""
-    x0, y0, x1, y1 = box
-    return max(0, x0 - 0.5 / w), max(0, y0 - 0.5 / h), min(1, x1 + 0.5 / w), min(1, y1 + 0.5 / h)
+    """A box in shares of the sides with half a cell of a map (h, w) more: what its maximum can be told by.
+
+    Of finer maps it is half a cell of the checks' grid, so that methods can be compared.
+    """
+    return grown(box, 0.5 / min(w, CELLS), 0.5 / min(h, CELLS), 1)
 
 
 def pointing_text(pointed: Pointing) -> str:
@@ -2787,37 +2681,26 @@ SAME_IMAGE = 1 - 1e-5  # likeness of an image and itself, in half precision
 THUMBNAIL = (72, 72)  # pixels, kept as JPEG
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Classes' means and their common covariance: what a Mahalanobis distance needs.
+def mahalanobis(known: np.ndarray, classes: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """What gives the squared distances of features (B, D) to the nearest class's mean: (B,).
 
     K. Lee et al., NeurIPS 2018. The covariance, (1 - a) X'X / m + a v I of centred features X (m, D)
     with mean variance v, is inverted by way of XX' (Woodbury): there are fewer images than features.
     """
+    names, of_class = np.unique(classes, return_inverse=True)
+    means = np.stack([known[classes == each].mean(axis=0) for each in names])  # (K, D)
+    centred = known - means[of_class]
+    least = SHRINKAGE * float((centred**2).mean())  # a v
+    ridge = len(centred) * least / (1 - SHRINKAGE)
+    inverse = np.linalg.inv(centred @ centred.T + ridge * np.eye(len(centred)))
 
-    means: np.ndarray  # (K, D)
-    centred: np.ndarray  # (m, D)
-    inverse: np.ndarray  # (m, m) of XX' + m a v / (1 - a) I
-    least: float  # a v
+    def distances(features: np.ndarray) -> np.ndarray:
+        away = features - means[:, None]  # (K, B, D)
+        along = away @ centred.T
+        explained = ((along @ inverse) * along).sum(axis=-1)
+        return (((away**2).sum(axis=-1) - explained) / least).min(axis=0)
 
-    @classmethod
-    def of(cls, features: np.ndarray, classes: np.ndarray) -> Spread:
-        names, of_class = np.unique(classes, return_inverse=True)
-        means = np.stack([features[classes == each].mean(axis=0) for each in names])
-        centred = features - means[of_class]
-        least = SHRINKAGE * float((centred**2).mean())
-        ridge = len(centred) * least / (1 - SHRINKAGE)
-        return cls(means, centred, np.linalg.inv(centred @ centred.T + ridge * np.eye(len(centred))), least)
-
-    def distances(self, features: np.ndarray) -> np.ndarray:
-        """Squared distance to the nearest class's mean: (B, D) -> (B,)."""
-        distances = []
-        for mean in self.means:
-            away = features - mean
-            along = away @ self.centred.T
-            explained = ((along @ self.inverse) * along).sum(axis=1)
-            distances.append(((away**2).sum(axis=1) - explained) / self.least)
-        return np.min(distances, axis=0)
+    return distances
 
 
 @dataclass(frozen=True)
@@ -2830,45 +2713,31 @@ class Reference:
     thumbnails: tuple[bytes, ...]  # JPEG
 
     @functools.cached_property
-    def folds(self) -> list[tuple[Spread, np.ndarray]]:
-        """For each fold the statistics of the others, and by them its own images' distances, sorted."""
-        folds, features = np.arange(len(self.features)) % FOLDS, self.features.astype(float)
-        measured = []
+    def folds(self) -> list[tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]]:
+        """For each fold the distances to the others' images, and those of its own ones, sorted."""
+        folds, features, measured = np.arange(len(self.features)) % FOLDS, self.features.astype(float), []
         for fold in range(FOLDS):
-            spread = Spread.of(features[folds != fold], self.classes[folds != fold])
-            measured.append((spread, np.sort(spread.distances(features[folds == fold]))))
+            distances = mahalanobis(features[folds != fold], self.classes[folds != fold])
+            measured.append((distances, np.sort(distances(features[folds == fold]))))
         return measured
 
     @functools.cached_property
     def directions(self) -> np.ndarray:
-        return unit(self.features.astype(np.float32))
+        features = self.features.astype(np.float32)
+        return features / np.linalg.norm(features, axis=1, keepdims=True)
 
     def likenesses(self, features: np.ndarray) -> list[Likeness]:
         """How images lie among these, from their features (B, D): cross-conformal (V. Vovk, 2015)."""
-        nearer = sum(np.searchsorted(own, spread.distances(features)) for spread, own in self.folds)
-        cosines = unit(features) @ self.directions.T
+        nearer = sum(np.searchsorted(own, distances(features)) for distances, own in self.folds)
+        cosines = features / np.linalg.norm(features, axis=1, keepdims=True) @ self.directions.T
         cosines[cosines > SAME_IMAGE] = -1  # an image is no similar case of itself
         nearest = (-cosines).argsort(axis=1, kind="stable")[:, :NEAREST]
-        return [
-            Likeness(int(count), len(self.labels), tuple(self.case(place, row[place]) for place in places))
-            for count, places, row in zip(nearer, nearest, cosines)
-        ]
+        similar = [[self.case(each, row[each]) for each in places] for places, row in zip(nearest, cosines)]
+        return [Likeness(int(count), len(self.labels), tuple(each)) for count, each in zip(nearer, similar)]
 
     def case(self, place: int, likeness: float) -> SimilarCase:
         picture = np.asarray(Image.open(io.BytesIO(self.thumbnails[place])))
         return SimilarCase(str(self.labels[place]), str(self.classes[place]), float(likeness), picture)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors (n, D) divided by their lengths."""
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def thumbnail_of(radiograph: Radiograph) -> bytes:
-    image, file = Image.fromarray(radiograph.pixels).convert("L"), io.BytesIO()
-    image.thumbnail(THUMBNAIL)
-    image.save(file, "JPEG", quality=60)
-    return file.getvalue()
 
 
 def reference_of(classifier: Classifier, images: Sequence[tuple[Path, str, str]], batch: int) -> Reference:
@@ -2877,25 +2746,30 @@ def reference_of(classifier: Classifier, images: Sequence[tuple[Path, str, str]]
     from tqdm import tqdm
 
     features, hook = head_inputs(classifier.network, classifier.model.family.head)
-    kept, thumbnails = [], []
+    bar, told = tqdm(images, "Reference", unit="image", disable=not sys.stderr.isatty()), []
     with hook, torch.no_grad():
-        rest = readable(tqdm(images, "Reference", unit="image", disable=not sys.stderr.isatty()))
+        rest = readable(bar, classifier.model.preprocessing)
         while some := list(itertools.islice(rest, batch)):
-            inputs = [network_input(radiograph, classifier.model.preprocessing) for radiograph, *_ in some]
+            inputs, *others = zip(*some)
             classifier.network(torch.from_numpy(np.stack(inputs)).to(classifier.device))
-            thumbnails += [thumbnail_of(radiograph) for radiograph, *_ in some]
-            kept += [told for _, *told in some]
-    labels, classes = np.array(kept).T
-    return Reference(torch.cat(features).half().cpu().numpy(), classes, labels, tuple(thumbnails))
+            told += zip(*others)
+    thumbnails, *names = zip(*told)
+    labels, classes = map(np.array, names)
+    return Reference(torch.cat(features).half().cpu().numpy(), classes, labels, thumbnails)
 
 
-def readable(images: Iterable[tuple[Path, str, str]]) -> Iterator[tuple[Radiograph, str, str]]:
-    """The images, with what goes with them; says which cannot be read."""
+def readable(images: Iterable[tuple[Path, str, str]], preprocessing: Preprocessing) -> Iterator[tuple]:
+    """A network's input, thumbnail, label and class of each image; says which cannot be read."""
     for path, *told in images:
         try:
-            yield load_radiograph(path), *told
+            radiograph = load_radiograph(path)
         except ExplainError as error:
             print(f"❌ {error}; left out of the reference", file=sys.stderr)
+            continue
+        small, file = Image.fromarray(radiograph.pixels).convert("L"), io.BytesIO()
+        small.thumbnail(THUMBNAIL)
+        small.save(file, "JPEG", quality=60)
+        yield network_input(radiograph, preprocessing), file.getvalue(), *told
 
 
 def write_reference(reference: Reference, path: Path, mark: str) -> None:
@@ -2908,14 +2782,12 @@ def write_reference(reference: Reference, path: Path, mark: str) -> None:
 
 def read_reference(path: Path, mark: str) -> Reference | None:
     """What was written for this network and these images; None where nothing was."""
-    try:
-        with np.load(path) as file:
-            if str(file["mark"]) != mark:
-                return None
+    absent_or_cut = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
+    with contextlib.suppress(*absent_or_cut), np.load(path) as file:
+        if str(file["mark"]) == mark:
             thumbnails = tuple(each.tobytes() for each in np.split(file["thumbnails"], file["ends"][:-1]))
             return Reference(file["features"], file["classes"], file["labels"], thumbnails)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or cut off
-        return None
+    return None
 
 
 # ------------------------------------------------------------------------------------------
