@@ -4411,6 +4411,19 @@ def fold_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
+def seen_by(row: dict[str, str], model: Model) -> dict[str, str]:
+    """A row as one model saw the image: its columns without the model's key, those of no model, and
+    the `kinds` that filters find: faults, flags by any method, class."""
+    own, of_models = f"{model.family.key}_", tuple(f"{key}_" for key in FAMILIES)
+    names = [name for name in row if name.startswith(own) or not name.startswith(of_models)]
+    seen = {name.removeprefix(own): row[name] for name in names}
+    faults = {"wrong": seen["correct"] == "no", "disagree": seen["agree"] == "no", "failed": seen["error"]}
+    kinds = [fault for fault, is_so in faults.items() if is_so]
+    kinds += ", ".join(text for name, text in seen.items() if name.endswith("flags") and text).split(", ")
+    kinds.append(class_key(seen["true_class"] or seen["predicted"]))
+    return seen | {"kinds": " ".join(dict.fromkeys(filter(None, kinds)))}
+
+
 # ------------------------------------------------------------------------------------------
 # Console text
 # ------------------------------------------------------------------------------------------
@@ -4670,11 +4683,11 @@ Z = 1.96  # standard deviations to each side that hold 95 % of a normal distribu
 HEAT_COLUMNS = {"border": "on border", "dark": "on dark", "markers": "on markers", "heat_in_box": "in box"}
 REPORT_STYLE = """
 :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; --panel: #8881; --line: #8886;
-  --bar: light-dark(#3b6ea5, #7fb0e6); --bad: light-dark(#a33b00, #ff9a5c) }
+  --bar: light-dark(#3b6ea5, #7fb0e6) }
 * { box-sizing: border-box; min-width: 0 } body { margin: 8px clamp(10px, 2vw, 32px) }
 h1, h2, p { margin: 4px 0 } p, nav { overflow-wrap: anywhere } .name, summary { font-weight: 600 }
 .muted, caption, figcaption { color: color-mix(in srgb, CanvasText 70%, Canvas); text-align: left }
-.bad { color: var(--bad) } a, path { color: var(--bar); fill: var(--bar) }
+.bad { color: light-dark(#a33b00, #ff9a5c) } a, path { color: var(--bar); fill: var(--bar) }
 .models, .cards tbody { display: grid; gap: 14px }
 .models { grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
 .cards tbody { grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)) }
@@ -4685,8 +4698,8 @@ line { stroke: CanvasText; vector-effect: non-scaling-stroke }
 .wide { overflow-x: auto; margin: 14px 0 } table { border-collapse: collapse }
 td, th { border: 1px solid var(--line); padding: .3em .6em; text-align: left; vertical-align: top }
 td { background: color-mix(in srgb, var(--bar) calc(var(--share, 0) * 75%), transparent) }
-form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 6px; padding: 8px 0;
-  background: Canvas; border-block: 1px solid var(--line) }
+form { display: flex; flex-wrap: wrap; gap: 6px; padding: 8px 0; border-block: 1px solid var(--line) }
+@media (min-width: 700px) { form { position: sticky; top: 0; z-index: 1; background: Canvas } }
 select, input, button, label { font: inherit; color: inherit; background: var(--panel); padding: 3px 10px;
   border: 1px solid var(--line); border-radius: 6px; max-width: 100% }
 label:has(:checked) { background: var(--bar); color: Canvas }
@@ -4699,7 +4712,6 @@ main button, main img { display: block; width: 100% } main img { aspect-ratio: 1
 [class^="case"] { width: 56px; vertical-align: top; margin: 2px }
 dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0 }
 #frame:not(.whole) img { max-width: 100%; max-height: 80vh } #frame a { display: table }
-@media (max-width: 700px) { form { position: static } }
 @media print { :root { font-size: 9px } form, summary { display: none } tr, section { break-inside: avoid }
   main tr { content-visibility: visible } .cards tbody { grid-template-columns: 1fr 1fr 1fr } }
 """
@@ -4708,8 +4720,7 @@ const at = id => document.getElementById(id), form = at("filters"), list = at("l
 const rows = [...list.children], {compare} = new Intl.Collator("en", {numeric: true});
 let left = rows, opened = null;  // what the filters leave, in order; what is shown large
 
-// All filters that are chosen hold for each image that is left. The address keeps them, and the image
-// that is open, so that it can be sent to a colleague.
+// All chosen filters hold for what is left. The address keeps them and the open image, for a colleague.
 const chosen = () => new URLSearchParams([...new FormData(form)].filter(([, value]) => value));
 function show() {
   const asked = chosen(), only = asked.getAll("only"), by = asked.get("order");
@@ -4788,7 +4799,6 @@ REPORT = """<!doctype html>
 <button id="after" aria-label="Image after">→</button> <button id="close" aria-label="Close">✕</button>
 <span id="place"></span><div id="frame"></div></dialog>
 <script>{script}</script>
-</html>
 """
 
 
@@ -4807,25 +4817,6 @@ def element(tag: str, *parts: str, **attributes: str) -> Markup:
     return Markup(f"{page}>{inside}" if tag in ("img", "input") else f"{page}>{inside}</{tag}>")
 
 
-def base64_text(content: bytes) -> str:
-    return base64.b64encode(content).decode()
-
-
-def seen_by(row: dict[str, str], model: Model) -> dict[str, str]:
-    """A row as one model saw the image: its own columns, without its key, and those of no model.
-
-    To them come the `kinds` that filters find: its faults, its flags by any method, its class.
-    """
-    own, of_models = f"{model.family.key}_", tuple(f"{key}_" for key in FAMILIES)
-    names = [name for name in row if name.startswith(own) or not name.startswith(of_models)]
-    seen = {name.removeprefix(own): row[name] for name in names}
-    faults = {"wrong": seen["correct"] == "no", "disagree": seen["agree"] == "no", "failed": seen["error"]}
-    kinds = [fault for fault, is_so in faults.items() if is_so]
-    kinds += ", ".join(text for name, text in seen.items() if name.endswith("flags") and text).split(", ")
-    kinds.append(class_key(seen["true_class"] or seen["predicted"]))
-    return seen | {"kinds": " ".join(dict.fromkeys(filter(None, kinds)))}
-
-
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
     """Where a share lies with 95 % confidence (E. B. Wilson, JASA 22, 1927)."""
     share, square = right / count, Z**2 / count
@@ -4834,10 +4825,8 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
 
 
 def confidence_figure(seen: Sequence[dict[str, str]]) -> Markup:
-    """A reliability diagram with the expected calibration error (Guo et al., ICML 2017, eq. 3).
-
-    Where no class is known: how many images there are in each tenth of confidence.
-    """
+    """A reliability diagram with the expected calibration error (Guo et al., ICML 2017, eq. 3); where no
+    class is known, how many images there are in each tenth of confidence."""
     sure = np.array([float(each["confidence"]) for each in seen])
     tenths = np.minimum(10 * sure, 9).astype(int)
     counts, diagonal = np.bincount(tenths, minlength=10), []
@@ -4855,8 +4844,11 @@ def confidence_figure(seen: Sequence[dict[str, str]]) -> Markup:
     return element("figure", element("figcaption", told), graph)
 
 
-def model_section(seen: Sequence[dict[str, str]], model: Model, kept: Sequence[Observation]) -> Markup:
+def model_section(
+    seen: Sequence[dict[str, str]], model: Model, observations: dict[str, list[Observation]]
+) -> Markup:
     """How one model did, over the images that it was asked about."""
+    kept = observations.get(model.family.key, [])
     known = [each for each in seen if each["true_class"]]
     told, figures = "No true class is known", []
     if known:
@@ -4869,7 +4861,7 @@ def model_section(seen: Sequence[dict[str, str]], model: Model, kept: Sequence[O
         heat = resized(normalised(np.mean([each.heat for each in kept], axis=0)), 130, 130)
         pixels = png(colours_of(FigureStyle())[(heat * 255).round().astype(np.uint8)], 96)
         caption = f"Mean map of {len(kept)} images"
-        image = element("img", src=f"data:image/png;base64,{base64_text(pixels)}", alt=caption)
+        image = element("img", src=f"data:image/png;base64,{base64.b64encode(pixels).decode()}", alt=caption)
         figures.append(element("figure", element("figcaption", caption), image))
     where = f"{model.architecture}, {model.checkpoint.name}; {model.accuracy}"
     lines = [element("p", line) for line in (told, where, *audit_lines(kept))]
@@ -4923,7 +4915,7 @@ def figure_parts(outputs: str, name: str) -> list[Markup]:
 def card(views: Sequence[dict[str, str]], models: Sequence[Model], name: str) -> Markup:
     """An image's line of the list, with what filters and orders ask for; the style makes cards of lines."""
     row, asked, flags, similar = views[0], {}, defaultdict(list), []
-    said = [f"{mark}: {text}" for mark, text in (("true", row["true_class"]), ("✗", row["error"])) if text]
+    said = [f"{mark} {text}" for mark, text in (("true:", row["true_class"]), ("✗", row["error"])) if text]
     for model, seen in zip(models, views):
         asked[f"data_{model.family.key}"] = seen["kinds"]
         if seen["predicted"]:
@@ -4931,10 +4923,9 @@ def card(views: Sequence[dict[str, str]], models: Sequence[Model], name: str) ->
             said.append(f"{verdict}{model.title}: {seen['predicted']}, {float(seen['confidence']):.1%}")
         for kind in filter(CHECKS.get, seen["kinds"].split()):
             flags[f"⚠ {CHECKS[kind].title or kind}"].append(model.title)
-        cases = re.findall(r"((.+?) \([^()]*, [\d.]+\))(?:; |$)", seen["similar"])
-        if cases:
+        if seen["similar"]:
             similar.append(element("p", f"Most similar to {model.title}"))
-        for text, label in cases:
+        for text, label in re.findall(r"((.+?) \([^()]*, [\d.]+\))(?:; |$)", seen["similar"]):
             similar.append(element("span", text, title=text, class_=f"case-{digest_of(label)}"))
     flagged = [f"{flag}: {', '.join(titles)}" for flag, titles in flags.items()]
     lines = [[element("p", text) for text in texts] for texts in (said, flagged, [row["notes"]])]
@@ -4948,11 +4939,8 @@ def report_page(
     rows: Sequence[dict[str, str]], models: Sequence[Model], observations: dict[str, list[Observation]],
     told: Sequence[str], thumbnails: dict[str, bytes],
 ) -> str:  # fmt: skip
-    """The page of these rows of the table; `told` is what else its reader must know of the run.
-
-    The observations, by family, are of the maps made last, which need not be all; thumbnails, as
-    JPEG, are of the reference's images by their label.
-    """
+    """The page of these rows of the table. The observations, by family, are of the maps made last, which
+    need not be all; `told` is what else is to be known; thumbnails are JPEG, of the reference, by label."""
     images = sorted(([seen_by(row, model) for model in models] for row in rows), key=urgency)
     kinds = [set(" ".join(seen["kinds"] for seen in views).split()) for views in images]
     counts = Counter(itertools.chain(*kinds))
@@ -4962,9 +4950,7 @@ def report_page(
         alike = len(both) - counts["disagree"]
         facts += [f"The models agree on {alike} of {len(both)} images", *overlap_lines(both)]
     asked = [[each for each in views if each["predicted"]] for views in zip(*images)]  # by model
-    sections = []
-    for model, seen in zip(models, asked):
-        sections.append(model_section(seen, model, observations.get(model.family.key, ())))
+    sections = [model_section(seen, model, observations) for seen, model in zip(asked, models)]
 
     texts = {"wrong": "wrong", "disagree": "models disagree", "failed": "failed"}
     texts |= {key: f"⚠ {check.title or key}" for key, check in CHECKS.items()}
@@ -4979,11 +4965,11 @@ def report_page(
     cards = [card(views, models, name) for views, name in zip(images, names)]
     similar, style = " ".join(each["similar"] for views in images for each in views), REPORT_STYLE
     for label in filter(similar.__contains__, thumbnails):
-        uri = f"data:image/jpeg;base64,{base64_text(thumbnails[label])}"
+        uri = f"data:image/jpeg;base64,{base64.b64encode(thumbnails[label]).decode()}"
         style += f".case-{digest_of(label)} {{ content: url({uri}) }}\n"
     return REPORT.format(
-        style_hash=base64_text(hashlib.sha256(style.encode()).digest()),
-        script_hash=base64_text(hashlib.sha256(REPORT_SCRIPT.encode()).digest()),
+        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        script_hash=base64.b64encode(hashlib.sha256(REPORT_SCRIPT.encode()).digest()).decode(),
         style=style,
         script=REPORT_SCRIPT,
         count=len(rows),
