@@ -4411,9 +4411,11 @@ def fold_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
-def seen_by(row: dict[str, str], model: Model) -> dict[str, str]:
-    """A row as one model saw the image: its columns without the model's key, those of no model, and
-    the `kinds` that filters find: faults, flags by any method, class."""
+Seen = dict[str, str]  # a row as one model saw the image: its columns without its key, and those of no model
+
+
+def seen_by(row: dict[str, str], model: Model) -> Seen:
+    """What a model saw, with the `kinds` that filters find: faults, flags by any method, class."""
     own, of_models = f"{model.family.key}_", tuple(f"{key}_" for key in FAMILIES)
     names = [name for name in row if name.startswith(own) or not name.startswith(of_models)]
     seen = {name.removeprefix(own): row[name] for name in names}
@@ -4824,7 +4826,7 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     return (share + square / 2 - half) / (1 + square), (share + square / 2 + half) / (1 + square)
 
 
-def confidence_figure(seen: Sequence[dict[str, str]]) -> Markup:
+def confidence_figure(seen: Sequence[Seen]) -> Markup:
     """A reliability diagram with the expected calibration error (Guo et al., ICML 2017, eq. 3); where no
     class is known, how many images there are in each tenth of confidence."""
     sure = np.array([float(each["confidence"]) for each in seen])
@@ -4844,9 +4846,7 @@ def confidence_figure(seen: Sequence[dict[str, str]]) -> Markup:
     return element("figure", element("figcaption", told), graph)
 
 
-def model_section(
-    seen: Sequence[dict[str, str]], model: Model, observations: dict[str, list[Observation]]
-) -> Markup:
+def model_section(seen: Sequence[Seen], model: Model, observations: dict[str, list[Observation]]) -> Markup:
     """How one model did, over the images that it was asked about."""
     kept = observations.get(model.family.key, [])
     known = [each for each in seen if each["true_class"]]
@@ -4868,7 +4868,7 @@ def model_section(
     return element("section", element("h2", model.title), *lines, *figures)
 
 
-def classes_table(models: Sequence[Model], seen: Sequence[Sequence[dict[str, str]]]) -> Markup:
+def classes_table(models: Sequence[Model], seen: Sequence[Sequence[Seen]]) -> Markup:
     """Class by class: predictions (the confusion matrix, shaded), flags, and where the heat lies."""
     names, found = models[0].class_names, " ".join(each["kinds"] for each in itertools.chain(*seen)).split()
     flags = [key for key in CHECKS if key in found]
@@ -4890,7 +4890,7 @@ def classes_table(models: Sequence[Model], seen: Sequence[Sequence[dict[str, str
     return element("section", element("table", element("caption", caption), *lines), class_="wide")
 
 
-def urgency(views: Sequence[dict[str, str]]) -> tuple[int, float, str]:
+def urgency(views: Sequence[Seen]) -> tuple[int, float, str]:
     """Where an image stands among those to look at: unlike the reference or surely wrong ones first."""
     kinds = " ".join(each["kinds"] for each in views).split()
     surest = max((float(each["confidence"]) for each in views if each["correct"] == "no"), default=0.0)
@@ -4912,7 +4912,7 @@ def figure_parts(outputs: str, name: str) -> list[Markup]:
     return [*parts, element("nav", *files)]
 
 
-def card(views: Sequence[dict[str, str]], models: Sequence[Model], name: str) -> Markup:
+def card(views: Sequence[Seen], models: Sequence[Model], name: str) -> Markup:
     """An image's line of the list, with what filters and orders ask for; the style makes cards of lines."""
     row, asked, flags, similar = views[0], {}, defaultdict(list), []
     said = [f"{mark} {text}" for mark, text in (("true:", row["true_class"]), ("✗", row["error"])) if text]

@@ -189,40 +189,31 @@ def test_similar_cases_are_pictures_that_stand_in_the_page_once():
 
 
 # ------------------------------------------------------------------------------------------
-# Whole runs
+# A whole run
 # ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(tiny_arguments, tmp_path, xray):
-    """Explain two images of one patient's folder; the page that comes of it."""
-    for name in ("doe_left.png", "doe_right.png"):
-        path = tmp_path / "simple_fracture" / name
-        path.parent.mkdir(exist_ok=True)
-        shutil.copy(xray, path)
-    Image.open(path).rotate(90).save(path)
+def test_run_over_images_ends_with_its_page(tiny_arguments, tmp_path, xray, capsys):
+    folder, out = tmp_path / "simple_fracture", tmp_path / "figures"
+    folder.mkdir()
+    shutil.copy(xray, folder / "doe_left.png")
+    Image.open(xray).rotate(90).save(folder / "doe_right.png")
 
     def run(*options: str) -> str:
-        assert tool.main([f"--image={tmp_path / 'simple_fracture'}", *tiny_arguments, *options]) == 0
-        return (tmp_path / "figures" / "report.html").read_text()
+        assert tool.main([f"--image={folder}", *tiny_arguments, *options]) == 0
+        return (out / "report.html").read_text(encoding="utf-8")
 
-    return run
-
-
-def test_run_over_images_ends_with_its_page(run, tmp_path, capsys):
     first = run()
     assert "Report: " in capsys.readouterr().out
     pictures = re.findall('<button aria-label="Open doe_.*?"><img src="(.*?)"', first)
     assert sorted(pictures) == ["comparison_doe_left.png", "comparison_doe_right.png"]
-    (tmp_path / "figures" / "comparison_doe_left.png").unlink()
+    (out / "comparison_doe_left.png").unlink()
     text = run("--skip-existing")
     assert len(files_of(text)) == 2 and "Mean map of 1 images" in text
     assert run() == first
-
-
-def test_anonymous_page_has_no_name(run):
+    shutil.rmtree(out)
     text = run("--anonymous", "--no-figures")
-    assert "doe" not in text and len(files_of(text)) == 2
+    assert "doe" not in text and len(files_of(text)) == 2 and '<table class="lines">' in text
 
 
 # ------------------------------------------------------------------------------------------
@@ -235,7 +226,6 @@ PICTURES = """return Promise.all([...document.querySelectorAll("#list img")].map
     return image.decode().then(() => image.naturalWidth); }))"""
 FETCH = "const done = arguments[0]; fetch('https://example.org').then(() => done(1), () => done('refused'));"
 TIME = "const [time] = performance.getEntriesByType('navigation'); return time.loadEventEnd / 1000"
-NAMES = "return [...document.querySelectorAll('#list .name')].map(name => name.textContent)"
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +276,8 @@ def text_of(browser, place: str) -> str:
 
 
 def names(browser) -> list[str]:
-    return browser.execute_script(NAMES)
+    script = "return [...document.querySelectorAll('#list .name')].map(name => name.textContent)"
+    return browser.execute_script(script)
 
 
 def click(browser, text: str) -> None:
