@@ -4961,8 +4961,9 @@ def report_page(
         chips.append(element("label", box, f" {texts[kind]} {counts[kind]}"))
     choices = [element("option", f"as {each.title} saw it", value=each.family.key) for each in models]
 
-    names = display_names([views[0]["file"] for views in images])
-    cards = [card(views, models, name) for views, name in zip(images, names)]
+    files = [row["file"] for row in rows]
+    names = dict(zip(files, display_names(files)))
+    cards = [card(views, models, names[views[0]["file"]]) for views in images]
     similar, style = " ".join(each["similar"] for views in images for each in views), REPORT_STYLE
     for label in filter(similar.__contains__, thumbnails):
         uri = f"data:image/jpeg;base64,{base64.b64encode(thumbnails[label]).decode()}"
