@@ -61,6 +61,7 @@ import functools
 import gc
 import glob
 import hashlib
+import html
 import io
 import itertools
 import json
@@ -4181,6 +4182,21 @@ def fold_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
+Seen = dict[str, str]  # a row as one model saw the image: its columns without its key, and those of no model
+
+
+def seen_by(row: dict[str, str], model: Model) -> Seen:
+    """What a model saw, with the `kinds` that filters find: faults, flags by any method, class."""
+    own, of_models = f"{model.family.key}_", tuple(f"{key}_" for key in FAMILIES)
+    names = [name for name in row if name.startswith(own) or not name.startswith(of_models)]
+    seen = {name.removeprefix(own): row[name] for name in names}
+    faults = {"wrong": seen["correct"] == "no", "disagree": seen["agree"] == "no", "failed": seen["error"]}
+    kinds = [fault for fault, is_so in faults.items() if is_so]
+    kinds += ", ".join(text for name, text in seen.items() if name.endswith("flags") and text).split(", ")
+    kinds.append(class_key(seen["true_class"] or seen["predicted"]))
+    return seen | {"kinds": " ".join(dict.fromkeys(filter(None, kinds)))}
+
+
 # ------------------------------------------------------------------------------------------
 # Console text
 # ------------------------------------------------------------------------------------------
@@ -4414,111 +4430,62 @@ REPORT_NAME = "report.html"
 SURE = 0.95  # confidence from which a wrong prediction is looked at first
 Z = 1.96  # standard deviations to each side that hold 95 % of a normal distribution
 HEAT_COLUMNS = {"border": "on border", "dark": "on dark", "markers": "on markers", "heat_in_box": "in box"}
-REPORT = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none'; form-action 'none';
- img-src 'self' file: data:; style-src {style-hash}; script-src {script-hash}">
-<meta name="viewport" content="width=device-width">
-<title>Explainability report</title>
-<style>
-:root { color-scheme: light dark; --ink: #1a1a1a; --muted: #5f5f5f; --page: #fff; --panel: #f4f6f8;
-  --line: #d5d9de; --bar: #3b6ea5; --bad: #a33b00; font: 15px/1.45 system-ui, sans-serif }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --muted: #a3a8ae; --page: #14171a;
-  --panel: #1e2327; --line: #3a4148; --bar: #7fb0e6; --bad: #ff9a5c } }
-* { box-sizing: border-box; min-width: 0 }
-body { margin: 8px clamp(10px, 2vw, 32px); color: var(--ink); background: var(--page) }
-p, #links { overflow-wrap: anywhere } h1, h2, p, figure { margin: 4px 0 }
-p:empty, div:empty { display: none } .name, summary { font-weight: 600 }
-.muted, caption, figcaption { color: var(--muted); text-align: left } .bad { color: var(--bad) }
-section, article { padding: 12px; background: var(--panel); border: 1px solid var(--line) }
-.models, .cards { display: grid; gap: 14px }
+REPORT_STYLE = """
+:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; --panel: #8881; --line: #8886;
+  --bar: light-dark(#3b6ea5, #7fb0e6) }
+* { box-sizing: border-box; min-width: 0 } body { margin: 8px clamp(10px, 2vw, 32px) }
+h1, h2, p { margin: 4px 0 } p, nav { overflow-wrap: anywhere } .name, summary { font-weight: 600 }
+.muted, caption, figcaption { color: color-mix(in srgb, CanvasText 70%, Canvas); text-align: left }
+.bad { color: light-dark(#a33b00, #ff9a5c) } a, path { color: var(--bar); fill: var(--bar) }
+.models, .cards tbody { display: grid; gap: 14px }
 .models { grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
-.cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)) }
-.graphs { display: flex; flex-wrap: wrap; gap: 8px 24px } .wide { overflow-x: auto; margin: 14px 0 }
-table { border-collapse: collapse; overflow-wrap: normal } a, path { color: var(--bar); fill: var(--bar) }
+.cards tbody { grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)) }
+section, .cards tr { padding: 12px; background: var(--panel); border: 1px solid var(--line) }
+figure { display: inline-block; width: 240px; margin: 4px 20px 0 0; vertical-align: top }
+svg { width: 100%; height: 130px; border: solid; border-width: 0 0 1px 1px }
+line { stroke: CanvasText; vector-effect: non-scaling-stroke }
+.wide { overflow-x: auto; margin: 14px 0 } table { border-collapse: collapse }
 td, th { border: 1px solid var(--line); padding: .3em .6em; text-align: left; vertical-align: top }
 td { background: color-mix(in srgb, var(--bar) calc(var(--share, 0) * 75%), transparent) }
-figure { width: 240px } line { stroke: var(--ink); vector-effect: non-scaling-stroke }
-svg { width: 100%; height: 130px; border: solid var(--ink); border-width: 0 0 1px 1px }
-form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 6px; padding: 8px 0;
-  background: var(--page); border-block: 1px solid var(--line) }
+form { display: flex; flex-wrap: wrap; gap: 6px; padding: 8px 0; border-block: 1px solid var(--line) }
+@media (min-width: 700px) { form { position: sticky; top: 0; z-index: 1; background: Canvas } }
 select, input, button, label { font: inherit; color: inherit; background: var(--panel); padding: 3px 10px;
   border: 1px solid var(--line); border-radius: 6px; max-width: 100% }
-label:has(:checked) { background: var(--bar); color: var(--page) }
-article { content-visibility: auto; contain-intrinsic-size: auto 440px }
-article button { width: 100%; padding: 0; background: #fff; cursor: zoom-in }
-article img { display: block; width: 100%; aspect-ratio: 1.2; object-fit: contain }
-article .case, td .case { display: inline-block; width: 56px; aspect-ratio: auto; vertical-align: top; margin: 2px }
-dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0; color: inherit;
-  background: var(--page) } dialog[open] { display: flex; flex-direction: column; gap: 8px }
-#frame { flex: 1; overflow: auto; text-align: center; cursor: zoom-in }
-#frame:not(.whole) img { max-width: 100%; max-height: 100% }
-@media (max-width: 700px) { form { position: static } }
-@media print { :root { font-size: 9px } .cards { grid-template-columns: 1fr 1fr 1fr } form, summary { display: none }
-  article { content-visibility: visible } article, section { break-inside: avoid } }
-</style>
-<header id="about"></header>
-<form id="filters" aria-label="Filters"></form>
-<main><p id="count" role="status"></p><div id="images"></div></main>
-<footer id="notice" class="muted"></footer>
-<dialog id="large" aria-label="One image, large">
-<div><button id="before" aria-label="Image before">←</button>
-<button id="after" aria-label="Image after">→</button>
-<button id="close" aria-label="Close">✕</button> <span id="caption"></span></div>
-<div id="frame"></div><div id="links"></div></dialog>
-<script type="application/json" id="data">{data}</script>
-<script>
-"use strict";
-const at = id => document.getElementById(id), form = at("filters"), large = at("large");
-const {places, rows, cases} = JSON.parse(at("data").textContent);
-const isPictured = rows.some(row => row.isDrawn);  // else the images are the lines of a table
-let left = rows, opened = null, later;  // what the filters leave, in order; the row that is shown large
+label:has(:checked) { background: var(--bar); color: Canvas }
+main table, main tbody { display: block } .cards td, #frame td { display: block; border: 0; padding: 0 }
+main tr { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr));
+  content-visibility: auto; contain-intrinsic-size: auto 80px }
+.cards tr { display: block; contain-intrinsic-size: auto 440px }
+td button { padding: 0; background: #fff; cursor: zoom-in } main nav { display: none }
+main button, main img { display: block; width: 100% } main img { aspect-ratio: 1.2; object-fit: contain }
+[class^="case"] { width: 56px; vertical-align: top; margin: 2px }
+dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0 }
+#frame:not(.whole) img { max-width: 100%; max-height: 80vh } #frame a { display: table }
+@media print { :root { font-size: 9px } form, summary { display: none } tr, section { break-inside: avoid }
+  main tr { content-visibility: visible } .cards tbody { grid-template-columns: 1fr 1fr 1fr } }
+"""
+REPORT_SCRIPT = """
+const at = id => document.getElementById(id), form = at("filters"), list = at("list"), large = at("large");
+const rows = [...list.children], {compare} = new Intl.Collator("en", {numeric: true});
+let left = rows, opened = null;  // what the filters leave, in order; what is shown large
 
-// A node is a text or [tag, attributes, ...children]. Texts stay texts, whatever stands in a name.
-function build(part, space = "http://www.w3.org/1999/xhtml") {
-  if (!Array.isArray(part)) return document.createTextNode(part);
-  const [tag, attributes, ...children] = part, inner = tag === "svg" ? "http://www.w3.org/2000/svg" : space;
-  const node = document.createElementNS(inner, tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  if (/^[✗⚠🚩]/u.test(children[0])) node.className = "bad";
-  if (attributes.share) node.style.setProperty("--share", attributes.share);
-  if (attributes.case) node.src = cases[attributes.case] ?? "";
-  node.append(...children.map(child => build(child, inner)));
-  return node;
-}
-const fill = (id, ...parts) => at(id).replaceChildren(...parts.map(part => build(part)));
-function card(row) {
-  const [outer, inner] = isPictured ? ["article", "div"] : ["tr", "td"];
-  return build([outer, {}, ...row.cells.map(cell => [inner, {}, ...cell])]);
-}
-
-// All filters that are chosen hold for each image that is left. The address keeps them, and the image
-// that is open, so that it can be sent to a colleague.
+// All chosen filters hold for what is left. The address keeps them and the open image, for a colleague.
 const chosen = () => new URLSearchParams([...new FormData(form)].filter(([, value]) => value));
-function passes(row, asked) {
-  const kinds = asked.has("model") ? row.kinds[asked.get("model")] : Object.values(row.kinds).flat();
-  return asked.getAll("only").every(kind => kinds.includes(kind))
-    && row.file.toLowerCase().includes((asked.get("name") ?? "").toLowerCase());
-}
 function show() {
-  const asked = chosen(), by = asked.get("order");
-  left = rows.filter(row => passes(row, asked));
-  if (by === "file") left.sort((a, b) => a.file.localeCompare(b.file, "en", {numeric: true}));
-  else if (by) left.sort((a, b) => a[by] - b[by]);
-  at("list").replaceChildren();
-  clearTimeout(later);
-  add(0);
+  const asked = chosen(), only = asked.getAll("only"), by = asked.get("order");
+  const name = (asked.get("name") ?? "").toLowerCase(), seen = asked.get("model") ?? "any";
+  left = rows.filter(({dataset}) => {
+    const kinds = dataset[seen].split(" ");
+    return only.every(kind => kinds.includes(kind)) && dataset.file.toLowerCase().includes(name);
+  });
+  if (by) left.sort((a, b) => compare(a.dataset[by], b.dataset[by]));
+  list.replaceChildren(...left);
   at("count").textContent = `${left.length} of ${rows.length} images`;
   remember();
 }
-function add(start) {  // a part of the cards at a time, so that the page answers meanwhile
-  at("list").append(...left.slice(start, start + 200).map(row => row.node ??= card(row)));
-  if (start + 200 < left.length) later = setTimeout(add, 0, start + 200);
-}
 function remember() {
   const asked = chosen();
-  if (opened) asked.set("image", opened.file);
+  if (opened) asked.set("image", opened.dataset.file);
   history.replaceState(null, "", `#${asked}`);
 }
 function recall() {
@@ -4528,21 +4495,20 @@ function recall() {
     else field.value = asked.get(field.name) ?? "";
   }
   show();
-  open(rows.find(row => row.file === asked.get("image")));
+  open(rows.find(row => row.dataset.file === asked.get("image")));
 }
 
 // One image, large
 function open(row) {
-  if (!row?.picture) return;
+  if (!row?.querySelector("button")) return;
   opened = row;
-  at("caption").textContent = `${left.indexOf(row) + 1} of ${left.length}: ${row.caption}`;
-  fill("frame", ["img", {src: row.picture, alt: `Figure of ${row.caption}`}]);
-  fill("links", ...row.links);
+  at("place").textContent = `${left.indexOf(row) + 1} of ${left.length}`;
+  at("frame").replaceChildren(...row.cloneNode(true).children);
   if (!large.open) large.showModal();
   remember();
 }
 function step(by) {
-  const seen = left.filter(row => row.picture);
+  const seen = left.filter(row => row.querySelector("button"));
   open(seen[seen.indexOf(opened) + by]);
 }
 at("before").onclick = () => step(-1);
@@ -4551,41 +4517,53 @@ at("close").onclick = () => large.close();
 at("frame").onclick = () => at("frame").classList.toggle("whole");
 large.onkeydown = event => step({ArrowRight: 1, ArrowLeft: -1}[event.key]);
 large.onclose = () => { opened = null; remember(); };
-at("images").onclick = event => open(left.find(row => row.node?.contains(event.target.closest("button"))));
+list.onclick = event => open(event.target.closest("button")?.closest("tr"));
 
-for (const [id, parts] of Object.entries(places)) fill(id, ...parts);
-fill("images", isPictured ? ["div", {class: "cards", id: "list"}] : ["table", {id: "list"}]);
+document.querySelectorAll("[data-share]").forEach(td => td.style.setProperty("--share", td.dataset.share));
 form.oninput = show;
 form.onsubmit = event => event.preventDefault();
 onhashchange = recall;
 onbeforeprint = () => document.querySelectorAll("img").forEach(image => { image.loading = "eager"; });
 recall();
-</script>
-</html>
+"""
+REPORT = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none'; form-action 'none';
+ img-src 'self' file: data:; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'">
+<meta name="viewport" content="width=device-width">
+<title>Explainability report</title>
+<style>{style}</style>
+<header><h1>Explainability of {count} images</h1>{facts}{told}
+<details open><summary>The models</summary><div class="models">{sections}</div>{classes}</details></header>
+<form id="filters" aria-label="Filters">{filters}
+<select name="model" aria-label="model"><option value="">as any model saw it</option>{choices}</select>
+<select name="order" aria-label="order"><option value="">to look at first</option>
+<option value="confidence">least sure</option><option value="agreement">maps least alike</option>
+<option value="file">name</option></select>
+<input type="search" name="name" placeholder="search names" aria-label="search names"></form>
+<main><p id="count" role="status"></p><table class="{look}"><tbody id="list">{cards}</tbody></table></main>
+<footer class="muted">{notice}</footer>
+<dialog id="large" aria-label="One image, large"><button id="before" aria-label="Image before">←</button>
+<button id="after" aria-label="Image after">→</button> <button id="close" aria-label="Close">✕</button>
+<span id="place"></span><div id="frame"></div></dialog>
+<script>{script}</script>
 """
 
-Node = list[Any]  # of the page: [tag, attributes, *children], where children are nodes and texts
+
+class Markup(str):
+    """A part of the page, which `element` made of texts."""
 
 
-def said_in(row: dict[str, str], model: Model, column: str) -> str:
-    """What a row says in one of a model's columns; empty where there is no such column."""
-    return row.get(f"{model.family.key}_{column}", "")
-
-
-def kinds_of(row: dict[str, str], model: Model) -> list[str]:
-    """What filters find of an image as one model saw it: its faults, its flags by any method, its class."""
-    columns = [name for name in row if re.fullmatch(rf"({model.family.key}_(\S+_)?|pair_)flags", name)]
-    flags = [key for name in columns for key in row[name].split(", ") if key]
-    answers = {"wrong": said_in(row, model, "correct"), "disagree": row.get("agree")}
-    faults = [kind for kind, answer in answers.items() if answer == "no"]
-    if row.get("error"):
-        faults.append("failed")
-    named = row.get("true_class") or said_in(row, model, "predicted")
-    return [*faults, *dict.fromkeys(flags), class_key(named)]
-
-
-def flag_text(key: str) -> str:
-    return f"⚠ {CHECKS[key].title or key}"
+def element(tag: str, *parts: str, **attributes: str) -> Markup:
+    """An HTML element, where whatever is not Markup stays text; attributes are written class_, aria_label."""
+    if parts and parts[0].startswith(("✗", "⚠", "🚩")):
+        attributes["class_"] = "bad"
+    page = f"<{tag}"
+    for name, text in attributes.items():
+        page += f' {name.rstrip("_").replace("_", "-")}="{html.escape(printable(text))}"'
+    inside = "".join(part if isinstance(part, Markup) else html.escape(printable(part)) for part in parts)
+    return Markup(f"{page}>{inside}" if tag in ("img", "input") else f"{page}>{inside}</{tag}>")
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
@@ -4595,197 +4573,164 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     return (share + square / 2 - half) / (1 + square), (share + square / 2 + half) / (1 + square)
 
 
-def confidence_node(rows: Sequence[dict[str, str]], model: Model, is_known: bool) -> Node:
-    """A reliability diagram with the expected calibration error (Guo et al., ICML 2017, eq. 3).
-
-    Where no class is known: how many images there are in each tenth of confidence.
-    """
-    steps: dict[int, list[tuple[float, bool]]] = defaultdict(list)
-    for row in rows:
-        confidence = float(said_in(row, model, "confidence"))
-        steps[min(int(10 * confidence), 9)].append((confidence, said_in(row, model, "correct") == "yes"))
-    most, error, bars = max(map(len, steps.values())), 0.0, ""
-    for place, step in sorted(steps.items()):
-        confidence, right = np.mean(step, axis=0)
-        error += len(step) / len(rows) * abs(confidence - right)
-        height = 100 * (right if is_known else len(step) / most)
-        bars += f"M{10 * place} 100v{-height:.1f}h9v{height:.1f}z"
-    told, drawn = f"Images by confidence, 0 to 100 %; the highest bar is {most}", [["path", {"d": bars}]]
-    if is_known:
+def confidence_figure(seen: Sequence[Seen]) -> Markup:
+    """A reliability diagram with the expected calibration error (Guo et al., ICML 2017, eq. 3); where no
+    class is known, how many images there are in each tenth of confidence."""
+    sure = np.array([float(each["confidence"]) for each in seen])
+    tenths = np.minimum(10 * sure, 9).astype(int)
+    counts, diagonal = np.bincount(tenths, minlength=10), []
+    heights = counts / counts.max()
+    told = f"Images by confidence, 0 to 100 %; the highest bar is {counts.max()}"
+    if seen[0]["true_class"]:
+        is_right = np.array([each["correct"] == "yes" for each in seen])
+        heights = np.bincount(tenths, is_right, 10) / np.maximum(counts, 1)
+        error = np.abs(np.bincount(tenths, sure - is_right)).sum() / len(seen)
         told = f"Share right by confidence, both 0 to 100 %; calibration error {error:.3f}"
-        drawn.append(["line", {"x1": 0, "y1": 100, "x2": 100, "y2": 0}])  # where confidence is right
-    box = {"viewBox": "0 0 100 100", "preserveAspectRatio": "none", "role": "img", "aria-label": told}
-    return ["figure", {}, ["figcaption", {}, told], ["svg", box, *drawn]]
+        diagonal = [element("line", x1="0", y1="100", x2="100", y2="0")]  # where confidence is right
+    bars = "".join(f"M{10 * tenth} 100v{-100 * height:.1f}h9V100z" for tenth, height in enumerate(heights))
+    box = {"viewBox": "0 0 100 100", "preserveAspectRatio": "none", "aria_hidden": "true"}
+    graph = element("svg", element("path", d=bars), *diagonal, **box)
+    return element("figure", element("figcaption", told), graph)
 
 
-def data_uri(kind: str, picture: bytes) -> str:
-    """A picture that stands in the page itself."""
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
-
-
-def model_node(rows: Sequence[dict[str, str]], model: Model, observations: Sequence[Observation]) -> Node:
+def model_section(seen: Sequence[Seen], model: Model, observations: dict[str, list[Observation]]) -> Markup:
     """How one model did, over the images that it was asked about."""
-    rows = [row for row in rows if said_in(row, model, "predicted")]
-    known = [row for row in rows if row.get("true_class")]
-    told, graphs = "No true class is known", []
+    kept = observations.get(model.family.key, [])
+    known = [each for each in seen if each["true_class"]]
+    told, figures = "No true class is known", []
     if known:
-        right = sum(said_in(row, model, "correct") == "yes" for row in known)
+        right = sum(each["correct"] == "yes" for each in known)
         low, high = wilson_interval(right, len(known))
         told = f"{right / len(known):.1%} of {len(known)} right (95 % interval {low:.1%} to {high:.1%})"
-    if rows:
-        graphs.append(confidence_node(known or rows, model, bool(known)))
-    if observations:
-        heat = resized(normalised(np.mean([each.heat for each in observations], axis=0)), 130, 130)
+    if seen:
+        figures.append(confidence_figure(known or seen))
+    if kept:
+        heat = resized(normalised(np.mean([each.heat for each in kept], axis=0)), 130, 130)
         pixels = png(colours_of(FigureStyle())[(heat * 255).round().astype(np.uint8)], 96)
-        caption = f"Mean map of {len(observations)} images"
-        image = ["img", {"src": data_uri("png", pixels), "alt": caption}]
-        graphs.append(["figure", {}, ["figcaption", {}, caption], image])
-    where = f"{model.architecture}, {printable(model.checkpoint.name)}; {model.accuracy}"
-    lines = [["p", {}, line] for line in (told, where, *audit_lines(observations))]
-    return ["section", {}, ["h2", {}, model.title], *lines, ["div", {"class": "graphs"}, *graphs]]
+        caption = f"Mean map of {len(kept)} images"
+        image = element("img", src=f"data:image/png;base64,{base64.b64encode(pixels).decode()}", alt=caption)
+        figures.append(element("figure", element("figcaption", caption), image))
+    where = f"{model.architecture}, {model.checkpoint.name}; {model.accuracy}"
+    lines = [element("p", line) for line in (told, where, *audit_lines(kept))]
+    return element("section", element("h2", model.title), *lines, *figures)
 
 
-def classes_node(rows: Sequence[dict[str, str]], models: Sequence[Model]) -> Node:
+def classes_table(models: Sequence[Model], seen: Sequence[Sequence[Seen]]) -> Markup:
     """Class by class: predictions (the confusion matrix, shaded), flags, and where the heat lies."""
-    names, kinds = models[0].class_names, [[kinds_of(row, model) for row in rows] for model in models]
-    found = set(itertools.chain(*itertools.chain(*kinds)))
+    names, found = models[0].class_names, " ".join(each["kinds"] for each in itertools.chain(*seen)).split()
     flags = [key for key in CHECKS if key in found]
     head = ["Model", "Class", "Images", *(f"as {name}" for name in names)]
     head += [*(f"⚠ {key}".replace("_", " ") for key in flags), *HEAT_COLUMNS.values()]
-    lines = [["tr", {}, *(["th", {"scope": "col"}, text] for text in head)]]
-    for (model, its_kinds), name in itertools.product(zip(models, kinds), names):
-        mine = [(row, each) for row, each in zip(rows, its_kinds) if class_key(name) in each]
-        said = Counter(class_key(said_in(row, model, "predicted")) for row, _ in mine)
-        counts = [said[class_key(other)] for other in names]
-        cells = [["td", {"share": count / max(len(mine), 1)}, f"{count}"] for count in counts]
-        texts = [f"{sum(key in each for _, each in mine)}" for key in flags]
+    lines = [element("tr", *(element("th", text, scope="col") for text in head))]
+    for (model, its), name in itertools.product(zip(models, seen), names):
+        mine = [each for each in its if class_key(name) in each["kinds"].split()]
+        cells = [element("th", model.title, scope="row"), element("td", name), element("td", f"{len(mine)}")]
+        for other in names:
+            count = sum(class_key(each["predicted"]) == class_key(other) for each in mine)
+            cells.append(element("td", f"{count}", data_share=f"{count / max(len(mine), 1):.3f}"))
+        cells += [element("td", f"{sum(key in each['kinds'].split() for each in mine)}") for key in flags]
         for column in HEAT_COLUMNS:
-            shares = [float(text) for row, _ in mine if (text := said_in(row, model, column))]
-            texts.append(f"{np.mean(shares):.0%}" if shares else "–")
-        first = [["th", {"scope": "row"}, model.title], ["td", {}, name], ["td", {}, f"{len(mine)}"]]
-        lines.append(["tr", {}, *first, *cells, *(["td", {}, text] for text in texts)])
+            shares = [float(each[column]) for each in mine if each[column]]
+            cells.append(element("td", f"{np.mean(shares):.0%}" if shares else "–"))
+        lines.append(element("tr", *cells))
     caption = "By true class, or the predicted one where that is not known; at the right, where the heat lies"
-    return ["section", {"class": "wide"}, ["table", {}, ["caption", {}, caption], *lines]]
+    return element("section", element("table", element("caption", caption), *lines), class_="wide")
 
 
-def verdicts(row: dict[str, str], models: Sequence[Model]) -> tuple[list[float], list[float], list[str]]:
-    """The models' confidences in an image, those of wrong predictions, and in words what each model said."""
-    sure, wrong, said = [], [], []
-    for model in models:
-        if predicted := said_in(row, model, "predicted"):
-            sure.append(float(said_in(row, model, "confidence")))
-            said.append(f"{model.title}: {predicted}, {sure[-1]:.1%}")
-            if said_in(row, model, "correct") == "no":
-                said[-1] = f"✗ wrong, {said[-1]}"
-                wrong.append(sure[-1])
-    return sure, wrong, said
+def urgency(views: Sequence[Seen]) -> tuple[int, float, str]:
+    """Where an image stands among those to look at: unlike the reference or surely wrong ones first."""
+    kinds = " ".join(each["kinds"] for each in views).split()
+    surest = max((float(each["confidence"]) for each in views if each["correct"] == "no"), default=0.0)
+    worst = ["unlike" in kinds, surest >= SURE, "disagree" in kinds, "wrong" in kinds]
+    steps = [*worst, not CHECKS.keys().isdisjoint(kinds), "failed" not in kinds, True]
+    return steps.index(True), -surest, views[0]["file"]
 
 
-def similar_nodes(row: dict[str, str], models: Sequence[Model]) -> list[Node]:
-    """For each model the reference images most like this one; the page's script fills in the pictures."""
-    nodes = []
-    for model in models:
-        cases = re.findall(r"(.+?) (\([^()]*, [\d.]+\))(?:; |$)", said_in(row, model, "similar"))
-        told = [{"class": "case", "case": label, "alt": f"{label} {rest}"} for label, rest in cases]
-        if told:
-            pictures = [["img", {**each, "title": each["alt"]}] for each in told]
-            nodes.append(["p", {}, f"Most similar to {model.title}", ["br", {}], *pictures])
-    return nodes
-
-
-def row_data(row: dict[str, str], has_own_name: bool, models: Sequence[Model]) -> dict[str, Any]:
-    """What the page's script takes of an image: its card, and what filters and orders ask for."""
-    name = printable(Path(row["file"]).name if has_own_name else row["file"])
-    links = {file: quote(os.fsencode(file), safe="") for file in json.loads(row.get("outputs") or "[]")}
+def figure_parts(outputs: str, name: str) -> list[Markup]:
+    """An image's name, which links its figure; before it the figure, if it is no PDF, behind it all files."""
+    links = {file: quote(os.fsencode(file), safe="") for file in json.loads(outputs or "[]")}
     pages = [file for file in links if not re.match(r"radiograph_|heatmap_|overlay_|.*\.npy$", file)]
     page = min(pages, key=lambda file: not file.startswith("comparison"), default="")
-    picture = "" if page.endswith(".pdf") else links.get(page, "")
-    kinds = {model.family.key: kinds_of(row, model) for model in models}
-    flagged = defaultdict(list)  # by check: whose maps
-    for model in models:
-        for key in filter(CHECKS.get, kinds[model.family.key]):
-            flagged[key].append(model.title)
-    flags = [f"{flag_text(key)}: {', '.join(titles)}" for key, titles in flagged.items()]
-    sure, wrong, said = verdicts(row, models)
-    failed, surest = row.get("error"), max(wrong, default=0.0)
-    worst = "unlike" in flagged, surest >= SURE, row.get("agree") == "no", bool(wrong)
-    steps = *worst, bool(flags), not failed, True
-    texts = [f"true: {row['true_class']}", *said] if row.get("true_class") else said
-    notes = [f"✗ {failed}" if failed else "", row.get("notes", "")]
-    image = ["img", {"src": picture, "alt": f"Figure of {name}", "loading": "lazy"}]
-    heading = [["button", {"aria-label": f"Open {name}"}, image]] if picture else []
-    heading.append(["p", {"class": "name"}, ["a", {"href": links[page]}, name] if page else name])
-    return {
-        "file": printable(row["file"]),
-        "kinds": kinds,
-        "first": (steps.index(True), -surest),
-        "confidence": min(sure, default=2),
-        "agreement": float(row.get(AGREEMENT) or 2),
-        "isDrawn": page != "",
-        "picture": picture,
-        "caption": " · ".join([name, *texts]),
-        "links": [["div", {}, ["a", {"href": link}, printable(file)]] for file, link in links.items()],
-        "cells": [
-            heading,
-            *([["p", {}, text] for text in part] for part in (texts, flags, notes)),
-            similar_nodes(row, models),
-        ],
-    }
+    files = [element("a", file, href=link) for file, link in links.items()]
+    parts = [element("p", element("a", name, href=links[page]) if page else name, class_="name")]
+    if page.endswith((".png", ".svg")):
+        picture = element("img", src=links[page], alt=f"Figure of {name}", loading="lazy")
+        parts.insert(0, element("button", picture, aria_label=f"Open {name}"))
+    return [*parts, element("nav", *files)]
 
 
-def filter_nodes(counts: Counter[str], models: Sequence[Model]) -> list[Node]:
-    """What chooses among the images, and how many each choice has."""
-    texts = {"wrong": "wrong", "disagree": "models disagree", "failed": "failed"}
-    texts |= {key: flag_text(key) for key in CHECKS}
-    texts |= {class_key(name): name for name in models[0].class_names}
-    chips = []
-    for kind, text in texts.items():
-        if counts[kind]:
-            box = ["input", {"type": "checkbox", "name": "only", "value": kind}]
-            chips.append(["label", {}, box, f" {text} {counts[kind]}"])
-    seen = {"": "as any model saw it"} | {model.family.key: f"as {model.title} saw it" for model in models}
-    orders = {"": "to look at first", "confidence": "least sure", "agreement": "maps least alike", "file": "name"}
-    for name, choices in (("model", seen), ("order", orders)):
-        options = [["option", {"value": value}, text] for value, text in choices.items()]
-        chips.append(["select", {"name": name, "aria-label": name}, *options])
-    search = {"type": "search", "name": "name", "placeholder": "search names", "aria-label": "search names"}
-    return [*chips, ["input", search]]
+def card(views: Sequence[Seen], models: Sequence[Model], name: str) -> Markup:
+    """An image's line of the list, with what filters and orders ask for; the style makes cards of lines."""
+    row, asked, flags, similar = views[0], {}, defaultdict(list), []
+    said = [f"{mark} {text}" for mark, text in (("true:", row["true_class"]), ("✗", row["error"])) if text]
+    for model, seen in zip(models, views):
+        asked[f"data_{model.family.key}"] = seen["kinds"]
+        if seen["predicted"]:
+            verdict = "✗ wrong, " if seen["correct"] == "no" else ""
+            said.append(f"{verdict}{model.title}: {seen['predicted']}, {float(seen['confidence']):.1%}")
+        for kind in filter(CHECKS.get, seen["kinds"].split()):
+            flags[f"⚠ {CHECKS[kind].title or kind}"].append(model.title)
+        if seen["similar"]:
+            similar.append(element("p", f"Most similar to {model.title}"))
+        for text, label in re.findall(r"((.+?) \([^()]*, [\d.]+\))(?:; |$)", seen["similar"]):
+            similar.append(element("span", text, title=text, class_=f"case-{digest_of(label)}"))
+    flagged = [f"{flag}: {', '.join(titles)}" for flag, titles in flags.items()]
+    lines = [[element("p", text) for text in texts] for texts in (said, flagged, [row["notes"]])]
+    cells = [element("td", *parts) for parts in (figure_parts(row["outputs"], name), *lines, similar)]
+    asked["data_any"] = " ".join(asked.values())
+    asked["data_confidence"] = min(filter(None, (seen["confidence"] for seen in views)), default="2")
+    return element("tr", *cells, data_file=row["file"], data_agreement=row[AGREEMENT] or "2", **asked)
 
 
 def report_page(
     rows: Sequence[dict[str, str]], models: Sequence[Model], observations: dict[str, list[Observation]],
     told: Sequence[str], thumbnails: dict[str, bytes],
 ) -> str:  # fmt: skip
-    """The page of these rows of the table.
+    """The page of these rows of the table. The observations, by family, are of the maps made last, which
+    need not be all; `told` is what else is to be known; thumbnails are JPEG, of the reference, by label."""
+    images = sorted(([seen_by(row, model) for model in models] for row in rows), key=urgency)
+    kinds = [set(" ".join(seen["kinds"] for seen in views).split()) for views in images]
+    counts = Counter(itertools.chain(*kinds))
+    flagged = sum(not CHECKS.keys().isdisjoint(each) for each in kinds)
+    facts = [f"{len(rows) - counts['failed']} explained", f"{counts['failed']} failed", f"{flagged} flagged"]
+    if both := [row for row in rows if row["agree"]]:
+        alike = len(both) - counts["disagree"]
+        facts += [f"The models agree on {alike} of {len(both)} images", *overlap_lines(both)]
+    asked = [[each for each in views if each["predicted"]] for views in zip(*images)]  # by model
+    sections = [model_section(seen, model, observations) for seen, model in zip(asked, models)]
 
-    The observations, by family, are of the maps made last, which need not be all; `told` is what else
-    its reader must know of the run; thumbnails, as JPEG, are of the reference's images by their label.
-    """
-    times = Counter(Path(row["file"]).name for row in rows)
-    cards = [row_data(row, times[Path(row["file"]).name] == 1, models) for row in rows]
-    cards.sort(key=lambda card: (card["first"], card["file"]))
-    kinds = [set(itertools.chain(*card["kinds"].values())) for card in cards]
-    counts, flagged = Counter(itertools.chain(*kinds)), sum(not CHECKS.keys().isdisjoint(each) for each in kinds)
-    done = [row for row in rows if not row.get("error")]
-    facts = [f"{len(done)} explained", f"{counts['failed']} failed", f"{flagged} flagged"]
-    if len(models) > 1 and done:
-        facts.append(f"The models agree on {len(done) - counts['disagree']} of {len(done)} images")
-        facts += overlap_lines(done)
-    sections = [model_node(rows, model, observations.get(model.family.key, ())) for model in models]
-    parts = [["summary", {}, "The models"], ["div", {"class": "models"}, *sections], classes_node(done, models)]
-    about = [["h1", {}, f"Explainability of {len(rows)} images"], ["p", {}, " · ".join(facts)]]
-    about += [["p", {"class": "muted"}, " · ".join(told)], ["details", {"open": ""}, *parts]]
-    notice = f"Demo networks: {DEMO_NOTICE}." if is_demo(models[0].checkpoint) else "Not for diagnosis."
-    places = {"about": about, "filters": filter_nodes(counts, models), "notice": [notice]}
-    page = REPORT
-    for kind in ("style", "script"):
-        content = re.search(rf"<{kind}>(.*?)</{kind}>", REPORT, re.DOTALL)[1]
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        page = page.replace(f"{{{kind}-hash}}", f"'sha256-{digest}'")
-    used = " ".join(said_in(row, model, "similar") for row in rows for model in models)
-    cases = {label: data_uri("jpeg", picture) for label, picture in thumbnails.items() if label in used}
-    data = json.dumps({"places": places, "rows": cards, "cases": cases})
-    return page.replace("{data}", data.replace("<", "\\u003c"))
+    texts = {"wrong": "wrong", "disagree": "models disagree", "failed": "failed"}
+    texts |= {key: f"⚠ {check.title or key}" for key, check in CHECKS.items()}
+    texts |= {class_key(name): name for name in models[0].class_names}
+    chips = []
+    for kind in filter(counts.get, texts):
+        box = element("input", type="checkbox", name="only", value=kind)
+        chips.append(element("label", box, f" {texts[kind]} {counts[kind]}"))
+    choices = [element("option", f"as {each.title} saw it", value=each.family.key) for each in models]
+
+    files = [row["file"] for row in rows]
+    names = dict(zip(files, display_names(files)))
+    cards = [card(views, models, names[views[0]["file"]]) for views in images]
+    similar, style = " ".join(each["similar"] for views in images for each in views), REPORT_STYLE
+    for label in filter(similar.__contains__, thumbnails):
+        uri = f"data:image/jpeg;base64,{base64.b64encode(thumbnails[label]).decode()}"
+        style += f".case-{digest_of(label)} {{ content: url({uri}) }}\n"
+    return REPORT.format(
+        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        script_hash=base64.b64encode(hashlib.sha256(REPORT_SCRIPT.encode()).digest()).decode(),
+        style=style,
+        script=REPORT_SCRIPT,
+        count=len(rows),
+        facts=element("p", " · ".join(facts)),
+        told=element("p", " · ".join(told), class_="muted"),
+        sections="".join(sections),
+        classes=classes_table(models, asked),
+        filters="".join(chips),
+        choices="".join(choices),
+        look="cards" if any('class="name"><a' in each for each in cards) else "lines",
+        cards="".join(cards),
+        notice=f"Demo networks: {DEMO_NOTICE}." if is_demo(models[0].checkpoint) else "Not for diagnosis.",
+    )
 
 
 # ------------------------------------------------------------------------------------------
