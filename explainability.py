@@ -3795,6 +3795,11 @@ def with_folders(labels: Sequence[str], names: Sequence[str], between: str) -> l
     return told
 
 
+def display_names(labels: Sequence[str]) -> list[str]:
+    """What figures, console and report call images."""
+    return numbered(with_folders(labels, [Path(label).name for label in labels], "/"))
+
+
 def output_stems(labels: Sequence[str]) -> list[str]:
     """What the names of each image's outputs end in, no longer than file systems allow."""
     stems = []
@@ -3869,7 +3874,6 @@ def make_jobs(
     map_prefixes = [prefix_of("map", method, key) for key, method in made] if "maps" in kinds else []
     bare = [prefix_of(kind, method, key) for key, method in made for kind in ("heatmap", "overlay")]
     panel_prefixes = ["radiograph", *bare] if "panels" in kinds else []
-    names = numbered(with_folders(labels, [Path(label).name for label in labels], "/"))
     jobs = [
         Job(
             image=image,
@@ -3880,7 +3884,7 @@ def make_jobs(
             panels=tuple(folder / f"{prefix}_{stem}.png" for prefix in panel_prefixes),
             digest=digest_of(asked, file_mark(image)),
         )
-        for image, label, name, stem in zip(images, labels, names, output_stems(labels))
+        for image, label, name, stem in zip(images, labels, display_names(labels), output_stems(labels))
     ]
     inputs, outputs = {os.path.realpath(image) for image in images}, [path for job in jobs for path in job.outputs]
     for path, times in Counter([folder / TABLE_NAME, folder / REPORT_NAME, *outputs]).items():
@@ -4682,6 +4686,16 @@ def card(views: Sequence[Seen], models: Sequence[Model], name: str) -> Markup:
     return element("tr", *cells, data_file=row["file"], data_agreement=row[AGREEMENT] or "2", **asked)
 
 
+def filter_labels(counts: Counter[str], class_names: Sequence[str]) -> Iterator[Markup]:
+    """What chooses among the images, and how many each choice has."""
+    texts = {"wrong": "wrong", "disagree": "models disagree", "failed": "failed"}
+    texts |= {key: f"⚠ {check.title or key}" for key, check in CHECKS.items()}
+    texts |= {class_key(name): name for name in class_names}
+    for kind in filter(counts.get, texts):
+        box = element("input", type="checkbox", name="only", value=kind)
+        yield element("label", box, f" {texts[kind]} {counts[kind]}")
+
+
 def report_page(
     rows: Sequence[dict[str, str]], models: Sequence[Model], observations: dict[str, list[Observation]],
     told: Sequence[str], thumbnails: dict[str, bytes],
@@ -4698,16 +4712,7 @@ def report_page(
         facts += [f"The models agree on {alike} of {len(both)} images", *overlap_lines(both)]
     asked = [[each for each in views if each["predicted"]] for views in zip(*images)]  # by model
     sections = [model_section(seen, model, observations) for seen, model in zip(asked, models)]
-
-    texts = {"wrong": "wrong", "disagree": "models disagree", "failed": "failed"}
-    texts |= {key: f"⚠ {check.title or key}" for key, check in CHECKS.items()}
-    texts |= {class_key(name): name for name in models[0].class_names}
-    chips = []
-    for kind in filter(counts.get, texts):
-        box = element("input", type="checkbox", name="only", value=kind)
-        chips.append(element("label", box, f" {texts[kind]} {counts[kind]}"))
     choices = [element("option", f"as {each.title} saw it", value=each.family.key) for each in models]
-
     files = [row["file"] for row in rows]
     names = dict(zip(files, display_names(files)))
     cards = [card(views, models, names[views[0]["file"]]) for views in images]
@@ -4725,7 +4730,7 @@ def report_page(
         told=element("p", " · ".join(told), class_="muted"),
         sections="".join(sections),
         classes=classes_table(models, asked),
-        filters="".join(chips),
+        filters="".join(filter_labels(counts, models[0].class_names)),
         choices="".join(choices),
         look="cards" if any('class="name"><a' in each for each in cards) else "lines",
         cards="".join(cards),
