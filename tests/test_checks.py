@@ -370,18 +370,6 @@ def test_the_default_class_cannot_be_tested_by_erasing():
     assert "everything blurred" in lines[1] and not any("rasing" in line for line in lines)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_maps_that_are_not_finite_are_refused(value):
-    broken = CENTRE_ONLY.copy()
-    broken[0, 0] = value
-    for asked in (heat_on_cells, explainability.normalised, lambda raw: explainability.shared_heat(CENTRE_ONLY, raw)):
-        with pytest.raises(ValueError, match="not finite"):
-            asked(broken)
-    explanation = dataclasses.replace(an_explanation(raw_map=CENTRE_ONLY), raw_map=broken)
-    with pytest.raises(ValueError, match="not finite"):
-        findings_of(Evidence(explanation, EVERYWHERE))
-
-
 def test_without_markers_or_heat_there_is_nothing_to_cover_or_erase():
     nothing = {"covered": odds(), "erased": odds()}
     assert set(verified(markers=(), **nothing)) == {"adding", "default"}
