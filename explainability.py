@@ -1630,7 +1630,7 @@ class ForwardPass:
     activations: torch.Tensor  # (B, C, h, w) of the target layer
     gradients: torch.Tensor  # (B, C, h, w) d score / d activations
     at_once: int  # inputs that memory has room for in one pass
-    likenesses: Sequence[Likeness | None] = ()  # B, to the network's reference images
+    likenesses: Sequence[Likeness | None]  # B, to the network's reference images
 
     @functools.cached_property
     def reference(self) -> torch.Tensor:

@@ -54,7 +54,7 @@ def test_toy_network_gives_the_map_worked_out_by_hand():
 
 
 def test_normalised_drops_negatives_and_divides_by_the_maximum_if_any():
-    heatmap = normalised(np.float32([[-3, 0], [1, 4]]))
+    heatmap = normalised(np.float32([[-5, 0], [1, 4]]))
     assert heatmap.tolist() == [[0, 0], [0.25, 1]] and heatmap.dtype == np.float32
     assert normalised(np.float32([[-3, -1], [-2, 0]])).tolist() == [[0, 0], [0, 0]]
 

@@ -77,13 +77,13 @@ def seen_by(classifier, inputs, classes=None):
     """What a pass tells methods; of these classes, or of the predicted ones."""
     family, wanted = classifier.model.family, classes if classes is None else torch.tensor(classes)
     told = tool.layer_gradients(classifier.network, family.target_layer, inputs, wanted)
-    return ForwardPass(classifier.network, family.finer_layer, inputs, *told, 4)
+    return ForwardPass(classifier.network, family.finer_layer, inputs, *told, 4, ())
 
 
 def seen_by_function(network, inputs):
     """What methods that look at inputs and scores alone need to know of any function of one score."""
     nothing, logits = torch.zeros(len(inputs), 1, 1, 1), network(inputs)
-    return ForwardPass(network, "", inputs, logits, nothing[:, 0, 0, 0].long(), nothing, nothing, 4)
+    return ForwardPass(network, "", inputs, logits, nothing[:, 0, 0, 0].long(), nothing, nothing, 4, ())
 
 
 def counted(network, function):
@@ -154,10 +154,13 @@ def test_every_size_of_both_families_has_known_layers_and_a_finer_grid(architect
     assert sorted(shapes) == [(7, 7), (14, 14)]
 
 
-def test_passes_take_no_more_inputs_than_memory_has_room_for(networks):
+def test_passes_take_no_more_inputs_than_memory_has_room_for_and_scores_their_scale(networks):
     seen = tool.forward_pass(networks["convnext"], noise(2, 64), None, at_once=3)
-    _, sizes = counted(seen.network, lambda: [METHODS[method].maps(seen) for method in COMPARING])
+    model = dataclasses.replace(networks["convnext"].model, score_scale=2.0)  # one logit for two classes
+    methods = [METHODS[key] for key in COMPARING]
+    told, sizes = counted(seen.network, lambda: [tool.explanations_of(model, seen, each) for each in methods])
     assert max(sizes) == 3
+    assert all(each.sum_error < 0.01 for pair in told for each in pair if each.method != "ig")
     for size, at_once in ((224, 8), (448, 2), (672, 1)):
         assert tool.forward_pass(networks["convnext"], noise(1, size), None, 8).at_once == at_once
 
@@ -258,9 +261,8 @@ def test_integrated_gradients_are_those_of_captum(networks, key):
 @pytest.mark.parametrize("size", (64, 100, 224, 300, 1000))
 def test_cells_are_equal_and_keep_the_sum(size):
     maps, count = noise(2, size), round(size / CELL)
-    cells = tool.summed_over_cells(maps)
+    cells, sums = tool.summed_over_cells(maps), maps.double().sum(dim=(1, 2, 3))
     assert cells.shape == (2, count, count)
-    sums = maps.double().sum(dim=(1, 2, 3))
     np.testing.assert_allclose(cells.double().sum(dim=(1, 2)), sums, rtol=1e-4, atol=1e-2)
     flat = tool.summed_over_cells(torch.ones(1, 3, size, size))
     np.testing.assert_allclose(flat, 3 * (size / count) ** 2, rtol=1e-5)
@@ -405,10 +407,9 @@ def test_a_run_has_columns_for_each_method_and_knows_what_is_finished(run, xray,
     assert run(*asked) == 0
     (row,) = csv.DictReader((out / "summary.csv").read_text("utf-8-sig").splitlines())
     raw_map = np.load(out / "map_lrp_convnext_xray.npy")
-    total = pytest.approx(float(raw_map.sum(dtype=float)), rel=1e-2)
     assert raw_map.min() < 0 < raw_map.max() and raw_map.shape == (28, 28)
     told, usual = (json.loads((out / f"map_{kind}convnext_xray.json").read_text()) for kind in ("lrp_", ""))
-    assert told["sum"] == total and told["sum_owed"] == total
+    assert told["sum"] == pytest.approx(raw_map.sum(dtype=float)) == pytest.approx(told["sum_owed"], rel=1e-2)
     assert usual["sum_owed"] is None and usual["reference"] is None
     assert any("blurred radiograph" in remark for remark in told["remarks"])
     assert row["convnext_method"] == "gradcam" and "convnext_sum" not in row
