@@ -505,7 +505,7 @@ def test_lack_of_memory_names_the_batch_size(explain, folder, capsys, monkeypatc
 
     monkeypatch.setattr(tool, "forward_pass", exhausted)
     assert explain("--image", folder, "--model", "convnext", "--no-figures") == 1
-    assert "--batch-size" in capsys.readouterr().err
+    assert "not enough memory for a batch of 4; choose a smaller --batch-size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ending", ("pdf", "svg"))
