@@ -1501,7 +1501,6 @@ def use_exact_float32() -> None:
 
 ROUNDING = 8 * float(np.finfo(np.float32).eps)  # relative error of a few float32 operations
 DEFAULT_BATCH = {"cpu": 4, "cuda": 32, "mps": 32}  # images; larger ones gain no speed and take memory
-
 BLUR = 12 / 224  # sigma of the reference's blur, in parts of the input's side
 CELL = 8  # pixels of the input a side, over which maps of pixels are summed
 POINTS = 32  # on the path of Integrated Gradients
@@ -1511,6 +1510,73 @@ REFERENCE = "the radiograph, Gaussian-blurred, sigma 12/224 of its side"
 SMALL_GAIN = 1.0  # of a score over the reference's, a factor of e in the odds: less is a small difference
 MAX_SUM_ERROR = 0.05  # of what a map's sum owes: more is said
 WINDOWS = 13  # positions of occlusion's window along a side; it covers 2 x 2 cells of a grid with one more
+
+
+# Grad-CAM: gradients of a score at a layer, the layer's channels weighted by them, a heatmap
+
+
+def chosen(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Of logits (N, K) those of one class each: (N,)."""
+    return logits.gather(1, classes[:, None])[:, 0]
+
+
+def layer_gradients(
+    network: torch.nn.Module, layer: str, inputs: torch.Tensor, explained: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """One forward pass of inputs (B, 3, S, S), and one backward pass from the class scores to a layer.
+
+    Returns logits (B, K), explained classes (B,), those given or the predicted ones, and the layer's
+    activations and gradients (B, C, h, w). Nothing before the layer is recorded: its output starts the graph.
+    """
+    import torch
+
+    captured: list[torch.Tensor] = []
+
+    def start_graph(module: torch.nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
+        captured.append(output.detach().requires_grad_())
+        return captured[-1]
+
+    # The hook goes with its handle's context, whatever happens.
+    with network.get_submodule(layer).register_forward_hook(start_graph), torch.enable_grad():
+        logits = network(inputs)
+        (activations,) = captured
+        explained = logits.argmax(dim=1) if explained is None else explained
+        # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
+        (gradients,) = torch.autograd.grad(chosen(logits, explained).sum(), activations)
+    return logits.detach(), explained, activations.detach(), gradients
+
+
+def grad_cam(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """Grad-CAM before the ReLU: (B, C, h, w) twice -> (B, h, w), signed.
+
+    alpha_k = mean over space of the gradients (eq. 1); sum over k of alpha_k A_k (eq. 2).
+    """
+    return weighted_sum(gradients.mean(dim=(2, 3), keepdim=True), activations)
+
+
+def weighted_sum(weights: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
+    """Sum over the channels: (B, C, 1, 1) and (B, C, h, w) -> (B, h, w); zero within its rounding error."""
+    terms = weights * activations  # (B, C, h, w)
+    raw = terms.sum(dim=1)
+    rounding = terms.abs().sum(dim=1) * ROUNDING
+    return raw.where(raw.abs() > rounding, 0)  # noise must not become a heatmap
+
+
+def finite(raw_map: np.ndarray) -> np.ndarray:
+    """The same map. Raises ValueError where a value is NaN or infinite: no check would flag it."""
+    if not np.isfinite(raw_map).all():
+        raise ValueError("the map is not finite")
+    return raw_map
+
+
+def normalised(raw_map: np.ndarray) -> np.ndarray:
+    """ReLU (eq. 2), then division by the maximum: (h, w) in [0, 1]. A blank map stays blank."""
+    positive = np.maximum(finite(raw_map), 0)
+    peak = positive.max()
+    return positive / peak if peak > 0 else positive
+
+
+# What every method is given
 
 
 @dataclass(frozen=True)
@@ -1525,20 +1591,16 @@ class ForwardPass:
     activations: torch.Tensor  # (B, C, h, w) of the target layer
     gradients: torch.Tensor  # (B, C, h, w) d score / d activations
     at_once: int  # inputs that memory has room for in one pass
-    features: torch.Tensor | None = None  # (B, D) input of the head
-
-    @property
-    def scores(self) -> torch.Tensor:
-        """(B,) logits of the explained classes."""
-        return chosen(self.logits, self.explained)
+    likenesses: Sequence[Likeness | None]  # B, to the network's reference images
 
     @functools.cached_property
     def reference(self) -> torch.Tensor:
-        """(B, 3, S, S) what stands for "nothing there": the radiographs without detail.
-
-        Black or grey would lie far from all that the network was trained on.
-        """
-        return blurred(self.inputs)
+        """(B, 3, S, S) the radiographs without detail; black would lie far from all training images."""
+        inputs = self.inputs
+        kernel = inputs.new_tensor(blur_kernel(inputs.shape[-1], BLUR))
+        smooth = kernel @ inputs @ kernel.T
+        rounding = 16 * ROUNDING * inputs.abs().amax(dim=(1, 2, 3), keepdim=True)  # of sums over S, twice
+        return smooth.where((smooth - inputs).abs() > rounding, inputs)  # a flat image is its own reference
 
     @functools.cached_property
     def reference_logits(self) -> torch.Tensor:
@@ -1552,12 +1614,7 @@ class ForwardPass:
     def gain(self) -> torch.Tensor:
         """(B,) how much higher the explained classes score on the radiographs than on the reference."""
         differs = (self.inputs != self.reference).flatten(1).any(dim=1)  # else all difference is rounding
-        return (self.scores - chosen(self.reference_logits, self.explained)).where(differs, 0)
-
-
-def chosen(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Of logits (N, K) those of one class each: (N,)."""
-    return logits.gather(1, classes[:, None])[:, 0]
+        return chosen(self.logits - self.reference_logits, self.explained).where(differs, 0)
 
 
 def blur_kernel(side: int, sigma: float) -> np.ndarray:
@@ -1567,46 +1624,8 @@ def blur_kernel(side: int, sigma: float) -> np.ndarray:
     return kernel / kernel.sum(axis=1, keepdims=True)
 
 
-def blurred(inputs: torch.Tensor) -> torch.Tensor:
-    """Inputs (B, 3, S, S) under a Gaussian blur of sigma BLUR."""
-    import torch
-
-    kernel = torch.from_numpy(blur_kernel(inputs.shape[-1], BLUR)).to(inputs)
-    smooth = kernel @ inputs @ kernel.T
-    rounding = 16 * ROUNDING * inputs.abs().amax(dim=(1, 2, 3), keepdim=True)  # of sums over S pixels, twice
-    return smooth.where((smooth - inputs).abs() > rounding, inputs)  # a flat image must be its own reference
-
-
-def layer_gradients(
-    network: torch.nn.Module, layer: str, inputs: torch.Tensor, explained: torch.Tensor | None
-) -> tuple[torch.Tensor, ...]:
-    """One forward pass, and one backward pass from the class scores to a layer.
-
-    Returns logits (B, K), explained classes (B,): those given, or the predicted ones, and the
-    layer's activations and gradients (B, C, h, w). Parameters need no gradient and the layer's
-    output starts the graph, so nothing before the layer is recorded.
-    """
-    import torch
-
-    captured: list[torch.Tensor] = []
-
-    def start_graph(module: torch.nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
-        captured.append(output.detach().requires_grad_())
-        return captured[-1]
-
-    # The hook goes with its handle's context, whatever happens.
-    with network.get_submodule(layer).register_forward_hook(start_graph), torch.enable_grad():
-        logits = network(inputs)
-        (activations,) = captured
-        if explained is None:
-            explained = logits.argmax(dim=1)
-        # Images do not mix in eval mode, so the gradient of the sum holds each image's own.
-        (gradients,) = torch.autograd.grad(chosen(logits, explained).sum(), activations)
-    return logits.detach(), explained, activations.detach(), gradients
-
-
 def head_inputs(network: torch.nn.Module, head: str) -> tuple[list[torch.Tensor], Any]:
-    """A list that takes the input of the head (B, D) at each pass, and the hook, which goes with its context."""
+    """A list that takes the input of the head (B, D) at each pass, and the hook, gone with its context."""
     features: list[torch.Tensor] = []
     layer = network.get_submodule(head)
     return features, layer.register_forward_pre_hook(lambda layer, given: features.append(given[0].detach()))
@@ -1615,14 +1634,13 @@ def head_inputs(network: torch.nn.Module, head: str) -> tuple[list[torch.Tensor]
 def forward_pass(
     classifier: Classifier, inputs: torch.Tensor, target: int | None, at_once: int
 ) -> ForwardPass:
-    """What every method needs of a batch; explains class `target`, or each image's predicted class.
-
-    Later passes take `at_once` inputs of the usual size together, and fewer larger ones. Raises
+    """What every method needs of a batch; explains class `target`, or each image's predicted class. Raises
     ExplainError where the network's output is not finite.
     """
     import torch
 
     family, network = classifier.model.family, classifier.network
+    # So many inputs of the usual size pass together, and fewer larger ones.
     at_once = min(at_once, max(1, at_once * INPUT_SIZE**2 // inputs[0, 0].numel()))
     wanted = None if target is None else torch.full((len(inputs),), target, device=inputs.device)
     features, hook = head_inputs(network, family.head)
@@ -1631,41 +1649,24 @@ def forward_pass(
     if not torch.isfinite(logits).all():
         cause = "the network's output is not finite"
         raise refusal(classifier.model.checkpoint, cause, "its weights are damaged")
-    return ForwardPass(network, family.finer_layer, inputs, logits, *rest, at_once, features[0])
+    likenesses = [None] * len(inputs)
+    if classifier.reference:
+        likenesses = classifier.reference.likenesses(features[0].cpu().numpy())
+    return ForwardPass(network, family.finer_layer, inputs, logits, *rest, at_once, likenesses)
 
 
-# Class activation maps
-
-
-def grad_cam(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    """Grad-CAM before the ReLU: (B, C, h, w) twice -> (B, h, w), signed.
-
-    alpha_k = mean over space of the gradients (eq. 1); sum over k of alpha_k A_k (eq. 2).
-    """
-    return weighted_sum(gradients.mean(dim=(2, 3), keepdim=True), activations)
+# Other class activation maps
 
 
 def grad_cam_plus_plus(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """Grad-CAM++ before the ReLU: (B, C, h, w) twice -> (B, h, w), signed.
 
     alpha = g^2 / (2 g^2 + g^3 sum A) = 1 / (2 + g sum A) (its eq. 19); weights sum(alpha relu(g)).
-    The paper's activations are never negative. Where the sum of these is, it counts as zero: else
-    the denominator could cross zero.
+    A negative sum, which the paper's activations have not, counts as 0: else it could divide by 0.
     """
     positive = gradients.relu()
     totals = activations.sum(dim=(2, 3), keepdim=True).relu()
     return weighted_sum((positive / (2 + positive * totals)).sum(dim=(2, 3), keepdim=True), activations)
-
-
-def weighted_sum(weights: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
-    """Sum over the channels: (B, C, 1, 1) and (B, C, h, w) -> (B, h, w).
-
-    What lies within the rounding error of the sum is zero: noise must not become a heatmap.
-    """
-    terms = weights * activations  # (B, C, h, w)
-    raw = terms.sum(dim=1)
-    rounding = terms.abs().sum(dim=1) * ROUNDING
-    return raw.where(raw.abs() > rounding, 0)
 
 
 def refine_cam(seen: ForwardPass) -> torch.Tensor:
@@ -1677,14 +1678,14 @@ def refine_cam(seen: ForwardPass) -> torch.Tensor:
     import torch
 
     *_, activations, gradients = layer_gradients(seen.network, seen.finer_layer, seen.inputs, seen.explained)
-    product = torch.ones_like(seen.inputs[:, :1])
+    product = torch.ones_like(seen.inputs[:, 0])
     for raw in (grad_cam(seen.activations, seen.gradients), grad_cam(activations, gradients)):
         heat = raw.relu()[:, None]
-        heat = torch.nn.functional.interpolate(heat, seen.inputs.shape[2:], mode="bilinear")
-        low, high = heat.amin(dim=(2, 3), keepdim=True), heat.amax(dim=(2, 3), keepdim=True)
+        heat = torch.nn.functional.interpolate(heat, seen.inputs.shape[2:], mode="bilinear")[:, 0]
+        low, high = heat.amin(dim=(1, 2), keepdim=True), heat.amax(dim=(1, 2), keepdim=True)
         # A constant map takes nothing away.
         product *= ((heat - low) / (high - low)).where(high > low, heat.sign())
-    return product[:, 0]
+    return product
 
 
 # Gradients of pixels
@@ -1707,15 +1708,10 @@ def overlaps(cells: int, others: int) -> np.ndarray:
 
 
 def summed_over_cells(maps: torch.Tensor) -> torch.Tensor:
-    """Maps of pixels (B, 3, S, S) summed over colours and equal cells: (B, g, g), g = S / CELL.
-
-    No sum is lost: a pixel that lies across an edge counts in parts for both cells.
-    """
-    import torch
-
+    """Maps of pixels (B, 3, S, S) summed over colours and equal cells, pixels parted at edges: (B, g, g)."""
     maps = maps.cpu().double().sum(dim=1)  # Apple's GPUs have no float64
     size = maps.shape[-1]
-    shares = torch.from_numpy(overlaps(round(size / CELL), size))
+    shares = maps.new_tensor(overlaps(round(size / CELL), size))  # g = S / CELL
     return (shares @ maps @ shares.T).float()
 
 
@@ -1723,13 +1719,12 @@ def integrated_gradients(seen: ForwardPass) -> torch.Tensor:
     """(x - x') * integral of the gradient from the reference x' to x, by the Gauss-Legendre rule."""
     import torch
 
-    nodes, weights = np.polynomial.legendre.leggauss(POINTS)  # on [-1, 1]
-    nodes = torch.tensor(nodes / 2, dtype=torch.float32).to(seen.inputs.device).view(-1, 1, 1, 1) + 0.5
-    weights = torch.tensor(weights / 2, dtype=torch.float32).to(seen.inputs.device).view(-1, 1, 1, 1)
+    rule = np.stack(np.polynomial.legendre.leggauss(POINTS)) / 2  # nodes and weights on [-1/2, 1/2]
+    nodes, weights = seen.inputs.new_tensor(rule).view(2, -1, 1, 1, 1)
     maps = torch.zeros_like(seen.inputs)
     for total, image, reference, explained in zip(maps, seen.inputs, seen.reference, seen.explained):
         for places, shares in zip(nodes.split(seen.at_once), weights.split(seen.at_once)):
-            between = reference + places * (image - reference)
+            between = reference + (places + 0.5) * (image - reference)
             gradients = input_gradients(seen.network, between, explained.expand(len(between)))
             total += (shares * gradients).sum(dim=0)
         total *= image - reference
@@ -1786,10 +1781,8 @@ def held_factors(network: torch.nn.Module, count: int) -> Iterator[None]:
     """
     layers = [(layer, type(layer).__name__) for layer in network.modules()]
     leaves = {name for layer, name in layers if not list(layer.children())}
-    unknown = sorted(leaves - HELD_LAYERS.keys() - LINEAR_LAYERS)
-    if unknown:
-        cause = f"no rule for {', '.join(unknown)} in this network"
-        raise ExplainError(f"--method lrp: {cause}; choose another method")
+    if unknown := ", ".join(sorted(leaves - HELD_LAYERS.keys() - LINEAR_LAYERS)):
+        raise ExplainError(f"--method lrp: no rule for {unknown} in this network; choose another method")
     swapped = [(layer, HELD_LAYERS[name]) for layer, name in layers if name in HELD_LAYERS]
     try:
         for layer, forward in swapped:
@@ -1815,33 +1808,29 @@ def relevance_owed(seen: ForwardPass) -> torch.Tensor:
     """How much lower the explained classes score on the reference with the radiographs' factors: (B,)."""
     import torch
 
-    owed = []
-    for pair, explained in zip(torch.stack([seen.inputs, seen.reference], dim=1), seen.explained):
-        with torch.no_grad(), held_factors(seen.network, 1):
-            score, reference_score = seen.network(pair)[:, explained]
-        owed.append(score - reference_score)
-    return torch.stack(owed)
+    pairs = torch.stack([seen.inputs, seen.reference], dim=1)  # (B, 2, 3, S, S)
+    with torch.no_grad(), held_factors(seen.network, 1):
+        scores = [seen.network(pair)[:, explained] for pair, explained in zip(pairs, seen.explained)]
+    radiograph_scores, reference_scores = torch.stack(scores).T
+    return radiograph_scores - reference_scores
 
 
 # Parts covered
 
 
 def falls(seen: ForwardPass, kept: torch.Tensor) -> torch.Tensor:
-    """How far the scores fall where a radiograph is covered by its reference: (B, M) float64.
-
-    `kept` (M, g, g) bool says which cells of g x g stay as they are.
-    """
+    """How far scores fall where the reference covers all cells but those `kept` (M, g, g): (B, M) float64."""
     import torch
 
     rows = []
-    for image, reference, explained, score in zip(seen.inputs, seen.reference, seen.explained, seen.scores):
+    for image, reference, logits, explained in zip(seen.inputs, seen.reference, seen.logits, seen.explained):
         parts = []
         for some in kept[:, None].float().split(seen.at_once):
             mask = torch.nn.functional.interpolate(some.to(image.device), image.shape[1:]) > 0.5  # any size
             covered = image.where(mask, reference)
             differs = (covered != image).flatten(1).any(dim=1)  # else all difference is rounding
             with torch.no_grad():
-                parts.append((score - seen.network(covered)[:, explained]).where(differs, 0))
+                parts.append((logits - seen.network(covered))[:, explained].where(differs, 0))
         rows.append(torch.cat(parts))
     return torch.stack(rows).cpu().double()
 
@@ -1850,11 +1839,9 @@ def occlusion(seen: ForwardPass) -> torch.Tensor:
     """Mean fall of the score over the windows that cover a cell: (B, g, g), signed."""
     import torch
 
-    side = WINDOWS + 1
-    covered = torch.zeros(WINDOWS, WINDOWS, side, side, dtype=torch.bool)
-    for row, column in itertools.product(range(WINDOWS), repeat=2):
-        covered[row, column, row : row + 2, column : column + 2] = True
-    covered = covered.flatten(0, 1)  # (M, g, g)
+    covered = torch.zeros(WINDOWS**2, WINDOWS + 1, WINDOWS + 1, dtype=torch.bool)  # (M, g, g)
+    for window, (row, column) in zip(covered, itertools.product(range(WINDOWS), repeat=2)):
+        window[row : row + 2, column : column + 2] = True
     totals = torch.einsum("bm,mij->bij", falls(seen, ~covered), covered.double())
     return (totals / covered.sum(dim=0)).float()
 
@@ -1871,12 +1858,10 @@ def coalitions(players: int, count: int) -> np.ndarray:
 
 
 def shapley_values(sets: np.ndarray, worths: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Least squares for the players' values: sets (M, P) with worths (B, M) -> (B, P) of sum `total` (B,).
-
-    Unweighted, as the draw follows the kernel already. The last player has what the others leave.
-    """
+    """Least squares for the players' values: sets (M, P) with worths (B, M) -> (B, P) of sum `total` (B,)."""
     sets = sets.astype(float)
-    rest = worths - total[:, None] * sets[:, -1]
+    rest = worths - total[:, None] * sets[:, -1]  # the last player has what the others leave
+    # Unweighted: the draw follows the kernel already.
     values = np.linalg.lstsq(sets[:, :-1] - sets[:, -1:], rest.T, rcond=None)[0].T
     return np.column_stack([values, total - values.sum(axis=1)])
 
@@ -1890,6 +1875,9 @@ def kernel_shap(seen: ForwardPass) -> torch.Tensor:
     fallen = falls(seen, torch.from_numpy(sets).view(-1, PLAYERS, PLAYERS)).numpy()
     values = shapley_values(sets, total[:, None] - fallen, total)
     return torch.from_numpy(values).float().view(-1, PLAYERS, PLAYERS)
+
+
+# All methods
 
 
 @dataclass(frozen=True)
@@ -1909,34 +1897,20 @@ class Method:
 METHODS = {
     method.key: method
     for method in (
-        Method(
-            "gradcam", "Grad-CAM", "Selvaraju et al., ICCV 2017",
-            lambda seen: grad_cam(seen.activations, seen.gradients), 1, layers=("target_layer",),
-        ),
-        Method(
-            "gradcam++", "Grad-CAM++", "Chattopadhay et al., WACV 2018",
-            lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients), 1, layers=("target_layer",),
-        ),
-        Method(
-            "refinecam", "RefineCAM", "Domeniconi et al., arXiv 2605.14641, 2026", refine_cam, 2,
-            layers=("target_layer", "finer_layer"),
-        ),
-        Method(
-            "ig", "Integrated Gradients", "Sundararajan et al., ICML 2017",
-            integrated_gradients, 2 + POINTS, owed=lambda seen: seen.gain, compares=True,
-        ),
-        Method(
-            "shap", "SHAP", "Lundberg & Lee, NeurIPS 2017; Covert & Lee, AISTATS 2021",
-            kernel_shap, 2 + COALITIONS, owed=lambda seen: seen.gain, compares=True,
-        ),
-        Method(
-            "lrp", "LRP", "Bach et al., PLOS ONE 2015; factors held as by Ali et al., ICML 2022",
-            relevance, 5, owed=relevance_owed, compares=True,
-        ),
-        Method(
-            "occlusion", "Occlusion", "Zeiler & Fergus, ECCV 2014",
-            occlusion, 2 + WINDOWS**2, compares=True,
-        ),
+        Method("gradcam", "Grad-CAM", "Selvaraju et al., ICCV 2017",
+            lambda seen: grad_cam(seen.activations, seen.gradients), passes=1, layers=("target_layer",)),
+        Method("gradcam++", "Grad-CAM++", "Chattopadhay et al., WACV 2018",
+            lambda seen: grad_cam_plus_plus(seen.activations, seen.gradients), 1, layers=("target_layer",)),
+        Method("refinecam", "RefineCAM", "Domeniconi et al., arXiv 2605.14641, 2026",
+            refine_cam, passes=2, layers=("target_layer", "finer_layer")),
+        Method("ig", "Integrated Gradients", "Sundararajan et al., ICML 2017",
+            integrated_gradients, passes=2 + POINTS, compares=True, owed=lambda seen: seen.gain),
+        Method("shap", "SHAP", "Lundberg & Lee, NeurIPS 2017; Covert & Lee, AISTATS 2021",
+            kernel_shap, passes=2 + COALITIONS, compares=True, owed=lambda seen: seen.gain),
+        Method("lrp", "LRP", "Bach et al., PLOS ONE 2015; factors held as by Ali et al., ICML 2022",
+            relevance, passes=5, compares=True, owed=relevance_owed),
+        Method("occlusion", "Occlusion", "Zeiler & Fergus, ECCV 2014",
+            occlusion, passes=2 + WINDOWS**2, compares=True),
     )
 }  # fmt: skip
 
@@ -1948,28 +1922,8 @@ def passes_of(keys: Sequence[str]) -> int:
     return own + (2 if any(method.compares for method in methods) else 1)
 
 
-def finite(raw_map: np.ndarray) -> np.ndarray:
-    """The same map. Raises ValueError where a value is NaN or infinite: no check would flag it."""
-    if not np.isfinite(raw_map).all():
-        raise ValueError("the map is not finite")
-    return raw_map
-
-
-def normalised(raw_map: np.ndarray) -> np.ndarray:
-    """ReLU (eq. 2), then division by the maximum: (h, w) in [0, 1]. A blank map stays blank.
-
-    Raises ValueError for a map that is not finite.
-    """
-    positive = np.maximum(finite(raw_map), 0)
-    peak = positive.max()
-    return positive / peak if peak > 0 else positive
-
-
 def target_index(target_class: str | None, class_names: Sequence[str]) -> int | None:
-    """The class that --target-class means, by name or index; None stands for the predicted one.
-
-    Raises ExplainError for what is neither.
-    """
+    """The class of this name or index, else an ExplainError; None stands for the predicted class."""
     if target_class is None:
         return None
     names = [class_key(name) for name in class_names]
@@ -1979,8 +1933,8 @@ def target_index(target_class: str | None, class_names: Sequence[str]) -> int | 
     if target_class.strip() in map(str, range(len(names))):
         return int(target_class)
     choices = ", ".join(f"{index} = {printable(name)}" for index, name in enumerate(class_names))
-    cause = "not a class of the network"
-    raise ExplainError(f"--target-class {printable(target_class)}: {cause}; choose {choices}")
+    asked = f"--target-class {printable(target_class)}"
+    raise ExplainError(f"{asked}: not a class of the network; choose {choices}")
 
 
 def explain_batch(
@@ -2004,14 +1958,7 @@ def explain_batch(
             raise
         cause = f"not enough memory for a batch of {len(inputs)}"
         raise refusal(classifier.model.checkpoint, cause, "choose a smaller --batch-size") from error
-    likenesses = [None] * len(inputs)
-    if classifier.reference:
-        likenesses = classifier.reference.likenesses(seen.features.cpu().numpy())
-    return [
-        dataclasses.replace(explanation, likeness=likeness)
-        for likeness, *of_image in zip(likenesses, *by_method)
-        for explanation in of_image
-    ]
+    return [explanation for of_image in zip(*by_method) for explanation in of_image]
 
 
 def explanations_of(model: Model, seen: ForwardPass, method: Method) -> list[Explanation]:
@@ -2019,11 +1966,12 @@ def explanations_of(model: Model, seen: ForwardPass, method: Method) -> list[Exp
     raw_maps = model.score_scale * method.maps(seen).cpu().numpy()  # (B, h, w)
     if not np.isfinite(raw_maps).all():
         raise refusal(model.checkpoint, f"the map by {method.title} is not finite", "choose another --method")
-    probabilities, explained = seen.logits.softmax(dim=1).cpu().numpy(), seen.explained.tolist()
     owed = (model.score_scale * method.owed(seen)).tolist() if method.owed else [None] * len(raw_maps)
+    probabilities = seen.logits.softmax(dim=1).cpu().numpy()
+    of_images = zip(probabilities, seen.explained.tolist(), raw_maps, owed, seen.likenesses)
     explanations = [
-        Explanation(model, scores, index, raw_map, normalised(raw_map), method.key, due)
-        for scores, index, raw_map, due in zip(probabilities, explained, raw_maps, owed)
+        Explanation(model, scores, index, raw_map, normalised(raw_map), method.key, due, likeness=likeness)
+        for scores, index, raw_map, due, likeness in of_images
     ]
     if not method.compares:
         return explanations
@@ -2032,11 +1980,7 @@ def explanations_of(model: Model, seen: ForwardPass, method: Method) -> list[Exp
 
 
 def method_remarks(explanation: Explanation, reference: np.ndarray, gain: float) -> Iterator[str]:
-    """What the reader of a map that compares with the reference must know.
-
-    `reference` (K,) are the reference's probabilities; `gain` is what the explained class's score
-    gains on it.
-    """
+    """What is to be told of a map, of the reference's probabilities (K,) and of the score's gain on it."""
     name = explanation.model.class_names[reference.argmax()]
     yield f"Compared with the blurred radiograph, which the network calls {name}, {reference.max():.1%}"
     if gain < SMALL_GAIN:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch.utils import _pytree, backend_registration  # noqa: E402
 
 pytestmark = pytest.mark.slow  # the quick tests are for work in progress on other parts
 
+INPUTS = np.random.default_rng(6).normal(size=(2, 3, 48, 48)).astype(np.float32)
 NAME = "_setup_privateuseone_for_python_backend"
 if not hasattr(backend_registration, NAME):
     pytest.skip("this torch registers no devices in Python", allow_module_level=True)
@@ -60,15 +62,13 @@ def library():
     getattr(backend_registration, NAME)("other")
     rules = torch.library.Library("aten", "IMPL")
 
-    def empty(size, dtype=None, **options):
-        return Elsewhere(torch.empty(size, dtype=dtype))
+    def made_by(make, *given, dtype=None, **options):
+        return Elsewhere(make(*given, dtype=dtype))
 
-    def empty_strided(size, stride, dtype=None, **options):
-        return Elsewhere(torch.empty_strided(size, stride, dtype=dtype))
-
-    rules.impl("empty.memory_format", empty, "PrivateUse1")
-    rules.impl("empty_strided", empty_strided, "PrivateUse1")
-    with torch.autograd.set_multithreading_enabled(False):  # its threads are started before there is the device
+    for name, make in (("empty.memory_format", torch.empty), ("empty_strided", torch.empty_strided)):
+        rules.impl(name, functools.partial(made_by, make), "PrivateUse1")
+    # Its threads are started before there is the device.
+    with torch.autograd.set_multithreading_enabled(False):
         yield rules
     rules._destroy()
 
@@ -77,37 +77,32 @@ def elsewhere(classifier):
     """The same classifier on the other device."""
     network = copy.deepcopy(classifier.network)
     for module in network.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                module._parameters[name] = torch.nn.Parameter(Elsewhere(weight.data), requires_grad=False)
-        module._buffers.update({name: Elsewhere(each) for name, each in module._buffers.items() if each is not None})
+        for name, weight in module.named_parameters(recurse=False):
+            module._parameters[name] = torch.nn.Parameter(Elsewhere(weight.data), requires_grad=False)
+        for name, each in module.named_buffers(recurse=False):
+            module._buffers[name] = Elsewhere(each)
     return dataclasses.replace(classifier, network=network)
 
 
-@pytest.fixture
-def inputs():
-    return np.random.default_rng(6).normal(size=(2, 3, 48, 48)).astype(np.float32)
-
-
 @pytest.mark.parametrize("key", FAMILIES)
-def test_every_method_and_verify_give_the_maps_of_the_cpu(library, tiny_classifiers, inputs, monkeypatch, key):
+def test_every_method_and_verify_give_the_maps_of_the_cpu(library, tiny_classifiers, monkeypatch, key):
     for name, few in {"POINTS": 3, "PLAYERS": 2, "COALITIONS": 8, "WINDOWS": 2, "MOVED_MASKS": 2}.items():
         monkeypatch.setattr(explainability, name, few)
     pair = tiny_classifiers[key], elsewhere(tiny_classifiers[key])
     assert pair[1].device.type == "other"
-    here, there = (explainability.explain_batch(each, inputs, 1, METHODS) for each in pair)
+    here, there = (explainability.explain_batch(each, INPUTS, 1, METHODS) for each in pair)
     for one, other in zip(here, there, strict=True):
         np.testing.assert_allclose(other.raw_map, one.raw_map, rtol=1e-3, atol=1e-6, err_msg=one.method)
     landmarks = Landmarks(np.ones((7, 7)), ((5, 5, 30, 30),))
-    here, there = (explainability.tried(each, inputs[1], an_explanation(), landmarks, 4) for each in pair)
+    here, there = (explainability.tried(each, INPUTS[1], an_explanation(), landmarks, 4) for each in pair)
     for name in ("blurred", "added", "covered", "erased"):
         assert np.abs(getattr(here, name) - getattr(there, name)).max() < 1e-6
 
 
-def test_a_forgotten_move_to_the_device_is_caught(library, tiny_classifiers, inputs, monkeypatch):
+def test_a_forgotten_move_to_the_device_is_caught(library, tiny_classifiers, monkeypatch):
     classifier = elsewhere(tiny_classifiers["efficientnet"])
     with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
-        explainability.forward_pass(classifier, torch.from_numpy(inputs), 1, 4)
+        explainability.forward_pass(classifier, torch.from_numpy(INPUTS), 1, 4)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)
     with pytest.raises(TypeError, match="no array"):
-        explainability.explain_batch(classifier, inputs, 1)
+        explainability.explain_batch(classifier, INPUTS, 1)

@@ -143,7 +143,7 @@ def test_a_run_tells_what_is_unlike_and_what_is_similar(tiny_arguments, training
     assert same["efficientnet_similar"].count("simple_fracture/") == 3
     assert "07.png" not in same["efficientnet_similar"]
     told = json.loads((results / "map_efficientnet_same.json").read_text())
-    assert told["similar"][0]["class"] == "Simple Fracture"
+    assert "Simple Fracture" in told["similar"][0] and len(told["similar"]) == 3
     assert told["checks"]["neighbours"]["value"] in (0, 1)
     said = capsys.readouterr().out
     assert "Reference saved" in said and "  Unlike the reference: 1 of 2 images; contradicted by sim" in said

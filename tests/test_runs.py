@@ -497,7 +497,7 @@ def test_lack_of_memory_names_the_batch_size_and_a_fault_shows_where_it_is(expla
 
     monkeypatch.setattr(tool, "forward_pass", failing)
     assert explain(*asked) == 1
-    assert "--batch-size" in capsys.readouterr().err
+    assert "not enough memory for a batch of 4; choose a smaller --batch-size" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a fault"):  # what nobody foresaw is for whoever maintains the tool
         explain(*asked)
 
