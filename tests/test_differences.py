@@ -247,10 +247,9 @@ def test_what_a_map_owes_is_told_beside_what_it_sums_to(told):
 def test_each_bare_picture_is_that_of_its_image_model_and_method(told):
     style = tool.FigureStyle()
     for (name, key, method), each in told.alone.items():
-        width, height = SIZES[name]
         pixels, kind = tool.load_radiograph(told.folder / f"{name}.png").pixels, "" if method == "gradcam" else f"{method}_"
         for what, expected in (
-            (f"heatmap_{kind}{key}", tool.heatmap_pixels(each, height, width, style)),
+            (f"heatmap_{kind}{key}", tool.heatmap_pixels(pixels, each, style)),
             (f"overlay_{kind}{key}", tool.overlay_pixels(pixels, each, style)),
             ("radiograph", pixels),
         ):
