@@ -3293,7 +3293,7 @@ def title_room(titles: Sequence[str], inches: float) -> float:
 
 
 def draw_picture(sheet: Sheet, x: float, y: float, pixels: np.ndarray, title: str, grid: tuple = ()) -> None:
-    """A picture under its title; on a map of this grid known fractures, and thin what counts as such."""
+    """A picture under its title; on a map of this grid known fractures, and thin what counts as inside."""
     view = sheet.view
     top = y - 0.06 - BODY.leading * len(wrapped(title, BODY, view.column))
     sheet.wrap(x, top, title, view.column, BODY)
