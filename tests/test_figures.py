@@ -170,7 +170,7 @@ EXPLAINED = (
     {"findings": FLAGGED * 3, **DEMO},
     {"method": "ig", "owed": 2.1, "remarks": ("The network calls the blurred one Simple Fracture (96 %).",)},
     {"checkpoint": Path(f"convnext_{'very_' * 30}long_name.pth")},
-    {"likeness": Likeness(9, 9, SIMILAR)},
+    {"likeness": Likeness(9, 9, SIMILAR), "findings": FLAGGED * 9},
     {"raw_map": CORNER * 1.23456e-20, "accuracy": "Accuracy: not recorded in the checkpoint"},
 )
 SHAPES = ((900, 600), (600, 900), (1000, 100), (100, 1000), (1, 1))
