@@ -2745,29 +2745,8 @@ LEADING, CAPITALS = 1.38 / 72, 0.73 / 72  # inches of a line and of a capital le
 MARGIN, GAP = 0.28, 0.14  # inches
 HAIRLINE = 0.75  # points
 BAR_ROOM = 0.76  # inches for a colour bar, its ticks and its label
-DETAILS_WIDTH = 4.1  # inches, beside panels in a row
-PANEL_AREA = 19  # square inches that a picture takes
-LONGEST_SIDE = 9  # inches
-MIN_COLUMN = 1.9  # inches: room for a panel's title over a narrow picture
-LISTED_CLASSES = 4  # the likeliest; what the others have is summed
-OVERLAY_OPACITY = 0.6  # where the heat is greatest; nothing where there is none
-CONTOURS = (0.25, 0.5, 0.75)  # places on the colour bar, which are shares of the heatmap's maximum
-CONTOUR_WIDTH = 1 / 110  # of the picture's longer side
-SIGNED_CONTOURS = (0.125, 0.25, 0.375, 0.625, 0.75, 0.875)  # the same shares against and for the class
-DIVERGING = "RdBu_r"  # for signed maps: blue against, white nothing, red for
-PNG_LEVEL = 1  # zlib level; higher ones cost more time than they save space here
-READING_GUIDE = (  # what the ends of the colour bar mean, the upper one first
-    "High attention: raised the score of the explained class",
-    "Low attention: counted little or not at all",
-)
-SIGNED_GUIDE = ("Raised the score of the explained class", "Lowered the score of the explained class")
-READING_ADVICE = (
-    "Good: on the fracture line and the bone around it.",
-    "Red flag: on borders, markers, text, or nowhere in particular.",
-)
+SIMILAR_SIDE = 0.8  # inches, the longer side of a similar case's picture
 MISSING = "□"  # for a character that no installed font has
-BOX_LEGEND = "Dashed: the true fracture; thin line: as it is counted, with half a cell of the map more."
-READERS_CHECK = "☐ Clinical features match: for the reader to judge"
 
 # A figure is a sheet: texts, boxes and pictures at places in inches from its top left. matplotlib's
 # renderers draw it. Its Figure, Axes and Text would do, but take several times as long.
@@ -2779,13 +2758,10 @@ def plain_matplotlib() -> Any:
     os.environ["MPLBACKEND"] = "agg"  # a notebook leaves its own, which may not be importable from here
     with silenced():
         import matplotlib
-        from matplotlib import font_manager  # noqa: F401  which says how long it looks for fonts
+        from matplotlib import font_manager, path, transforms  # noqa: F401  the first says how long it looks
     lasting = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "explainability"}
     matplotlib.rcParams.update({**matplotlib.rcParamsDefault, **lasting, "text.hinting": "none"})
     return matplotlib
-
-
-# Texts
 
 
 @dataclass(frozen=True)
@@ -2801,9 +2777,13 @@ class Look:
         """Inches from line to line."""
         return self.points * LEADING
 
+    def font(self, text: str) -> Any:
+        """What matplotlib must know to draw this text."""
+        properties = plain_matplotlib().font_manager.FontProperties
+        return properties(fname=font_file(text, self.is_bold), size=self.points)
+
 
 LARGE, BOLD = Look(15, is_bold=True), Look(10, is_bold=True)
-SIMILAR_SIDE = 0.8  # inches, the longer side of a similar case's picture
 BODY, SMALL = Look(10), Look(8.5)
 NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
 
@@ -2811,29 +2791,23 @@ NAME, FAINT, ALERT = Look(10, MUTED), Look(8.5, MUTED), Look(8.5, WARNING)
 @functools.cache
 def characters(font: str) -> set[str]:
     """What a font's file can draw; nothing where it cannot be drawn at every size."""
-    from matplotlib.font_manager import get_font
-
-    face = get_font(font)
+    face = plain_matplotlib().font_manager.get_font(font)
     return set(map(chr, face.get_charmap())) if face.scalable else set()
 
 
 @functools.lru_cache(maxsize=4096)
 def font_file(text: str, is_bold: bool) -> str:
-    """The first font that has a whole text: DejaVu Sans, which comes with matplotlib, or an installed one.
-
-    The figures look the same everywhere; where no font has it, they show what DejaVu Sans has.
-    """
+    """The first font that has a whole text, DejaVu Sans, which comes with matplotlib, before others."""
+    matplotlib = plain_matplotlib()
     name = "DejaVuSans-Bold.ttf" if is_bold else "DejaVuSans.ttf"
-    own = str(Path(plain_matplotlib().get_data_path(), "fonts", "ttf", name))
+    own = str(Path(matplotlib.get_data_path(), "fonts", "ttf", name))
     if characters(own) >= set(text):
         return own
-    from matplotlib.font_manager import fontManager
-
-    upright = {entry.fname for entry in fontManager.ttflist if entry.style == "normal"}
-    upright = {font for font in upright if "LastResort" not in font}  # has a box for every character
-    installed = filter(os.path.isfile, upright)
-    likely_first = sorted(installed, key=lambda font: (("bold" in font.lower()) != is_bold, font))
-    return next((font for font in likely_first if characters(font) >= set(text)), own)
+    upright = {each.fname for each in matplotlib.font_manager.fontManager.ttflist if each.style == "normal"}
+    for font in sorted(upright, key=lambda font: (("bold" in font.lower()) != is_bold, font)):
+        if "LastResort" not in font and os.path.isfile(font) and characters(font) >= set(text):
+            return font  # LastResort has a box for every character
+    return own
 
 
 @functools.lru_cache(maxsize=4096)
@@ -2847,11 +2821,9 @@ def drawable(text: str) -> str:
 @functools.cache
 def advance(character: str, font: str) -> float:
     """Width of a character in inches for each point of size."""
-    from matplotlib.font_manager import get_font
-    from matplotlib.ft2font import LoadFlags
-
-    face = get_font(font)
-    return face.load_char(ord(character), LoadFlags.NO_SCALE).horiAdvance / face.units_per_EM / 72
+    matplotlib = plain_matplotlib()
+    face, flags = matplotlib.font_manager.get_font(font), matplotlib.ft2font.LoadFlags.NO_SCALE
+    return face.load_char(ord(character), flags).horiAdvance / face.units_per_EM / 72
 
 
 def text_width(text: str, look: Look) -> float:
@@ -2860,17 +2832,8 @@ def text_width(text: str, look: Look) -> float:
     return look.points * sum(advance(character, font) for character in text)
 
 
-def elided(text: str, look: Look, inches: float) -> str:
-    """Drawable text cut in the middle until it fits; both ends of a name tell something."""
-    kept, short = len(text) // 2, text
-    while text_width(short, look) > inches and kept > 1:
-        kept -= 1
-        short = f"{text[:kept]}…{text[-kept:]}"
-    return short
-
-
 def wrapped(text: str, look: Look, inches: float, most: int = 2) -> list[str]:
-    """A text in at most so many lines, broken at spaces; the last is cut in the middle where it must be."""
+    """A text in at most so many lines, broken at spaces; a line that is too long keeps both its ends."""
     first, *others = drawable(text).split(" ")
     lines = [first]
     for word in others:
@@ -2879,29 +2842,28 @@ def wrapped(text: str, look: Look, inches: float, most: int = 2) -> list[str]:
             lines[-1] = longer
         else:
             lines.append(word)
-    return [elided(line, look, inches) for line in lines]
+    for number, line in enumerate(lines):
+        kept = len(line) // 2
+        while text_width(lines[number], look) > inches and kept > 1:
+            kept -= 1
+            lines[number] = f"{line[:kept]}…{line[-kept:]}"
+    return lines
 
 
 # What lies on a sheet. Each draws itself through a renderer, for a page of this height in inches.
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)  # most lines come again on every page
 def text_strip(text: str, look: Look, dpi: float) -> np.ndarray:
-    """A line of text on nothing, (6 p, w, 4) uint8: p pixels at its sides, the baseline 2 p above the bottom.
-
-    Most lines come again on every page.
-    """
+    """A line of text on nothing, (6 p, w, 4) uint8: p pixels at its sides, its baseline 2 p up."""
     from matplotlib.backends.backend_agg import RendererAgg
-    from matplotlib.font_manager import FontProperties
 
     pad = max(1, round(0.3 * look.points / 72 * dpi))
     renderer = RendererAgg(round(text_width(text, look) * dpi) + 2 * pad, 6 * pad, dpi)
-    gc, font = renderer.new_gc(), FontProperties(fname=font_file(text, look.is_bold), size=look.points)
-    renderer.draw_text(gc, pad, 4 * pad, text, font, 0)
+    gc = renderer.new_gc()
     gc.set_foreground(look.colour)
-    strip = np.array(renderer.buffer_rgba())
-    strip[:, :, :3] = np.multiply(gc.get_rgb()[:3], 255).round()
-    return strip
+    renderer.draw_text(gc, pad, 4 * pad, text, look.font(text), 0)
+    return np.array(renderer.buffer_rgba())
 
 
 @dataclass(frozen=True)
@@ -2915,14 +2877,11 @@ class Line:
     is_upright: bool
 
     def draw(self, renderer: Any, dpi: float, height: float) -> None:
-        from matplotlib.font_manager import FontProperties
-
         gc, x, y = renderer.new_gc(), self.x * dpi, (height - self.baseline) * dpi
         if not hasattr(renderer, "buffer_rgba"):  # text stays text
             gc.set_foreground(self.look.colour)
-            font = FontProperties(fname=font_file(self.text, self.look.is_bold), size=self.look.points)
             y = self.baseline * dpi if renderer.flipy() else y
-            renderer.draw_text(gc, x, y, self.text, font, 90 if self.is_upright else 0)
+            renderer.draw_text(gc, x, y, self.text, self.look.font(self.text), 90 if self.is_upright else 0)
             return
         strip = text_strip(self.text, self.look, dpi)
         pad = len(strip) // 6
@@ -2945,16 +2904,15 @@ class Box:
     dashes: tuple[float, ...] = ()  # points
 
     def draw(self, renderer: Any, dpi: float, height: float) -> None:
-        from matplotlib.path import Path as Outline
-        from matplotlib.transforms import Affine2D
-
-        gc, corner = renderer.new_gc(), (self.x * dpi, (height - self.y - self.height) * dpi)
+        matplotlib, gc = plain_matplotlib(), renderer.new_gc()
+        corner = self.x * dpi, (height - self.y - self.height) * dpi
         gc.set_foreground(self.colour)
         gc.set_linewidth(self.line)
         gc.set_joinstyle("miter")
         gc.set_dashes(0, self.dashes or None)
-        place = Affine2D().scale(self.width * dpi, self.height * dpi).translate(*corner)
-        renderer.draw_path(gc, Outline.unit_rectangle(), place, None if self.line else gc.get_rgb())
+        place = matplotlib.transforms.Affine2D().scale(self.width * dpi, self.height * dpi).translate(*corner)
+        square = matplotlib.path.Path.unit_rectangle()
+        renderer.draw_path(gc, square, place, None if self.line else gc.get_rgb())
 
 
 @dataclass(frozen=True)
@@ -2999,8 +2957,8 @@ class View:
 
     @property
     def column(self) -> float:
-        """Inches that a panel takes with its title."""
-        return max(self.width, MIN_COLUMN)
+        """Inches that a panel takes, with room for its title over a narrow picture."""
+        return max(self.width, 1.9)
 
 
 @dataclass
@@ -3028,13 +2986,10 @@ class Sheet:
         self.items += [Box(x, y, width, height, colour), Box(x, y, width, height, FRAME, HAIRLINE)]
 
 
-# Maps in colour
-
-
 @functools.cache
 def colours_of(style: FigureStyle) -> np.ndarray:
-    """The colormap from end to end as (256, 3) uint8, however many shades it is made of."""
-    colormap = plain_matplotlib().colormaps[DIVERGING if style.signed else style.colormap]
+    """The colormap from end to end as (256, 3) uint8; of signed maps blue against, white nothing, red for."""
+    colormap = plain_matplotlib().colormaps["RdBu_r" if style.signed else style.colormap]
     return (colormap(np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)
 
 
@@ -3049,63 +3004,54 @@ def resized(values: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
 
 
-def colour_places(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
-    """A map that has colours as places on the colour bar, (height, width) in [0, 1]; signed, 0.5 is 0."""
+def colour_places(picture: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
+    """A map as places on the colour bar, (H, W) of the picture, in [0, 1]; signed, 0.5 is 0."""
     places = explanation.heatmap
     if style.signed:
-        places = 0.5 + explanation.raw_map / (2 * np.abs(explanation.raw_map).max())
-    return resized(places, height, width)
+        places = 0.5 + explanation.raw_map / (2 * np.abs(explanation.raw_map).max() or 1)
+    return resized(places, *picture.shape[:2])
 
 
-def heatmap_pixels(explanation: Explanation, height: int, width: int, style: FigureStyle) -> np.ndarray:
-    """The map alone in colour, (height, width, 3) uint8; plain grey where there is none."""
+def heatmap_pixels(picture: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
+    """The map alone in colour, as large as a radiograph (H, W, 3) uint8; plain grey where there is none."""
     if not has_colours(explanation, style):
-        return np.full((height, width, 3), 228, np.uint8)
-    places = colour_places(explanation, height, width, style)
-    return colours_of(style)[(places * 255).round().astype(np.uint8)]
+        return np.full_like(picture, 228)
+    return colours_of(style)[(colour_places(picture, explanation, style) * 255).round().astype(np.uint8)]
 
 
 def overlay_pixels(picture: np.ndarray, explanation: Explanation, style: FigureStyle) -> np.ndarray:
-    """The map in colour over a radiograph (H, W, 3) uint8; a blank map leaves it as it is.
-
-    Opacity follows the heat, so that cold bone stays as it is.
-    """
-    if not has_colours(explanation, style):
-        return picture
-    places = colour_places(explanation, *picture.shape[:2], style)
+    """The map in colour over a radiograph (H, W, 3) uint8: 60 % where hottest; cold bone stays as it is."""
+    places = colour_places(picture, explanation, style)
     if style.contours:
         return with_contours(picture, places, style)
     levels, heat = (places * 255).round().astype(np.uint8), np.arange(256) / 255
     if style.signed:
         heat = np.maximum(np.abs(np.arange(256) - 127.5) - 0.5, 0) / 127
-    opacity = (OVERLAY_OPACITY * 255 * heat).round().astype(np.uint8)
+    opacity = (0.6 * 255 * heat).round().astype(np.uint8)
     coloured, mask = Image.fromarray(colours_of(style)[levels]), Image.fromarray(opacity[levels])
     return np.asarray(Image.composite(coloured, Image.fromarray(picture), mask))
 
 
 def with_contours(picture: np.ndarray, places: np.ndarray, style: FigureStyle) -> np.ndarray:
-    """Lines of equal heat over a picture, each on a dark ground that shows on bright bone.
-
-    A pixel's distance from a line is the difference in heat over the slope there.
-    """
+    """Lines of equal heat over a picture, each on a dark ground that shows on bright bone."""
+    levels = (0.25, 0.5, 0.75)  # shares of the heatmap's maximum
+    if style.signed:
+        levels = (0.125, 0.25, 0.375, 0.625, 0.75, 0.875)  # the same against and for the class
     image, slope = Image.fromarray(picture), np.maximum(np.hypot(*np.gradient(places)), 1e-6)
-    levels = SIGNED_CONTOURS if style.signed else CONTOURS
-    for width, is_ground in ((CONTOUR_WIDTH, True), (CONTOUR_WIDTH / 2, False)):
+    half = max(picture.shape) / 220  # of the ground's width, pixels; lines are half as wide
+    for reach, is_ground in ((half, True), (half / 2, False)):
         for level in levels:
-            pixels = max(picture.shape) * width / 2 - np.abs(places - level) / slope  # inside the line
-            mask = Image.fromarray((255 * (pixels + 0.5).clip(0, 1)).astype(np.uint8))
+            inside = reach - np.abs(places - level) / slope  # pixels: a difference over the slope there
+            mask = Image.fromarray((255 * (inside + 0.5).clip(0, 1)).astype(np.uint8))
             image.paste((0, 0, 0) if is_ground else tuple(colours_of(style)[round(255 * level)]), mask=mask)
     return np.asarray(image)
 
 
-# Panels
-
-
 def fitted(pixels: np.ndarray, dpi: float) -> np.ndarray:
-    """A radiograph (H, W, 3) at the size of a panel: about the same area whatever its shape."""
+    """A radiograph (H, W, 3) at the size of a panel: about 19 square inches, but at most 9 inches long."""
     rows, columns = pixels.shape[:2]
-    area = PANEL_AREA * max(1, columns / rows) ** 0.25  # wide ones lose more of the page to their titles
-    longest = min(LONGEST_SIDE, math.sqrt(area * max(rows, columns) / min(rows, columns)))
+    area = 19 * max(1, columns / rows) ** 0.25  # wide ones lose more of the page to their titles
+    longest = min(9, math.sqrt(area * max(rows, columns) / min(rows, columns)))
     scale = longest * dpi / max(rows, columns)
     size = max(1, round(columns * scale)), max(1, round(rows * scale))
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=3))
@@ -3116,52 +3062,33 @@ def title_room(titles: Sequence[str], inches: float) -> float:
     return 0.08 + BODY.leading * max(len(wrapped(title, BODY, inches)) for title in titles)
 
 
-def draw_picture(sheet: Sheet, x: float, y: float, pixels: np.ndarray, title: str) -> None:
-    """A picture with its title, whose last line sits on it."""
-    width = sheet.view.column
-    sheet.wrap(x, y - 0.06 - BODY.leading * len(wrapped(title, BODY, width)), title, width, BODY)
-    sheet.items.append(Picture(x, y, pixels, title))
-
-
-def draw_boxes(sheet: Sheet, x: float, y: float, explanation: Explanation) -> None:
-    """Dashed outlines of known fractures, and thin ones of what counts as inside."""
+def draw_picture(sheet: Sheet, x: float, y: float, pixels: np.ndarray, title: str, grid: tuple = ()) -> None:
+    """A picture under its title; on a map of this grid known fractures, and thin what counts as inside."""
     view = sheet.view
+    top = y - 0.06 - BODY.leading * len(wrapped(title, BODY, view.column))
+    sheet.wrap(x, top, title, view.column, BODY)
+    sheet.items.append(Picture(x, y, pixels, title))
     dashed, thin = [("black", 2.5), ("white", 1.2, (4, 3))], [("white", HAIRLINE)]
-    for box in view.boxes:
-        grown = with_margin(box, *explanation.raw_map.shape)
-        for (left, top, right, bottom), lines in ((box, dashed), (grown, thin)):
+    for box in view.boxes if grid else ():
+        for (left, top, right, bottom), lines in ((box, dashed), (with_margin(box, *grid), thin)):
             size = (right - left) * view.width, (bottom - top) * view.height
             sheet.items += [Box(x + left * view.width, y + top * view.height, *size, *line) for line in lines]
 
 
-def draw_blankness(sheet: Sheet, x: float, y: float, text: str) -> None:
-    """Why a map has nothing to show, in the middle of its picture."""
-    inches = sheet.view.column - 0.3
-    lines = wrapped(text, SMALL, inches, 4)
-    width, height = max(text_width(line, SMALL) for line in lines), SMALL.leading * len(lines)
-    left, top = x + max(0.1, (sheet.view.width - width) / 2), y + max(0, (sheet.view.height - height) / 2)
-    sheet.frame(left - 0.1, top - 0.08, width + 0.2, height + 0.16, "white")
-    sheet.wrap(left, top, text, inches, SMALL, 4)
-
-
-def draw_overlay(sheet: Sheet, x: float, y: float, explanation: Explanation, title: str) -> None:
-    """The map over the radiograph."""
-    draw_picture(sheet, x, y, overlay_pixels(sheet.view.picture, explanation, sheet.view.style), title)
-    draw_boxes(sheet, x, y, explanation)
-
-
-def draw_panels(
-    sheet: Sheet, places: Sequence[tuple[float, float]], explanation: Explanation, titles: Sequence[str]
-) -> None:
-    """Radiograph, heatmap and overlay at their places."""
-    first, second, third = places
-    view = sheet.view
-    draw_picture(sheet, *first, view.picture, titles[0])
-    draw_picture(sheet, *second, heatmap_pixels(explanation, *view.picture.shape[:2], view.style), titles[1])
-    draw_boxes(sheet, *second, explanation)
+def draw_panels(sheet: Sheet, places: list[tuple], titles: tuple, explanation: Explanation, bar: int) -> None:
+    """Radiograph, heatmap (or why it is blank) and overlay at their places; the scale beside place `bar`."""
+    view, grid, (x, y) = sheet.view, explanation.raw_map.shape, places[1]
+    draw_picture(sheet, *places[0], view.picture, titles[0])
+    draw_picture(sheet, x, y, heatmap_pixels(view.picture, explanation, view.style), titles[1], grid)
     if explanation.blankness:
-        draw_blankness(sheet, *second, explanation.blankness)
-    draw_overlay(sheet, *third, explanation, titles[2])
+        lines = wrapped(explanation.blankness, SMALL, view.column - 0.3, 4)
+        width, height = max(text_width(line, SMALL) for line in lines), SMALL.leading * len(lines)
+        left, top = x + max(0.1, (view.width - width) / 2), y + max(0, (view.height - height) / 2)
+        sheet.frame(left - 0.1, top - 0.08, width + 0.2, height + 0.16, "white")
+        sheet.wrap(left, top, explanation.blankness, view.column - 0.3, SMALL, 4)
+    draw_picture(sheet, *places[2], overlay_pixels(view.picture, explanation, view.style), titles[2], grid)
+    if has_colours(explanation, view.style):
+        draw_colour_bar(sheet, *places[bar])
 
 
 def draw_colour_bar(sheet: Sheet, x: float, y: float) -> None:
@@ -3183,11 +3110,11 @@ def draw_colour_bar(sheet: Sheet, x: float, y: float) -> None:
 
 
 def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
-    """The prediction, and a line and a bar for each of the likeliest classes."""
+    """The prediction, a line and a bar for each of the four likeliest classes, and the sum of the others."""
     y = sheet.wrap(x, y - 0.05, explanation.prediction, width, LARGE, 4)
     sheet.write(x, y, f"Confidence: {explanation.confidence:.2%}", BODY)
     y += 0.3
-    for index in explanation.ranking[:LISTED_CLASSES]:
+    for index in explanation.ranking[:4]:
         look = BOLD if index == explanation.predicted else BODY
         probability = float(explanation.probabilities[index])
         text = f"{probability:.2%}"
@@ -3195,7 +3122,7 @@ def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation
         y = sheet.wrap(x, y, explanation.model.class_names[index], width - 0.8, look)
         sheet.items += [Box(x, y, width, 0.075, TRACK), Box(x, y, width * probability, 0.075, BAR)]
         y += 0.15
-    if rest := explanation.ranking[LISTED_CLASSES:]:
+    if rest := explanation.ranking[4:]:
         together = float(explanation.probabilities[rest].sum())
         y = sheet.wrap(x, y - 0.02, f"and {len(rest)} more, together {together:.2%}", width, FAINT)
     return y + 0.06
@@ -3212,29 +3139,27 @@ def findings_block(sheet: Sheet, x: float, y: float, width: float, explanation: 
             sheet.write(x, y, "⚠", ALERT)
             text = f"{check.title}: {finding.text}" if check.title else finding.text
             y = sheet.wrap(x + 0.2, y, text, width - 0.2, ALERT, 3) + 0.03
-        elif check.about in ("reference", *ASKED_AGAIN):
-            if finding.is_measured:
-                told.append(marked_text(finding))
-        else:
+        elif check.about in ("map", "prediction"):
             passed.append(check.key.replace("_", " "))
+        elif finding.is_measured:
+            told.append(marked_text(finding))
     if explanation.pointing:
         told += pointing_text(explanation.pointing).replace("⚠️  ", "⚠ ").split("; ")
     for text in sorted(told, key=lambda text: not text.startswith("⚠")):
         y = sheet.wrap(x, y, text, width, ALERT if text.startswith("⚠") else SMALL, 3)
     if passed:
         y = sheet.wrap(x, y, f"Passed: {', '.join(passed)}", width)
-    return sheet.wrap(x, y, READERS_CHECK, width) + 0.1
+    return sheet.wrap(x, y, "☐ Clinical features match: for the reader to judge", width) + 0.1
 
 
 def provenance_block(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
     """Where the map came from, and what its reader must know."""
     model, raw = explanation.model, explanation.raw_map
     h, w = raw.shape
-    lines = {}
+    lines = {"Model": model.architecture, "Checkpoint": printable(model.checkpoint.name), "": model.accuracy}
     if explanation.explained != explanation.predicted:
         probability = explanation.probabilities[explanation.explained]
-        lines["Explained class"] = f"{probability:.2%} {explanation.explained_class}"
-    lines |= {"Model": model.architecture, "Checkpoint": printable(model.checkpoint.name), "": model.accuracy}
+        lines = {"Explained class": f"{probability:.2%} {explanation.explained_class}", **lines}
     if is_demo(model.checkpoint) and model.accuracy.endswith("%"):
         lines[""] += " (synthetic test images)"
     layers = [getattr(model.family, name) for name in METHODS[explanation.method].layers]
@@ -3258,60 +3183,56 @@ def provenance_block(sheet: Sheet, x: float, y: float, width: float, explanation
     return y + 0.1
 
 
-def guide_block(sheet: Sheet, x: float, y: float, width: float) -> float:
-    """How to read the colours."""
-    style = sheet.view.style
-    sheet.write(x, y, "How to read the heatmap", FAINT)
-    y += 0.19
-    for end, text in zip((-1, 0), SIGNED_GUIDE if style.signed else READING_GUIDE):
-        sheet.frame(x, y + 0.02, 0.22, 0.13, tuple(colours_of(style)[end] / 255))
-        y = max(sheet.wrap(x + 0.32, y, text, width - 0.32), y + 0.19)
-    if style.contours:
-        y = sheet.wrap(x, y + 0.01, "Lines: 25, 50 and 75 % of the maximum.", width)
-    for text in READING_ADVICE:
-        y = sheet.wrap(x, y + 0.01, text, width)
-    return y + 0.05
-
-
 def draw_similar(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
     """The reference images most like this one, with their true classes; returns where they end."""
     sheet.write(x, y, "Most similar reference images, to the network", FAINT)
     column, top = width / NEAREST, y + 0.22
     below = top + SIMILAR_SIDE + 0.04
-    end = below
+    ends = [below]
     for place, case in enumerate(explanation.similar):
         picture = Image.fromarray(case.picture).convert("RGB")
-        scale = SIMILAR_SIDE * sheet.view.style.dpi / max(picture.size)
-        pixels = np.asarray(picture.resize([max(1, round(side * scale)) for side in picture.size]))
+        picture = ImageOps.scale(picture, SIMILAR_SIDE * sheet.view.style.dpi / max(picture.size))
         text = f"{case.class_name}, {case.likeness:.3f}"
-        sheet.items.append(Picture(x + place * column, top, pixels, text))
-        end = max(end, sheet.wrap(x + place * column, below, text, column - 0.1))
-    return end + 0.1
+        sheet.items.append(Picture(x + place * column, top, np.asarray(picture), text))
+        ends.append(sheet.wrap(x + place * column, below, text, column - 0.1))
+    return max(ends) + 0.1
 
 
 def draw_details(sheet: Sheet, x: float, y: float, width: float, explanation: Explanation) -> float:
-    """The panel of text, in two columns where it is wide; returns where it ends."""
-    inches = width if width < 6 else (width - 0.3) / 2
+    """The panel of text, in two columns where it is wide, at whose end stands how to read the colours."""
+    inches, style = width if width < 6 else (width - 0.3) / 2, sheet.view.style
     first = prediction_block(sheet, x, y, inches, explanation)
     first = findings_block(sheet, x, first, inches, explanation)
-    across, down = (x, first) if inches == width else (x + inches + 0.3, y)
-    end = provenance_block(sheet, across, down, inches, explanation)
-    if has_colours(explanation, sheet.view.style):
-        end = guide_block(sheet, across, end, inches)
-    return max(first, end)
+    x, y = (x, first) if inches == width else (x + inches + 0.3, y)
+    y = provenance_block(sheet, x, y, inches, explanation)
+    if not has_colours(explanation, style):
+        return max(first, y)
+    sheet.write(x, y, "How to read the heatmap", FAINT)
+    y += 0.19
+    high, low = "Raised the score of the explained class", "Lowered the score of the explained class"
+    if not style.signed:
+        high, low = f"High attention: {high.lower()}", "Low attention: counted little or not at all"
+    for end, text in ((-1, high), (0, low)):
+        sheet.frame(x, y + 0.02, 0.22, 0.13, tuple(colours_of(style)[end] / 255))
+        y = max(sheet.wrap(x + 0.32, y, text, inches - 0.32), y + 0.19)
+    if style.contours:
+        y = sheet.wrap(x, y + 0.01, "Lines: 25, 50 and 75 % of the maximum.", inches)
+    y = sheet.wrap(x, y + 0.01, "Good: on the fracture line and the bone around it.", inches)
+    y = sheet.wrap(x, y + 0.01, "Red flag: on borders, markers, text, or nowhere in particular.", inches)
+    return max(first, y + 0.05)
 
 
 # Figures
 
 
-def draw_header(sheet: Sheet, title: str, is_from_demo: bool) -> float:
+def draw_header(sheet: Sheet, title: str, model: Model) -> float:
     """The title, a tag for demo networks and the file's name; returns where they end."""
     room = sheet.width - 2 * MARGIN
-    tag = 0.75 if is_from_demo else 0
+    tag = 0.75 if is_demo(model.checkpoint) else 0
     y = sheet.wrap(MARGIN, 0.16, title, room - tag, LARGE)
     right = MARGIN + 0.15 + text_width(wrapped(title, LARGE, room - tag)[-1], LARGE)
     middle = y - LARGE.leading / 2
-    if is_from_demo:
+    if tag:
         sheet.items.append(Box(right, middle - 0.115, 0.6, 0.23, BADGE))
         sheet.write(right + 0.08, middle - BODY.leading / 2, "DEMO", Look(10, "white", True))
     name, right = drawable(sheet.view.name), right + tag
@@ -3322,8 +3243,8 @@ def draw_header(sheet: Sheet, title: str, is_from_demo: bool) -> float:
     return y + 0.28
 
 
-def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float) -> None:
-    """What stands below every figure; ends the page."""
+def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float) -> Sheet:
+    """What stands below every figure; returns the page, which ends there."""
     methods = dict.fromkeys(METHODS[each.method].title for each in explanations)
     verb = "shows" if len(methods) == 1 else "show"
     notes = [f"{', '.join(methods)} {verb} correlation, not cause. Not for diagnosis."]
@@ -3333,40 +3254,36 @@ def draw_footer(sheet: Sheet, explanations: Sequence[Explanation], bottom: float
     if MISSING in drawable(sheet.view.name):
         notes.insert(0, f"{MISSING}: a character that no font here has")
     if sheet.view.boxes:
-        notes.insert(0, BOX_LEGEND)
+        counted = "thin line: as it is counted, with half a cell of the map more"
+        notes.insert(0, f"Dashed: the true fracture; {counted}.")
     y = bottom + 0.1
     for note in notes:
         y = sheet.wrap(MARGIN, y, note, sheet.width - 2 * MARGIN, FAINT)
     sheet.height = y + 0.12
+    return sheet
 
 
 def explanation_figure(view: View, explanation: Explanation) -> Sheet:
-    """The 4-panel figure: radiograph, heatmap, overlay, prediction details.
-
-    The narrow panels of long bones stand in one row.
-    """
+    """The 4-panel figure: radiograph, heatmap, overlay, prediction details; in one row for long bones."""
     column, model, method = view.column, explanation.model, METHODS[explanation.method].title
     titles = ("Original X-ray", f"{method} Heatmap: {explanation.explained_class}", "Overlay (Model Focus)")
     room = title_room(titles, column)
     right, down = column + GAP, room + view.height + GAP / 2
     offsets, details_width = [(0, 0), (right, 0), (0, down), (right, down)], column + BAR_ROOM - 0.1
     if view.width < 0.6 * view.height:
-        third, details_width = 2 * right + BAR_ROOM, DETAILS_WIDTH
+        third, details_width = 2 * right + BAR_ROOM, 4.1
         offsets = [(0, 0), (right, 0), (third, 0), (third + right, 0)]
     sheet = Sheet(view, offsets[3][0] + details_width + 2 * MARGIN)
-    top = draw_header(sheet, f"{method}: {model.title}", is_demo(model.checkpoint)) + room
+    top = draw_header(sheet, f"{method}: {model.title}", model) + room
     *places, (x, y) = ((MARGIN + across, top + below) for across, below in offsets)
-    draw_panels(sheet, places, explanation, titles)
-    if has_colours(explanation, view.style):
-        draw_colour_bar(sheet, *places[1])
+    draw_panels(sheet, places, titles, explanation, bar=1)
     end = draw_details(sheet, x, y - room + 0.06, details_width, explanation)
     bottom = places[2][1] + view.height
     if explanation.similar and end + SIMILAR_SIDE + 0.6 <= bottom:
         end = draw_similar(sheet, x, end, details_width, explanation)
     elif explanation.similar:
         bottom = draw_similar(sheet, places[2][0], bottom + 0.12, column, explanation)
-    draw_footer(sheet, [explanation], max(bottom, end))
-    return sheet
+    return draw_footer(sheet, [explanation], max(bottom, end))
 
 
 def agree(explanations: Sequence[Explanation]) -> bool:
@@ -3383,15 +3300,12 @@ def agreement_text(explanations: Sequence[Explanation]) -> str:
 
 
 def comparison_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
-    """The 6-panel figure: a row for each model of radiograph, heatmap and overlay.
-
-    How far the two maps agree is told too, which is another thing than the same class.
-    """
+    """The 6-panel figure: radiograph, heatmap and overlay of each model; do classes agree, and maps."""
     across = [MARGIN + number * (view.column + GAP) for number in range(3)]
     sheet = Sheet(view, across[2] + view.column + BAR_ROOM + 0.1)
     inches = sheet.width - 2 * MARGIN
     title = agreement_text(explanations) if agree(explanations) else "Models disagree"
-    y = draw_header(sheet, title, is_demo(explanations[0].model.checkpoint))
+    y = draw_header(sheet, title, explanations[0].model)
     if overlap := map_agreement(explanations):
         text, look = (f"⚠ {overlap.text}", ALERT) if overlap.is_flagged else (overlap.text, FAINT)
         y = sheet.wrap(MARGIN, y - 0.04, text, inches, look) + 0.06
@@ -3401,20 +3315,13 @@ def comparison_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
         if explanation.explained != explanation.predicted:
             heading += f" (explained class: {explanation.explained_class})"
         y = sheet.wrap(MARGIN, y, heading, inches, BOLD)
-        flagged = "; ".join(finding.text for finding in explanation.findings if finding.is_flagged)
-        if flagged:
-            y = sheet.wrap(MARGIN, y, f"⚠ {flagged}", inches, ALERT, 5)
+        if flagged := [finding.text for finding in explanation.findings if finding.is_flagged]:
+            y = sheet.wrap(MARGIN, y, f"⚠ {'; '.join(flagged)}", inches, ALERT, 5)
         titles = ("Original", f"Heatmap: {explanation.explained_class}", "Overlay")
         y += title_room(titles, view.column)
-        draw_panels(sheet, [(x, y) for x in across], explanation, titles)
-        if has_colours(explanation, view.style):
-            draw_colour_bar(sheet, across[2], y)
+        draw_panels(sheet, [(x, y) for x in across], titles, explanation, bar=2)
         y += view.height + 0.16
-    draw_footer(sheet, explanations, y - 0.16)
-    return sheet
-
-
-# Several methods
+    return draw_footer(sheet, explanations, y - 0.16)
 
 
 def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Explanation]) -> float:
@@ -3434,47 +3341,36 @@ def draw_overlaps(sheet: Sheet, x: float, y: float, explanations: Sequence[Expla
     return y + 0.22 + 0.28 * len(explanations)
 
 
-def draw_method(sheet: Sheet, x: float, y: float, explanation: Explanation) -> None:
-    """One method's overlay, with its cost and the sum of its map beside what it owes."""
-    method = METHODS[explanation.method]
-    draw_overlay(sheet, x, y, explanation, method.title)
-    text = "1 pass" if method.passes == 1 else f"{method.passes} passes"
-    if explanation.owed is not None:
-        text += f"; sum {explanation.raw_map.sum():.3g}, must be {explanation.owed:.3g}"
-    end = sheet.wrap(x, y + sheet.view.height + 0.05, text, sheet.view.column)
-    sheet.wrap(x, end, explanation.blankness, sheet.view.column, ALERT, 1)
-
-
 def methods_figure(view: View, explanations: Sequence[Explanation]) -> Sheet:
     """One model's maps by several methods over the same radiograph, and how far they agree."""
-    size = tuple(max(1, round(0.7 * side)) for side in view.picture.shape[1::-1])
-    small = np.asarray(Image.fromarray(view.picture).resize(size, Image.Resampling.BILINEAR))
-    view, model = dataclasses.replace(view, picture=small), explanations[0].model
+    small = ImageOps.scale(Image.fromarray(view.picture), 0.7, Image.Resampling.BILINEAR)
+    view, model = dataclasses.replace(view, picture=np.asarray(small)), explanations[0].model
     count = len(explanations) + 1
     rows = math.ceil(count / max(2, round(11 / view.column)))
     columns = math.ceil(count / rows)
     pitch = view.column + GAP
     sheet = Sheet(view, max(2 * MARGIN + columns * pitch + BAR_ROOM, 7))
-    room = title_room([METHODS[each.method].title for each in explanations], view.column)
-    title = f"{model.title}: evidence for {explanations[0].explained_class}"
-    y = draw_header(sheet, title, is_demo(model.checkpoint)) + room
+    methods = [METHODS[each.method] for each in explanations]
+    room = title_room([method.title for method in methods], view.column)
+    y = draw_header(sheet, f"{model.title}: evidence for {explanations[0].explained_class}", model) + room
     down = room + view.height + 3 * SMALL.leading
     places = [(MARGIN + n % columns * pitch, y + n // columns * down) for n in range(count)]
     draw_picture(sheet, *places[0], view.picture, "Original X-ray")
-    for place, explanation in zip(places[1:], explanations):
-        draw_method(sheet, *place, explanation)
+    for (x, y), method, explanation in zip(places[1:], methods, explanations):
+        overlay = overlay_pixels(view.picture, explanation, view.style)
+        draw_picture(sheet, x, y, overlay, method.title, explanation.raw_map.shape)
+        cost = "1 pass" if method.passes == 1 else f"{method.passes} passes"
+        if explanation.owed is not None:
+            cost += f"; sum {explanation.raw_map.sum():.3g}, must be {explanation.owed:.3g}"
+        end = sheet.wrap(x, y + view.height + 0.05, cost, view.column)
+        sheet.wrap(x, end, explanation.blankness, view.column, ALERT, 1)
     draw_colour_bar(sheet, *places[columns - 1])
     end = draw_overlaps(sheet, MARGIN, places[-1][1] + down - room + 0.1, explanations)
-    draw_footer(sheet, explanations, end)
-    return sheet
-
-
-# Figures as files
+    return draw_footer(sheet, explanations, end)
 
 
 def sheet_pixels(sheet: Sheet, dpi: float) -> np.ndarray:
     """A sheet as pixels (H, W, 3) uint8, on white."""
-    plain_matplotlib()
     from matplotlib.backends.backend_agg import RendererAgg
 
     renderer = RendererAgg(round(sheet.width * dpi), round(sheet.height * dpi), dpi)
@@ -3501,7 +3397,7 @@ def png(pixels: np.ndarray, dpi: float, digest: str = "") -> bytes:
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),  # 8 bits, RGB
         (b"pHYs", struct.pack(">IIB", per_metre, per_metre, 1)),
         (b"tEXt", b"Digest\0" + digest.encode("latin-1")),
-        (b"IDAT", zlib.compress(rows, PNG_LEVEL)),
+        (b"IDAT", zlib.compress(rows, level=1)),  # higher ones cost more time than they save space
         (b"IEND", b""),
     )
     ends = (struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
@@ -3510,13 +3406,9 @@ def png(pixels: np.ndarray, dpi: float, digest: str = "") -> bytes:
 
 
 def figure_bytes(sheet: Sheet, style: FigureStyle, digest: str = "") -> bytes:
-    """A sheet as a file of the style's format that holds the digest of its job.
-
-    In PDF and SVG texts and lines stay such; pictures have the size of their panels.
-    """
+    """A sheet as a file that holds a job's digest; in PDF and SVG texts and lines stay such."""
     if style.format == "png":
         return png(sheet_pixels(sheet, style.dpi), style.dpi, digest)
-    plain_matplotlib()
     from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
@@ -3876,7 +3768,7 @@ def write_panels(result: Result, style: FigureStyle) -> None:
     pixels = load_radiograph(result.job.image).pixels
     pictures = [pixels]
     for explanation in result.explanations:
-        pictures.append(heatmap_pixels(explanation, *pixels.shape[:2], style))
+        pictures.append(heatmap_pixels(pixels, explanation, style))
         pictures.append(overlay_pixels(pixels, explanation, style))
     for path, picture in zip(result.job.panels, pictures):
         write_file(path, png(picture, style.dpi, result.job.digest))

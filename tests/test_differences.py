@@ -232,11 +232,11 @@ def test_each_map_is_saved_under_its_own_name_with_what_was_found_of_it(told):
 
 def test_each_bare_picture_is_that_of_its_image_model_and_method(told):
     for (name, key, method), each in told.alone.items():
-        (width, height), kind, style = SIZES[name], PREFIXES[method], tool.FigureStyle()
+        kind, style = PREFIXES[method], tool.FigureStyle()
         pixels = tool.load_radiograph(told.results.parent / f"{name}.png").pixels
         pictures = {
             "radiograph": pixels,
-            f"heatmap_{kind}{key}": tool.heatmap_pixels(each, height, width, style),
+            f"heatmap_{kind}{key}": tool.heatmap_pixels(pixels, each, style),
             f"overlay_{kind}{key}": tool.overlay_pixels(pixels, each, style),
         }
         for what, expected in pictures.items():
