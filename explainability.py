@@ -308,11 +308,6 @@ class Explanation:
         return int(self.probabilities.argmax())
 
     @property
-    def ranking(self) -> list[int]:
-        """Classes from the likeliest to the least likely."""
-        return (-self.probabilities).argsort(kind="stable").tolist()
-
-    @property
     def prediction(self) -> str:
         return self.model.class_names[self.predicted]
 
@@ -3114,7 +3109,8 @@ def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation
     y = sheet.wrap(x, y - 0.05, explanation.prediction, width, LARGE, 4)
     sheet.write(x, y, f"Confidence: {explanation.confidence:.2%}", BODY)
     y += 0.3
-    for index in explanation.ranking[:4]:
+    ranking = (-explanation.probabilities).argsort(kind="stable")
+    for index in ranking[:4]:
         look = BOLD if index == explanation.predicted else BODY
         probability = float(explanation.probabilities[index])
         text = f"{probability:.2%}"
@@ -3122,7 +3118,7 @@ def prediction_block(sheet: Sheet, x: float, y: float, width: float, explanation
         y = sheet.wrap(x, y, explanation.model.class_names[index], width - 0.8, look)
         sheet.items += [Box(x, y, width, 0.075, TRACK), Box(x, y, width * probability, 0.075, BAR)]
         y += 0.15
-    if rest := explanation.ranking[4:]:
+    if len(rest := ranking[4:]):
         together = float(explanation.probabilities[rest].sum())
         y = sheet.wrap(x, y - 0.02, f"and {len(rest)} more, together {together:.2%}", width, FAINT)
     return y + 0.06
@@ -3594,10 +3590,7 @@ def check_output_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file, which takes the name `path` once it is whole; a link there is replaced, not followed.
-
-    Raises ExplainError where the system refuses.
-    """
+    """Write a file, which takes its name once it is whole, also from a link. Raises ExplainError."""
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with writing(path):
@@ -3706,7 +3699,7 @@ def make_jobs(
     ExplainError where an output would replace an image of the run, or another output.
     """
     made = list(itertools.product(keys, methods))
-    shown_by = page_prefixes(keys, methods) if "figures" in kinds else {}
+    figures = page_prefixes(keys, methods).items() if "figures" in kinds else ()
     map_prefixes = [prefix_of("map", method, key) for key, method in made] if "maps" in kinds else []
     bare = [prefix_of(kind, method, key) for key, method in made for kind in ("heatmap", "overlay")]
     panel_prefixes = ["radiograph", *bare] if "panels" in kinds else []
@@ -3715,17 +3708,19 @@ def make_jobs(
             image=image,
             label=label,
             name=name,
-            pages=tuple(Page(folder / f"{prefix}_{stem}.{ending}", shows) for prefix, shows in shown_by.items()),
+            pages=tuple(Page(folder / f"{prefix}_{stem}.{ending}", shows) for prefix, shows in figures),
             maps=tuple(folder / f"{prefix}_{stem}.npy" for prefix in map_prefixes),
             panels=tuple(folder / f"{prefix}_{stem}.png" for prefix in panel_prefixes),
             digest=digest_of(asked, file_mark(image)),
         )
         for image, label, name, stem in zip(images, labels, display_names(labels), output_stems(labels))
     ]
-    inputs, outputs = {os.path.realpath(image) for image in images}, [path for job in jobs for path in job.outputs]
-    for path, times in Counter([folder / TABLE_NAME, folder / REPORT_NAME, *outputs]).items():
+    inputs = {os.path.realpath(image) for image in images}
+    outputs = itertools.chain([folder / TABLE_NAME, folder / REPORT_NAME], *(job.outputs for job in jobs))
+    for path, times in Counter(outputs).items():
         if os.path.realpath(path) in inputs:
-            raise refusal(path, "is an input of this run and would be replaced", "choose another --output-dir")
+            cause = "is an input of this run and would be replaced"
+            raise refusal(path, cause, "choose another --output-dir")
         if times > 1:  # comparison_ig_x: of x by Integrated Gradients, or of ig_x by Grad-CAM
             raise refusal(path, "two results of this run would have this name", "run one --method at a time")
     return jobs
@@ -3834,7 +3829,7 @@ TABLE_NAME = "summary.csv"
 LOCK_NAME = ".summary.lock"
 FIRST_COLUMNS = ("predicted", "confidence", "correct", "flags")  # of each model; the rest stand behind
 TEXT_CODING = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}  # marked for spreadsheets
-FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?$)[=+@-]")  # what spreadsheet programs would compute; not -0.5
+FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?$)[=+@-]")  # what spreadsheets would compute; not -0.5
 
 
 def yes_or_no(value: bool) -> str:
@@ -3906,7 +3901,8 @@ def table_columns(models: Sequence[Model], methods: Sequence[str]) -> list[str]:
         nothing = np.zeros(len(model.class_names)), 0, np.zeros((1, 1)), np.zeros((1, 1))
         told = model_cells([Explanation(model, *nothing, method) for method in methods], "")
         rest += [name for name in told if name not in first]
-    return ["file", "true_class", *first, "agree", AGREEMENT, "pair_flags", "error", "notes", *rest, "digest", "outputs"]
+    pair = ["agree", AGREEMENT, "pair_flags"]
+    return ["file", "true_class", *first, *pair, "error", "notes", *rest, "digest", "outputs"]
 
 
 def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
@@ -4001,7 +3997,7 @@ def add_row(folder: Path, row: dict[str, str], columns: Sequence[str]) -> None:
 
 
 def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The last row of each image in a folder's table, by its whole path; a table of another kind is renamed."""
+    """The last row of each image in a folder's table, by its whole path; another kind of table is renamed."""
     with table_alone(folder) as path:
         try:
             return {os.path.abspath(row["file"]): row for row in table_rows(path, columns)}
@@ -4224,7 +4220,7 @@ def overlap_lines(rows: Sequence[dict[str, str]]) -> list[str]:
 
 
 def model_lines(rows: Sequence[dict[str, str]], model: Model, methods: Sequence[str]) -> list[str]:
-    """How one model's maps compare with true boxes, what is flagged how often, and what the reference told."""
+    """How one model's maps compare with true boxes, what is flagged how often, what the reference told."""
     key, lines = model.family.key, []
     if known := filled(rows, f"{key}_in_box"):
         inside = known.count("yes")
@@ -4251,7 +4247,8 @@ def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
     known = [row for row in rows if row.get("true_class")]
     if not known:
         words = " or ".join(f'"{short_class(name, names).casefold()}"' for name in names)
-        return [f"Accuracy: unknown; a folder above the images whose name holds {words}, or --truth, would tell"]
+        remedy = f"a folder above the images whose name holds {words}, or --truth, would tell"
+        return [f"Accuracy: unknown; {remedy}"]
     wrong = [row for row in known if row[f"{key}_correct"] == "no"]
     right = len(known) - len(wrong)
     lines = [f"Accuracy: {right / len(known):.2%} ({right} of {len(known)} images whose class is known)"]
@@ -4654,10 +4651,7 @@ def stamps(images: Sequence[Path]) -> list[tuple[str, int, int]]:
 
 
 def with_reference(classifier: Classifier, args: argparse.Namespace, images: Sequence[Path]) -> Classifier:
-    """A classifier with the images that --reference names, or those that a demo network brings.
-
-    Raises ExplainError where too few of a class are there.
-    """
+    """A classifier with the images of --reference, or with a demo's own. Raises ExplainError for few."""
     model, mark = classifier.model, network_mark(classifier)
     if args.reference is None:  # of any other network, the mark is another
         return dataclasses.replace(classifier, reference=read_reference(own_reference(model.family), mark))
@@ -4713,12 +4707,11 @@ def read_result(job: Job, models: Sequence[Model], style: FigureStyle) -> Result
 
 def explained_results(results: Sequence[Result], index: int, plan: Plan) -> list[Result]:
     """A batch of results with the explanations of one more classifier, the one of this index."""
-    classifier, count = plan.classifiers[index], len(plan.methods)
+    classifier, target, explained = plan.classifiers[index], plan.targets[index], []
     inputs = [result.inputs[index] for result in results]
-    fresh = iter(explain_batch(classifier, inputs, plan.targets[index], plan.methods, plan.batch) if inputs else ())
-    explained = []
+    fresh = iter(explain_batch(classifier, inputs, target, plan.methods, plan.batch) if inputs else ())
     for result in results:
-        first, *others = itertools.islice(fresh, count)
+        first, *others = itertools.islice(fresh, len(plan.methods))
         trial = None
         if plan.is_verified:
             trial = tried(classifier, result.inputs[index], first, result.landmarks, plan.batch)
@@ -4742,11 +4735,7 @@ def checked(explanation: Explanation, result: Result, trial: Trial | None = None
 
 
 def explain_jobs(jobs: Sequence[Job], plan: Plan, submit: Submit) -> Iterator[Begun]:
-    """Explain images, a batch at a time.
-
-    A figure is begun as soon as the models that it shows have spoken. An image that cannot be read
-    does not stop the others.
-    """
+    """Explain images in batches; a figure begins when its models have spoken. Bad images stop no others."""
     for start in range(0, len(jobs), plan.batch):
         results = [read_result(job, plan.models, plan.style) for job in jobs[start : start + plan.batch]]
         good = [result for result in results if not result.error]
@@ -4771,10 +4760,7 @@ def begun_drawings(result: Result, plan: Plan, submit: Submit) -> list[Future[No
 
 
 def written_results(explanations: Iterable[Begun]) -> Iterator[Result]:
-    """Each job's result once its files are written.
-
-    The networks run ahead of the drawing by a few images only, so that memory does not grow.
-    """
+    """Each job's result once its files are written; networks run ahead by a few images only, for memory."""
     waiting: deque[Begun] = deque()
     for each in explanations:
         waiting.append(each)
@@ -4814,9 +4800,10 @@ def prepare_drawing() -> None:
 
 def warm_up(style: FigureStyle) -> None:
     """Draw a page of each kind, so that fonts and the usual words are ready when the first map is."""
-    raw_map = np.eye(CELLS, dtype=np.float32)
-    models = [Model(family, family.full_size, Path(), "", CLASS_NAMES, Preprocessing()) for family in FAMILIES.values()]
-    explanations = [Explanation(model, np.float32([0.6, 0.4]), 0, raw_map, raw_map) for model in models]
+    raw_map, explanations = np.eye(CELLS, dtype=np.float32), []
+    for family in FAMILIES.values():
+        model = Model(family, family.full_size, Path(), "", CLASS_NAMES, Preprocessing())
+        explanations.append(Explanation(model, np.float32([0.6, 0.4]), 0, raw_map, raw_map))
     view = View(np.zeros((8, 8, 3), np.uint8), "", style)
     for explained in (explanations[:1], explanations):
         figure_bytes(page_figure(view, explained), style)
@@ -4824,10 +4811,7 @@ def warm_up(style: FigureStyle) -> None:
 
 @contextlib.contextmanager
 def drawing_pool(processes: int, style: FigureStyle) -> Iterator[Submit]:
-    """What draws figures: processes, which import matplotlib and never torch, or a thread here for none.
-
-    Raises ExplainError, within seconds, where one of them is killed.
-    """
+    """What draws: processes without torch, or a thread for none. Raises ExplainError if one is killed."""
     if not processes:
         with ThreadPoolExecutor(1) as thread:
             yield thread.submit
@@ -4867,10 +4851,7 @@ def watch(
 def progress_bar(
     plan: Plan, images: int, is_single: bool, is_quiet: bool
 ) -> Iterator[tuple[tqdm, Callable[[], None]]]:
-    """A bar on a terminal, and what counts an image; elsewhere only the lines written through it.
-
-    Where an image takes many passes through the networks the bar counts those, for one image as well.
-    """
+    """A terminal's bar that counts images, or passes where an image takes many; and what counts one."""
     from tqdm import tqdm
 
     def count_inputs(network: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -4910,10 +4891,7 @@ def tell_result(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> N
 def explain(
     classifier: Classifier, radiograph: Radiograph, method: str = "gradcam", target: int | None = None
 ) -> Explanation:
-    """What a classifier says of a radiograph and where that comes from, checked.
-
-    Explains class `target`, or the predicted one. Raises ExplainError as `explain_batch` does.
-    """
+    """What a classifier says of a radiograph, of class `target` or the predicted one, with its checks."""
     inputs = network_input(radiograph, classifier.model.preprocessing)
     (explanation,) = explain_batch(classifier, [inputs], target, [method])
     evidence = Evidence(explanation, landmarks_of(radiograph))
@@ -4955,7 +4933,8 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
     with drawing_pool(min(processes, MAX_DRAWING_PROCESSES), request.style) as submit:
         say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
         warn(*request.notes)
-        classifiers = [with_reference(each, args, request.reference) for each in load_classifiers(request, args)]
+        loaded = load_classifiers(request, args)
+        classifiers = [with_reference(each, args, request.reference) for each in loaded]
         names = [classifier.model.class_names for classifier in classifiers]
         plan = Plan(
             classifiers=classifiers,
@@ -4980,7 +4959,8 @@ def with_truth(jobs: Sequence[Job], class_names: Sequence[str]) -> list[Job]:
     told = [told_truth(job, class_names) for job in jobs]
     unknown = sorted({printable(word) for _, word in told if word})
     if unknown:
-        warn(f"ℹ️  --truth: {listed(unknown)} named there, not one of {', '.join(class_names)}: taken as unknown")
+        names = ", ".join(class_names)
+        warn(f"ℹ️  --truth: {listed(unknown)} named there, not one of {names}: taken as unknown")
     return [job for job, _ in told]
 
 
@@ -5114,7 +5094,7 @@ def argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="store_true", help="print the versions of this tool and its libraries")
+    parser.add_argument("--version", action="store_true", help="print the versions of tool and libraries")
     add_questions(parser.add_argument_group("what to explain").add_argument)
     add_networks(parser.add_argument_group("networks").add_argument)
     add_checks(parser.add_argument_group("checks").add_argument)
@@ -5192,7 +5172,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         name, near = word.partition("=")[0].lstrip("-"), [f"--image {word}"]
         if word.startswith("-"):
             options = sorted(set(re.findall(r"--[a-z-]+", parser.format_help())))
-            near = [each for each in options if each.startswith(f"--{name}") or (len(name) > 3 and name in each)]
+            start = f"--{name}" if len(name) < 4 else name  # short ones lie in too many
+            near = [each for each in options if start in each]
             near = near or difflib.get_close_matches(f"--{name}", options, 1)
         parser.error(f"unrecognized arguments: {' '.join(map(printable, unknown))}{near_text(near)}")
     args.method = list(dict.fromkeys(itertools.chain(*args.method or [["gradcam"]])))
@@ -5206,7 +5187,7 @@ def near_text(near: Sequence[str]) -> str:
 def options_text(args: argparse.Namespace) -> str:
     """What was asked of the networks and the figures, beside images, files and what is the default."""
     usual, told = vars(argument_parser().parse_args([])), [f"method {' '.join(args.method)}"]
-    for name in ("target_class", "weights", "reference", "verify", "signed", "contours", "colormap", "format"):
+    for name in "target_class weights reference verify signed contours colormap format".split():
         if vars(args).get(name) != usual.get(name):
             told.append(f"{name.replace('_', ' ')} {vars(args)[name]}")
     return ", ".join(told)
@@ -5254,10 +5235,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
-    """The images that --image names, each once: files as they are, folders and patterns sorted.
-
-    Raises ExplainError where nothing is found.
-    """
+    """The images that --image names, each once; folders and patterns sorted. Raises ExplainError for none."""
     images: list[Path] = []
     for text in arguments:
         if not text:  # as from a variable of the shell that is not set
@@ -5279,10 +5257,7 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
 
 
 def without_other_files(images: list[Path], named: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Images less what lies beside them in folders and is none, unless named by itself; and a line that counts it.
-
-    Raises ExplainError where nothing is left.
-    """
+    """Images less what is none, unless named by itself; and a line that counts it. Raises ExplainError."""
     others = [path for path in images if str(path) not in named and is_no_radiograph(path)]
     if not others:
         return images, []
@@ -5293,10 +5268,7 @@ def without_other_files(images: list[Path], named: Sequence[str]) -> tuple[list[
 
 
 def random_test_image(seed: int | None) -> Path:
-    """One of data_original/test/*/, the same for the same seed.
-
-    Raises ExplainError where there is none.
-    """
+    """One of data_original/test/*/, the same for the same seed. Raises ExplainError where there is none."""
     paths = sorted(path for path in TEST_IMAGES.glob("*/*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise refusal(TEST_IMAGES, "no test images there", "give one with --image")
@@ -5350,9 +5322,8 @@ def checked_request(args: argparse.Namespace) -> Request:
     methods = tuple(args.method)
     truths, table, told = known_truth(args.truth, images, args.anonymous)
     reference = images_below(args.reference) if args.reference else []
-    marks = [
-        (family.key, file_mark(path), file_mark(path.with_name("config.json"))) for family, path in checkpoints
-    ]
+    marks = [file_mark(path.with_name("config.json")) for _, path in checkpoints]
+    marks += [(family.key, file_mark(path)) for family, path in checkpoints]
     if not args.reference:
         marks += [file_mark(own_reference(family)) for family, _ in checkpoints]
     question = args.weights, args.target_class, args.class_names, methods, style, args.verify
