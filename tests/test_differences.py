@@ -292,7 +292,7 @@ def test_each_line_of_an_image_tells_its_own_verdicts_and_flags(told):
                 assert (f"{title}, {called} flagged: {found}; " in f"{line}; ") if found else (f"{title}, {called}" not in line)
     assert "--truth: 1 (greenstick) named there" in told.err
     for key, own in OWN.items():
-        (note,) = (line for line in told.err.splitlines() if f"{key}.pth: preprocessing as the checkpoint says" in line)
+        (note,) = (line for line in told.err.splitlines() if f"{key}.pth: preprocessing other than the usual" in line)
         assert f"{own['img_size']} pixels a side" in note
     notes = [line for line in told.err.splitlines() if line.startswith("ℹ️") and "d.png" in line]
     assert len(notes) == 2 and "scaled to 8 bits" in notes[0] and "reaches outside" in notes[1]
