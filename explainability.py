@@ -814,7 +814,6 @@ def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.nd
 Contents = dict[Any, Any]  # of a checkpoint file
 Weights = dict[str, "torch.Tensor"]  # by the network's keys, or a file's
 
-INPUT_SIZES = range(64, 1025)  # pixels a side that are accepted
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")  # timm's trainer: .pth.tar
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder beside its config.json
 TOP = "the top level"
@@ -1291,9 +1290,9 @@ def side_of(contents: Contents, path: Path) -> int:
     side = recorded(contents, "img_size", "image_size", "input_size", default=INPUT_SIZE)
     if isinstance(side, (list, tuple)) and len(side) in (2, 3) and side[-2] == side[-1]:
         side = side[-1]  # of height and width; timm's has the channels before them
-    if type(side) is not int or side not in INPUT_SIZES:
-        wanted = f"one number of pixels from {INPUT_SIZES[0]} to {INPUT_SIZES[-1]}"
-        raise refusal(path, f"img_size is {brief(side)}, not {wanted}", "correct img_size in the checkpoint")
+    if type(side) is not int or not 64 <= side <= 1024:
+        cause = f"img_size is {brief(side)}, not one number of pixels from 64 to 1024"
+        raise refusal(path, cause, "correct img_size in the checkpoint")
     return side
 
 
@@ -5781,7 +5780,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         if lacks_memory(error):
-            warn("❌ memory: not enough; close programs, take a smaller --batch-size or --dpi, or --device cpu")
+            warn("❌ memory: not enough; close programs, take smaller --batch-size or --dpi, or --device cpu")
         elif isinstance(error, ImportError):
             what = printable(error.name or "a library")
             warn(f"❌ {what}: cannot be imported ({brief(str(error))}); pip install -r requirements.txt")
