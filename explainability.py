@@ -1364,8 +1364,7 @@ def network_of(family: Family, architecture: str, weights: Weights, path: Path) 
         cause = f"its {len(held)} weights do not fit the {len(expected)} of {architecture}: {listed(faults)}"
         remedy = "give a file of that network, or set model_name in its config to the timm name of its own"
         raise refusal(path, cause, remedy)
-    counters = {key: torch.tensor(0) for key in expected if key not in held}  # which only training needs
-    network.load_state_dict(weights | counters, strict=True, assign=True)
+    network.load_state_dict(weights, strict=True, assign=True)  # which makes counters of batches by itself
     return network.eval().requires_grad_(False)
 
 
