@@ -763,17 +763,13 @@ def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.nd
 Contents = dict[Any, Any]  # of a checkpoint file
 Weights = dict[str, "torch.Tensor"]  # by the network's keys, or a file's
 
-INPUT_SIZES = range(64, 1025)  # pixels a side that are accepted
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors")  # timm's trainer: .pth.tar
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder beside its config.json
 TOP = "the top level"
 MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net", TOP)  # where trainers put weights, in order
 AVERAGED = {"ema", "swa", "averaged", "average", "avg"}  # words in the names of weights averaged in training
-TEACHERS = {"teacher", "momentum", "target"}  # and of networks beside the one that is trained
-BESIDE = re.compile(r"loss|criterion|metric")  # in keys that are no part of any network
+BESIDE = {"teacher", "momentum", "target", "loss", "criterion", "metric", "metrics"}  # of what is not trained
 OPS = re.compile(r"(.*\.)?(total_ops|total_params|n_averaged)")  # counters that tools put among the weights
-COUNTER = "num_batches_tracked"  # end of the keys of counters of batches, which inference never reads
-GREY_OF_RGB = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision turn colour into grey
 MAX_CLASSES = 100
 TAG = r"(?:\.[a-z0-9_]{1,60})?"  # of timm's names: what the weights were trained on
 
@@ -783,7 +779,6 @@ RECORDS = (
     "config.json", "pretrained_cfg",
 )  # fmt: skip
 ARCHITECTURES = ("model_name", "arch", "architecture")
-SIDE_KEYS = ("img_size", "image_size", "input_size")
 NAME_KEYS = (  # lists in the order of the outputs, or dictionaries from name to index or back
     "class_names", "classes", "class_to_idx", "idx_to_class", "id2label", "label2id", "label_names", "labels",
     "names",
@@ -807,51 +802,46 @@ FOREIGN = (  # by the name of a file, class or key: what it is, and what makes a
      "torch.save({'state_dict': checkpoint['state_dict']}, PATH)"),
 )  # fmt: skip
 
-
-FAMILIES = {
-    family.key: family
-    for family in (
-        Family(
-            key="convnext",
-            title="ConvNeXt V2",
-            full_size="convnextv2_base.fcmae_ft_in22k_in1k",
-            names=re.compile(rf"convnextv2_(atto|femto|pico|nano|tiny|small|base|large|huge){TAG}"),
-            sizes={
-                (40, 320): "convnextv2_atto", (40, 384): "convnextv2_femto", (40, 512): "convnextv2_pico",
-                (46, 640): "convnextv2_nano", (22, 768): "convnextv2_tiny", (40, 768): "convnextv2_small",
-                (40, 1536): "convnextv2_large", (40, 2816): "convnextv2_huge",
-            },  # fmt: skip
-            landmark="stages.0.blocks.0.mlp.grn.weight",
-            stem="stem.0.weight",
-            body=("stem.", "stages.", "head.norm."),
-            width="stages.3.blocks.0.norm.weight",
-            head="head.fc",
-            target_layer="stages.3",  # the last stage
-            finer_layer="stages.2",
-            bullet="🔵",
-        ),
-        Family(
-            key="efficientnet",
-            title="EfficientNetV2-{size}",
-            full_size="tf_efficientnetv2_s.in21k_ft_in1k",
-            names=re.compile(rf"tf_efficientnetv2_(s|m|l|xl|b[0-3]){TAG}"),
-            sizes={
-                (91, 1280): "tf_efficientnetv2_b0", (111, 1280): "tf_efficientnetv2_b1",
-                (116, 1408): "tf_efficientnetv2_b2", (136, 1536): "tf_efficientnetv2_b3",
-                (245, 1280): "tf_efficientnetv2_m", (339, 1280): "tf_efficientnetv2_l",
-                (438, 1280): "tf_efficientnetv2_xl",
-            },  # fmt: skip
-            landmark="conv_stem.weight",
-            stem="conv_stem.weight",
-            body=("conv_stem.", "bn1.", "blocks.", "conv_head.", "bn2."),
-            width="bn2.weight",
-            head="classifier",
-            target_layer="conv_head",
-            finer_layer="blocks.4",
-            bullet="🟢",
-        ),
-    )
-}
+CONVNEXT = Family(
+    key="convnext",
+    title="ConvNeXt V2",
+    full_size="convnextv2_base.fcmae_ft_in22k_in1k",
+    names=re.compile(rf"convnextv2_(atto|femto|pico|nano|tiny|small|base|large|huge){TAG}"),
+    sizes={
+        (40, 320): "convnextv2_atto", (40, 384): "convnextv2_femto", (40, 512): "convnextv2_pico",
+        (46, 640): "convnextv2_nano", (22, 768): "convnextv2_tiny", (40, 768): "convnextv2_small",
+        (40, 1536): "convnextv2_large", (40, 2816): "convnextv2_huge",
+    },
+    landmark="stages.0.blocks.0.mlp.grn.weight",
+    stem="stem.0.weight",
+    body=("stem.", "stages.", "head.norm."),
+    width="stages.3.blocks.0.norm.weight",
+    head="head.fc",
+    target_layer="stages.3",  # the last stage
+    finer_layer="stages.2",
+    bullet="🔵",
+)  # fmt: skip
+EFFICIENTNET = Family(
+    key="efficientnet",
+    title="EfficientNetV2-{size}",
+    full_size="tf_efficientnetv2_s.in21k_ft_in1k",
+    names=re.compile(rf"tf_efficientnetv2_(s|m|l|xl|b[0-3]){TAG}"),
+    sizes={
+        (91, 1280): "tf_efficientnetv2_b0", (111, 1280): "tf_efficientnetv2_b1",
+        (116, 1408): "tf_efficientnetv2_b2", (136, 1536): "tf_efficientnetv2_b3",
+        (245, 1280): "tf_efficientnetv2_m", (339, 1280): "tf_efficientnetv2_l",
+        (438, 1280): "tf_efficientnetv2_xl",
+    },
+    landmark="conv_stem.weight",
+    stem="conv_stem.weight",
+    body=("conv_stem.", "bn1.", "blocks.", "conv_head.", "bn2."),
+    width="bn2.weight",
+    head="classifier",
+    target_layer="conv_head",
+    finer_layer="blocks.4",
+    bullet="🟢",
+)  # fmt: skip
+FAMILIES = {family.key: family for family in (CONVNEXT, EFFICIENTNET)}
 
 
 def is_demo(checkpoint: Path) -> bool:
@@ -867,12 +857,10 @@ def candidates(family: Family, folder: Path) -> list[Path]:
 
 def find_checkpoint(family: Family, folder: Path) -> Path:
     """The one candidate of a family in a folder. Raises ExplainError where there is none or more than one."""
-    found, option = candidates(family, folder), f"--{family.key}-checkpoint"
-    if not found:
-        raise refusal(folder, f"no {family.key}* checkpoint there", f"put one in or name it with {option}")
-    if len(found) > 1:
-        names = ", ".join(printable(path.name) for path in found)
-        raise refusal(folder, f"more than one {family.key} checkpoint ({names})", f"choose with {option}")
+    found = candidates(family, folder)
+    if len(found) != 1:
+        cause = f"needs one {family.key}* checkpoint and holds {listed([path.name for path in found])}"
+        raise refusal(folder, cause, f"put or leave one there, or name it with --{family.key}-checkpoint")
     return weights_file(found[0])
 
 
@@ -882,35 +870,24 @@ def weights_file(path: Path) -> Path:
         return path
     names = sorted(os.listdir(path))
     check_not_foreign(names, path)
-    found = [name for name in HUB_FILES if name in names][:1]
-    found = found or [name for name in names if name.endswith(CHECKPOINT_SUFFIXES)]
+    usual = [name for name in HUB_FILES if name in names][:1]
+    found = usual or [name for name in names if name.endswith(CHECKPOINT_SUFFIXES)]
     if len(found) != 1:
         raise refusal(path, f"a folder with {len(found)} files of weights", "name the file")
     return path / found[0]
 
 
-def check_not_mixed(checkpoints: Sequence[Path]) -> None:
-    """Raise ExplainError where a user's network would be compared with a demo network."""
-    demos = [path for path in checkpoints if is_demo(path)]
-    own = [path for path in checkpoints if not is_demo(path)]
-    if demos and own:
-        cause = f"cannot be compared with {shown(demos[0])}, a demo network trained on synthetic radiographs"
-        raise refusal(own[0], cause, "add the missing checkpoint, or choose one network with --model")
-
-
 def brief(value: object) -> str:
     """An untrusted value for a message: short and on one line."""
-    if isinstance(value, (str, int, float)):
-        return printable(repr(value)[:82])
-    return f"a {type(value).__name__}"
+    is_plain = isinstance(value, (str, int, float))
+    return printable(repr(value)[:82]) if is_plain else f"a {type(value).__name__}"
 
 
 def listed(items: Sequence[str]) -> str:
     """How many, and the first three."""
-    first = [printable(item[:160]) for item in items[:3]]
-    if len(items) > 3:
-        first.append("…")
-    return f"{len(items)} ({', '.join(first)})"
+    first = ", ".join(printable(item[:160]) for item in items[:3])
+    more = ", …" if len(items) > 3 else ""
+    return f"{len(items)} ({first}{more})" if items else "none"
 
 
 # Files
@@ -921,20 +898,13 @@ def check_checkpoint_path(path: Path) -> None:
     check_not_foreign([path.name], path)
     with naming(path), opened(path, "checkpoint") as (file, use):
         if use == "zip":
-            check_archive(file)
-
-
-def check_archive(file: BinaryIO) -> None:
-    """Raise ExplainError, without the path, where a zip archive is not one of weights from torch.save."""
-    try:
-        names = {name.rpartition("/")[2] for name in zipfile.ZipFile(file).namelist()}
-    except Exception as error:  # zipfile lets out more than BadZipFile on damaged archives
-        raise ExplainError(f"an incomplete or damaged archive; {AGAIN}") from error
-    if "constants.pkl" in names:
-        raise ExplainError(f"a TorchScript archive, which holds code; {PLAIN} of the network itself")
-    if "data.pkl" not in names:
-        remedy = WANTED["checkpoint"][2]
-        raise ExplainError(f"a zip archive without weights of PyTorch, as of Keras; {remedy}")
+            entries = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
+            names = {entry.rpartition("/")[2] for entry in entries}
+            if "constants.pkl" in names:
+                raise ExplainError(f"a TorchScript archive, which holds code; {PLAIN} of the network itself")
+            if "data.pkl" not in names:
+                cause = "an archive that is damaged, or not of PyTorch but of Keras or another program"
+                raise ExplainError(f"{cause}; {AGAIN}, or give one of PyTorch")
 
 
 def check_not_foreign(names: Iterable[str], path: Path) -> None:
@@ -946,10 +916,7 @@ def check_not_foreign(names: Iterable[str], path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> Contents:
-    """What a checkpoint file holds; no code from it is run.
-
-    Raises ExplainError where it is not a checkpoint or holds more than tensors and plain values.
-    """
+    """What a checkpoint file holds; no code from it is run. Raises ExplainError where that does not do."""
     check_checkpoint_path(path)
     import torch
 
@@ -960,70 +927,56 @@ def read_checkpoint(path: Path) -> Contents:
             with torch.serialization.safe_globals(harmless_types()):
                 contents = torch.load(path, map_location="cpu", weights_only=True, mmap=use == "zip")
     except Exception as error:  # torch lets out KeyError, EOFError, UnpicklingError; damaged files anything
-        raise unreadable(path, error) from error
+        if lacks_memory(error):
+            raise
+        found = re.search(r"(?<=GLOBAL )[\w.]{1,80}|DTensor", str(error))  # the rest advises to run the code
+        if not found:
+            cause = f"damaged, or not written by torch.save ({type(error).__name__})"
+            raise refusal(path, cause, f"{AGAIN}, or {PLAIN}") from error
+        check_not_foreign([found[0]], path)
+        cause = f"holds a whole network or another object ({found[0]}), which needs its code; none is run"
+        raise refusal(path, cause, f"{PLAIN} where it was trained") from error
     if not isinstance(contents, dict):
         raise refusal(path, f"holds {brief(contents)}, not a dictionary of weights", PLAIN)
     return contents
 
 
-def unreadable(path: Path, error: Exception) -> ExplainError:
-    """The refusal of a file that torch rejects; not in its words, which advise to run the code."""
-    if lacks_memory(error):
-        return refusal(path, "too large for the memory of this computer", "close other programs")
-    found = re.search(r"(?<=GLOBAL )[\w.]{1,80}|DTensor", str(error))
-    if not found:
-        cause = f"damaged, or not written by torch.save ({type(error).__name__})"
-        return refusal(path, cause, f"{AGAIN}, or {PLAIN}")
-    check_not_foreign([found[0]], path)
-    cause = f"holds a whole network or another object ({found[0]}), which needs its code, and none is run"
-    return refusal(path, cause, f"{PLAIN} where it was trained")
-
-
 def harmless_types() -> list[Any]:
-    """What trainers save beside tensors and plain values, some with the name that files know it by.
-
-    None runs code. Paths may come from another system; defaultdicts and NumPy's numbers become plain.
-    """
+    """Types that trainers save beside tensors, some with the name that files know them by; none runs code."""
     types: list[Any] = [np.dtype, np.ndarray, list, argparse.Namespace]
     types += [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
     types += {type(np.dtype(code)) for code in "?bhilqBHILQefdU"}
     types.append((lambda *factory: {}, "collections.defaultdict"))
-    array = np.zeros(0).__reduce__()[0]
     for core in ("numpy.core.multiarray", "numpy._core.multiarray"):  # before and from NumPy 2
         types.append((lambda kind, content: np.frombuffer(content, kind)[0].item(), f"{core}.scalar"))
-        types.append((array, f"{core}._reconstruct"))
+        types.append((np.zeros(0).__reduce__()[0], f"{core}._reconstruct"))
     for module in ("pathlib", "pathlib._local"):  # the second is Python 3.13's
         for path in (PurePosixPath, PureWindowsPath):
             types += [(path, f"{module}.{path.__name__}"), (path, f"{module}.{path.__name__[4:]}")]
     return types
 
 
-def read_safetensors(path: Path) -> dict[str, Any]:
+def read_safetensors(path: Path) -> Contents:
     """Weights from a .safetensors file, with its metadata (texts; JSON where they are that)."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt", device="cpu") as file:
-        weights = {key: file.get_tensor(key) for key in file.keys()}
-        metadata = {key: json_or_text(text) for key, text in (file.metadata() or {}).items()}
-    return {**metadata, MODEL_KEYS[0]: weights}
-
-
-def json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+        contents: Contents = dict(file.metadata() or {})
+        for key, text in contents.items():
+            with contextlib.suppress(ValueError):
+                contents[key] = json.loads(text)
+        contents[MODEL_KEYS[0]] = {key: file.get_tensor(key) for key in file.keys()}
+    return contents
 
 
 def with_config_beside(family: Family, contents: Contents, path: Path) -> Contents:
-    """Contents and what a config.json beside the file says, where that is of this network.
-
-    Raises ExplainError where it is not JSON.
-    """
+    """Contents, and those of a config.json beside the file where it is of this network; it must be JSON."""
     beside = path.with_name("config.json")
     if not beside.is_file():
         return contents
-    config = json_or_text(beside.read_text(encoding="utf-8", errors="replace"))
+    config = None
+    with contextlib.suppress(ValueError):
+        config = json.loads(beside.read_bytes())
     if not isinstance(config, dict):
         raise refusal(beside, "not what a hub or Trainer writes", "correct it, or take it away")
     own = str(recorded(contents, *ARCHITECTURES)).partition(".")[0]
@@ -1036,12 +989,9 @@ def records(contents: Contents) -> list[Contents]:
     """The dictionaries in which a file says something of itself: the whole, and those within."""
     found = [contents]
     for record in found:
-        for name in RECORDS:
-            inner = record.get(name)
-            if isinstance(inner, argparse.Namespace):
-                inner = vars(inner)
-            if isinstance(inner, dict):
-                found.append(inner)
+        inner = [record.get(name) for name in RECORDS]
+        inner = [vars(each) if isinstance(each, argparse.Namespace) else each for each in inner]
+        found += [each for each in inner if isinstance(each, dict)]
     return found
 
 
@@ -1064,6 +1014,11 @@ class Source(NamedTuple):
     @property
     def name(self) -> str:
         return printable(f"{self.place}, {self.prefix}*" if self.prefix else self.place)
+
+    @property
+    def kind(self) -> str:
+        """The value of --weights that asks for it."""
+        return "ema" if words(self.name) & AVERAGED else "plain"
 
 
 def words(key: str) -> set[str]:
@@ -1092,36 +1047,28 @@ def sources(family: Family, contents: Contents) -> list[Source]:
 
 
 def chosen_source(family: Family, contents: Contents, wanted: str, path: Path) -> tuple[Source, list[str]]:
-    """The weights to take, averaged ones first unless `wanted` is plain; and notes.
-
-    Raises ExplainError where there are none of this family, or several and nothing tells which.
-    """
+    """The weights to take, with a note on others. Raises ExplainError for none, or if nothing tells which."""
     found = sources(family, contents)
     if not found:
         raise without_network(family, contents, path)
-    students = [source for source in found if not words(source.name) & TEACHERS] or found
-    averaged = [source for source in students if words(source.name) & AVERAGED]
-    plain = [source for source in students if source not in averaged]
-    pool = (averaged if wanted == "ema" else plain) or students
+    trained = [source for source in found if not words(source.name) & BESIDE] or found
+    pool = [source for source in trained if source.kind == wanted] or trained
     usual = [[source for source in pool if source.place == place] for place in MODEL_KEYS]
     taken, *rivals = next(filter(None, usual), pool)
     if rivals:
         cause = f"holds weights more than once ({taken.name} and {rivals[0].name})"
         raise refusal(path, cause, f"save one set alone: {PLAIN}")
-    keyless = [key for key in contents if words(str(key)) & AVERAGED and isinstance(contents[key], dict)]
-    if keyless and not averaged:  # as torch_ema saves them
-        return taken, [f"averaged weights under {', '.join(map(str, keyless))} have no keys and are not used"]
-    return taken, source_notes(taken, found, averaged)
-
-
-def source_notes(taken: Source, found: list[Source], averaged: list[Source]) -> list[str]:
-    """What to say where a file holds averaged weights, or more than one set."""
-    others = ", ".join(source.name for source in found if source is not taken)
-    kind, other = ("averaged (EMA) weights", "plain") if taken in averaged else ("weights", "ema")
-    if not others:
-        return [f"{kind} taken from {taken.name}, the only ones in the file"] if averaged else []
-    note = f"{kind} taken from {taken.name}, not from {others}"
-    return [f"{note}; --weights {other} takes others" if averaged else note]
+    others = [source.name for source in found if source is not taken]
+    kinds = {source.kind for source in trained}
+    if "ema" not in kinds:  # as torch_ema saves them
+        inner = [str(key) for key, value in contents.items() if isinstance(value, dict)]
+        others += [f"{printable(key)} without keys" for key in inner if words(key) & AVERAGED]
+    note = f"{taken.kind} weights taken from {taken.name}"
+    if others:
+        note += f", not from {', '.join(others)}"
+    if len(kinds) > 1:
+        note += f"; --weights {(kinds - {taken.kind}).pop()} takes others"
+    return taken, [note] if others or taken.kind == "ema" else []
 
 
 def without_network(family: Family, contents: Contents, path: Path) -> ExplainError:
@@ -1131,139 +1078,118 @@ def without_network(family: Family, contents: Contents, path: Path) -> ExplainEr
             cause = f"holds weights of the {other.key} family (key {other.landmark}), not of {family.key}"
             return refusal(path, cause, f"give it to --{other.key}-checkpoint")
     keys = [key for _, tensors in dictionaries(contents) for key in tensors]
-    check_not_foreign([*keys, *map(str, contents)], path)
+    check_not_foreign(map(str, [*keys, *contents]), path)
     fitting = " or ".join(each.names.pattern.partition("(")[0] + "*" for each in FAMILIES.values())
     cause = f"holds another network, or none: no key {family.landmark} among its {len(keys)} weights"
     return refusal(path, cause, f"give one of timm's {fitting}, saved by {PLAIN}")
 
 
 def weights_of(family: Family, contents: Contents, wanted: str, path: Path) -> tuple[Weights, list[str]]:
-    """The network's tensors by its own keys, averaged ones unless `wanted` is plain; and notes.
-
-    Raises ExplainError where a file holds none, or more than a plain network.
-    """
+    """The network's tensors by its own keys, and notes. Raises ExplainError where they are not all there."""
     source, notes = chosen_source(family, contents, wanted, path)
     check_not_foreign([*source.tensors, *{type(tensor).__name__ for tensor in source.tensors.values()}], path)
     if not source.tensors[f"{source.prefix}{family.landmark}"].numel():
         raise refusal(path, "holds the places of weights alone, as DeepSpeed saves them", ZERO)
-    ends = [f"{family.head}.weight", f"{family.head}.bias"]
-    own = (*family.body, *ends)
-    copies = {copy.prefix for copy in sources(family, {"": source.tensors})} - {source.prefix, ""}
+    weight, bias = f"{family.head}.weight", f"{family.head}.bias"
+    copies = {copy.prefix.partition(".")[0] for copy in sources(family, {"": source.tensors})}
+    copies.discard(source.prefix.partition(".")[0])
     weights, rest = {}, {}
     for name, tensor in source.tensors.items():
         key = name.removeprefix(source.prefix)
-        if name.startswith(source.prefix) and key.startswith(own) and not OPS.fullmatch(key):
+        is_own = name.startswith(source.prefix) and key.startswith((*family.body, weight, bias))
+        if is_own and not OPS.fullmatch(key):
             weights[key] = tensor
-        elif not name.startswith(tuple(copies)):
+        elif name.partition(".")[0] not in copies:
             rest[name] = tensor
-    if ends[0] not in weights:
-        layer = lone_layer(family, source, rest, path)
-        weights[ends[0]] = rest.pop(f"{layer}.weight")
-        weights[ends[1]] = rest.pop(f"{layer}.bias", weights[ends[0]].new_zeros(len(weights[ends[0]])))
+    if weight not in weights:
+        layer = lone_layer(family, source, rest, len(weights.get(family.width, ())), path)
+        weights[weight] = rest.pop(f"{layer}.weight")
+        weights[bias] = rest.pop(f"{layer}.bias", weights[weight].new_zeros(len(weights[weight])))
         notes.append(f"its linear layer {printable(layer)} taken for {family.head}")
     if rest:
         notes.append(f"left out, as the network is whole without: {listed(list(rest))}")
     return weights, notes
 
 
-def lone_layer(family: Family, source: Source, rest: Weights, path: Path) -> str:
-    """The one linear layer that is left over for a head, nearest to the network's other weights.
-
-    Raises ExplainError where there is none, or where it is not alone.
-    """
-    inputs = len(source.tensors.get(f"{source.prefix}{family.width}", ()))
-    beside = (AVERAGED | TEACHERS) - words(source.name)
+def lone_layer(family: Family, source: Source, rest: Weights, inputs: int, path: Path) -> str:
+    """The one linear layer left over for a head. Raises ExplainError where there is none, or others too."""
+    beside = (AVERAGED | BESIDE) - words(source.name)
     layers = {
-        key.removesuffix(".weight"): tensor
+        key.removesuffix(".weight"): tensor.shape[1:]
         for key, tensor in rest.items()
-        if key.endswith(".weight") and not BESIDE.search(key) and not words(key) & beside
+        if key.endswith(".weight") and not words(key) & beside
         if tensor.ndim > 1 or len(tensor) == inputs  # other linear layers, convolutions, norms
     }
-    parents = source.prefix.split(".")[:-1]
-    starts = [".".join([*parents[:count], ""]) for count in range(len(parents), -1, -1)]
-    near = [[name for name in layers if name.startswith(start)] for start in starts]
-    found = next(filter(None, near), [])
-    if [layers[name].shape[1:] for name in found] != [(inputs,)]:
-        cause = f"lacks {family.head}, and what is left over is no single linear layer of {inputs} inputs"
-        remedy = "no other head can be explained here: train one linear layer"
-        raise refusal(path, f"{cause} but {listed(found)}", remedy)
-    return found[0]
+    if list(layers.values()) != [(inputs,)]:
+        cause = f"holds {listed(list(layers))} for {family.head}, not one linear layer of {inputs} inputs"
+        raise refusal(path, cause, "train one linear layer: no other head can be explained here")
+    return next(iter(layers))
 
 
 # What a file says of its network
 
 
-def architecture_of(family: Family, contents: Contents, weights: Weights, path: Path) -> tuple[str, str]:
-    """The timm name that the checkpoint records, else the one its shapes tell; and how that is known.
-
-    The name is checked against the family's own: a foreign one could send timm to the network.
-    """
+def architecture_of(family: Family, contents: Contents, weights: Weights, path: Path) -> str:
+    """The timm name that is recorded, else the one that shapes tell. Raises ExplainError for other names."""
     name = recorded(contents, *ARCHITECTURES)
     if name is None:
         depth = sum(tensor.ndim == 4 for tensor in weights.values())
-        width = len(weights.get(family.width, ()))
-        return family.sizes.get((depth, width), family.full_size), "assumed, as its config names none"
-    if not isinstance(name, str) or not family.names.fullmatch(name):
+        return family.sizes.get((depth, len(weights.get(family.width, ()))), family.full_size)
+    if not family.names.fullmatch(str(name)):  # others could send timm to the network
         cause = f"records the network {brief(name)}, which is not of the family of {family.full_size}"
         raise refusal(path, cause, "give it to the option of its own family")
-    return name, "which its config names"
+    return str(name)
 
 
 def class_names_of(
     contents: Contents, outputs: int, given: Sequence[str] | None, path: Path
 ) -> tuple[tuple[str, ...], list[str]]:
     """The names of the classes in the order of the outputs, of one output those of both its sides; and notes.
-
-    `given` are the user's, for files that record none. Raises ExplainError where names, head and
-    records do not agree.
+    `given` are the user's. Raises ExplainError where names, head and records do not agree.
     """
+    count = max(2, outputs)
     found = class_lists(contents, path)
-    fitting = [key for key, names in found.items() if len(names) == max(2, outputs)] or list(found)
-    orders = {tuple(map(class_key, found[key])): key for key in fitting}
+    lists = {key: names for key, names in found.items() if len(names) == count}
+    if given:
+        lists["--class-names"] = usual_names(given)
+    lists = lists or found
+    orders = {tuple(map(class_key, names)): f"{key} says {', '.join(names)}" for key, names in lists.items()}
     if len(orders) > 1:
-        told = " and ".join(f"{key} says {', '.join(found[key])}" for key in orders.values())
-        raise refusal(path, f"contradicts itself on the order of its classes: {told}", "correct the file")
-    names = found[fitting[0]] if fitting else usual_names(given or CLASS_NAMES)
-    if given and [*map(class_key, names)] != [*map(class_key, usual_names(given))]:
-        raise refusal(path, f"records its own class names, {listed(names)}", "leave --class-names out")
-    if len(names) != max(2, outputs):
+        remedy = "leave --class-names out" if given else "correct the file"
+        raise refusal(path, f"the order of its classes is unclear: {' and '.join(orders.values())}", remedy)
+    names = next(iter(lists.values()), CLASS_NAMES)
+    if len(names) != count:
         cause = f"its head has {outputs} outputs, but the class names are {listed(names)}"
         raise refusal(path, cause, "name them with --class-names, or save class_names in the checkpoint")
     notes = [f"one output: its sigmoid is the probability of {names[1]}"] if outputs == 1 else []
-    if not (fitting or given):
+    if not lists:
         order = ", ".join(f"{index} = {name}" for index, name in enumerate(names))
         notes.append(f"class order assumed: {order}; --class-names says another")
     return names, notes
 
 
 def class_lists(contents: Contents, path: Path) -> dict[str, tuple[str, ...]]:
-    """All that a file says of the order of its classes, by its own name for that.
-
-    Raises ExplainError where class_names is unusable; other names may stand for other things.
-    """
+    """What a file says of its classes' order, by name. Raises ExplainError where class_names is unusable."""
     found = {}
     for record, key in itertools.product(records(contents), NAME_KEYS):
-        value = record.get(key)
-        names = in_order(value)
+        names = in_order(record.get(key))
         if are_class_names(names):
             if not all(re.fullmatch(r"(label|class)?[_ ]*\d+", name, re.IGNORECASE) for name in names):
                 found.setdefault(key, usual_names(names))  # LABEL_0, LABEL_1 say nothing
-        elif key == "class_names" and value is not None:
-            cause = f"class_names is {brief(value)}, not a list of 2 to {MAX_CLASSES} different names"
+        elif key == "class_names" and names is not None:  # what the others name may be something else
+            cause = f"class_names is {brief(names)}, not a list of 2 to {MAX_CLASSES} different names"
             raise refusal(path, cause, "correct class_names in the checkpoint")
     return found
 
 
 def in_order(value: object) -> object:
     """Names in the order of the outputs, from a list or from a dictionary of names and indices."""
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if not isinstance(value, dict):
-        return value
-    if all(type(index) is int for index in value.values()):  # from name to index
-        value = {index: name for name, index in value.items()}
-    by_index = {str(index): name for index, name in value.items()}
-    return [by_index.get(str(index)) for index in range(len(value))]
+    if isinstance(value, dict):
+        if all(type(index) is int for index in value.values()):  # from name to index
+            value = {index: name for name, index in value.items()}
+        by_index = {str(index): name for index, name in value.items()}
+        return [by_index.get(str(index)) for index in range(len(value))]
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def usual_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -1282,24 +1208,20 @@ def are_class_names(value: object) -> bool:
 
 
 def preprocessing_of(contents: Contents, is_grey: bool, path: Path) -> tuple[Preprocessing, list[str]]:
-    """How the checkpoint says images are prepared, else as both networks were trained; and notes.
-
-    Raises ExplainError where it says something unusable.
-    """
+    """How the checkpoint says images are prepared, else as both networks were trained; and notes."""
     interpolation = str(recorded(contents, "interpolation")).lower()
     if interpolation.upper() not in Image.Resampling.__members__:  # none; or random, of timm's trainer
         interpolation = "bilinear"
     mean = channel_values("mean", recorded(contents, "mean", default=IMAGENET_MEAN), 0, path)
     std = channel_values("std", recorded(contents, "std", default=IMAGENET_STD), 0.001, path)
-    preprocessing = Preprocessing(side_of(contents, path), mean, std, interpolation)
     notes = []
-    if preprocessing != Preprocessing():
-        told = f"{preprocessing.size} pixels a side, mean {mean}, std {std}, {interpolation}"
-        notes.append(f"preprocessing as the checkpoint says: {told}")
     if is_grey:
         mean, std = (round(sum(mean) / 3, 6),) * 3, (round(sum(std) / 3, 6),) * 3
-        preprocessing = dataclasses.replace(preprocessing, mean=mean, std=std)
-        notes.append(f"takes one grey value a pixel: that of the radiograph, mean {mean[0]}, std {std[0]}")
+        notes.append("takes one grey value a pixel: that of the radiograph")
+    preprocessing = Preprocessing(side_of(contents, path), mean, std, interpolation)
+    if preprocessing != Preprocessing():
+        told = f"{preprocessing.size} pixels a side, mean {mean}, std {std}, {interpolation}"
+        notes.append(f"preprocessing other than the usual: {told}")
     crop, mode = recorded(contents, "crop_pct"), recorded(contents, "crop_mode")
     if (isinstance(crop, float) and crop < 1) or mode in ("center", "border"):
         notes.append(f"its crop (crop_pct {brief(crop)}) is not made: the whole radiograph is squashed")
@@ -1308,12 +1230,12 @@ def preprocessing_of(contents: Contents, is_grey: bool, path: Path) -> tuple[Pre
 
 def side_of(contents: Contents, path: Path) -> int:
     """Pixels a side of the network's input. Raises ExplainError where what is recorded cannot be that."""
-    side = recorded(contents, *SIDE_KEYS, default=INPUT_SIZE)
+    side = recorded(contents, "img_size", "image_size", "input_size", default=INPUT_SIZE)
     if isinstance(side, (list, tuple)) and len(side) in (2, 3) and side[-2] == side[-1]:
         side = side[-1]  # of height and width; timm's has the channels before them
-    if type(side) is not int or side not in INPUT_SIZES:
-        wanted = f"one number of pixels from {INPUT_SIZES[0]} to {INPUT_SIZES[-1]}"
-        raise refusal(path, f"img_size is {brief(side)}, not {wanted}", "correct img_size in the checkpoint")
+    if type(side) is not int or not 64 <= side <= 1024:
+        cause = f"img_size is {brief(side)}, not one number of pixels from 64 to 1024"
+        raise refusal(path, cause, "correct img_size in the checkpoint")
     return side
 
 
@@ -1327,10 +1249,7 @@ def channel_values(name: str, values: Any, least: float, path: Path) -> tuple[fl
 
 
 def accuracy_text(contents: Contents) -> str:
-    """What a checkpoint says about its accuracy, under the name it uses.
-
-    Trainers record percent; whether a number up to 1 is meant as a share, the file does not say.
-    """
+    """What a checkpoint says about its accuracy, in percent; numbers up to 1 as they are: maybe a share."""
     for key, label in (("test_acc", "Test accuracy"), ("val_acc", "Validation accuracy")):
         value = contents.get(key)
         if getattr(value, "ndim", None) == 0:  # a tensor
@@ -1341,31 +1260,6 @@ def accuracy_text(contents: Contents) -> str:
 
 
 # Into the network
-
-
-def check_fit(network: torch.nn.Module, weights: Weights, why: str, path: Path) -> None:
-    """Raise ExplainError unless the weights have the network's keys, shapes and kinds of number.
-
-    `why` says which network that is and how that is known.
-    """
-    held = {key: described(tensor) for key, tensor in weights.items()}
-    expected = {key: described(tensor) for key, tensor in network.state_dict().items()}
-    faults = [
-        f"{key} is {held.get(key, 'missing')} in the file, {expected.get(key, 'missing')} in the network"
-        for key in expected | held
-        if held.get(key) != expected.get(key) and not key.endswith(COUNTER)
-    ]
-    if faults:
-        cause = f"its {len(held)} weights do not fit the {len(expected)} of {why}: {listed(faults)}"
-        remedy = "give the file that was trained with that network, or correct the name in its config"
-        if "assumed" in why:
-            remedy = "record the timm name of the trained network as model_name in its config"
-        raise refusal(path, cause, remedy)
-
-
-def described(tensor: torch.Tensor) -> str:
-    """Shape and kind of number."""
-    return f"{'x'.join(map(str, tensor.shape)) or 'one'} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def in_float32(weights: Weights, path: Path) -> tuple[Weights, list[str]]:
@@ -1390,27 +1284,33 @@ def build_network(architecture: str, outputs: int) -> torch.nn.Module:
         return timm.create_model(architecture.partition(".")[0], pretrained=False, num_classes=outputs)
 
 
-def network_of(
-    family: Family, architecture: str, why: str, weights: Weights, path: Path
-) -> tuple[torch.nn.Module, list[str]]:
-    """The network with these weights on the CPU, for RGB and two or more classes, in eval mode; and notes.
-
-    Raises ExplainError where they do not fit or are not finite.
-    """
+def network_of(family: Family, architecture: str, weights: Weights, path: Path) -> torch.nn.Module:
+    """The network with these weights, for RGB and 2 or more classes. Raises ExplainError unless they fit."""
     import torch
 
-    weights, notes = in_float32(weights, path)
-    if takes_grey(family, weights):  # of RGB, the sum that is its grey
-        weights[family.stem] = weights[family.stem] * torch.tensor(GREY_OF_RGB).view(1, 3, 1, 1)
+    if takes_grey(family, weights):  # of RGB, the sum that is its grey (ITU-R 601, as Pillow and torchvision)
+        weights[family.stem] = weights[family.stem] * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     if len(weights[f"{family.head}.weight"]) == 1:  # z as -z/2 and z/2: softmax gives sigmoid(z)
         head = [key for key in weights if key.startswith(f"{family.head}.")]
         weights |= {key: torch.cat([-weights[key], weights[key]]) / 2 for key in head}
     network = build_network(architecture, len(weights[f"{family.head}.weight"]))
-    check_fit(network, weights, f"{architecture} ({why})", path)
-    counters = [key for key in network.state_dict() if key not in weights]  # which only training needs
-    weights |= {key: torch.tensor(0) for key in counters}
-    network.load_state_dict(weights, strict=True, assign=True)
-    return network.eval().requires_grad_(False), notes
+    expected, held = kinds_of(network.state_dict()), kinds_of(weights)
+    faults = [
+        f"{key} is {held.get(key, 'missing')} in the file, {expected.get(key, 'missing')} in the network"
+        for key in expected | held
+        if held.get(key) != expected.get(key) and not key.endswith("num_batches_tracked")
+    ]
+    if faults:
+        cause = f"its {len(held)} weights do not fit the {len(expected)} of {architecture}: {listed(faults)}"
+        remedy = "give a file of that network, or set model_name in its config to the timm name of its own"
+        raise refusal(path, cause, remedy)
+    network.load_state_dict(weights, strict=True, assign=True)  # which makes counters of batches by itself
+    return network.eval().requires_grad_(False)
+
+
+def kinds_of(weights: Weights) -> dict[str, str]:
+    """Shape and kind of number of each tensor, in words."""
+    return {key: f"{tuple(tensor.shape)} {tensor.dtype}" for key, tensor in weights.items()}
 
 
 def takes_grey(family: Family, weights: Weights) -> bool:
@@ -1420,37 +1320,22 @@ def takes_grey(family: Family, weights: Weights) -> bool:
 def load_classifier(
     family: Family, path: Path, device: str, class_names: Sequence[str] | None = None, weights: str = "ema"
 ) -> Classifier:
-    """Read a checkpoint into a classifier on `device`.
-
+    """Read a checkpoint into a classifier on `device`. Raises ExplainError where it is none of this family.
     `class_names` are for files that record none. `weights`: ema or plain, where both lie in the file.
-    Raises ExplainError where the file is no checkpoint of this family.
     """
     path = weights_file(path)
     contents = with_config_beside(family, read_checkpoint(path), path)
     tensors, weight_notes = weights_of(family, contents, weights, path)
-    architecture, why = architecture_of(family, contents, tensors, path)
+    architecture = architecture_of(family, contents, tensors, path)
     outputs = len(tensors[f"{family.head}.weight"])
-    class_names, class_notes = class_names_of(contents, outputs, class_names, path)
+    names, class_notes = class_names_of(contents, outputs, class_names, path)
     prepared = with_trainers_defaults(contents, architecture)
     preprocessing, preprocessing_notes = preprocessing_of(prepared, takes_grey(family, tensors), path)
-    try:
-        network, number_notes = network_of(family, architecture, why, tensors, path)
-        network.to(device)
-    except (MemoryError, RuntimeError) as error:
-        if lacks_memory(error):
-            remedy = "close other programs, or choose --device cpu"
-            raise refusal(path, f"not enough memory on {device}", remedy) from error
-        raise
-    model = Model(
-        family=family,
-        architecture=architecture,
-        checkpoint=path,
-        accuracy=accuracy_text(contents),
-        class_names=class_names,
-        preprocessing=preprocessing,
-        score_scale=2.0 if outputs == 1 else 1.0,
-        notes=(*weight_notes, *class_notes, *number_notes, *preprocessing_notes),
-    )
+    tensors, number_notes = in_float32(tensors, path)
+    network = network_of(family, architecture, tensors, path).to(device)
+    scale = 2.0 if outputs == 1 else 1.0
+    notes = (*weight_notes, *class_notes, *number_notes, *preprocessing_notes)
+    model = Model(family, architecture, path, accuracy_text(contents), names, preprocessing, scale, notes)
     return Classifier(model, network)
 
 
@@ -1469,16 +1354,12 @@ def choose_device(wanted: str) -> str:
     """The device to run on. Raises ExplainError where the wanted one is not there."""
     import torch
 
-    present = ["cpu"]
-    if torch.backends.mps.is_available():
-        present.insert(0, "mps")
+    present = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     if torch.cuda.is_available():
         present = ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count())), *present]
-    if wanted == "auto":
-        return present[0]
-    if wanted not in present:
+    if wanted not in ("auto", *present):
         raise ExplainError(f"--device {wanted}: not available here; use --device {' or '.join(present)}")
-    return wanted
+    return present[0] if wanted == "auto" else wanted
 
 
 def use_exact_float32() -> None:
@@ -5364,7 +5245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         if lacks_memory(error):
-            warn("❌ memory: not enough; close other programs, or choose a smaller --batch-size or --dpi")
+            warn("❌ memory: not enough; close programs, take smaller --batch-size or --dpi, or --device cpu")
         elif isinstance(error, ImportError):
             what = printable(error.name or "a library")
             warn(f"❌ {what}: cannot be imported ({brief(str(error))}); pip install -r requirements.txt")

@@ -237,7 +237,7 @@ def test_class_names_keep_their_order_and_a_colormap_that_is_not_used_is_told(ch
         (["--image", "EMPTY"], "no image found there"),
         (["--image", "EMPTY/*.png"], "no image found there"),
         (["--seed", "1"], "test: no test images there; give one with --image"),
-        (["--image", "XRAY", "--model", "convnext"], "no convnext* checkpoint there; put one in or name it with --convnext-checkpoint"),
+        (["--image", "XRAY", "--model", "convnext"], "holds none; put or leave one there, or name it with --convnext-checkpoint"),
     ),
 )
 def test_paths_that_cannot_be_meant_are_one_line(checkpoints, xray, tmp_path, monkeypatch, capsys, arguments, word):

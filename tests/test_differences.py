@@ -271,7 +271,7 @@ def test_each_line_of_an_image_tells_its_own_verdicts_and_flags(told):
         assert f"{title}, {called} flagged: {found}; " in line or not found
     assert "--truth: 1 (greenstick) named there" in told.err and "bad.png" in told.err
     for key, own in OWN.items():
-        said = f"{key}.pth: preprocessing as the checkpoint says"
+        said = f"{key}.pth: preprocessing other than the usual"
         (note,) = (line for line in told.err.splitlines() if said in line)
         assert f"{own['img_size']} pixels a side" in note
     notes = [line for line in told.err.splitlines() if line.startswith("ℹ️") and "d.png" in line]
