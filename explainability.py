@@ -109,9 +109,7 @@ if TYPE_CHECKING:
     from pydicom import Dataset
     from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------
-# Constants
-# ------------------------------------------------------------------------------------------
+# Constants ----------------------------------------------------------------------------------------
 
 PROJECT = Path(__file__).resolve().parent
 CHECKPOINT_FOLDER = PROJECT / "checkpoints"
@@ -128,9 +126,11 @@ DEMO_SUFFIX = "_demo.pth"
 DEMO_NOTICE = "trained on synthetic radiographs; shows how the tool works; says nothing about real patients"
 
 
-# ------------------------------------------------------------------------------------------
-# Records
-# ------------------------------------------------------------------------------------------
+# Records ------------------------------------------------------------------------------------------
+
+
+PixelBox = tuple[int, int, int, int]  # x0, y0, x1, y1, half-open
+Region = tuple[float, float, float, float]  # the same in other units
 
 
 class ExplainError(Exception):
@@ -213,18 +213,12 @@ class Classifier:
         return next(self.network.parameters()).device
 
 
-PixelBox = tuple[int, int, int, int]  # x0, y0, x1, y1, half-open
-
-
 @dataclass(frozen=True)
 class Landmarks:
     """What of a radiograph the checks compare its maps with."""
 
     dense: np.ndarray  # (CELLS, CELLS) share of each cell's pixels that are as dense as bone
     markers: tuple[PixelBox, ...]  # pixels of CHECKED_SIDE
-
-
-Region = tuple[float, float, float, float]  # x0, y0, x1, y1, half-open
 
 
 @dataclass(frozen=True)
@@ -408,9 +402,7 @@ class Result:
         return [each for each in self.opinions if truth and not is_right(each, truth)]
 
 
-# ------------------------------------------------------------------------------------------
-# Inputs: radiographs
-# ------------------------------------------------------------------------------------------
+# Inputs: radiographs ------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".dcm")
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may decode; never EPS
@@ -574,9 +566,6 @@ def check_size(width: int, height: int) -> None:
         raise ExplainError(f"{width} x {height} pixels, more than {MAX_PIXELS:,} in all; reduce it")
 
 
-# From deep values to 8 bits
-
-
 def to_8_bits(values: np.ndarray, left_out: np.ndarray | None = None) -> tuple[np.ndarray, list[str]]:
     """Values of any depth as uint8 of the same shape, with a note on what was done.
 
@@ -604,9 +593,6 @@ def to_grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """255 * (values - low) / (high - low), halves rounded to even and clipped to uint8."""
     scaled = (values.astype(np.float64) - low) * 255 / (high - low)
     return np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled).astype(np.uint8)
-
-
-# Files that Pillow reads
 
 
 def read_picture(file: BinaryIO) -> tuple[np.ndarray, int, list[str]]:
@@ -742,9 +728,6 @@ def first_number(dataset: Dataset, name: str, default: float) -> float:
     return float(numbers[0]) if numbers else float(default)
 
 
-# What the networks see
-
-
 def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.ndarray:
     """Squash-resize and normalise: (3, size, size) float32.
 
@@ -756,9 +739,7 @@ def network_input(radiograph: Radiograph, preprocessing: Preprocessing) -> np.nd
     return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1))
 
 
-# ------------------------------------------------------------------------------------------
-# Models
-# ------------------------------------------------------------------------------------------
+# Models -------------------------------------------------------------------------------------------
 
 Contents = dict[Any, Any]  # of a checkpoint file
 Weights = dict[str, "torch.Tensor"]  # by the network's keys, or a file's
@@ -1371,9 +1352,7 @@ def use_exact_float32() -> None:
     torch.backends.cudnn.deterministic = True
 
 
-# ------------------------------------------------------------------------------------------
-# Methods: from one pass of a batch to signed maps
-# ------------------------------------------------------------------------------------------
+# Methods: from one pass of a batch to signed maps -------------------------------------------------
 
 ROUNDING = 8 * float(np.finfo(np.float32).eps)  # relative error of a few float32 operations
 DEFAULT_BATCH = {"cpu": 4, "cuda": 32, "mps": 32}  # images; larger ones gain no speed and take memory
@@ -1691,9 +1670,6 @@ def relevance_owed(seen: ForwardPass) -> torch.Tensor:
     return radiograph_scores - reference_scores
 
 
-# Parts covered
-
-
 def falls(seen: ForwardPass, kept: torch.Tensor) -> torch.Tensor:
     """How far scores fall where the reference covers all cells but those `kept` (M, g, g): (B, M) float64."""
     import torch
@@ -1751,9 +1727,6 @@ def kernel_shap(seen: ForwardPass) -> torch.Tensor:
     fallen = falls(seen, torch.from_numpy(sets).view(-1, PLAYERS, PLAYERS)).numpy()
     values = shapley_values(sets, total[:, None] - fallen, total)
     return torch.from_numpy(values).float().view(-1, PLAYERS, PLAYERS)
-
-
-# All methods
 
 
 @dataclass(frozen=True)
@@ -1870,9 +1843,7 @@ def sum_remark(explanation: Explanation) -> str:
     return f"The sum of the map by {METHODS[explanation.method].title} is off by {explanation.sum_error:.0%}"
 
 
-# ------------------------------------------------------------------------------------------
-# Checks
-# ------------------------------------------------------------------------------------------
+# Checks -------------------------------------------------------------------------------------------
 
 # Everything is measured on one grid for all networks and methods, so that a threshold means the
 # same share of the area everywhere. Heat is max(raw map, 0) divided by its sum.
@@ -2490,9 +2461,7 @@ def pointing_text(pointed: Pointing) -> str:
     return f"{mark}Maximum {place} the true fracture's box; {share}"
 
 
-# ------------------------------------------------------------------------------------------
-# Reference: images of the kind that a network is meant for (--reference)
-# ------------------------------------------------------------------------------------------
+# Reference: images of the kind that a network is meant for (--reference) --------------------------
 
 FEWEST_OF_CLASS = 50  # images; of fewer, how far is far cannot be told
 MOST_OF_CLASS = 500  # of more, so many are taken, evenly over their sorted names
@@ -2611,9 +2580,7 @@ def read_reference(path: Path, mark: str) -> Reference | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------
-# Panels and figures
-# ------------------------------------------------------------------------------------------
+# Panels and figures -------------------------------------------------------------------------------
 
 INK, MUTED, TRACK, BAR, FRAME = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#3b6ea5", "#8c8c8c"
 WARNING, BADGE = "#a33b00", "#8a4b00"
@@ -3301,9 +3268,7 @@ def figure_bytes(sheet: Sheet, style: FigureStyle, digest: str = "") -> bytes:
     return file.getvalue()
 
 
-# ------------------------------------------------------------------------------------------
-# Truth: what folders and --truth tell of an image
-# ------------------------------------------------------------------------------------------
+# Truth: what folders and --truth tell of an image -------------------------------------------------
 
 TEST_TRUTH = TEST_IMAGES / "fracture_boxes.csv"  # used by itself for the images beside it
 SIDES = ("x0", "y0", "x1", "y1")
@@ -3436,9 +3401,7 @@ def boxes_in_shares(boxes: Sequence[Region], width: int, height: int) -> tuple[l
     return shares, notes
 
 
-# ------------------------------------------------------------------------------------------
-# Outputs: names and files
-# ------------------------------------------------------------------------------------------
+# Outputs: names and files -------------------------------------------------------------------------
 
 MAX_STEM_BYTES = 210  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
 ZIP_DIRECTORY_BYTES = 1_000_000  # holds that of 10,000 tensors
@@ -3546,9 +3509,6 @@ def page_prefixes(keys: Sequence[str], methods: Sequence[str]) -> dict[str, tupl
         for place, key in enumerate(keys):
             pages[f"methods_{key}"] = tuple(range(place * count, (place + 1) * count))
     return pages
-
-
-# Jobs
 
 
 def file_mark(path: Path) -> str:
@@ -3702,9 +3662,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ------------------------------------------------------------------------------------------
-# The table of results: a row for each image explained into the folder
-# ------------------------------------------------------------------------------------------
+# The table of results: a row for each image explained into the folder -----------------------------
 
 TABLE_NAME = "summary.csv"
 LOCK_NAME = ".summary.lock"
@@ -3914,9 +3872,7 @@ def seen_by(row: dict[str, str], model: Model) -> Seen:
     return seen | {"kinds": " ".join(dict.fromkeys(filter(None, kinds)))}
 
 
-# ------------------------------------------------------------------------------------------
-# Console text
-# ------------------------------------------------------------------------------------------
+# Console text -------------------------------------------------------------------------------------
 
 RULE = "=" * 80
 MOST_NAMED = 5  # files of a kind; the rest are in the table
@@ -4050,10 +4006,7 @@ def run_lines(
     rows: Sequence[dict[str, str]], models: Sequence[Model], methods: Sequence[str],
     observations: dict[str, list[Observation]], fresh: int, seconds: float,
 ) -> list[str]:  # fmt: skip
-    """What a run over many images found: speed, accuracy, confusion, the images to look at.
-
-    `fresh` is the count of images that were explained in these seconds, with these observations.
-    """
+    """What a run found; of the images, `fresh` were explained in these seconds, with these observations."""
     failed = [row for row in rows if row["error"]]
     done = [row for row in rows if not row["error"]]
     lines = [RULE, "📊 RUN SUMMARY", RULE, f"Images: {len(done)} done, {len(failed)} failed"]
@@ -4140,9 +4093,7 @@ def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
     return [*lines, *named_lines("Misclassified", wrong)]
 
 
-# ------------------------------------------------------------------------------------------
-# The report: every image in the table, on a page to browse
-# ------------------------------------------------------------------------------------------
+# The report: every image in the table, on a page to browse ----------------------------------------
 
 REPORT_NAME = "report.html"
 SURE = 0.95  # confidence from which a wrong prediction is looked at first
@@ -4452,9 +4403,7 @@ def report_page(
     )
 
 
-# ------------------------------------------------------------------------------------------
-# Runs: jobs -> read -> explained in batches -> figures and maps written -> row, lines
-# ------------------------------------------------------------------------------------------
+# Runs: jobs -> read -> explained in batches -> figures and maps written -> row, lines -------------
 
 MAX_DRAWING_PROCESSES = 8
 LONG_PASSES = 10  # an image: from here on a bar counts them
@@ -4787,9 +4736,6 @@ def draw(
     return figure_bytes(explanation_figure(view, explanation), style)
 
 
-# The whole
-
-
 def run(args: argparse.Namespace, request: Request) -> int:
     """Do what is asked; the exit status."""
     job, checkpoints = request.jobs[0], request.checkpoints
@@ -4901,9 +4847,7 @@ def resumed(
     return rows, left
 
 
-# ------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------
+# Command line -------------------------------------------------------------------------------------
 
 VERSION = "1.0"
 EXAMPLES = """examples:
@@ -5083,10 +5027,7 @@ def versions_text() -> str:
 
 
 def images_below(folder: Path, results: Path | None = None) -> list[Path]:
-    """Every file below a folder that has an image's suffix, or none and the mark of DICOM; sorted.
-
-    Not those in a folder of results. Raises ExplainError where a folder cannot be searched.
-    """
+    """Images below a folder, sorted, but no results. Raises ExplainError where it cannot be searched."""
 
     def refuse(error: OSError) -> None:
         cause = f"cannot be searched ({error.strerror})"
@@ -5156,9 +5097,6 @@ def random_test_image(seed: int | None) -> Path:
     return random.Random(seed).choice(paths)
 
 
-# Checkpoints
-
-
 def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Path]], list[str]]:
     """The checkpoint of each model that is asked for, and what to say of the choice.
 
@@ -5218,9 +5156,6 @@ def checked_request(args: argparse.Namespace) -> Request:
     ]
     told = (*notes, *told)
     return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, told, tuple(reference))
-
-
-# The end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
