@@ -34,11 +34,11 @@ The file, from top to bottom; each section uses only what stands above it
                          weights or names: the tables at the section's start
     Methods              a batch -> signed maps. A new method: one function and one entry of METHODS
     Checks               a map -> Findings. A new check: one function and one entry of CHECKS
-    Reference            images that a network is meant for -> how far another is from them, and which of
-                         them are most similar
     Panels and figures   Explanations -> a Sheet -> PNG, PDF or SVG. A new panel: one draw_ function
     Truth                what folders' names and --truth tell of an image
     Outputs              names, jobs, files
+    Reference            images that a network is meant for -> how far another is from them, and which of
+                         them are most similar
     The table            summary.csv. A new column: one line of model_cells or map_cells
     Console text         lines for one image, and for a run over many
     The report           report.html, of the table's rows
@@ -109,12 +109,13 @@ if TYPE_CHECKING:
     from pydicom import Dataset
     from tqdm import tqdm
 
-# Constants ----------------------------------------------------------------------------------------
+# What all sections share --------------------------------------------------------------------------
 
 PROJECT = Path(__file__).resolve().parent
 CHECKPOINT_FOLDER = PROJECT / "checkpoints"
 TEST_IMAGES = PROJECT / "data_original" / "test"
 OUTPUT_FOLDER = PROJECT / "explainability_outputs"
+TABLE_NAME, REPORT_NAME = "summary.csv", "report.html"
 LIBRARIES = ("torch", "timm", "numpy", "matplotlib", "pillow")
 
 CLASS_NAMES = ("Comminuted Fracture", "Simple Fracture")  # index = output of the networks
@@ -124,6 +125,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)  # these, although timm's default for it sa
 
 DEMO_SUFFIX = "_demo.pth"
 DEMO_NOTICE = "trained on synthetic radiographs; shows how the tool works; says nothing about real patients"
+
+
+def printable(text: str) -> str:
+    """Text with control characters and undecodable bytes shown as escapes."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in text
+    )
+
+
+def class_key(name: str) -> str:
+    """A class's name without case, spaces and punctuation: simple_fracture is Simple Fracture."""
+    return re.sub(r"[\W_]+", "", name).casefold()
 
 
 # Records ------------------------------------------------------------------------------------------
@@ -313,6 +327,9 @@ class Explanation:
     def explained_class(self) -> str:
         return self.model.class_names[self.explained]
 
+    def is_right(self, truth: str) -> bool:
+        return class_key(self.prediction) == class_key(truth)
+
     @property
     def sum_error(self) -> float:
         """How far the raw map's sum is from what it owes, as a share of that; 0 where it owes nothing."""
@@ -399,7 +416,7 @@ class Result:
     def wrong(self) -> list[Explanation]:
         """The opinions that contradict the true class."""
         truth = self.job.truth.name
-        return [each for each in self.opinions if truth and not is_right(each, truth)]
+        return [each for each in self.opinions if truth and not each.is_right(truth)]
 
 
 # Inputs: radiographs ------------------------------------------------------------------------------
@@ -409,6 +426,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # what Pillow may
 MAX_PIXELS = 100_000_000  # of one image; the largest radiographs have 25 million
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is larger, and warns before it is reached
 HEAD_BYTES = 1024  # enough to tell what a file is
+ZIP_DIRECTORY_BYTES = 1_000_000  # holds that of 10,000 tensors
 DICOM_DECODERS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg, or export it uncompressed"
 COPY_AGAIN = "copy it again from where it came"
 MISREAD = {((8,), (2,)): np.int8, ((32,), (1,)): np.uint32}  # by TIFF's bits and sample format
@@ -448,19 +466,6 @@ WANTED = {  # which of the uses count, what they are together, and what to do wi
     "image": (("image", "dicom"), "an image that can be read here", "give a radiograph or convert it to PNG"),
     "checkpoint": (("zip", "pickle", "safetensors"), "a checkpoint", "give one of torch.save or safetensors"),
 }  # fmt: skip
-
-
-def printable(text: str) -> str:
-    """Text with control characters and undecodable bytes shown as escapes."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
-        for character in text
-    )
-
-
-def class_key(name: str) -> str:
-    """A class's name without case, spaces and punctuation: simple_fracture is Simple Fracture."""
-    return re.sub(r"[\W_]+", "", name).casefold()
 
 
 def shown(path: Path) -> str:
@@ -518,6 +523,20 @@ def open_regular(path: Path) -> BinaryIO:
         return open(path, "rb")
     except OSError as error:
         raise ExplainError(f"{str(error.strerror).lower()}; check the path and its permissions") from error
+
+
+def file_mark(path: Path) -> str:
+    """What tells whether a file's content is another one; nothing for one that cannot be read.
+
+    Of a zip archive, which checkpoints are as a rule, its directory at the end is enough: it holds a
+    checksum of every part, unless torch was told to write none.
+    """
+    with contextlib.suppress(ExplainError, OSError), open_regular(path) as file:
+        is_zip = file.read(2) == b"PK"
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - ZIP_DIRECTORY_BYTES) if is_zip else 0)
+        return f"{length} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return ""
 
 
 def kind_of(head: bytes) -> FileKind:
@@ -2461,125 +2480,6 @@ def pointing_text(pointed: Pointing) -> str:
     return f"{mark}Maximum {place} the true fracture's box; {share}"
 
 
-# Reference: images of the kind that a network is meant for (--reference) --------------------------
-
-FEWEST_OF_CLASS = 50  # images; of fewer, how far is far cannot be told
-MOST_OF_CLASS = 500  # of more, so many are taken, evenly over their sorted names
-FOLDS = 5  # an image is measured by statistics of the other folds' images alone
-SHRINKAGE = 0.1  # of the covariance towards its mean variance
-SAME_IMAGE = 1 - 1e-5  # likeness of an image and itself, in half precision
-THUMBNAIL = (72, 72)  # pixels, kept as JPEG
-
-
-def mahalanobis(known: np.ndarray, classes: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """What gives the squared distances of features (B, D) to the nearest class's mean: (B,).
-
-    K. Lee et al., NeurIPS 2018. The covariance, (1 - a) X'X / m + a v I of centred features X (m, D)
-    with mean variance v, is inverted by way of XX' (Woodbury): there are fewer images than features.
-    """
-    names, of_class = np.unique(classes, return_inverse=True)
-    means = np.stack([known[classes == each].mean(axis=0) for each in names])  # (K, D)
-    centred = known - means[of_class]
-    least = SHRINKAGE * float((centred**2).mean())  # a v
-    ridge = len(centred) * least / (1 - SHRINKAGE)
-    inverse = np.linalg.inv(centred @ centred.T + ridge * np.eye(len(centred)))
-
-    def distances(features: np.ndarray) -> np.ndarray:
-        away = features - means[:, None]  # (K, B, D)
-        along = away @ centred.T
-        explained = ((along @ inverse) * along).sum(axis=-1)
-        return (((away**2).sum(axis=-1) - explained) / least).min(axis=0)
-
-    return distances
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Images that a network is meant for, as its features show them."""
-
-    features: np.ndarray  # (n, D) float16
-    classes: np.ndarray  # (n,) names
-    labels: np.ndarray  # (n,) names of the images
-    thumbnails: tuple[bytes, ...]  # JPEG
-
-    @functools.cached_property
-    def folds(self) -> list[tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]]:
-        """For each fold the distances to the others' images, and those of its own ones, sorted."""
-        folds, features, measured = np.arange(len(self.features)) % FOLDS, self.features.astype(float), []
-        for fold in range(FOLDS):
-            distances = mahalanobis(features[folds != fold], self.classes[folds != fold])
-            measured.append((distances, np.sort(distances(features[folds == fold]))))
-        return measured
-
-    @functools.cached_property
-    def directions(self) -> np.ndarray:
-        features = self.features.astype(np.float32)
-        return features / np.linalg.norm(features, axis=1, keepdims=True)
-
-    def likenesses(self, features: np.ndarray) -> list[Likeness]:
-        """How images lie among these, from their features (B, D): cross-conformal (V. Vovk, 2015)."""
-        nearer = sum(np.searchsorted(own, distances(features)) for distances, own in self.folds)
-        cosines = features / np.linalg.norm(features, axis=1, keepdims=True) @ self.directions.T
-        cosines[cosines > SAME_IMAGE] = -1  # an image is no similar case of itself
-        nearest = (-cosines).argsort(axis=1, kind="stable")[:, :NEAREST]
-        similar = [[self.case(each, row[each]) for each in places] for places, row in zip(nearest, cosines)]
-        return [Likeness(int(count), len(self.labels), tuple(each)) for count, each in zip(nearer, similar)]
-
-    def case(self, place: int, likeness: float) -> SimilarCase:
-        picture = np.asarray(Image.open(io.BytesIO(self.thumbnails[place])))
-        return SimilarCase(str(self.labels[place]), str(self.classes[place]), float(likeness), picture)
-
-
-def reference_of(classifier: Classifier, images: Sequence[tuple[Path, str, str]], batch: int) -> Reference:
-    """Pass images through a network, each with its label and class; one that cannot be read is told."""
-    import torch
-    from tqdm import tqdm
-
-    features, hook = head_inputs(classifier.network, classifier.model.family.head)
-    bar, told = tqdm(images, "Reference", unit="image", disable=not sys.stderr.isatty()), []
-    with hook, torch.no_grad():
-        rest = readable(bar, classifier.model.preprocessing)
-        while some := list(itertools.islice(rest, batch)):
-            inputs, *others = zip(*some)
-            classifier.network(torch.from_numpy(np.stack(inputs)).to(classifier.device))
-            told += zip(*others)
-    thumbnails, *names = zip(*told)
-    labels, classes = map(np.array, names)
-    return Reference(torch.cat(features).half().cpu().numpy(), classes, labels, thumbnails)
-
-
-def readable(images: Iterable[tuple[Path, str, str]], preprocessing: Preprocessing) -> Iterator[tuple]:
-    """A network's input, thumbnail, label and class of each image; says which cannot be read."""
-    for path, *told in images:
-        try:
-            radiograph = load_radiograph(path)
-        except ExplainError as error:
-            print(f"❌ {error}; left out of the reference", file=sys.stderr)
-            continue
-        small, file = Image.fromarray(radiograph.pixels).convert("L"), io.BytesIO()
-        small.thumbnail(THUMBNAIL)
-        small.save(file, "JPEG", quality=60)
-        yield network_input(radiograph, preprocessing), file.getvalue(), *told
-
-
-def write_reference(reference: Reference, path: Path, mark: str) -> None:
-    thumbnails, ends = b"".join(reference.thumbnails), np.cumsum([len(each) for each in reference.thumbnails])
-    arrays = {"features": reference.features, "classes": reference.classes, "labels": reference.labels}
-    file = io.BytesIO()
-    np.savez(file, **arrays, thumbnails=np.frombuffer(thumbnails, np.uint8), ends=ends, mark=mark)
-    write_file(path, file.getvalue())
-
-
-def read_reference(path: Path, mark: str) -> Reference | None:
-    """What was written for this network and these images; None where nothing was."""
-    absent_or_cut = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
-    with contextlib.suppress(*absent_or_cut), np.load(path) as file:
-        if str(file["mark"]) == mark:
-            thumbnails = tuple(each.tobytes() for each in np.split(file["thumbnails"], file["ends"][:-1]))
-            return Reference(file["features"], file["classes"], file["labels"], thumbnails)
-    return None
-
-
 # Panels and figures -------------------------------------------------------------------------------
 
 INK, MUTED, TRACK, BAR, FRAME = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#3b6ea5", "#8c8c8c"
@@ -3404,7 +3304,6 @@ def boxes_in_shares(boxes: Sequence[Region], width: int, height: int) -> tuple[l
 # Outputs: names and files -------------------------------------------------------------------------
 
 MAX_STEM_BYTES = 210  # file systems allow 255; the rest is for gradcam_efficientnet_, .png and a number
-ZIP_DIRECTORY_BYTES = 1_000_000  # holds that of 10,000 tensors
 PROBE_BYTES = 4_000_000  # room that an output folder must have: the figures of one image
 DIGEST_PLACES = {  # how the digest stands in a whole file
     ".png": re.compile(rb"tEXtDigest\0(\w*).{8}IDAT.*IEND.{4}$", re.DOTALL),
@@ -3413,6 +3312,15 @@ DIGEST_PLACES = {  # how the digest stands in a whole file
     ".json": re.compile(rb'"digest": "(\w*)"\s*}$'),
     ".npy": re.compile(rb"\A\x93NUMPY()"),  # has none; its .json, written after it, tells
 }
+
+
+def say(*lines: str) -> None:
+    print(*lines, sep="\n", flush=True)
+
+
+def warn(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -3511,20 +3419,6 @@ def page_prefixes(keys: Sequence[str], methods: Sequence[str]) -> dict[str, tupl
     return pages
 
 
-def file_mark(path: Path) -> str:
-    """What tells whether a file's content is another one; nothing for one that cannot be read.
-
-    Of a zip archive, which checkpoints are as a rule, its directory at the end is enough: it holds a
-    checksum of every part, unless torch was told to write none.
-    """
-    with contextlib.suppress(ExplainError, OSError), open_regular(path) as file:
-        is_zip = file.read(2) == b"PK"
-        length = file.seek(0, os.SEEK_END)
-        file.seek(max(0, length - ZIP_DIRECTORY_BYTES) if is_zip else 0)
-        return f"{length} {hashlib.file_digest(file, 'sha256').hexdigest()}"
-    return ""
-
-
 def digest_of(*parts: object) -> str:
     """A short checksum of values that have a repr of their own."""
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
@@ -3620,6 +3514,10 @@ def write_maps(result: Result) -> None:
         write_file(path.with_suffix(".json"), told.encode())
 
 
+def case_text(case: SimilarCase) -> str:
+    return f"{printable(case.label)} ({case.class_name}, {case.likeness:.3f})"
+
+
 def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
     """Everything that a raw map depends on, and what was found about it."""
     model, method = explanation.model, METHODS[explanation.method]
@@ -3662,9 +3560,127 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# Reference: images of the kind that a network is meant for (--reference) --------------------------
+
+FEWEST_OF_CLASS = 50  # images; of fewer, how far is far cannot be told
+MOST_OF_CLASS = 500  # of more, so many are taken, evenly over their sorted names
+FOLDS = 5  # an image is measured by statistics of the other folds' images alone
+SHRINKAGE = 0.1  # of the covariance towards its mean variance
+SAME_IMAGE = 1 - 1e-5  # likeness of an image and itself, in half precision
+THUMBNAIL = (72, 72)  # pixels, kept as JPEG
+
+
+def mahalanobis(known: np.ndarray, classes: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """What gives the squared distances of features (B, D) to the nearest class's mean: (B,).
+
+    K. Lee et al., NeurIPS 2018. The covariance, (1 - a) X'X / m + a v I of centred features X (m, D)
+    with mean variance v, is inverted by way of XX' (Woodbury): there are fewer images than features.
+    """
+    names, of_class = np.unique(classes, return_inverse=True)
+    means = np.stack([known[classes == each].mean(axis=0) for each in names])  # (K, D)
+    centred = known - means[of_class]
+    least = SHRINKAGE * float((centred**2).mean())  # a v
+    ridge = len(centred) * least / (1 - SHRINKAGE)
+    inverse = np.linalg.inv(centred @ centred.T + ridge * np.eye(len(centred)))
+
+    def distances(features: np.ndarray) -> np.ndarray:
+        away = features - means[:, None]  # (K, B, D)
+        along = away @ centred.T
+        explained = ((along @ inverse) * along).sum(axis=-1)
+        return (((away**2).sum(axis=-1) - explained) / least).min(axis=0)
+
+    return distances
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Images that a network is meant for, as its features show them."""
+
+    features: np.ndarray  # (n, D) float16
+    classes: np.ndarray  # (n,) names
+    labels: np.ndarray  # (n,) names of the images
+    thumbnails: tuple[bytes, ...]  # JPEG
+
+    @functools.cached_property
+    def folds(self) -> list[tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]]:
+        """For each fold the distances to the others' images, and those of its own ones, sorted."""
+        folds, features, measured = np.arange(len(self.features)) % FOLDS, self.features.astype(float), []
+        for fold in range(FOLDS):
+            distances = mahalanobis(features[folds != fold], self.classes[folds != fold])
+            measured.append((distances, np.sort(distances(features[folds == fold]))))
+        return measured
+
+    @functools.cached_property
+    def directions(self) -> np.ndarray:
+        features = self.features.astype(np.float32)
+        return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+    def likenesses(self, features: np.ndarray) -> list[Likeness]:
+        """How images lie among these, from their features (B, D): cross-conformal (V. Vovk, 2015)."""
+        nearer = sum(np.searchsorted(own, distances(features)) for distances, own in self.folds)
+        cosines = features / np.linalg.norm(features, axis=1, keepdims=True) @ self.directions.T
+        cosines[cosines > SAME_IMAGE] = -1  # an image is no similar case of itself
+        nearest = (-cosines).argsort(axis=1, kind="stable")[:, :NEAREST]
+        similar = [[self.case(each, row[each]) for each in places] for places, row in zip(nearest, cosines)]
+        return [Likeness(int(count), len(self.labels), tuple(each)) for count, each in zip(nearer, similar)]
+
+    def case(self, place: int, likeness: float) -> SimilarCase:
+        picture = np.asarray(Image.open(io.BytesIO(self.thumbnails[place])))
+        return SimilarCase(str(self.labels[place]), str(self.classes[place]), float(likeness), picture)
+
+
+def reference_of(classifier: Classifier, images: Sequence[tuple[Path, str, str]], batch: int) -> Reference:
+    """Pass images through a network, each with its label and class; one that cannot be read is told."""
+    import torch
+    from tqdm import tqdm
+
+    features, hook = head_inputs(classifier.network, classifier.model.family.head)
+    bar, told = tqdm(images, "Reference", unit="image", disable=not sys.stderr.isatty()), []
+    with hook, torch.no_grad():
+        rest = readable(bar, classifier.model.preprocessing)
+        while some := list(itertools.islice(rest, batch)):
+            inputs, *others = zip(*some)
+            classifier.network(torch.from_numpy(np.stack(inputs)).to(classifier.device))
+            told += zip(*others)
+    thumbnails, *names = zip(*told)
+    labels, classes = map(np.array, names)
+    return Reference(torch.cat(features).half().cpu().numpy(), classes, labels, thumbnails)
+
+
+def readable(images: Iterable[tuple[Path, str, str]], preprocessing: Preprocessing) -> Iterator[tuple]:
+    """A network's input, thumbnail, label and class of each image; says which cannot be read."""
+    for path, *told in images:
+        try:
+            radiograph = load_radiograph(path)
+        except ExplainError as error:
+            print(f"❌ {error}; left out of the reference", file=sys.stderr)
+            continue
+        small, file = Image.fromarray(radiograph.pixels).convert("L"), io.BytesIO()
+        small.thumbnail(THUMBNAIL)
+        small.save(file, "JPEG", quality=60)
+        yield network_input(radiograph, preprocessing), file.getvalue(), *told
+
+
+def write_reference(reference: Reference, path: Path, mark: str) -> None:
+    thumbnails, ends = b"".join(reference.thumbnails), np.cumsum([len(each) for each in reference.thumbnails])
+    arrays = {"features": reference.features, "classes": reference.classes, "labels": reference.labels}
+    file = io.BytesIO()
+    np.savez(file, **arrays, thumbnails=np.frombuffer(thumbnails, np.uint8), ends=ends, mark=mark)
+    write_file(path, file.getvalue())
+
+
+def read_reference(path: Path, mark: str) -> Reference | None:
+    """What was written for this network and these images; None where nothing was."""
+    absent_or_cut = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
+    with contextlib.suppress(*absent_or_cut), np.load(path) as file:
+        if str(file["mark"]) == mark:
+            thumbnails = tuple(each.tobytes() for each in np.split(file["thumbnails"], file["ends"][:-1]))
+            return Reference(file["features"], file["classes"], file["labels"], thumbnails)
+    return None
+
+
 # The table of results: a row for each image explained into the folder -----------------------------
 
-TABLE_NAME = "summary.csv"
 LOCK_NAME = ".summary.lock"
 FIRST_COLUMNS = ("predicted", "confidence", "correct", "flags")  # of each model; the rest stand behind
 TEXT_CODING = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}  # marked for spreadsheets
@@ -3678,10 +3694,6 @@ def yes_or_no(value: bool) -> str:
 def flags_text(explanation: Explanation) -> str:
     """The keys of the flagged checks of an explanation."""
     return ", ".join(each.check for each in explanation.findings if each.is_flagged)
-
-
-def case_text(case: SimilarCase) -> str:
-    return f"{printable(case.label)} ({case.class_name}, {case.likeness:.3f})"
 
 
 def check_cells(explanation: Explanation, *about: str) -> dict[str, str]:
@@ -3718,7 +3730,7 @@ def model_cells(explanations: Sequence[Explanation], truth: str) -> dict[str, st
     cells = {
         "predicted": first.prediction,
         "confidence": f"{first.confidence:.6f}",
-        "correct": yes_or_no(is_right(first, truth)) if truth else "",
+        "correct": yes_or_no(first.is_right(truth)) if truth else "",
         "explained": first.explained_class,
         "method": first.method,
         **check_cells(first, "reference", *ASKED_AGAIN),
@@ -3759,10 +3771,6 @@ def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
             row["pair_flags"] = AGREEMENT if overlap.is_flagged else ""
     files = [path.name for path in job.outputs if path.suffix != ".json"]
     return row | {"digest": job.digest, "outputs": json.dumps(files, ensure_ascii=False)}
-
-
-def is_right(explanation: Explanation, truth: str) -> bool:
-    return class_key(explanation.prediction) == class_key(truth)
 
 
 # The file. Other runs may write to it at the same time: each row goes in under a lock.
@@ -3876,15 +3884,6 @@ def seen_by(row: dict[str, str], model: Model) -> Seen:
 
 RULE = "=" * 80
 MOST_NAMED = 5  # files of a kind; the rest are in the table
-
-
-def say(*lines: str) -> None:
-    print(*lines, sep="\n", flush=True)
-
-
-def warn(*lines: str) -> None:
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)
 
 
 def note_lines(file: Path | str, notes: Sequence[str]) -> list[str]:
@@ -4095,7 +4094,6 @@ def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
 
 # The report: every image in the table, on a page to browse ----------------------------------------
 
-REPORT_NAME = "report.html"
 SURE = 0.95  # confidence from which a wrong prediction is looked at first
 Z = 1.96  # standard deviations to each side that hold 95 % of a normal distribution
 HEAT_COLUMNS = {"border": "on border", "dark": "on dark", "markers": "on markers", "heat_in_box": "in box"}
@@ -4425,6 +4423,7 @@ class Request:
     style: FigureStyle
     notes: tuple[str, ...] = ()  # lines to say beside what was asked
     reference: tuple[Path, ...] = ()  # images that --reference names
+    told: tuple[str, ...] = ()  # options and versions, for the report
 
 
 @dataclass(frozen=True)
@@ -4775,7 +4774,7 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
         if request.is_single:
             return explain_one(jobs, plan, submit, args.quiet)
         try:
-            return explain_many(jobs, plan, submit, args)
+            return explain_many(jobs, plan, submit, args, request.told)
         except KeyboardInterrupt:
             warn("⏹️  Interrupted; --skip-existing goes on from here")
             raise
@@ -4800,7 +4799,7 @@ def explain_one(jobs: Sequence[Job], plan: Plan, submit: Submit, is_quiet: bool)
 
 
 def explain_many(
-    jobs: Sequence[Job], plan: Plan, submit: Submit, args: argparse.Namespace
+    jobs: Sequence[Job], plan: Plan, submit: Submit, args: argparse.Namespace, told: Sequence[str]
 ) -> tuple[list[str], int]:
     """Explain the images that no earlier run has finished; each one's row goes into the table at once."""
     folder, columns = args.output_dir, table_columns(plan.models, plan.methods)
@@ -4820,7 +4819,6 @@ def explain_many(
             count_image()
     spent = time.monotonic() - started
     kept = fold_table(folder, columns)
-    told = [options_text(args), versions_text().replace("\n", ", ")]
     thumbnails = {}
     for reference in (classifier.reference for classifier in plan.classifiers if classifier.reference):
         thumbnails |= zip(map(printable, reference.labels), reference.thumbnails)
@@ -5154,8 +5152,10 @@ def checked_request(args: argparse.Namespace) -> Request:
         dataclasses.replace(job, truth=truths.get(os.path.realpath(job.image), Truth()))
         for job in make_jobs(images, labels, keys, methods, args.output_dir, kinds, args.format, asked)
     ]
-    told = (*notes, *told)
-    return Request(tuple(jobs), is_single, tuple(checkpoints), methods, style, told, tuple(reference))
+    notes += told
+    told = options_text(args), versions_text().replace("\n", ", ")
+    checked = tuple(jobs), is_single, tuple(checkpoints), methods, style, tuple(notes), tuple(reference)
+    return Request(*checked, told)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
