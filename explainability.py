@@ -768,7 +768,8 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder beside its
 TOP = "the top level"
 MODEL_KEYS = ("model_state_dict", "state_dict", "model", "net", TOP)  # where trainers put weights, in order
 AVERAGED = {"ema", "swa", "averaged", "average", "avg"}  # words in the names of weights averaged in training
-BESIDE = {"teacher", "momentum", "target", "loss", "criterion", "metric", "metrics"}  # of what is not trained
+TEACHERS = {"teacher", "momentum", "target"}  # of networks beside the one that is trained
+BESIDE = TEACHERS | {"loss", "losses", "criterion", "metric", "metrics"}  # of what is no part of a network
 OPS = re.compile(r"(.*\.)?(total_ops|total_params|n_averaged)")  # counters that tools put among the weights
 MAX_CLASSES = 100
 TAG = r"(?:\.[a-z0-9_]{1,60})?"  # of timm's names: what the weights were trained on
@@ -798,7 +799,7 @@ FOREIGN = (  # by the name of a file, class or key: what it is, and what makes a
      f"{PLAIN} before it is quantised"),
     (r"\.weight_(orig|mask|[gv])$|\.parametrizations\.", "a pruned or parametrized network",
      f"torch.nn.utils.prune.remove or parametrize.remove_parametrizations, then {PLAIN}"),
-    (r"^(pytorch_)?lightning\b", "objects of Lightning's trainer",
+    (r"^(pytorch_)?lightning(_fabric)?\b", "objects of Lightning's trainer",
      "torch.save({'state_dict': checkpoint['state_dict']}, PATH)"),
 )  # fmt: skip
 
@@ -898,13 +899,14 @@ def check_checkpoint_path(path: Path) -> None:
     check_not_foreign([path.name], path)
     with naming(path), opened(path, "checkpoint") as (file, use):
         if use == "zip":
-            entries = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
-            names = {entry.rpartition("/")[2] for entry in entries}
+            names = set()
+            with contextlib.suppress(Exception):  # zipfile lets out more than BadZipFile on damaged archives
+                names = {entry.rpartition("/")[2] for entry in zipfile.ZipFile(file).namelist()}
             if "constants.pkl" in names:
                 raise ExplainError(f"a TorchScript archive, which holds code; {PLAIN} of the network itself")
             if "data.pkl" not in names:
                 cause = "an archive that is damaged, or not of PyTorch but of Keras or another program"
-                raise ExplainError(f"{cause}; {AGAIN}, or give one of PyTorch")
+                raise ExplainError(f"{cause}; {AGAIN}, or {WANTED['checkpoint'][2]}")
 
 
 def check_not_foreign(names: Iterable[str], path: Path) -> None:
@@ -943,9 +945,9 @@ def read_checkpoint(path: Path) -> Contents:
 
 def harmless_types() -> list[Any]:
     """Types that trainers save beside tensors, some with the name that files know them by; none runs code."""
-    types: list[Any] = [np.dtype, np.ndarray, list, argparse.Namespace]
+    types: list[Any] = [np.dtype, np.ndarray, list, dict, int, float, argparse.Namespace]
     types += [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
-    types += {type(np.dtype(code)) for code in "?bhilqBHILQefdU"}
+    types += {type(np.dtype(code)) for code in "?bhilqBHILQefdUO"}
     types.append((lambda *factory: {}, "collections.defaultdict"))
     for core in ("numpy.core.multiarray", "numpy._core.multiarray"):  # before and from NumPy 2
         types.append((lambda kind, content: np.frombuffer(content, kind)[0].item(), f"{core}.scalar"))
@@ -1025,8 +1027,8 @@ def words(key: str) -> set[str]:
     return set(re.split(r"[\W_]+", key.lower()))
 
 
-def dictionaries(inside: Contents, place: str = TOP, levels: int = 3) -> Iterator[tuple[str, Weights]]:
-    """Each dictionary in a file, down to the third level: its place, and its tensors with text keys."""
+def dictionaries(inside: Contents, place: str = TOP, levels: int = 4) -> Iterator[tuple[str, Weights]]:
+    """Each dictionary in a file, down to the fourth level: its place, and its tensors with text keys."""
     import torch
 
     tensors = {key: value for key, value in inside.items() if isinstance(value, torch.Tensor)}
@@ -1051,7 +1053,7 @@ def chosen_source(family: Family, contents: Contents, wanted: str, path: Path) -
     found = sources(family, contents)
     if not found:
         raise without_network(family, contents, path)
-    trained = [source for source in found if not words(source.name) & BESIDE] or found
+    trained = [source for source in found if not words(source.name) & TEACHERS] or found
     pool = [source for source in trained if source.kind == wanted] or trained
     usual = [[source for source in pool if source.place == place] for place in MODEL_KEYS]
     taken, *rivals = next(filter(None, usual), pool)
@@ -1060,9 +1062,9 @@ def chosen_source(family: Family, contents: Contents, wanted: str, path: Path) -
         raise refusal(path, cause, f"save one set alone: {PLAIN}")
     others = [source.name for source in found if source is not taken]
     kinds = {source.kind for source in trained}
-    if "ema" not in kinds:  # as torch_ema saves them
-        inner = [str(key) for key, value in contents.items() if isinstance(value, dict)]
-        others += [f"{printable(key)} without keys" for key in inner if words(key) & AVERAGED]
+    for key, value in contents.items():
+        if isinstance(value, dict) and "shadow_params" in value:  # as torch_ema saves them
+            others.append(f"{printable(str(key))} without keys")
     note = f"{taken.kind} weights taken from {taken.name}"
     if others:
         note += f", not from {', '.join(others)}"
@@ -1091,15 +1093,17 @@ def weights_of(family: Family, contents: Contents, wanted: str, path: Path) -> t
     if not source.tensors[f"{source.prefix}{family.landmark}"].numel():
         raise refusal(path, "holds the places of weights alone, as DeepSpeed saves them", ZERO)
     weight, bias = f"{family.head}.weight", f"{family.head}.bias"
-    copies = {copy.prefix.partition(".")[0] for copy in sources(family, {"": source.tensors})}
-    copies.discard(source.prefix.partition(".")[0])
+    own = source.prefix.split(".")
+    copies = [copy.prefix.split(".") for copy in sources(family, {"": source.tensors})]
+    copies = [copy[: len(os.path.commonprefix([own, copy])) + 1] for copy in copies if copy != own]
+    starts = tuple(".".join([*copy, ""]) for copy in copies)
     weights, rest = {}, {}
     for name, tensor in source.tensors.items():
         key = name.removeprefix(source.prefix)
         is_own = name.startswith(source.prefix) and key.startswith((*family.body, weight, bias))
         if is_own and not OPS.fullmatch(key):
             weights[key] = tensor
-        elif name.partition(".")[0] not in copies:
+        elif not name.startswith(starts):
             rest[name] = tensor
     if weight not in weights:
         layer = lone_layer(family, source, rest, len(weights.get(family.width, ())), path)
@@ -1118,11 +1122,12 @@ def lone_layer(family: Family, source: Source, rest: Weights, inputs: int, path:
         key.removesuffix(".weight"): tensor.shape[1:]
         for key, tensor in rest.items()
         if key.endswith(".weight") and not words(key) & beside
-        if tensor.ndim > 1 or len(tensor) == inputs  # other linear layers, convolutions, norms
+        if tensor.ndim > 1 or tensor.shape == (inputs,)  # other linear layers, convolutions, norms
     }
     if list(layers.values()) != [(inputs,)]:
         cause = f"holds {listed(list(layers))} for {family.head}, not one linear layer of {inputs} inputs"
-        raise refusal(path, cause, "train one linear layer: no other head can be explained here")
+        remedy = "train one linear layer, or save the network without what is beside it"
+        raise refusal(path, cause, f"{remedy}: no other head can be explained here")
     return next(iter(layers))
 
 
@@ -1137,7 +1142,7 @@ def architecture_of(family: Family, contents: Contents, weights: Weights, path: 
         return family.sizes.get((depth, len(weights.get(family.width, ()))), family.full_size)
     if not family.names.fullmatch(str(name)):  # others could send timm to the network
         cause = f"records the network {brief(name)}, which is not of the family of {family.full_size}"
-        raise refusal(path, cause, "give it to the option of its own family")
+        raise refusal(path, cause, "give it to the option of its own family, or record its timm name")
     return str(name)
 
 
@@ -1149,17 +1154,17 @@ def class_names_of(
     """
     count = max(2, outputs)
     found = class_lists(contents, path)
-    lists = {key: names for key, names in found.items() if len(names) == count}
+    lists = {names: key for names, key in found.items() if len(names) == count}
     if given:
-        lists["--class-names"] = usual_names(given)
+        lists.setdefault(usual_names(given), "--class-names")
     lists = lists or found
-    orders = {tuple(map(class_key, names)): f"{key} says {', '.join(names)}" for key, names in lists.items()}
+    orders = {tuple(map(class_key, names)): f"{key} says {', '.join(names)}" for names, key in lists.items()}
     if len(orders) > 1:
         remedy = "leave --class-names out" if given else "correct the file"
         raise refusal(path, f"the order of its classes is unclear: {' and '.join(orders.values())}", remedy)
-    names = next(iter(lists.values()), CLASS_NAMES)
+    names = next(iter(lists), CLASS_NAMES)
     if len(names) != count:
-        cause = f"its head has {outputs} outputs, but the class names are {listed(names)}"
+        cause = f"its head has {outputs} outputs for {count} classes, but the class names are {listed(names)}"
         raise refusal(path, cause, "name them with --class-names, or save class_names in the checkpoint")
     notes = [f"one output: its sigmoid is the probability of {names[1]}"] if outputs == 1 else []
     if not lists:
@@ -1168,14 +1173,14 @@ def class_names_of(
     return names, notes
 
 
-def class_lists(contents: Contents, path: Path) -> dict[str, tuple[str, ...]]:
-    """What a file says of its classes' order, by name. Raises ExplainError where class_names is unusable."""
+def class_lists(contents: Contents, path: Path) -> dict[tuple[str, ...], str]:
+    """Orders of the classes that a file names, and where. Raises ExplainError where class_names is unusable."""
     found = {}
     for record, key in itertools.product(records(contents), NAME_KEYS):
         names = in_order(record.get(key))
         if are_class_names(names):
             if not all(re.fullmatch(r"(label|class)?[_ ]*\d+", name, re.IGNORECASE) for name in names):
-                found.setdefault(key, usual_names(names))  # LABEL_0, LABEL_1 say nothing
+                found.setdefault(usual_names(names), key)  # LABEL_0, LABEL_1 say nothing
         elif key == "class_names" and names is not None:  # what the others name may be something else
             cause = f"class_names is {brief(names)}, not a list of 2 to {MAX_CLASSES} different names"
             raise refusal(path, cause, "correct class_names in the checkpoint")
@@ -1241,6 +1246,8 @@ def side_of(contents: Contents, path: Path) -> int:
 
 def channel_values(name: str, values: Any, least: float, path: Path) -> tuple[float, ...]:
     """Three numbers, one for each of RGB in [0, 1]; one stands for all. Raises ExplainError for all else."""
+    if hasattr(values, "flatten"):  # an array, or a tensor among the weights, of float32
+        values = [round(value, 6) if type(value) is float else value for value in values.flatten().tolist()]
     is_list = isinstance(values, (list, tuple)) and len(values) in (1, 3)
     if not is_list or not all(type(value) in (int, float) and least <= value <= 1 for value in values):
         cause = f"{name} is {brief(values)}, not three numbers from {least} to 1 for pixels in [0, 1]"

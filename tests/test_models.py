@@ -138,11 +138,12 @@ def test_weights_are_found_wherever_trainers_put_them(key, weights, place):
         assert notes == ([f"ema weights taken from {name}"] if place in AVERAGED else [])
 
 
-@pytest.mark.parametrize("place", [*AVERAGED, "ema.state_dict", "callbacks.EMA"])
+@pytest.mark.parametrize("place", [*AVERAGED, "ema.state_dict", "callbacks.EMA.ema_state_dict"])
 def test_averaged_weights_go_before_plain_ones(checkpoint, weights, place):
-    outer, _, inner = place.partition(".")
-    averaged, name, plain = prefixed("module.", shifted(weights)), f"{place}, module.*", "model_state_dict"
-    contents = {outer: {inner: averaged} if inner else averaged, **checkpoint}
+    contents, name, plain = prefixed("module.", shifted(weights)), f"{place}, module.*", "model_state_dict"
+    for part in reversed(place.split(".")):
+        contents = {part: contents}
+    contents |= checkpoint
     found, notes = taken(contents)
     assert are_same(found, shifted(weights))
     assert notes == [f"ema weights taken from {name}, not from {plain}; --weights plain takes others"]
@@ -151,10 +152,11 @@ def test_averaged_weights_go_before_plain_ones(checkpoint, weights, place):
     assert notes == [f"plain weights taken from {plain}, not from {name}; --weights ema takes others"]
 
 
+@pytest.mark.parametrize("outer", ["", "module."])
 @pytest.mark.parametrize("layer", ["net.head.fc", "fc"])
-def test_averaged_and_plain_weights_in_one_dictionary(weights, layer):
+def test_averaged_and_plain_weights_in_one_dictionary(weights, layer, outer):
     whole = with_head(weights, "net.", "head.fc", layer)
-    both = prefixed("model.", whole) | prefixed("ema_model.", shifted(whole))
+    both = prefixed(f"{outer}model.", whole) | prefixed(f"{outer}ema_model.", shifted(whole))
     for wanted, expected in (("ema", shifted(weights)), ("plain", weights)):
         found, notes = taken({"state_dict": both}, wanted=wanted)
         assert are_same(found, expected) and "--weights" in notes[0] and len(notes) == 1 + (layer == "fc")
@@ -175,11 +177,11 @@ def test_the_command_line_names_folders_and_chooses_weights(checkpoint, weights,
 def test_of_several_sets_of_weights_the_usual_place_counts_else_none(checkpoint, weights):
     other = shifted(weights)
     others = {"net": other, "last": other, "ema": {"shadow_params": [*weights.values()]}}
-    found, notes = taken({**others, **checkpoint})
+    found, notes = taken({**others, **checkpoint, "avg_metrics": {"loss": 1}})
     assert are_same(found, weights)
     assert notes == ["plain weights taken from model_state_dict, not from net, last, ema without keys"]
-    with pytest.raises(tool.ExplainError, match=r"more than once \(first and second\); save one set alone"):
-        taken({"first": weights, "second": other})
+    with pytest.raises(tool.ExplainError, match=r"more than once \(best_loss and last\); save one set alone"):
+        taken({"best_loss": weights, "last": other})
     with pytest.raises(tool.ExplainError, match="more than once .the top level, model"):
         taken(prefixed("model.", weights) | weights)
 
@@ -188,6 +190,7 @@ BESIDE = {
     "criterion.pos_weight": torch.ones(2), "loss_fn.weight": torch.ones(2), "metric.tp": torch.ones(2),
     "train_acc.tp": torch.zeros(2), "model.total_ops": torch.zeros(1), "class_weights": torch.ones(2),
     "ema.decay": torch.ones(()), "center_loss.weight": torch.ones(2, 320),
+    "losses.0.weight": torch.ones(2, 320), "scale.weight": torch.ones(()),
     "model.backbone.stem.0.total_params": torch.ones(1),
 }  # fmt: skip
 
@@ -283,7 +286,8 @@ HARMLESS = {
     "started": datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.timezone.utc), "best": np.bool_(True),
     "took": datetime.timedelta(hours=3), "history": defaultdict(list, loss=[np.float32(0.5), np.float64(2)]),
     "confusion": np.arange(4).reshape(2, 2), "names": np.array(["a", "b"]), "weight": torch.ones(2),
-    "counts": Counter("aab"), "size": torch.Size([2]),
+    "counts": Counter("aab"), "size": torch.Size([2]), "classes": np.array(["a", "b"], dtype=object),
+    "sums": [defaultdict(float, loss=0.5), defaultdict(int), defaultdict(dict)],
 }  # fmt: skip
 
 
@@ -293,6 +297,7 @@ def test_what_trainers_save_beside_the_weights_is_harmless(tmp_path, zipped):
     contents = tool.read_checkpoint(tmp_path / "x.pth")
     assert contents["history"] == {"loss": [0.5, 2]} and contents["started"] == HARMLESS["started"]
     assert contents["args"].output == PurePosixPath("/data/run") and contents["names"].tolist() == ["a", "b"]
+    assert contents["classes"].tolist() == ["a", "b"] and contents["sums"] == [{"loss": 0.5}, {}, {}]
     assert contents["confusion"].tolist() == [[0, 1], [2, 3]]
 
 
@@ -452,10 +457,13 @@ def test_names_of_the_classes(record, asked, expected):
     [
         ({"classes": ["simple", "comminuted"], "config": {"id2label": {0: "comminuted", 1: "simple"}}}, (2,),
          "is unclear: classes says Simple .*, Comm.* and id2label says Comm.*, Simple .*; correct the file"),
+        ({"class_names": ["a", "b"], "config": {"class_names": ["b", "a"]}}, (2,),
+         "is unclear: class_names says a, b and class_names says b, a; correct the file"),
         ({"class_names": ["a", "b"]}, (2, "b", "a"),
          "class_names says a, b and --class-names says b, a; leave --class-names out"),
-        ({}, (3,), r"head has 3 outputs, but the class names are 2 \(Comminuted Fracture, Simple Frac"),
-        ({}, (2, "a", "b", "c"), r"head has 2 outputs, but the class names are 3 \(a, b, c\)"),
+        ({}, (3,), r"head has 3 outputs for 3 classes, but the class names are 2 \(Comminuted Frac"),
+        ({}, (2, "a", "b", "c"), r"head has 2 outputs for 2 classes, but the class names are 3 \(a, "),
+        ({}, (1, "a"), r"head has 1 outputs for 2 classes, but the class names are 1 \(a\)"),
         *(({"class_names": bad}, (2,), "class_names is .*, not a list of 2 to 100 different names; correct")
           for bad in ("ab", [], ["a"], ["a", "A "], ["a", " "], ["a", 1], 7)),
     ],
@@ -511,8 +519,8 @@ def test_a_network_for_grey_images_gets_the_grey_radiograph(key, tmp_path, norma
         ("img_size", "one number of pixels from 64 to 1024",
          [0, 63, 1025, 224.0, "224", True, [224, 256], {}, torch.ones(2)]),
         ("mean", "three numbers from 0 to 1",
-         [0.5, [0.5] * 4, ["a"] * 3, [float("nan")] * 3, [123.7, 116.3, 103.5], torch.ones(3)]),
-        ("std", "three numbers from 0.001 to 1", [[0, 0.2, 0.2], [-1, 0.5, 0.5], {}]),
+         [0.5, [0.5] * 4, ["a"] * 3, [float("nan")] * 3, [123.7, 116.3, 103.5], torch.ones(2)]),
+        ("std", "three numbers from 0.001 to 1", [[0, 0.2, 0.2], [-1, 0.5, 0.5], {}, np.array(["a"] * 3)]),
     ],
 )  # fmt: skip
 def test_unusable_records_are_refused(name, wanted, values):
@@ -526,6 +534,8 @@ def test_unusable_records_are_refused(name, wanted, values):
     [
         ({"mean": (0.5, 0, 0.25), "config": {"std": [0.25, 0.5, 1]}},
          (224, (0.5, 0.0, 0.25), (0.25, 0.5, 1.0)), "mean (0.5, 0.0, 0.25), std (0.25, 0.5, 1.0)"),
+        ({"mean": torch.tensor(tool.IMAGENET_MEAN).view(1, 3, 1, 1), "config": {"std": np.array(HALF)}},
+         (224, tool.IMAGENET_MEAN, HALF), "std (0.5, 0.5, 0.5)"),
         ({"config": {"img_size": 64}}, (64,), "64 pixels"),
         ({"config": {"img_size": [300, 300]}}, (300,), "300 pixels"),
         ({"hparams": {"image_size": 96, "mean": [0.5], "std": [0.5]}}, (96, HALF, HALF), "96 pixels"),
@@ -598,7 +608,7 @@ def test_every_size_of_timm_is_told_by_its_shapes():
 def test_a_foreign_network_name_is_refused():
     paths = ["hf-hub:timm/convnextv2_atto", "local-dir:/tmp", "convnextv2_atto/../x", "convnextv2_atto\n"]
     for name in (*paths, "resnet18", "tf_efficientnetv2_b0", 7):
-        with pytest.raises(tool.ExplainError, match="records the network .*, which is not of the family"):
+        with pytest.raises(tool.ExplainError, match="records the network .* not of the family .*timm name"):
             tool.architecture_of(CONVNEXT, {"config": {"model_name": name}}, {}, X)
 
 
@@ -699,6 +709,12 @@ def test_a_truncated_checkpoint_is_refused(checkpoint, tmp_path, zipped):
     for share in (0.999, 0.9, 0.5, 0.1):
         os.truncate(path, int(size * share))
         refused(path, "damaged", "copy or download")
+
+
+def test_an_archive_whose_list_of_files_is_damaged_is_refused(checkpoint, tmp_path):
+    path = save(checkpoint, tmp_path / "x.pth")
+    path.write_bytes(path.read_bytes().replace(b"PK\x01\x02", b"PK\x01\xff"))
+    refused(path, "damaged", "copy or download")
 
 
 def test_lack_of_memory_is_not_taken_for_a_damaged_file(tiny_checkpoints, monkeypatch, capsys, xray):
