@@ -776,8 +776,8 @@ TAG = r"(?:\.[a-z0-9_]{1,60})?"  # of timm's names: what the weights were traine
 
 # Where files say something of themselves (also one in another), and under which names
 RECORDS = (
-    "config", "args", "hyper_parameters", "hparams", "datamodule_hyper_parameters", "meta", "dataset_meta",
-    "config.json", "pretrained_cfg",
+    "config", "cfg", "args", "opt", "hyper_parameters", "hparams", "datamodule_hyper_parameters", "meta",
+    "metadata", "dataset_meta", "config.json", "pretrained_cfg", "data_config",
 )  # fmt: skip
 ARCHITECTURES = ("model_name", "arch", "architecture")
 NAME_KEYS = (  # lists in the order of the outputs, or dictionaries from name to index or back
@@ -1117,11 +1117,11 @@ def weights_of(family: Family, contents: Contents, wanted: str, path: Path) -> t
 
 def lone_layer(family: Family, source: Source, rest: Weights, inputs: int, path: Path) -> str:
     """The one linear layer left over for a head. Raises ExplainError where there is none, or others too."""
-    beside = (AVERAGED | BESIDE) - words(source.name)
+    beside, averaged = BESIDE - words(source.name), words(source.prefix) & AVERAGED
     layers = {
         key.removesuffix(".weight"): tensor.shape[1:]
         for key, tensor in rest.items()
-        if key.endswith(".weight") and not words(key) & beside
+        if key.endswith(".weight") and not words(key) & beside and words(key) & AVERAGED == averaged
         if tensor.ndim > 1 or tensor.shape == (inputs,)  # other linear layers, convolutions, norms
     }
     if list(layers.values()) != [(inputs,)]:
@@ -1174,7 +1174,7 @@ def class_names_of(
 
 
 def class_lists(contents: Contents, path: Path) -> dict[tuple[str, ...], str]:
-    """Orders of the classes that a file names, and where. Raises ExplainError where class_names is unusable."""
+    """Orders of the classes that a file tells, and where. Raises ExplainError if class_names is unusable."""
     found = {}
     for record, key in itertools.product(records(contents), NAME_KEYS):
         names = in_order(record.get(key))

@@ -162,6 +162,19 @@ def test_averaged_and_plain_weights_in_one_dictionary(weights, layer, outer):
         assert are_same(found, expected) and "--weights" in notes[0] and len(notes) == 1 + (layer == "fc")
 
 
+SIDES = [("net.", "fc", "ema_net.", "ema_fc"), ("m.net.", "m.fc", "m.ema.net.", "m.ema.fc")]
+
+
+@pytest.mark.parametrize("names", SIDES)
+def test_averaged_weights_have_their_own_head(weights, names):
+    plain, averaged = names[:2], names[2:]
+    both = with_head(weights, plain[0], "head.fc", plain[1])
+    both |= with_head(shifted(weights), averaged[0], "head.fc", averaged[1])
+    for wanted, expected, (_, layer) in (("ema", shifted(weights), averaged), ("plain", weights, plain)):
+        found, notes = taken(both, wanted=wanted)
+        assert are_same(found, expected) and notes[1] == f"its linear layer {layer} taken for head.fc"
+
+
 def test_the_command_line_names_folders_and_chooses_weights(checkpoint, weights, tmp_path):
     path = save({**checkpoint, "state_dict_ema": shifted(weights)}, tmp_path / "best.pth.tar")
     args = tool.parsed(["--model=convnext", f"--convnext-checkpoint={tmp_path}"])
@@ -410,7 +423,8 @@ ORDERS = {
     "idx_to_class": {"1": "comminuted", "0": "simple"}, "label_names": ("Simple Fracture", "comminuted"),
     "labels": np.array(["simple", "comminuted"]),
 }  # fmt: skip
-PLACES = ["", "config", "args", "hyper_parameters", "meta.dataset_meta", "config.pretrained_cfg"]
+PLACES = ["", "config", "args", "hyper_parameters", "meta.dataset_meta", "config.pretrained_cfg", "cfg.opt",
+          "metadata.data_config"]  # fmt: skip
 
 
 def names_of(record: dict[str, Any], outputs: int = 2, *given: str) -> tuple[tuple[str, ...], list[str]]:
