@@ -28,7 +28,7 @@ sys.exit(f"imported {heavy}" if heavy else status)
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[explainability.Request]:
     """What runs were asked to do; they are not done."""
     collected: list[explainability.Request] = []
-    monkeypatch.setattr(explainability, "run", lambda args, request: collected.append(request) or 0)
+    monkeypatch.setattr(explainability, "run", lambda request: collected.append(request) or 0)
     return collected
 
 
@@ -177,7 +177,7 @@ def test_own_network_is_never_compared_with_a_demo(checkpoints, xray, capsys, re
     assert main(["--image", str(xray)]) == 0
     for request in requests:
         assert [path.name for _, path in request.checkpoints] == ["efficientnetv2_s_best.pth"]
-    assert requests[0].notes == () and "explained alone" in requests[1].notes[0]
+    assert requests[0].notes == [] and "explained alone" in requests[1].notes[0]
 
 
 def test_own_network_that_is_named_is_explained_alone(checkpoints, xray, tmp_path, requests):
@@ -198,7 +198,7 @@ def test_images_and_methods_may_be_given_twice(checkpoints, xray, requests):
     shutil.copy(xray, other)
     assert main(["--image", str(xray), "--image", str(other), "--method", "ig", "--method", "lrp", "ig"]) == 0
     assert main(["--image", str(xray)]) == 0
-    assert [request.methods for request in requests] == [("ig", "lrp"), ("gradcam",)]
+    assert [request.args.method for request in requests] == [["ig", "lrp"], ["gradcam"]]
     assert [[job.image for job in request.jobs] for request in requests] == [[xray, other], [xray]]
 
 
