@@ -3354,13 +3354,12 @@ def write_file(path: Path, content: bytes) -> None:
 
 def numbered(names: Iterable[str]) -> list[str]:
     """The names, with a number behind each that came before; upper and lower case are one to some systems."""
-    taken: set[str] = set()
-    told = []
+    told: dict[str, str] = {}  # by their small letters
     for name in names:
         others = (f"{name}_{number}" for number in itertools.count(2))
-        told.append(next(each for each in itertools.chain([name], others) if each.casefold() not in taken))
-        taken.add(told[-1].casefold())
-    return told
+        free = next(each for each in itertools.chain([name], others) if each.casefold() not in told)
+        told[free.casefold()] = free
+    return list(told.values())
 
 
 def with_folders(labels: Sequence[str], names: Sequence[str], between: str) -> list[str]:
@@ -3456,8 +3455,7 @@ def write_panels(result: Result, style: FigureStyle) -> None:
     pixels = load_radiograph(result.job.image).pixels
     pictures = [pixels]
     for explanation in result.explanations:
-        pictures.append(heatmap_pixels(pixels, explanation, style))
-        pictures.append(overlay_pixels(pixels, explanation, style))
+        pictures += [heatmap_pixels(pixels, explanation, style), overlay_pixels(pixels, explanation, style)]
     for path, picture in zip(result.job.panels, pictures):
         write_file(path, png(picture, style.dpi, result.job.digest))
 
@@ -3478,15 +3476,10 @@ def case_text(case: SimilarCase) -> str:
 
 def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
     """Everything that a raw map depends on, and what was found about it."""
-    model, method = explanation.model, METHODS[explanation.method]
-    checks = {
-        each.check: {
-            "value": each.value if each.is_measured else None,  # JSON has no NaN
-            "flagged": each.is_flagged,
-            "text": each.text,
-        }
-        for each in explanation.findings
-    }
+    model, method, checks = explanation.model, METHODS[explanation.method], {}
+    for each in explanation.findings:
+        value = each.value if each.is_measured else None  # JSON has no NaN
+        checks[each.check] = {"value": value, "flagged": each.is_flagged, "text": each.text}
     return {
         "image": shown(Path(job.label)),
         "image_sha256": file_digest(job.image),
@@ -3746,18 +3739,13 @@ def table_alone(folder: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists() and path.stat().st_size:
-            drop_torn_line(path)
+            with open(path, "rb+") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+                    warn(f"ℹ️  {shown(path)}: its last line was torn, as a crash leaves it, and is dropped")
         yield path
-
-
-def drop_torn_line(path: Path) -> None:
-    """Cut off a last line that a crash left without its end, and say so."""
-    with open(path, "rb+") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            warn(f"ℹ️  {shown(path)}: its last line was torn, as a crash leaves it, and is dropped")
 
 
 def table_rows(path: Path, columns: Sequence[str]) -> list[Row]:
@@ -3894,23 +3882,22 @@ def summary_lines(result: Result) -> list[str]:
 
 def prediction_lines(explanations: Sequence[Explanation]) -> list[str]:
     """What one model says, and what is to be known of its maps."""
-    first = explanations[0]
+    first, titles = explanations[0], [f"{METHODS[each.method].title}: " for each in explanations]
     lines = [f"Prediction: {first.prediction}", f"Confidence: {first.confidence:.2%}"]
     if first.explained != first.predicted:
         lines.append(f"Explained class: {first.explained_class}")
-    for each in explanations:
-        title = METHODS[each.method].title
+    for each, title in zip(explanations, titles):
         if METHODS[each.method].compares:
             owed = "" if each.owed is None else f", must be {each.owed:.4g}"
             against = f"{each.negative_share:.0%} of its magnitude speaks against the class"
-            lines.append(f"{title}: sum {each.raw_map.sum(dtype=float):.4g}{owed}; {against}")
-    titles = ["" if len(explanations) == 1 else f"{METHODS[each.method].title}: " for each in explanations]
-    for explanation, title in zip(explanations, titles):
-        if explanation.findings:
-            mark = "⚠️  " if flagged_findings(explanation.findings, "map") else ""
-            lines.append(f"{mark}{title}{checks_text(explanation.findings)}")
-        if explanation.pointing:
-            lines.append(title + pointing_text(explanation.pointing))
+            lines.append(f"{title}sum {each.raw_map.sum(dtype=float):.4g}{owed}; {against}")
+    if len(explanations) == 1:
+        titles = [""]
+    for each, title in zip(explanations, titles):
+        mark = "⚠️  " if flagged_findings(each.findings, "map") else ""
+        lines.append(f"{mark}{title}{checks_text(each.findings)}")
+        if each.pointing:
+            lines.append(title + pointing_text(each.pointing))
     lines += network_lines(first, titles[0])
     remarks = dict.fromkeys(remark for each in explanations for remark in each.remarks)
     lines += [f"⚠️  {text}" for text in remarks]
@@ -3958,8 +3945,7 @@ def run_lines(
     observations: dict[str, list[Observation]], fresh: int, seconds: float,
 ) -> list[str]:  # fmt: skip
     """What a run found; of the images, `fresh` were explained in these seconds, with these observations."""
-    failed = [row for row in rows if row["error"]]
-    done = [row for row in rows if not row["error"]]
+    failed, done = [row for row in rows if row["error"]], [row for row in rows if not row["error"]]
     lines = [RULE, "📊 RUN SUMMARY", RULE, f"Images: {len(done)} done, {len(failed)} failed"]
     lines += named_lines("  Failed", failed)
     if fresh:
@@ -4703,13 +4689,14 @@ def explain_all(request: Request) -> tuple[list[str], int]:
         say(*opening_lines(request.jobs, request.is_single, not args.image, models))
         warn(*request.notes)
         request = dataclasses.replace(request, classifiers=load_classifiers(request))
-        names = [model.class_names for model in request.models]
-        request = dataclasses.replace(
-            request,
-            classifiers=[with_reference(each, request) for each in request.classifiers],
-            targets=[target_index(args.target_class, each) for each in names],
-            jobs=with_truth(request.jobs, names[0]),
-        )
+        classifiers = [with_reference(each, request) for each in request.classifiers]
+        targets = [target_index(args.target_class, model.class_names) for model in request.models]
+        names = request.models[0].class_names
+        jobs, words = zip(*(told_truth(job, names) for job in request.jobs))
+        if unknown := sorted({printable(word) for word in words if word}):
+            taken = f"named there, not one of {', '.join(names)}: taken as unknown"
+            warn(f"ℹ️  --truth: {listed(unknown)} {taken}")
+        request = dataclasses.replace(request, classifiers=classifiers, targets=targets, jobs=jobs)
         if request.is_single:
             (result,) = told_results(request.jobs, request, submit)
             return ([], 1) if result.error else (summary_lines(result), 0)
@@ -4718,16 +4705,6 @@ def explain_all(request: Request) -> tuple[list[str], int]:
         except KeyboardInterrupt:
             warn("⏹️  Interrupted; --skip-existing goes on from here")
             raise
-
-
-def with_truth(jobs: Sequence[Job], class_names: Sequence[str]) -> list[Job]:
-    """Jobs that know their true classes; says which words of the table are no class."""
-    told = [told_truth(job, class_names) for job in jobs]
-    unknown = sorted({printable(word) for _, word in told if word})
-    if unknown:
-        names = ", ".join(class_names)
-        warn(f"ℹ️  --truth: {listed(unknown)} named there, not one of {names}: taken as unknown")
-    return [job for job, _ in told]
 
 
 def explain_many(request: Request, submit: Submit) -> tuple[list[str], int]:

@@ -123,74 +123,49 @@ def test_random_image_is_one_of_the_test_images_and_repeats(checkpoints, test_im
 # Which networks
 
 
+C_OWN, E_OWN, C_DEMO, E_DEMO = "convnext_v2_best.pth", "efficientnetv2_s_best.pth", "convnext_v2_demo.pth", "efficientnetv2_s_demo.pth"
+C_OTHER = "convnext_v2_improved_best.pth"
+
+
 @pytest.mark.parametrize(
-    "arguments, families",
-    (
-        ([], ["convnext", "efficientnet"]),
-        (["--model=both"], ["convnext", "efficientnet"]),
-        (["--model=convnext"], ["convnext"]),
-        (["--model=efficientnet"], ["efficientnet"]),
-        (["--model=efficientnet", "--compare"], ["convnext", "efficientnet"]),
-    ),
+    "files, options, chosen",
+    [
+        ([C_OWN, E_OWN, "README.md"], "", [C_OWN, E_OWN]),
+        ([C_OWN, E_OWN], "--model=both", [C_OWN, E_OWN]),
+        ([C_OWN, E_OWN], "--model=convnext", [C_OWN]),
+        ([C_OWN, E_OWN], "--model=efficientnet", [E_OWN]),
+        ([C_OWN, E_OWN], "--model=efficientnet --compare", [C_OWN, E_OWN]),
+        # Of two in the folder one must be named; the other family's do not matter.
+        ([C_OWN, C_OTHER, E_OWN], "", "convnext_v2_best.pth, convnext_v2_improved_best.pth"),
+        ([C_OWN, C_OTHER, E_OWN], f"--convnext-checkpoint={C_OTHER}", [C_OTHER, E_OWN]),
+        ([C_OWN, C_OTHER, E_OWN], "--model=efficientnet", [E_OWN]),
+        # A demo network serves where no other is there, and is not compared with one.
+        ([C_OWN, E_OWN, C_DEMO, E_DEMO], "", [C_OWN, E_OWN]),
+        ([C_DEMO, E_DEMO], "", [C_DEMO, E_DEMO]),
+        ([C_DEMO, E_OWN], "--compare", "efficientnetv2_s_best.pth: cannot be compared with convnext_v2_demo.pth, a demo network"),
+        ([C_DEMO, E_OWN], "--convnext-checkpoint=nope.pth", "nope.pth: no such file"),
+        ([C_DEMO, E_OWN], "--model=efficientnet", [E_OWN]),
+        ([C_DEMO, E_OWN], "", [E_OWN, "explained alone"]),
+        ([E_OWN], "", [E_OWN, "explained alone"]),
+        (["mine.pth", C_DEMO, E_DEMO], "--convnext-checkpoint=mine.pth", ["mine.pth", "explained alone"]),
+        (["mine.pth", C_DEMO, E_DEMO], f"--convnext-checkpoint=mine.pth --efficientnet-checkpoint={E_DEMO}", "synthetic radiographs"),
+        ([C_OWN, E_DEMO], f"--efficientnet-checkpoint={E_DEMO}", "synthetic radiographs"),
+    ],
     ids=str,
 )
-def test_compare_overrides_model(checkpoints, xray, requests, arguments, families):
-    assert main(["--image", str(xray), *arguments]) == 0
-    assert [family.key for family, _ in requests[0].checkpoints] == families
-
-
-def test_of_two_candidates_in_the_folder_one_must_be_named(checkpoints, xray, capsys, requests):
-    (checkpoints / "README.md").touch()
-    main(["--image", str(xray)])
-    assert [path.name for _, path in requests[0].checkpoints] == ["convnext_v2_best.pth", "efficientnetv2_s_best.pth"]
-    wanted = save({}, checkpoints / "convnext_v2_improved_best.pth")
-    assert main(["--image", str(xray)]) == 1 and len(requests) == 1
-    error = capsys.readouterr().err
-    assert all(each in error for each in ("convnext_v2_best.pth", "convnext_v2_improved_best.pth", "--convnext-checkpoint"))
-    assert main(["--image", str(xray), f"--convnext-checkpoint={wanted}"]) == 0
-    assert requests[1].checkpoints[0][1] == wanted
-    assert main(["--image", str(xray), "--model=efficientnet"]) == 0  # the other family's do not matter
-
-
-def test_demo_serves_only_where_no_other_is_there(checkpoints, xray, requests):
-    for name in ("convnext_v2", "efficientnetv2_s"):
-        save({}, checkpoints / f"{name}_demo.pth")
-    main(["--image", str(xray)])
-    for name in ("convnext_v2", "efficientnetv2_s"):
-        (checkpoints / f"{name}_best.pth").unlink()
-    main(["--image", str(xray)])
-    own, demo = ([path.name for _, path in request.checkpoints] for request in requests)
-    assert own == ["convnext_v2_best.pth", "efficientnetv2_s_best.pth"]
-    assert demo == ["convnext_v2_demo.pth", "efficientnetv2_s_demo.pth"]
-
-
-def test_own_network_is_never_compared_with_a_demo(checkpoints, xray, capsys, requests):
-    (checkpoints / "convnext_v2_best.pth").rename(checkpoints / "convnext_v2_demo.pth")
-    assert main(["--image", str(xray), "--compare"]) == 1 and requests == []
-    error = capsys.readouterr().err
-    assert all(each in error for each in ("convnext_v2_demo.pth", "efficientnetv2_s_best.pth", "synthetic radiographs"))
-    assert main(["--image", str(xray), "--convnext-checkpoint=nope.pth"]) == 1
-    assert "nope.pth: no such file" in capsys.readouterr().err
-    assert main(["--image", str(xray), "--model=efficientnet"]) == 0
-    assert main(["--image", str(xray)]) == 0
-    (checkpoints / "convnext_v2_demo.pth").unlink()
-    assert main(["--image", str(xray)]) == 0
-    for request in requests:
-        assert [path.name for _, path in request.checkpoints] == ["efficientnetv2_s_best.pth"]
-    assert requests[0].notes == [] and "explained alone" in requests[1].notes[0]
-
-
-def test_own_network_that_is_named_is_explained_alone(checkpoints, xray, tmp_path, requests):
-    for name in ("convnext_v2", "efficientnetv2_s"):
-        (checkpoints / f"{name}_best.pth").rename(checkpoints / f"{name}_demo.pth")
-    own = tmp_path / "mine.pth"
-    shutil.copy(checkpoints / "convnext_v2_demo.pth", own)
-    assert main(["--image", str(xray), f"--convnext-checkpoint={own}"]) == 0
-    assert [path for _, path in requests[0].checkpoints] == [own]
-    demo = f"--efficientnet-checkpoint={checkpoints / 'efficientnetv2_s_demo.pth'}"
-    assert main(["--image", str(xray), f"--convnext-checkpoint={own}", demo]) == 1  # both were named
-    shutil.copy(own, checkpoints / "convnext_v2_best.pth")
-    assert main(["--image", str(xray), demo]) == 1 and len(requests) == 1
+def test_networks_are_those_that_are_named_or_lie_in_the_folder(checkpoints, xray, capsys, requests, monkeypatch, files, options, chosen):
+    for path in checkpoints.iterdir():
+        path.unlink()
+    for name in files:
+        save({}, checkpoints / name)
+    monkeypatch.chdir(checkpoints)
+    status, errors = main(["--image", str(xray), *options.split()]), capsys.readouterr().err
+    if isinstance(chosen, str):
+        assert status == 1 and not requests and chosen in errors
+    else:
+        (request,) = requests
+        notes = [note.split(": ")[1].split(",")[0] for note in request.notes]
+        assert [path.name for _, path in request.checkpoints] + notes == chosen
 
 
 def test_images_and_methods_may_be_given_twice(checkpoints, xray, requests):
@@ -253,12 +228,9 @@ def test_paths_that_cannot_be_meant_are_one_line(checkpoints, xray, tmp_path, mo
 # Paths and terminals
 
 
-def test_defaults_are_relative_to_the_script():
+def test_defaults_are_relative_to_the_script_and_paths_given_to_the_working_directory(xray, tiny_arguments, tmp_path, monkeypatch, capsys):
     folders = explainability.CHECKPOINT_FOLDER, explainability.TEST_IMAGES, explainability.argument_parser().parse_args([]).output_dir
     assert folders == (ROOT / "checkpoints", ROOT / "data_original" / "test", ROOT / "explainability_outputs")
-
-
-def test_paths_given_are_relative_to_the_working_directory(xray, tiny_arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     xray.rename("left wrist.v2.png")
     assert main([*tiny_arguments, "--image", "left wrist.v2.png", "--model=convnext", "--output-dir", "here/and/there"]) == 0

@@ -133,12 +133,15 @@ def test_a_pattern_finds_sorted_images_and_repeats_count_once(folder, tmp_path, 
     assert tool.found_images(asked, tmp_path / "out") == [Path("c.png"), Path("a.png")]
 
 
-def test_results_are_not_taken_for_images(folder, tmp_path):
+def test_results_are_not_taken_for_images_and_dicom_without_a_suffix_is(folder, tmp_path):
     assert tool.found_images([str(folder)], folder / "simple_fracture") == [folder / name for name in FILES[:2]]
     for outputs in (tmp_path / "out", tmp_path):
         assert tool.found_images([str(folder)], outputs) == [folder / name for name in FILES]
     with pytest.raises(tool.ExplainError, match="no image found there, beside this tool's own results"):
         tool.found_images([str(folder / "simple_fracture")], folder / "simple_fracture")
+    (folder / "IM0001").write_bytes(bytes(128) + b"DICM" + bytes(100))
+    (folder / "notes").write_text("no image")
+    assert tool.images_below(folder) == [folder / "IM0001", *(folder / name for name in FILES)]
 
 
 def test_linked_folders_are_searched_once(folder, tmp_path):
@@ -153,25 +156,22 @@ def test_linked_folders_are_searched_once(folder, tmp_path):
     assert {path.parent.name for path in tool.found_images([str(folder)], tmp_path / "out")} == {"comminuted_fracture", "simple_fracture"}
 
 
-def test_quiet_prints_the_summary_alone(explain, folder, capsys):
-    assert explain("--image", folder, "--model", "convnext", "--no-figures", "--quiet") == 0
-    captured = capsys.readouterr()
-    assert captured.out.startswith(tool.RULE) and captured.err == ""
-
-
 # Resuming
 
 
-def test_skip_existing_leaves_finished_images_alone(explain, folder, tmp_path, capsys):
-    assert explain("--image", folder, "--model", "convnext") == 0
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("gradcam_*.png")}
-    next(iter(before)).unlink()
-    capsys.readouterr()
-    assert explain("--image", folder, "--model", "convnext", "--skip-existing") == 0
-    assert "left alone: 4 images" in capsys.readouterr().out
-    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("gradcam_*.png")}
-    assert after.keys() == before.keys() and sum(after[path] != before[path] for path in before) == 1
-    assert len(table(tmp_path)) == 5
+def test_a_resumed_run_explains_what_is_missing_and_tells_of_all(explain, folder, tmp_path, capsys):
+    asked, told, times = ("--image", folder, "--model=convnext", "--skip-existing"), [], []
+    for missing in ("", "gradcam_convnext_b.png", ""):
+        (tmp_path / "out" / (missing or "none")).unlink(missing_ok=not missing)
+        assert explain(*asked) == 0
+        said = capsys.readouterr().out
+        words = "left alone: 4", "left alone: 5", "second (5 images in", "second (1 images in", "per second", "the 1 images explained now", "explained now"
+        told.append([word for word in words if word in said])
+        times.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("gradcam_*.png")})
+        assert " of 5 images whose class is known" in said and len(table(tmp_path)) == len(times[-1]) == 5
+    assert told[0] == ["second (5 images in", "per second"] and told[2] == ["left alone: 5"]
+    assert told[1] == ["left alone: 4", "second (1 images in", "per second", "the 1 images explained now", "explained now"]
+    assert [name for name in times[0] if times[0][name] != times[1][name]] == ["gradcam_convnext_b.png"] and times[1] == times[2]
 
 
 @pytest.mark.parametrize("options", (["--format=png"], ["--format=pdf"], ["--format=svg", "--contours"], ["--no-figures", "--save-maps"]))
@@ -209,7 +209,7 @@ def test_a_table_with_other_columns_is_kept_under_another_name(explain, folder, 
 
 
 @pytest.fixture
-def explain_two(explain, folder, monkeypatch) -> Callable[..., int]:
+def explain_two(explain, folder, tmp_path, monkeypatch) -> Callable[..., int]:
     """Explain simple fractures with these options; in the middle another run explains the others into the same folder."""
     load, seen = tool.load_radiograph, []
 
@@ -217,6 +217,7 @@ def explain_two(explain, folder, monkeypatch) -> Callable[..., int]:
         def with_another_run(path: Path) -> tool.Radiograph:
             seen.append(path)
             if len(seen) == 2:
+                assert len(table(tmp_path)) == 1  # the first row is there while the run goes on
                 assert explain("--image", folder / "comminuted_fracture", "--no-figures", *of_other) == 0
             return load(path)
 
@@ -238,10 +239,11 @@ def test_a_run_with_other_columns_at_the_same_time_loses_nothing(explain_two, tm
     assert len(table(tmp_path)) == 2 and (tmp_path / "out" / "summary_1.csv").read_text().count("simple_fracture/") == 1
 
 
-def test_each_image_keeps_its_last_row(explain, folder, tmp_path):
-    asked = ("--model", "convnext", "--no-figures")
+def test_each_image_keeps_its_last_row_and_quiet_prints_the_summary_alone(explain, folder, tmp_path, capsys):
     for target in ("0", "1"):
-        assert explain("--image", folder, *asked, "--target-class", target) == 0
+        assert explain("--image", folder, "--model=convnext", "--no-figures", "--quiet", "--target-class", target) == 0
+        captured = capsys.readouterr()
+        assert captured.out.startswith(tool.RULE) and captured.err == ""
     assert [row["convnext_explained"] for row in table(tmp_path)] == ["Simple Fracture"] * 5
     columns = ["file", "digest"]
     for digest in ("old", "new"):  # as a run leaves them that was interrupted
@@ -249,14 +251,14 @@ def test_each_image_keeps_its_last_row(explain, folder, tmp_path):
     assert [row["digest"] for row in tool.earlier_rows(tmp_path, columns).values()] == ["new"]
 
 
-def test_a_column_that_becomes_needed_later_is_added(explain, folder, tmp_path):
-    plain = tmp_path / "images" / "ward" / "x.png"
-    plain.parent.mkdir()
-    (folder / "simple_fracture" / "d.png").rename(plain)
-    for place in ("ward", "comminuted_fracture", "ward"):
-        assert explain("--image", folder / place, "--model", "convnext", "--no-figures", "--skip-existing") == 0
-    assert {row["true_class"] for row in table(tmp_path)} == {"", "Comminuted Fracture"}
-    assert [bool(row["convnext_correct"]) for row in table(tmp_path)] == [True, True, False]
+def test_a_column_needed_later_is_added_and_a_folder_named_in_two_ways_stands_once(explain, folder, tmp_path, monkeypatch):
+    (folder / "ward").mkdir()
+    (folder / "simple_fracture" / "d.png").rename(folder / "ward" / "x.png")
+    monkeypatch.chdir(tmp_path)
+    for place in (folder / "ward", "images/comminuted_fracture", "./images/../images/ward", folder / "comminuted_fracture"):
+        assert explain("--image", place, "--model", "convnext", "--no-figures", "--skip-existing") == 0
+    assert sorted(row["true_class"] for row in table(tmp_path)) == ["", "Comminuted Fracture", "Comminuted Fracture"]
+    assert sorted(bool(row["convnext_correct"]) for row in table(tmp_path)) == [False, True, True]
 
 
 def test_a_cell_that_a_spreadsheet_would_compute_is_a_text(explain, folder, tmp_path, monkeypatch):
@@ -275,16 +277,15 @@ def test_a_change_in_the_middle_of_a_file_and_a_retrained_head_make_another_mark
     import torch
     from safetensors.torch import save_file
 
-    def two_marks(name: str, write: Callable[[object, Path], object], *contents: object) -> set[str]:
+    images = bytes(3_000_000), bytes(1_500_000) + b"x" + bytes(1_499_999)
+    heads = [{"first": torch.zeros(700_000), "head": torch.full((2, 8), value), "last": torch.zeros(700_000)} for value in (0.0, 1.0)]
+    written = (("a.tif", lambda content, path: path.write_bytes(content), images), ("a.pth", torch.save, heads), ("a.safetensors", save_file, heads))
+    for name, write, contents in written:
         marks = set()
         for content in contents:
             write(content, tmp_path / name)
             marks.add(tool.file_mark(tmp_path / name))
-        return marks
-
-    heads = [{"first": torch.zeros(700_000), "head": torch.full((2, 8), value), "last": torch.zeros(700_000)} for value in (0.0, 1.0)]
-    assert len(two_marks("a.tif", lambda content, path: path.write_bytes(content), bytes(3_000_000), bytes(1_500_000) + b"x" + bytes(1_499_999))) == 2
-    assert len(two_marks("a.pth", torch.save, *heads)) == len(two_marks("a.safetensors", save_file, *heads)) == 2
+        assert len(marks) == 2
     assert tool.file_mark(tmp_path / "none.tif") == ""
 
 
@@ -306,46 +307,12 @@ def test_skip_existing_keeps_twins_apart_when_names_are_hidden(explain, folder, 
     assert not any("fracture" in path.name for path in (tmp_path / "out").iterdir())
 
 
-def test_rows_are_written_while_the_run_goes_on(explain, folder, tmp_path, monkeypatch):
-    seen = []
-    load = tool.load_radiograph
-    monkeypatch.setattr(tool, "load_radiograph", lambda path: (seen.append(len(table(tmp_path)) if (tmp_path / "out" / "summary.csv").exists() else -1), load(path))[1])
-    assert explain("--image", folder, "--model", "convnext", "--no-figures", "--batch-size", 1) == 0
-    assert seen == [-1, 1, 2, 3, 4]
-
-
-def test_only_a_row_of_the_same_job_without_an_error_is_left_alone(tmp_path):
-    job = tool.Job(Path("a.png"), "a.png", (), (), "digest", truth=tool.Truth("Simple Fracture"))
-    row = {"file": "a.png", "digest": "digest", "true_class": "Simple Fracture", "error": ""}
-
-    def is_left_alone(row: dict[str, str], job: tool.Job = job) -> bool:
-        rows, left = tool.resumed([job], {os.path.abspath("a.png"): row})
-        assert (rows, left) in (([row], []), ([], [job]))
-        return bool(rows)
-
-    assert is_left_alone(row)
-    for other in ({"digest": "another"}, {"true_class": "Comminuted Fracture"}, {"error": "cut short"}):
-        assert not is_left_alone({**row, **other})
-    assert not is_left_alone(row, dataclasses.replace(job, maps=(tmp_path / "missing.npy",)))
-
-
-def test_a_folder_named_in_two_ways_stands_once_in_the_table(explain, folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for place in ("images", folder, "./images/../images"):
-        assert explain("--image", place, "--model", "convnext", "--no-figures", "--skip-existing") == 0
-    assert len(table(tmp_path)) == 5
-
-
-def test_a_resumed_run_tells_of_all_images_and_times_only_its_own(explain, folder, capsys):
-    asked = ("--model", "convnext", "--no-figures", "--skip-existing")
-    assert explain("--image", folder / "comminuted_fracture", *asked) == 0
-    capsys.readouterr()
-    assert explain("--image", folder, *asked) == 0
-    said = capsys.readouterr().out
-    assert "images per second (3 images in" in said and "Of the 3 images explained now:" in said and " of 5 images" in said
-    assert explain("--image", folder, *asked) == 0
-    said = capsys.readouterr().out
-    assert "per second" not in said and "explained now" not in said and " of 5 images" in said
+@pytest.mark.parametrize("changed", [{}, {"digest": "another"}, {"true_class": "Comminuted Fracture"}, {"error": "cut short"}, {"maps": 1}], ids=str)
+def test_only_a_row_of_the_same_job_without_an_error_is_left_alone(tmp_path, changed):
+    maps = (tmp_path / "missing.npy",) if "maps" in changed else ()
+    job = tool.Job(Path("a.png"), "a.png", (), maps, "digest", truth=tool.Truth("Simple Fracture"))
+    row = {"file": "a.png", "digest": "digest", "true_class": "Simple Fracture", "error": "", **changed}
+    assert tool.resumed([job], {os.path.abspath("a.png"): row}) == (([], [job]) if changed else ([row], []))
 
 
 def test_blank_maps_are_said_in_the_line_and_the_table():
@@ -478,15 +445,6 @@ def test_each_result_waits_for_its_own_figures(monkeypatch):
 
     told = [(each.job.label, each.error) for each in tool.written_results(begun())]
     assert told == [("a", ""), ("b", "b is full"), ("c", ""), ("d", "d is full"), ("e", ""), ("f", "")]
-
-
-# Folders
-
-
-def test_dicom_without_a_suffix_is_found_in_a_folder(folder):
-    (folder / "IM0001").write_bytes(bytes(128) + b"DICM" + bytes(100))
-    (folder / "notes").write_text("no image")
-    assert folder / "IM0001" in tool.images_below(folder) and folder / "notes" not in tool.images_below(folder)
 
 
 def test_lack_of_memory_names_the_batch_size_and_a_fault_shows_where_it_is(explain, folder, capsys, monkeypatch):
