@@ -32,12 +32,16 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[explainability.Request]:
     return collected
 
 
+C_OWN, E_OWN, C_DEMO, E_DEMO = "convnext_v2_best.pth", "efficientnetv2_s_best.pth", "convnext_v2_demo.pth", "efficientnetv2_s_demo.pth"
+C_OTHER = "convnext_v2_improved_best.pth"
+
+
 @pytest.fixture
 def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The checkpoint folder, with files that start like checkpoints for an own pair."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    for name in ("convnext_v2_best.pth", "efficientnetv2_s_best.pth"):
+    for name in (C_OWN, E_OWN):
         save({}, folder / name)
     monkeypatch.setattr(explainability, "CHECKPOINT_FOLDER", folder)
     return folder
@@ -75,8 +79,7 @@ def test_a_missing_file_is_answered_before_anything_heavy_is_imported(xray, tmp_
     arguments = [f"--image={xray}", f"--output-dir={tmp_path / 'figures'}", "--model=convnext", f"--{missing}={tmp_path / 'röntgen'}"]
     done = in_new_process("-c", LIGHT, *arguments[missing == "image" :], PYTHONIOENCODING="ascii")
     (line,) = done.stderr.decode().splitlines()
-    assert done.returncode == 1 and "r?ntgen: no such file" in line
-    assert done.stdout == b"" and list(tmp_path.iterdir()) == [xray]
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (1, b"", [xray]) and "r?ntgen: no such file" in line
 
 
 @pytest.mark.parametrize(
@@ -92,12 +95,11 @@ def test_a_missing_file_is_answered_before_anything_heavy_is_imported(xray, tmp_
     ids=str,
 )  # fmt: skip
 def test_wrong_command_lines_end_with_2_and_a_hint(arguments, told, capsys, requests):
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match="2"):
         main(arguments)
     out, error = capsys.readouterr()
-    assert end.value.code == 2 and told in error
+    assert (out, requests) == ("", []) and told in error
     assert error.startswith("❌ ") and error.count("\n") == 1 and "--help" in error
-    assert (out, requests) == ("", [])
 
 
 def test_version_tells_those_of_the_tool_and_its_libraries(capsys):
@@ -114,17 +116,13 @@ def test_random_image_is_one_of_the_test_images_and_repeats(checkpoints, test_im
         assert main([f"--seed={seed}"]) == 0
     chosen = {request.jobs[0].image for request in requests}
     assert all(request.is_single for request in requests) and chosen <= set(test_images.glob("*/*.jpg"))
-    assert {path.parent.name for path in chosen} == {"simple_fracture", "comminuted_fracture"}
+    assert len({path.parent.name for path in chosen}) == 2
     glob = Path.glob
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(sorted(glob(self, pattern), reverse=True)))
     assert main(["--seed=5"]) == 0 and requests[-1].jobs == requests[5].jobs  # whatever the order of the folder
 
 
 # Which networks
-
-
-C_OWN, E_OWN, C_DEMO, E_DEMO = "convnext_v2_best.pth", "efficientnetv2_s_best.pth", "convnext_v2_demo.pth", "efficientnetv2_s_demo.pth"
-C_OTHER = "convnext_v2_improved_best.pth"
 
 
 @pytest.mark.parametrize(
@@ -197,9 +195,8 @@ def test_what_results_depend_on_makes_another_job_and_nothing_else(checkpoints, 
 
 
 def test_class_names_keep_their_order_and_a_colormap_that_is_not_used_is_told(checkpoints, xray, requests):
-    assert explainability.parsed(["--class-names", "Simple, Comminuted"]).class_names == ("Simple", "Comminuted")
-    assert main(["--image", str(xray), "--signed", "--colormap=PuOr"]) == 0
-    assert any("--colormap PuOr: not used" in note for note in requests[0].notes)
+    assert main(["--image", str(xray), "--signed", "--colormap=PuOr", "--class-names", "Simple, Comminuted"]) == 0
+    assert requests[0].args.class_names == ("Simple", "Comminuted") and "--colormap PuOr: not used" in requests[0].notes[0]
 
 
 @pytest.mark.parametrize(

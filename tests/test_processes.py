@@ -67,9 +67,7 @@ def started(command: list[str], images: Path) -> Callable[..., Started]:
             start_new_session=True, preexec_fn=heed_signals,
         )  # fmt: skip
         processes.append(process)
-        for line in process.stdout:
-            if word in line:
-                break
+        next(line for line in process.stdout if word in line)
         deadline = time.monotonic() + 20
         while len(drawing_children(process.pid)) < min(tool.os.cpu_count(), 8) and time.monotonic() < deadline:
             time.sleep(0.05)
