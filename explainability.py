@@ -4393,9 +4393,6 @@ def load_classifiers(request: Request) -> list[Classifier]:
     return classifiers
 
 
-# Networks with the images that they are meant for
-
-
 def network_mark(classifier: Classifier) -> str:
     """What tells a network from those that a reference is not of."""
     weight = classifier.network.get_submodule(classifier.model.family.head).weight.cpu().numpy()
@@ -4444,6 +4441,19 @@ def reference_cases(
             label = content_label(image) if is_anonymous else image.relative_to(folder).as_posix()
             cases.append((image, label, name))
     return cases
+
+
+def with_networks(request: Request) -> Request:
+    """A request with networks, their references and targets, and the images' true classes."""
+    request = dataclasses.replace(request, classifiers=load_classifiers(request))
+    classifiers = [with_reference(each, request) for each in request.classifiers]
+    targets = [target_index(request.args.target_class, model.class_names) for model in request.models]
+    names = request.models[0].class_names
+    jobs, words = zip(*(told_truth(job, names) for job in request.jobs))
+    if unknown := sorted({printable(word) for word in words if word}):
+        taken = f"named there, not one of {', '.join(names)}: taken as unknown"
+        warn(f"ℹ️  --truth: {listed(unknown)} {taken}")
+    return dataclasses.replace(request, classifiers=classifiers, targets=targets, jobs=jobs)
 
 
 # From jobs to results
@@ -4685,18 +4695,10 @@ def explain_all(request: Request) -> tuple[list[str], int]:
     if not request.jobs[0].pages:
         processes = 0
     with drawing_pool(min(processes, MAX_DRAWING_PROCESSES), request.style) as submit:
-        args, models = request.args, len(request.checkpoints)
-        say(*opening_lines(request.jobs, request.is_single, not args.image, models))
+        is_random, models = not request.args.image, len(request.checkpoints)
+        say(*opening_lines(request.jobs, request.is_single, is_random, models))
         warn(*request.notes)
-        request = dataclasses.replace(request, classifiers=load_classifiers(request))
-        classifiers = [with_reference(each, request) for each in request.classifiers]
-        targets = [target_index(args.target_class, model.class_names) for model in request.models]
-        names = request.models[0].class_names
-        jobs, words = zip(*(told_truth(job, names) for job in request.jobs))
-        if unknown := sorted({printable(word) for word in words if word}):
-            taken = f"named there, not one of {', '.join(names)}: taken as unknown"
-            warn(f"ℹ️  --truth: {listed(unknown)} {taken}")
-        request = dataclasses.replace(request, classifiers=classifiers, targets=targets, jobs=jobs)
+        request = with_networks(request)
         if request.is_single:
             (result,) = told_results(request.jobs, request, submit)
             return ([], 1) if result.error else (summary_lines(result), 0)

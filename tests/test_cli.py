@@ -47,19 +47,6 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture
-def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of test images: twenty, and files that are none."""
-    folder = tmp_path / "data_original" / "test"
-    for kind in ("simple_fracture", "comminuted_fracture"):
-        (folder / kind).mkdir(parents=True)
-        for number in range(10):
-            Image.new("L", (8, 8)).save(folder / kind / f"{number}.jpg")
-        (folder / kind / "notes.txt").touch()
-    monkeypatch.setattr(explainability, "TEST_IMAGES", folder)
-    return folder
-
-
 # Answered at once
 
 
@@ -108,14 +95,17 @@ def test_version_tells_those_of_the_tool_and_its_libraries(capsys):
     assert lines[0].startswith("explainability.py ") and [line.split()[0] for line in lines[2:]] == list(explainability.LIBRARIES)
 
 
-# The random test image
-
-
-def test_random_image_is_one_of_the_test_images_and_repeats(checkpoints, test_images, requests, monkeypatch):
+def test_random_image_is_one_of_the_test_images_and_repeats(checkpoints, requests, tmp_path, monkeypatch):
+    images = [tmp_path / "test" / kind / f"{number}.jpg" for kind in ("simple_fracture", "comminuted_fracture") for number in range(10)]
+    for path in images:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(path)
+        path.with_name("notes.txt").touch()
+    monkeypatch.setattr(explainability, "TEST_IMAGES", tmp_path / "test")
     for seed in range(20):
         assert main([f"--seed={seed}"]) == 0
     chosen = {request.jobs[0].image for request in requests}
-    assert all(request.is_single for request in requests) and chosen <= set(test_images.glob("*/*.jpg"))
+    assert all(request.is_single for request in requests) and chosen <= set(images)
     assert len({path.parent.name for path in chosen}) == 2
     glob = Path.glob
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(sorted(glob(self, pattern), reverse=True)))
@@ -166,13 +156,14 @@ def test_networks_are_those_that_are_named_or_lie_in_the_folder(checkpoints, xra
         assert [path.name for _, path in request.checkpoints] + notes == chosen
 
 
-def test_images_and_methods_may_be_given_twice(checkpoints, xray, requests):
+def test_images_and_methods_may_be_given_twice_classes_keep_their_order_and_a_colormap_not_used_is_told(checkpoints, xray, requests):
     other = xray.with_name("other.png")
     shutil.copy(xray, other)
     assert main(["--image", str(xray), "--image", str(other), "--method", "ig", "--method", "lrp", "ig"]) == 0
-    assert main(["--image", str(xray)]) == 0
+    assert main(["--image", str(xray), "--signed", "--colormap=PuOr", "--class-names", "Simple, Comminuted"]) == 0
     assert [request.args.method for request in requests] == [["ig", "lrp"], ["gradcam"]]
     assert [[job.image for job in request.jobs] for request in requests] == [[xray, other], [xray]]
+    assert requests[1].args.class_names == ("Simple", "Comminuted") and "--colormap PuOr: not used" in requests[1].notes[0]
 
 
 def test_what_results_depend_on_makes_another_job_and_nothing_else(checkpoints, xray, tmp_path, requests):
@@ -192,11 +183,6 @@ def test_what_results_depend_on_makes_another_job_and_nothing_else(checkpoints, 
     assert len(set(digests)) == len(digests) == 18
     for options in ("--quiet", "--batch-size=2", "--device=cpu", "--skip-existing", "--no-figures", "--save-maps", f"--output-dir={tmp_path / 'here'}"):
         assert main([f"--image={xray}", options]) == 0 and requests[-1].jobs[0].digest == digests[-1]
-
-
-def test_class_names_keep_their_order_and_a_colormap_that_is_not_used_is_told(checkpoints, xray, requests):
-    assert main(["--image", str(xray), "--signed", "--colormap=PuOr", "--class-names", "Simple, Comminuted"]) == 0
-    assert requests[0].args.class_names == ("Simple", "Comminuted") and "--colormap PuOr: not used" in requests[0].notes[0]
 
 
 @pytest.mark.parametrize(
@@ -220,9 +206,6 @@ def test_paths_that_cannot_be_meant_are_one_line(checkpoints, xray, tmp_path, mo
     assert main([part.replace("XRAY", str(xray)).replace("EMPTY", str(empty)) for part in arguments]) == 1
     error = capsys.readouterr().err
     assert word in error and error.count("\n") == 1
-
-
-# Paths and terminals
 
 
 def test_defaults_are_relative_to_the_script_and_paths_given_to_the_working_directory(xray, tiny_arguments, tmp_path, monkeypatch, capsys):

@@ -135,7 +135,7 @@ def test_blank_map_is_named_on_the_console(xray, tiny_arguments, monkeypatch, ca
     assert capsys.readouterr().out.count("Blank map: no positive evidence for") == 2
 
 
-# The full-size pair
+# Networks of full size
 
 
 def with_optimizer_state(contents: dict[str, object]) -> dict[str, object]:
@@ -166,9 +166,6 @@ def test_full_size_pair_of_users_runs_end_to_end(tmp_path, xray):
             figure.load()
     for path in tmp_path.glob("*.pth"):
         path.unlink()
-
-
-# The demo pair
 
 
 def test_readme_shows_and_names_files_that_are_there():

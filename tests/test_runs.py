@@ -49,9 +49,6 @@ def table(tmp_path: Path) -> list[dict[str, str]]:
         return [defaultdict(str, row) for row in csv.DictReader(file)]
 
 
-# The table and the summary
-
-
 def test_a_folder_gives_figures_and_a_row_for_each_image(explain, folder, tmp_path, capsys):
     assert explain("--image", folder) == 0
     rows = table(tmp_path)
@@ -338,6 +335,13 @@ def test_no_name_of_an_image_is_told_anonymously(explain, folder, tmp_path, caps
 
 
 # Names of outputs
+
+
+def test_figures_are_named_by_what_they_show():
+    assert tool.page_prefixes(["convnext", "efficientnet"], ["gradcam", "ig"]) == {
+        "gradcam_convnext": (0,), "ig_convnext": (1,), "gradcam_efficientnet": (2,), "ig_efficientnet": (3,),
+        "comparison": (0, 2), "comparison_ig": (1, 3), "methods_convnext": (0, 1), "methods_efficientnet": (2, 3),
+    }  # fmt: skip
 
 
 def test_stems_that_collide_get_their_folder_and_then_a_number_and_one_name_for_two_results_is_refused(explain, xray, tmp_path, capsys):
