@@ -92,16 +92,17 @@ def test_the_line_of_an_image_tells_who_is_wrong(folder, confidences, line):
 
 def test_confusion_counts_and_disagreement_come_from_the_rows():
     row = {"error": "", "true_class": "Simple Fracture", "x_predicted": "Simple Fracture", "x_correct": "yes", "agree": "yes"}
-    row |= {"x_flags": "border, erasing", "file": "r.png"}
+    row |= {"x_flags": "border, erasing", "x_ig_flags": "focus", "file": "r.png"}
     wrong = row | {"file": "w.png", "x_predicted": "Comminuted Fracture", "x_correct": "no", "agree": "no"}
     model = a_model(family=tool.dataclasses.replace(tool.FAMILIES["convnext"], key="x"))
-    lines = tool.run_lines([row, row, *[wrong] * 7, {"error": "bad", "file": "f.png"}], [model, model], ["gradcam"], {}, 3, 2.0)
+    lines = tool.run_lines([row, row, *[wrong] * 7, {"error": "bad", "file": "f.png"}], [model, model], ["gradcam", "ig"], {}, 3, 2.0)
     assert "Images: 9 done, 1 failed" in lines and "  Failed: f.png" in lines
     assert "Speed: 1.50 images per second (3 images in 2.0 s)" in lines
     assert "  Simple Fracture: 7 as Comminuted Fracture, 2 as Simple Fracture" in lines
     assert lines.count("  Misclassified: w.png") == 2 * 5 and "  Misclassified: 2 more, in summary.csv" in lines
     assert lines.count("  Disagree: w.png") == 5 and "Models agree on 2 of 9 images" in lines
-    assert "  Flagged: 9 of 9 images: border 9, erasing 9" in lines
+    assert lines.count("  Grad-CAM, flagged: 9 of 9 images: border 9, erasing 9") == 2
+    assert lines.count("  Integrated Gradients, flagged: 9 of 9 images: focus 9") == 2
 
 
 def test_bad_files_are_reported_and_the_rest_go_on(explain, folder, tmp_path, capsys):
@@ -316,7 +317,7 @@ def test_a_picture_that_shows_nothing_is_warned_of(explain, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"⚠️  {tool.NOTHING_TO_SEE}" in said and "⚠️  Compared with the blurred radiograph" in said
     assert explain("--image", tmp_path / "0.png", tmp_path / "1.png", "--model", "convnext", "--no-figures", "--quiet") == 0
-    assert all(tool.NOTHING_TO_SEE in row["notes"] for row in table(tmp_path))
+    assert all(tool.NOTHING_TO_SEE in row["notes"] for row in table(tmp_path)) and "ℹ️" not in capsys.readouterr().err
 
 
 def test_no_name_of_an_image_is_told_anonymously(explain, folder, tmp_path, capsys):
