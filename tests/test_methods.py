@@ -449,7 +449,7 @@ def test_what_takes_long_counts_its_passes_on_a_terminal(networks, monkeypatch, 
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     methods, is_long = methods.split(), passes + more > 1
-    args = tool.parsed(["--method", *methods, *["--verify"] * (more > 0)])
+    args = tool.parsed(["--method", *methods, *(["--verify"] if more else [])])
     request = tool.Request(args, (), False, (), None, classifiers=[networks["convnext"]])
     with tool.progress_bar(request, 1) as (bar, count_image):
         told = tool.explain_batch(networks["convnext"], noise(1, 64).numpy(), None, methods)

@@ -104,12 +104,8 @@ def test_confusion_counts_and_disagreement_come_from_the_rows():
     ]
     assert lines.count("  Misclassified: w.png") == lines.count("  Disagree: w.png") == 5
     assert "  Misclassified: 2 more, in summary.csv" in lines and "Models agree on 2 of 9 images" in lines
-    assert [line.split(", flagged: ") for line in lines if "flagged" in line] == [
-        ["  Grad-CAM", "9 of 9 images: border 9, erasing 9"],
-        ["  Integrated Gradients", "9 of 9 images: focus 9"],
-        ["  Grad-CAM", "0 of 9 images"],
-        ["  Integrated Gradients", "0 of 9 images"],
-    ]
+    flagged = [line.partition(", flagged: ")[2] for line in lines if "flagged" in line]  # by each method, of each model
+    assert flagged == ["9 of 9 images: border 9, erasing 9", "9 of 9 images: focus 9", "0 of 9 images", "0 of 9 images"]
 
 
 def test_bad_files_are_reported_and_the_rest_go_on(explain, folder, tmp_path, capsys):
