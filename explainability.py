@@ -36,15 +36,15 @@ The file, from top to bottom; each section uses only what stands above it
     Checks               a map -> Findings. A new check: one function and one entry of CHECKS
     Panels and figures   Explanations -> a Sheet -> PNG, PDF or SVG. A new panel: one draw_ function
     Truth                what folders' names and --truth tell of an image
-    Outputs              names, jobs, files
+    Outputs              names, files
     Reference            images that a network is meant for -> how far another is from them, and which of
                          them are most similar
     The table            summary.csv. A new column: one line of model_cells or map_cells
     Console text         lines for one image, and for a run over many
     The report           report.html, of the table's rows
     Runs                 jobs -> read -> explained in batches -> drawn and written -> row, lines
-    Command line         options, and what they come to. A new option: one line of its group, add_questions to
-                         add_outputs, then checked_request
+    Command line         options, and what they come to. A new option: one line of its group, in add_questions
+                         or add_outputs, then checked_request
 """
 
 from __future__ import annotations
@@ -3359,18 +3359,14 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# Names
-
-
 def numbered(names: Iterable[str]) -> list[str]:
     """The names, with a number behind each that came before; upper and lower case are one to some systems."""
-    taken: set[str] = set()
-    told = []
+    told: dict[str, str] = {}  # by their small letters
     for name in names:
         others = (f"{name}_{number}" for number in itertools.count(2))
-        told.append(next(each for each in itertools.chain([name], others) if each.casefold() not in taken))
-        taken.add(told[-1].casefold())
-    return told
+        free = next(each for each in itertools.chain([name], others) if each.casefold() not in told)
+        told[free.casefold()] = free
+    return list(told.values())
 
 
 def with_folders(labels: Sequence[str], names: Sequence[str], between: str) -> list[str]:
@@ -3417,55 +3413,16 @@ def page_prefixes(keys: Sequence[str], methods: Sequence[str]) -> dict[str, tupl
     made = list(itertools.product(keys, methods))  # in the order in which they are explained
     pages = {f"{method}_{key}": (index,) for index, (key, method) in enumerate(made)}
     count = len(methods)
-    if len(keys) > 1:
-        for place, method in enumerate(methods):
-            pages[prefix_of("comparison", method)] = tuple(range(place, len(made), count))
-    if count > 1:
-        for place, key in enumerate(keys):
-            pages[f"methods_{key}"] = tuple(range(place * count, (place + 1) * count))
+    for place, method in enumerate(methods if len(keys) > 1 else ()):
+        pages[prefix_of("comparison", method)] = tuple(range(place, len(made), count))
+    for place, key in enumerate(keys if count > 1 else ()):
+        pages[f"methods_{key}"] = tuple(range(place * count, (place + 1) * count))
     return pages
 
 
 def digest_of(*parts: object) -> str:
     """A short checksum of values that have a repr of their own."""
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def make_jobs(
-    images: Sequence[Path], labels: Sequence[str], keys: Sequence[str], methods: Sequence[str],
-    folder: Path, kinds: Sequence[str], ending: str, asked: object,
-) -> list[Job]:  # fmt: skip
-    """A job for each image, known by its label; `asked` is all that results depend on beside the image.
-
-    It writes outputs of these kinds: figures, whose names have this ending, maps and panels. Raises
-    ExplainError where an output would replace an image of the run, or another output.
-    """
-    made = list(itertools.product(keys, methods))
-    figures = page_prefixes(keys, methods).items() if "figures" in kinds else ()
-    map_prefixes = [prefix_of("map", method, key) for key, method in made] if "maps" in kinds else []
-    bare = [prefix_of(kind, method, key) for key, method in made for kind in ("heatmap", "overlay")]
-    panel_prefixes = ["radiograph", *bare] if "panels" in kinds else []
-    jobs = [
-        Job(
-            image=image,
-            label=label,
-            name=name,
-            pages=tuple(Page(folder / f"{prefix}_{stem}.{ending}", shows) for prefix, shows in figures),
-            maps=tuple(folder / f"{prefix}_{stem}.npy" for prefix in map_prefixes),
-            panels=tuple(folder / f"{prefix}_{stem}.png" for prefix in panel_prefixes),
-            digest=digest_of(asked, file_mark(image)),
-        )
-        for image, label, name, stem in zip(images, labels, display_names(labels), output_stems(labels))
-    ]
-    inputs = {os.path.realpath(image) for image in images}
-    outputs = itertools.chain([folder / TABLE_NAME, folder / REPORT_NAME], *(job.outputs for job in jobs))
-    for path, times in Counter(outputs).items():
-        if os.path.realpath(path) in inputs:
-            cause = "is an input of this run and would be replaced"
-            raise refusal(path, cause, "choose another --output-dir")
-        if times > 1:  # comparison_ig_x: of x by Integrated Gradients, or of ig_x by Grad-CAM
-            raise refusal(path, "two results of this run would have this name", "run one --method at a time")
-    return jobs
 
 
 def is_finished(job: Job) -> bool:
@@ -3505,8 +3462,7 @@ def write_panels(result: Result, style: FigureStyle) -> None:
     pixels = load_radiograph(result.job.image).pixels
     pictures = [pixels]
     for explanation in result.explanations:
-        pictures.append(heatmap_pixels(pixels, explanation, style))
-        pictures.append(overlay_pixels(pixels, explanation, style))
+        pictures += [heatmap_pixels(pixels, explanation, style), overlay_pixels(pixels, explanation, style)]
     for path, picture in zip(result.job.panels, pictures):
         write_file(path, png(picture, style.dpi, result.job.digest))
 
@@ -3527,15 +3483,10 @@ def case_text(case: SimilarCase) -> str:
 
 def provenance(job: Job, explanation: Explanation) -> dict[str, Any]:
     """Everything that a raw map depends on, and what was found about it."""
-    model, method = explanation.model, METHODS[explanation.method]
-    checks = {
-        each.check: {
-            "value": each.value if each.is_measured else None,  # JSON has no NaN
-            "flagged": each.is_flagged,
-            "text": each.text,
-        }
-        for each in explanation.findings
-    }
+    model, method, checks = explanation.model, METHODS[explanation.method], {}
+    for each in explanation.findings:
+        value = each.value if each.is_measured else None  # JSON has no NaN
+        checks[each.check] = {"value": value, "flagged": each.is_flagged, "text": each.text}
     return {
         "image": shown(Path(job.label)),
         "image_sha256": file_digest(job.image),
@@ -3693,6 +3644,9 @@ FIRST_COLUMNS = ("predicted", "confidence", "correct", "flags")  # of each model
 TEXT_CODING = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}  # marked for spreadsheets
 FORMULA = re.compile(r"(?![+-]?[\d.]+(e[+-]?\d+)?$)[=+@-]")  # what spreadsheets would compute; not -0.5
 
+Row = dict[str, str]  # by column
+Seen = Row  # as one model saw the image: its columns without its key, and those of no model
+
 
 def yes_or_no(value: bool) -> str:
     return "yes" if value else "no"
@@ -3703,7 +3657,7 @@ def flags_text(explanation: Explanation) -> str:
     return ", ".join(each.check for each in explanation.findings if each.is_flagged)
 
 
-def check_cells(explanation: Explanation, *about: str) -> dict[str, str]:
+def check_cells(explanation: Explanation, *about: str) -> Row:
     """What the checks of some kinds measured, by their keys; nothing where they do not apply."""
     cells = {check.key: "" for check in CHECKS.values() if check.about in about and check.key != "blank"}
     for each in explanation.findings:
@@ -3712,7 +3666,7 @@ def check_cells(explanation: Explanation, *about: str) -> dict[str, str]:
     return cells
 
 
-def map_cells(explanation: Explanation) -> dict[str, str]:
+def map_cells(explanation: Explanation) -> Row:
     """What the table says of a map, by column."""
     pointed, raw_map = explanation.pointing, explanation.raw_map
     cells = {
@@ -3731,7 +3685,7 @@ def map_cells(explanation: Explanation) -> dict[str, str]:
     return cells
 
 
-def model_cells(explanations: Sequence[Explanation], truth: str) -> dict[str, str]:
+def model_cells(explanations: Sequence[Explanation], truth: str) -> Row:
     """What the table says of one model and its maps; the first one's columns go without the method's name."""
     first, *others = explanations
     cells = {
@@ -3763,7 +3717,7 @@ def table_columns(models: Sequence[Model], methods: Sequence[str]) -> list[str]:
     return ["file", "true_class", *first, *pair, "error", "notes", *rest, "digest", "outputs"]
 
 
-def table_row(result: Result, models: Sequence[Model]) -> dict[str, str]:
+def table_row(result: Result, models: Sequence[Model]) -> Row:
     """One image's results, as text."""
     job, truth = result.job, result.job.truth.name
     row = {"file": job.label, "true_class": truth, "notes": "; ".join(result.notes), "error": result.error}
@@ -3792,21 +3746,16 @@ def table_alone(folder: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists() and path.stat().st_size:
-            drop_torn_line(path)
+            with open(path, "rb+") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+                    warn(f"ℹ️  {shown(path)}: its last line was torn, as a crash leaves it, and is dropped")
         yield path
 
 
-def drop_torn_line(path: Path) -> None:
-    """Cut off a last line that a crash left without its end, and say so."""
-    with open(path, "rb+") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            warn(f"ℹ️  {shown(path)}: its last line was torn, as a crash leaves it, and is dropped")
-
-
-def table_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+def table_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     """The rows of a table, with all columns; none of a missing one. Raises ExplainError for other columns."""
     if not path.exists():
         return []
@@ -3818,7 +3767,7 @@ def table_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     raise refusal(path, cause, "give each --model and --method an --output-dir of its own")
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, str]], columns: Sequence[str]) -> None:
+def write_rows(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
     """A whole table anew."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -3836,7 +3785,7 @@ def plain_text(cell: str) -> str:
     return cell[1:] if cell.startswith("'") and FORMULA.match(cell[1:]) else cell
 
 
-def add_row(folder: Path, row: dict[str, str], columns: Sequence[str]) -> None:
+def add_row(folder: Path, row: Row, columns: Sequence[str]) -> None:
     """Append one row to a folder's table. Raises ExplainError where that cannot be done."""
     with table_alone(folder) as path:
         header = []
@@ -3850,7 +3799,7 @@ def add_row(folder: Path, row: dict[str, str], columns: Sequence[str]) -> None:
             write_rows(path, [*table_rows(path, columns), row], columns)
 
 
-def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, str]]:
+def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, Row]:
     """The last row of each image in a folder's table, by its whole path; another kind of table is renamed."""
     with table_alone(folder) as path:
         try:
@@ -3863,7 +3812,7 @@ def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, dict[str, st
             return {}
 
 
-def fold_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+def fold_table(folder: Path, columns: Sequence[str]) -> list[Row]:
     """Keep the last row of each image and the columns that say something; the rows."""
     with table_alone(folder) as path:
         last = {os.path.abspath(row["file"]): row for row in table_rows(path, columns)}
@@ -3872,10 +3821,7 @@ def fold_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
-Seen = dict[str, str]  # a row as one model saw the image: its columns without its key, and those of no model
-
-
-def seen_by(row: dict[str, str], model: Model) -> Seen:
+def seen_by(row: Row, model: Model) -> Seen:
     """What a model saw, with the `kinds` that filters find: faults, flags by any method, class."""
     own, of_models = f"{model.family.key}_", tuple(f"{key}_" for key in FAMILIES)
     names = [name for name in row if name.startswith(own) or not name.startswith(of_models)]
@@ -3904,9 +3850,6 @@ def opening_lines(jobs: Sequence[Job], is_single: bool, is_random: bool, models:
     what = f": {printable(jobs[0].name)}" if is_single else f" {len(jobs)} images"
     verb = "Comparing" if models > 1 else "Analyzing"
     return [*lines, f"🔍 {verb} explainability for{what}", RULE]
-
-
-# One image alone
 
 
 def single_lines(result: Result) -> list[str]:
@@ -3946,23 +3889,22 @@ def summary_lines(result: Result) -> list[str]:
 
 def prediction_lines(explanations: Sequence[Explanation]) -> list[str]:
     """What one model says, and what is to be known of its maps."""
-    first = explanations[0]
+    first, titles = explanations[0], [f"{METHODS[each.method].title}: " for each in explanations]
     lines = [f"Prediction: {first.prediction}", f"Confidence: {first.confidence:.2%}"]
     if first.explained != first.predicted:
         lines.append(f"Explained class: {first.explained_class}")
-    for each in explanations:
-        title = METHODS[each.method].title
+    for each, title in zip(explanations, titles):
         if METHODS[each.method].compares:
             owed = "" if each.owed is None else f", must be {each.owed:.4g}"
             against = f"{each.negative_share:.0%} of its magnitude speaks against the class"
-            lines.append(f"{title}: sum {each.raw_map.sum(dtype=float):.4g}{owed}; {against}")
-    titles = ["" if len(explanations) == 1 else f"{METHODS[each.method].title}: " for each in explanations]
-    for explanation, title in zip(explanations, titles):
-        if explanation.findings:
-            mark = "⚠️  " if flagged_findings(explanation.findings, "map") else ""
-            lines.append(f"{mark}{title}{checks_text(explanation.findings)}")
-        if explanation.pointing:
-            lines.append(title + pointing_text(explanation.pointing))
+            lines.append(f"{title}sum {each.raw_map.sum(dtype=float):.4g}{owed}; {against}")
+    if len(explanations) == 1:
+        titles = [""]
+    for each, title in zip(explanations, titles):
+        mark = "⚠️  " if flagged_findings(each.findings, "map") else ""
+        lines.append(f"{mark}{title}{checks_text(each.findings)}")
+        if each.pointing:
+            lines.append(title + pointing_text(each.pointing))
     lines += network_lines(first, titles[0])
     remarks = dict.fromkeys(remark for each in explanations for remark in each.remarks)
     lines += [f"⚠️  {text}" for text in remarks]
@@ -3979,9 +3921,6 @@ def network_lines(explanation: Explanation, title: str) -> list[str]:
     if explanation.passes:
         lines.append(f"{title}Verified with {explanation.passes} more forward passes")
     return lines
-
-
-# Many images
 
 
 def result_line(result: Result) -> str:
@@ -4009,22 +3948,22 @@ def result_line(result: Result) -> str:
 
 
 def run_lines(
-    rows: Sequence[dict[str, str]], models: Sequence[Model], methods: Sequence[str],
+    rows: Sequence[Row], models: Sequence[Model], methods: Sequence[str],
     observations: dict[str, list[Observation]], fresh: int, seconds: float,
 ) -> list[str]:  # fmt: skip
     """What a run found; of the images, `fresh` were explained in these seconds, with these observations."""
-    failed = [row for row in rows if row["error"]]
-    done = [row for row in rows if not row["error"]]
+    failed, done = [row for row in rows if row["error"]], [row for row in rows if not row["error"]]
     lines = [RULE, "📊 RUN SUMMARY", RULE, f"Images: {len(done)} done, {len(failed)} failed"]
     lines += named_lines("  Failed", failed)
     if fresh:
         lines.append(f"Speed: {fresh / seconds:.2f} images per second ({fresh} images in {seconds:.1f} s)")
     for model in models:
-        seen = observations.get(model.family.key, ())
-        told = [*accuracy_lines(done, model), *model_lines(done, model, methods)]
-        if 0 < len(seen) < len(done):
-            told.append(f"Of the {len(seen)} images explained now:")
-        lines += ["", f"{model.title}:", *(f"  {line}" for line in [*told, *audit_lines(seen)])]
+        kept = observations.get(model.family.key, ())
+        seen = [seen_by(row, model) for row in done]
+        told = [*accuracy_lines(seen, model.class_names), *model_lines(seen, methods)]
+        if 0 < len(kept) < len(done):
+            told.append(f"Of the {len(kept)} images explained now:")
+        lines += ["", f"{model.title}:", *(f"  {line}" for line in [*told, *audit_lines(kept)])]
     if len(models) > 1 and done:
         differ = [row for row in done if row["agree"] == "no"]
         lines += ["", f"Models agree on {len(done) - len(differ)} of {len(done)} images"]
@@ -4032,7 +3971,7 @@ def run_lines(
     return lines
 
 
-def named_lines(what: str, rows: Sequence[dict[str, str]]) -> list[str]:
+def named_lines(what: str, rows: Sequence[Row]) -> list[str]:
     """The first files of a kind, and how many more there are."""
     lines = [f"{what}: {shown(Path(row['file']))}" for row in rows[:MOST_NAMED]]
     if len(rows) > MOST_NAMED:
@@ -4040,17 +3979,17 @@ def named_lines(what: str, rows: Sequence[dict[str, str]]) -> list[str]:
     return lines
 
 
-def filled(rows: Sequence[dict[str, str]], column: str) -> list[str]:
+def filled(rows: Sequence[Row], column: str) -> list[str]:
     """The cells of a column that say something."""
     return [text for row in rows if (text := row.get(column))]
 
 
-def mean_of(rows: Sequence[dict[str, str]], column: str) -> float:
+def mean_of(rows: Sequence[Row], column: str) -> float:
     """Mean of a column's numbers."""
     return float(np.mean([float(text) for text in filled(rows, column)]))
 
 
-def overlap_lines(rows: Sequence[dict[str, str]]) -> list[str]:
+def overlap_lines(rows: Sequence[Row]) -> list[str]:
     """How far the two models' maps agree over a run, which is another thing than the same class."""
     count, few = len(filled(rows, AGREEMENT)), len(filled(rows, "pair_flags"))
     if not count:
@@ -4059,40 +3998,39 @@ def overlap_lines(rows: Sequence[dict[str, str]]) -> list[str]:
     return [f"Maps share {mean} of their heat on average, in {few} of {count} images too little"]
 
 
-def model_lines(rows: Sequence[dict[str, str]], model: Model, methods: Sequence[str]) -> list[str]:
+def model_lines(seen: Sequence[Seen], methods: Sequence[str]) -> list[str]:
     """How one model's maps compare with true boxes, what is flagged how often, what the reference told."""
-    key, lines = model.family.key, []
-    if known := filled(rows, f"{key}_in_box"):
+    lines = []
+    if known := filled(seen, "in_box"):
         inside = known.count("yes")
         share = f"{inside / len(known):.1%} ({inside} of {len(known)})"
-        heat, area = mean_of(rows, f"{key}_heat_in_box"), mean_of(rows, f"{key}_box_area")
+        heat, area = mean_of(seen, "heat_in_box"), mean_of(seen, "box_area")
         lines.append(f"True fracture: maximum inside {share}, heat inside {heat:.1%}, chance {area:.1%}")
     for method in methods:
-        flags = filled(rows, f"{key}_flags" if method == methods[0] else f"{key}_{method}_flags")
+        flags = filled(seen, "flags" if method == methods[0] else f"{method}_flags")
         counts = Counter(check for text in flags for check in text.split(", "))
         title = "Flagged" if len(methods) == 1 else f"{METHODS[method].title}, flagged"
-        lines.append(f"{title}: {len(flags)} of {len(rows)} images")
+        lines.append(f"{title}: {len(flags)} of {len(seen)} images")
         if counts:
             lines[-1] += f": {', '.join(f'{check} {counts[check]}' for check in CHECKS if counts[check])}"
-    if compared := [row for row in rows if row.get(f"{key}_unlike")]:
-        flags = Counter(check for row in compared for check in row[f"{key}_flags"].split(", "))
+    if compared := [each for each in seen if each.get("unlike")]:
+        flags = Counter(check for each in compared for check in each["flags"].split(", "))
         told = f"Unlike the reference: {flags['unlike']} of {len(compared)} images"
         lines.append(f"{told}; contradicted by similar cases: {flags['neighbours']}")
     return lines
 
 
-def accuracy_lines(rows: Sequence[dict[str, str]], model: Model) -> list[str]:
+def accuracy_lines(seen: Sequence[Seen], names: Sequence[str]) -> list[str]:
     """Accuracy, confusion counts and misclassified files of one model, where the truth is known."""
-    key, names = model.family.key, model.class_names
-    known = [row for row in rows if row.get("true_class")]
+    known = [each for each in seen if each.get("true_class")]
     if not known:
         words = " or ".join(f'"{short_class(name, names).casefold()}"' for name in names)
         remedy = f"a folder above the images whose name holds {words}, or --truth, would tell"
         return [f"Accuracy: unknown; {remedy}"]
-    wrong = [row for row in known if row[f"{key}_correct"] == "no"]
+    wrong = [each for each in known if each["correct"] == "no"]
     right = len(known) - len(wrong)
     lines = [f"Accuracy: {right / len(known):.2%} ({right} of {len(known)} images whose class is known)"]
-    counts = Counter((class_key(row["true_class"]), class_key(row[f"{key}_predicted"])) for row in known)
+    counts = Counter((class_key(each["true_class"]), class_key(each["predicted"])) for each in known)
     for truth in names:
         counted = ", ".join(f"{counts[class_key(truth), class_key(name)]} as {name}" for name in names)
         lines.append(f"{truth}: {counted}")
@@ -4367,7 +4305,7 @@ def filter_labels(counts: Counter[str], class_names: Sequence[str]) -> Iterator[
 
 
 def report_page(
-    rows: Sequence[dict[str, str]], models: Sequence[Model], observations: dict[str, list[Observation]],
+    rows: Sequence[Row], models: Sequence[Model], observations: dict[str, list[Observation]],
     told: Sequence[str], thumbnails: dict[str, bytes],
 ) -> str:  # fmt: skip
     """The page of these rows of the table. The observations, by family, are of the maps made last, which
@@ -4421,38 +4359,34 @@ Begun = tuple[Result, list["Future[None]"]]  # an image, and its figures as they
 
 @dataclass(frozen=True)
 class Request:
-    """What the arguments come to, checked as far as the file system can tell."""
+    """What the arguments come to, first as far as the file system can tell, then with the networks."""
 
-    jobs: tuple[Job, ...]
+    args: argparse.Namespace
+    jobs: Sequence[Job]
     is_single: bool  # one image, named by itself or drawn: no table, and the console is about it alone
-    checkpoints: tuple[tuple[Family, Path], ...]
-    methods: tuple[str, ...]
+    checkpoints: Sequence[tuple[Family, Path]]
     style: FigureStyle
-    notes: tuple[str, ...] = ()  # lines to say beside what was asked
-    reference: tuple[Path, ...] = ()  # images that --reference names
-    told: tuple[str, ...] = ()  # options and versions, for the report
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How images are explained."""
-
-    classifiers: Sequence[Classifier]
-    targets: Sequence[int | None]  # of each classifier: the class to explain, or None for the predicted one
-    methods: Sequence[str]
-    batch: int  # images at once
-    style: FigureStyle
-    is_verified: bool
+    notes: Sequence[str] = ()  # lines to say beside what was asked
+    reference: Sequence[Path] = ()  # images that --reference names
+    told: Sequence[str] = ()  # options and versions, for the report
+    classifiers: Sequence[Classifier] = ()
+    targets: Sequence[int | None] = ()  # of each: the class to explain, or None for the predicted one
 
     @property
     def models(self) -> list[Model]:
         return [classifier.model for classifier in self.classifiers]
 
+    @property
+    def batch(self) -> int:
+        """Images computed at once."""
+        return self.args.batch_size or DEFAULT_BATCH[self.classifiers[0].device.type]
 
-def load_classifiers(request: Request, args: argparse.Namespace) -> list[Classifier]:
+
+def load_classifiers(request: Request) -> list[Classifier]:
     """Load every model, and say so. Raises ExplainError where one cannot be used."""
     use_exact_float32()
-    device, classifiers = choose_device(args.device), []
+    args, classifiers = request.args, []
+    device = choose_device(args.device)
     for family, path in request.checkpoints:
         say(f"📦 Loading {family.key.upper()} model...")
         classifier = load_classifier(family, path, device, args.class_names, args.weights)
@@ -4464,9 +4398,6 @@ def load_classifiers(request: Request, args: argparse.Namespace) -> list[Classif
         gc.freeze()
         gc.enable()
     return classifiers
-
-
-# Networks with the images that they are meant for
 
 
 def network_mark(classifier: Classifier) -> str:
@@ -4486,18 +4417,17 @@ def stamps(images: Sequence[Path]) -> list[tuple[str, int, int]]:
     return [(str(image), each.st_size, each.st_mtime_ns) for image, each in zip(images, stats)]
 
 
-def with_reference(classifier: Classifier, args: argparse.Namespace, images: Sequence[Path]) -> Classifier:
+def with_reference(classifier: Classifier, request: Request) -> Classifier:
     """A classifier with the images of --reference, or with a demo's own. Raises ExplainError for few."""
-    model, mark = classifier.model, network_mark(classifier)
+    args, model, mark = request.args, classifier.model, network_mark(classifier)
     if args.reference is None:  # of any other network, the mark is another
         return dataclasses.replace(classifier, reference=read_reference(own_reference(model.family), mark))
-    cases = reference_cases(images, args.reference, model.class_names, args.anonymous)
+    cases = reference_cases(request.reference, args.reference, model.class_names, args.anonymous)
     mark = digest_of(mark, cases, stamps([image for image, *_ in cases]))
     path = args.output_dir / f"reference_{model.family.key}_{mark}.npz"
     reference = read_reference(path, mark)
     if reference is None:
-        batch = args.batch_size or DEFAULT_BATCH[classifier.device.type]
-        reference = reference_of(classifier, cases, batch)
+        reference = reference_of(classifier, cases, request.batch)
         write_reference(reference, path, mark)
         say(f"✅ Reference saved: {shown(path)}", "")
     return dataclasses.replace(classifier, reference=reference)
@@ -4518,6 +4448,19 @@ def reference_cases(
             label = content_label(image) if is_anonymous else image.relative_to(folder).as_posix()
             cases.append((image, label, name))
     return cases
+
+
+def with_networks(request: Request) -> Request:
+    """A request with networks, their references and targets, and the images' true classes."""
+    request = dataclasses.replace(request, classifiers=load_classifiers(request))
+    classifiers = [with_reference(each, request) for each in request.classifiers]
+    targets = [target_index(request.args.target_class, model.class_names) for model in request.models]
+    names = request.models[0].class_names
+    jobs, words = zip(*(told_truth(job, names) for job in request.jobs))
+    if unknown := sorted({printable(word) for word in words if word}):
+        taken = f"named there, not one of {', '.join(names)}: taken as unknown"
+        warn(f"ℹ️  --truth: {listed(unknown)} {taken}")
+    return dataclasses.replace(request, classifiers=classifiers, targets=targets, jobs=jobs)
 
 
 # From jobs to results
@@ -4541,16 +4484,16 @@ def read_result(job: Job, models: Sequence[Model], style: FigureStyle) -> Result
     )
 
 
-def explained_results(results: Sequence[Result], index: int, plan: Plan) -> list[Result]:
+def explained_results(results: Sequence[Result], index: int, request: Request) -> list[Result]:
     """A batch of results with the explanations of one more classifier, the one of this index."""
-    classifier, target, explained = plan.classifiers[index], plan.targets[index], []
-    inputs = [result.inputs[index] for result in results]
-    fresh = iter(explain_batch(classifier, inputs, target, plan.methods, plan.batch) if inputs else ())
+    classifier, target, batch = request.classifiers[index], request.targets[index], request.batch
+    methods, inputs, explained = request.args.method, [result.inputs[index] for result in results], []
+    fresh = iter(explain_batch(classifier, inputs, target, methods, batch) if inputs else ())
     for result in results:
-        first, *others = itertools.islice(fresh, len(plan.methods))
+        first, *others = itertools.islice(fresh, len(methods))
         trial = None
-        if plan.is_verified:
-            trial = tried(classifier, result.inputs[index], first, result.landmarks, plan.batch)
+        if request.args.verify:
+            trial = tried(classifier, result.inputs[index], first, result.landmarks, batch)
         made = [checked(first, result, trial), *(checked(each, result) for each in others)]
         explained.append(dataclasses.replace(result, explanations=(*result.explanations, *made)))
     return explained
@@ -4570,28 +4513,29 @@ def checked(explanation: Explanation, result: Result, trial: Trial | None = None
     )
 
 
-def explain_jobs(jobs: Sequence[Job], plan: Plan, submit: Submit) -> Iterator[Begun]:
+def explain_jobs(jobs: Sequence[Job], request: Request, submit: Submit) -> Iterator[Begun]:
     """Explain images in batches; a figure begins when its models have spoken. Bad images stop no others."""
-    for start in range(0, len(jobs), plan.batch):
-        results = [read_result(job, plan.models, plan.style) for job in jobs[start : start + plan.batch]]
+    for start in range(0, len(jobs), request.batch):
+        batch = jobs[start : start + request.batch]
+        results = [read_result(job, request.models, request.style) for job in batch]
         good = [result for result in results if not result.error]
         drawings: list[list[Future[None]]] = [[] for _ in good]
-        for index in range(len(plan.classifiers)):
-            good = explained_results(good, index, plan)
+        for index in range(len(request.classifiers)):
+            good = explained_results(good, index, request)
             for result, begun in zip(good, drawings):
-                begun += begun_drawings(result, plan, submit)
+                begun += begun_drawings(result, request, submit)
         explained = zip(good, drawings)
         yield from ((result, []) if result.error else next(explained) for result in results)
 
 
-def begun_drawings(result: Result, plan: Plan, submit: Submit) -> list[Future[None]]:
+def begun_drawings(result: Result, request: Request, submit: Submit) -> list[Future[None]]:
     """Begin what can be drawn now that one more model has spoken, and not before."""
     told = dataclasses.replace(result, inputs=())
-    known, methods = len(result.explanations), len(plan.methods)
+    known, methods = len(result.explanations), len(request.args.method)
     pages = [page for page in result.job.pages if known - methods <= max(page.shows) < known]
-    begun = [submit(write_page, told, page, plan.style) for page in pages]
-    if result.job.panels and known == len(plan.classifiers) * methods:
-        begun.append(submit(write_panels, told, plan.style))
+    begun = [submit(write_page, told, page, request.style) for page in pages]
+    if result.job.panels and known == len(request.classifiers) * methods:
+        begun.append(submit(write_panels, told, request.style))
     return begun
 
 
@@ -4656,8 +4600,15 @@ def drawing_pool(processes: int, style: FigureStyle) -> Iterator[Submit]:
     for _ in range(processes):
         pool.submit(warm_up, style)  # so they start now, while the networks are loaded
     is_over, is_killed = threading.Event(), threading.Event()
-    watcher = threading.Thread(target=watch, args=(multiprocessing.active_children(), is_over, is_killed))
-    watcher.start()
+    sentinels = [process.sentinel for process in multiprocessing.active_children()]
+
+    def interrupt_when_killed() -> None:
+        multiprocessing.connection.wait(sentinels)
+        if not is_over.wait(GRACE):
+            is_killed.set()
+            _thread.interrupt_main(signal.SIGTERM)
+
+    threading.Thread(target=interrupt_when_killed).start()
     try:
         yield pool.submit
     except (BrokenExecutor, SystemExit) as error:
@@ -4670,55 +4621,42 @@ def drawing_pool(processes: int, style: FigureStyle) -> Iterator[Submit]:
         pool.shutdown(cancel_futures=True)
 
 
-def watch(
-    processes: Sequence[multiprocessing.Process], is_over: threading.Event, is_killed: threading.Event
-) -> None:
-    """Interrupt a run when one of its drawing processes ends before it."""
-    multiprocessing.connection.wait([process.sentinel for process in processes])
-    if not is_over.wait(GRACE):
-        is_killed.set()
-        _thread.interrupt_main(signal.SIGTERM)
-
-
-# What is seen of a run
-
-
 @contextlib.contextmanager
-def progress_bar(
-    plan: Plan, images: int, is_single: bool, is_quiet: bool
-) -> Iterator[tuple[tqdm, Callable[[], None]]]:
+def progress_bar(request: Request, images: int) -> Iterator[tuple[tqdm, Callable[[], None]]]:
     """A terminal's bar that counts images, or passes where an image takes many; and what counts one."""
     from tqdm import tqdm
 
     def count_inputs(network: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
         bar.update(len(inputs[0]))
 
-    passes = passes_of(plan.methods)
-    if plan.is_verified:
+    args, passes = request.args, passes_of(request.args.method)
+    if args.verify:
         passes += MOST_TRIALS
     is_long = passes >= LONG_PASSES
-    is_shown = not is_quiet and sys.stderr.isatty() and (is_long or not is_single)
-    each, unit = (passes * len(plan.classifiers), "pass") if is_long else (1, "image")
+    is_shown = not args.quiet and sys.stderr.isatty() and (is_long or not request.is_single)
+    each, unit = (passes * len(request.classifiers), "pass") if is_long else (1, "image")
     done = itertools.count(1)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=images * each, unit=unit, disable=not is_shown))
-        for classifier in plan.classifiers if is_long else ():
+        for classifier in request.classifiers if is_long else ():
             stack.enter_context(classifier.network.register_forward_hook(count_inputs))
         # Some images take fewer passes: no markers to cover, no hot area to erase.
         yield bar, lambda: bar.update(max(0, next(done) * each - bar.n))
 
 
-def tell_result(bar: tqdm, result: Result, is_single: bool, is_quiet: bool) -> None:
-    """Say what became of an image, beside the bar."""
-    if not is_quiet:
-        for line in note_lines(result.job.label, result.notes):
-            bar.write(line, file=sys.stderr)
-    if result.error:
-        bar.write(f"❌ {result.error}", file=sys.stderr)
-        return
-    for line in single_lines(result) if is_single else [result_line(result)]:
-        bar.write(line, file=sys.stdout)
-    sys.stdout.flush()
+def told_results(jobs: Sequence[Job], request: Request, submit: Submit) -> Iterator[Result]:
+    """Explain images; once its result has been taken, say what became of each, beside the bar."""
+    with progress_bar(request, len(jobs)) as (bar, count_image):
+        for result in written_results(explain_jobs(jobs, request, submit)):
+            yield result
+            notes = [] if request.args.quiet else note_lines(result.job.label, result.notes)
+            for line in [*notes, f"❌ {result.error}"] if result.error else notes:
+                bar.write(line, file=sys.stderr)
+            if not result.error:
+                for line in single_lines(result) if request.is_single else [result_line(result)]:
+                    bar.write(line, file=sys.stdout)
+                sys.stdout.flush()
+            count_image()
 
 
 # From Python: one radiograph, without a command line
@@ -4742,21 +4680,21 @@ def draw(
     return figure_bytes(explanation_figure(view, explanation), style)
 
 
-def run(args: argparse.Namespace, request: Request) -> int:
+def run(request: Request) -> int:
     """Do what is asked; the exit status."""
-    job, checkpoints = request.jobs[0], request.checkpoints
+    args, job, checkpoints = request.args, request.jobs[0], request.checkpoints
     if request.is_single and args.skip_existing and job.outputs and is_finished(job):
         lines, status = [f"⏭️  Finished earlier, left alone: {shown(Path(job.label))}"], 0
     else:
         with contextlib.redirect_stdout(io.StringIO()) if args.quiet else contextlib.nullcontext():
-            lines, status = explain_all(args, request)
+            lines, status = explain_all(request)
     say(*lines)
     if is_demo(checkpoints[0][1]):  # what also a quiet run ends in
         say("", f"⚠️  Demo {'networks' if len(checkpoints) > 1 else 'network'}: {DEMO_NOTICE}")
     return status
 
 
-def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], int]:
+def explain_all(request: Request) -> tuple[list[str], int]:
     """Explain every image; returns what to say last, and the exit status. One image is a run of one."""
     # Read when torch is imported: its threads then sleep while they wait, and leave the cores to the drawing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -4764,82 +4702,49 @@ def explain_all(args: argparse.Namespace, request: Request) -> tuple[list[str], 
     if not request.jobs[0].pages:
         processes = 0
     with drawing_pool(min(processes, MAX_DRAWING_PROCESSES), request.style) as submit:
-        say(*opening_lines(request.jobs, request.is_single, not args.image, len(request.checkpoints)))
+        is_random, models = not request.args.image, len(request.checkpoints)
+        say(*opening_lines(request.jobs, request.is_single, is_random, models))
         warn(*request.notes)
-        loaded = load_classifiers(request, args)
-        classifiers = [with_reference(each, args, request.reference) for each in loaded]
-        names = [classifier.model.class_names for classifier in classifiers]
-        plan = Plan(
-            classifiers=classifiers,
-            targets=[target_index(args.target_class, each) for each in names],
-            methods=request.methods,
-            batch=args.batch_size or DEFAULT_BATCH[classifiers[0].device.type],
-            style=request.style,
-            is_verified=args.verify,
-        )
-        jobs = with_truth(request.jobs, names[0])
+        request = with_networks(request)
         if request.is_single:
-            return explain_one(jobs, plan, submit, args.quiet)
+            (result,) = told_results(request.jobs, request, submit)
+            return ([], 1) if result.error else (summary_lines(result), 0)
         try:
-            return explain_many(jobs, plan, submit, args, request.told)
+            return explain_many(request, submit)
         except KeyboardInterrupt:
             warn("⏹️  Interrupted; --skip-existing goes on from here")
             raise
 
 
-def with_truth(jobs: Sequence[Job], class_names: Sequence[str]) -> list[Job]:
-    """Jobs that know their true classes; says which words of the table are no class."""
-    told = [told_truth(job, class_names) for job in jobs]
-    unknown = sorted({printable(word) for _, word in told if word})
-    if unknown:
-        names = ", ".join(class_names)
-        warn(f"ℹ️  --truth: {listed(unknown)} named there, not one of {names}: taken as unknown")
-    return [job for job, _ in told]
-
-
-def explain_one(jobs: Sequence[Job], plan: Plan, submit: Submit, is_quiet: bool) -> tuple[list[str], int]:
-    with progress_bar(plan, len(jobs), True, is_quiet) as (bar, count_image):
-        (result,) = written_results(explain_jobs(jobs, plan, submit))
-        tell_result(bar, result, True, is_quiet)
-        count_image()
-    return ([], 1) if result.error else (summary_lines(result), 0)
-
-
-def explain_many(
-    jobs: Sequence[Job], plan: Plan, submit: Submit, args: argparse.Namespace, told: Sequence[str]
-) -> tuple[list[str], int]:
+def explain_many(request: Request, submit: Submit) -> tuple[list[str], int]:
     """Explain the images that no earlier run has finished; each one's row goes into the table at once."""
-    folder, columns = args.output_dir, table_columns(plan.models, plan.methods)
+    args, models, folder = request.args, request.models, request.args.output_dir
+    columns = table_columns(models, args.method)
     earlier = earlier_rows(folder, columns)
-    rows, left = resumed(jobs, earlier if args.skip_existing else {})
+    rows, left = resumed(request.jobs, earlier if args.skip_existing else {})
     if rows:
         say(f"⏭️  Finished earlier, left alone: {len(rows)} images", "")
     observations: dict[str, list[Observation]] = defaultdict(list)
     started = time.monotonic()
-    with progress_bar(plan, len(left), False, args.quiet) as (bar, count_image):
-        for result in written_results(explain_jobs(left, plan, submit)):
-            rows.append(dict.fromkeys(columns, "") | table_row(result, plan.models))
+    with contextlib.closing(told_results(left, request, submit)) as results:
+        for result in results:
+            rows.append(dict.fromkeys(columns, "") | table_row(result, models))
             add_row(folder, rows[-1], columns)
-            for explanation in () if result.error else result.opinions:
-                observations[explanation.model.family.key].append(observation(explanation, result.landmarks))
-            tell_result(bar, result, False, args.quiet)
-            count_image()
+            for each in () if result.error else result.opinions:
+                observations[each.model.family.key].append(observation(each, result.landmarks))
     spent = time.monotonic() - started
-    kept = fold_table(folder, columns)
-    thumbnails = {}
-    for reference in (classifier.reference for classifier in plan.classifiers if classifier.reference):
+    kept, thumbnails = fold_table(folder, columns), {}
+    for reference in filter(None, (classifier.reference for classifier in request.classifiers)):
         thumbnails |= zip(map(printable, reference.labels), reference.thumbnails)
-    write_file(folder / REPORT_NAME, report_page(kept, plan.models, observations, told, thumbnails).encode())
+    page = report_page(kept, models, observations, request.told, thumbnails)
+    write_file(folder / REPORT_NAME, page.encode())
     failed = len([row for row in rows if row["error"]])
-    fresh = len(left) - failed
-    lines = run_lines(rows, plan.models, plan.methods, observations, fresh, spent)
+    lines = run_lines(rows, models, args.method, observations, len(left) - failed, spent)
     files = [f"Table: {shown(folder / TABLE_NAME)}", f"Report: {shown(folder / REPORT_NAME)}"]
     return [*lines, *files], 1 if failed else 0
 
 
-def resumed(
-    jobs: Sequence[Job], earlier: dict[str, dict[str, str]]
-) -> tuple[list[dict[str, str]], list[Job]]:
+def resumed(jobs: Sequence[Job], earlier: dict[str, Row]) -> tuple[list[Row], list[Job]]:
     """The earlier rows that say what their jobs would say again, and the jobs that are left."""
     rows, left = [], []
     for job in jobs:
@@ -4925,14 +4830,13 @@ def argument_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the versions of tool and libraries")
-    add_questions(parser.add_argument_group("what to explain").add_argument)
-    add_networks(parser.add_argument_group("networks").add_argument)
-    add_checks(parser.add_argument_group("checks").add_argument)
-    add_outputs(parser.add_argument_group("outputs").add_argument)
+    add_questions(parser)
+    add_outputs(parser)
     return parser
 
 
-def add_questions(add: Callable[..., object]) -> None:
+def add_questions(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what to explain").add_argument
     add("--image", nargs="+", action="extend", metavar="PATH",
         help="X-ray images, folders or quoted patterns (default: a random test image)")
     add("--model", choices=[*FAMILIES, "both"], default="both", help="which model to analyze (default: both)")
@@ -4942,10 +4846,8 @@ def add_questions(add: Callable[..., object]) -> None:
     add("--target-class", metavar="CLASS",
         help="name or index of the class to explain (default: the predicted class)")
     add("--seed", type=whole_number(0, 2**63), metavar="N",
-        help="repeat the choice of the random test image")  # fmt: skip
-
-
-def add_networks(add: Callable[..., object]) -> None:
+        help="repeat the choice of the random test image")
+    add = parser.add_argument_group("networks").add_argument
     for key in FAMILIES:
         add(f"--{key}-checkpoint", type=Path, metavar="FILE",
             help=f"or a folder with config.json (default: checkpoints/{key}*)")
@@ -4956,10 +4858,8 @@ def add_networks(add: Callable[..., object]) -> None:
     add("--device", type=device_name, default="auto",
         help="where to compute: auto, cpu, cuda, cuda:1 ..., mps (default: auto)")
     add("--batch-size", type=whole_number(1, 4096), metavar="N",
-        help="images computed at once (default: 4, on a GPU 32)")  # fmt: skip
-
-
-def add_checks(add: Callable[..., object]) -> None:
+        help="images computed at once (default: 4, on a GPU 32)")
+    add = parser.add_argument_group("checks").add_argument
     add("--verify", action="store_true",
         help="ask the networks again, markers covered or added, hot areas erased: "
              f"up to {MOST_TRIALS} passes each")
@@ -4971,7 +4871,8 @@ def add_checks(add: Callable[..., object]) -> None:
              "(default: folders' names, and the test images' own)")  # fmt: skip
 
 
-def add_outputs(add: Callable[..., object]) -> None:
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("outputs").add_argument
     add("--output-dir", type=Path, default=OUTPUT_FOLDER, metavar="DIR",
         help="where results go (default: explainability_outputs)")
     add("--colormap", type=colormap_name, default="jet", metavar="NAME",
@@ -5028,9 +4929,6 @@ def versions_text() -> str:
     return "\n".join([*told, *(f"{name} {version(name)}" for name in LIBRARIES)])
 
 
-# Images
-
-
 def images_below(folder: Path, results: Path | None = None) -> list[Path]:
     """Images below a folder, sorted, but no results. Raises ExplainError where it cannot be searched."""
 
@@ -5038,18 +4936,17 @@ def images_below(folder: Path, results: Path | None = None) -> list[Path]:
         cause = f"cannot be searched ({error.strerror})"
         raise refusal(Path(error.filename), cause, "change its mode, or name the other folders")
 
-    start = os.path.realpath(folder)
-    paths, searched = [], set(map(str, Path(start).parents))
+    start, own = os.path.realpath(folder), os.path.realpath(results) if results else ""
+    paths, searched = [], {*map(str, Path(start).parents), own} - {start}
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(parent)
-        are_results = results is not None and real == os.path.realpath(results)
-        if real in searched or (are_results and real != start):  # a link there would come round again
+        if real in searched:  # a link there would come round again
             folders.clear()
-        if real in searched or are_results:
             continue
         searched.add(real)
         folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
-        paths += [Path(parent, name) for name in names]
+        if real != own:
+            paths += [Path(parent, name) for name in names]
     return sorted(path for path in paths if is_dicom(path) or path.suffix.lower() in IMAGE_SUFFIXES)
 
 
@@ -5103,18 +5000,13 @@ def random_test_image(seed: int | None) -> Path:
 
 
 def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Path]], list[str]]:
-    """The checkpoint of each model that is asked for, and what to say of the choice.
-
-    One network of the user's, named or in the folder, is explained alone where there is no other. Raises
-    ExplainError where one is missing, cannot be a checkpoint, or would be compared with a demo network.
-    """
+    """The checkpoint of each model that is asked for, and what to say of the choice: the one network of the
+    user's is explained alone. Raises ExplainError where one is missing, or would be compared with a demo."""
     keys = list(FAMILIES) if args.compare or args.model == "both" else [args.model]
     named = {key: weights_file(path) for key in keys if (path := vars(args)[f"{key}_checkpoint"])}
-    own = []
-    for key in keys:
-        found = [named[key]] if key in named else candidates(FAMILIES[key], CHECKPOINT_FOLDER)
-        if not all(map(is_demo, found)):
-            own.append(key)
+    found = {key: candidates(FAMILIES[key], CHECKPOINT_FOLDER) for key in keys}
+    found |= {key: [path] for key, path in named.items()}
+    own = [key for key in keys if not all(map(is_demo, found[key]))]
     is_alone = len(own) == 1 < len(keys) and set(named) <= set(own) and not args.compare
     keys = own if is_alone else keys
     paths = {key: named.get(key) or find_checkpoint(FAMILIES[key], CHECKPOINT_FOLDER) for key in keys}
@@ -5129,40 +5021,65 @@ def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[tuple[Family, Pat
     return [(FAMILIES[key], path) for key, path in paths.items()], notes
 
 
+def make_jobs(
+    images: list[Path], keys: list[str], args: argparse.Namespace, truths: dict[str, Truth], asked: object
+) -> list[Job]:
+    """A job for each image; `asked` is all that results depend on beside it. Raises ExplainError where an
+    output would replace an image of the run, or another output."""
+    made = list(itertools.product(keys, args.method))
+    figures = {} if args.no_figures else page_prefixes(keys, args.method)
+    maps = [prefix_of("map", method, key) for key, method in made] if args.save_maps else []
+    bare = [prefix_of(kind, method, key) for key, method in made for kind in ("heatmap", "overlay")]
+    panels, folder = ["radiograph", *bare] if args.save_panels else [], args.output_dir
+    labels = numbered(map(content_label, images)) if args.anonymous else list(map(str, images))
+    jobs = [
+        Job(
+            image=image,
+            label=label,
+            name=name,
+            pages=tuple(Page(folder / f"{start}_{stem}.{args.format}", figures[start]) for start in figures),
+            maps=tuple(folder / f"{start}_{stem}.npy" for start in maps),
+            panels=tuple(folder / f"{start}_{stem}.png" for start in panels),
+            digest=digest_of(asked, file_mark(image)),
+            truth=truths.get(os.path.realpath(image), Truth()),
+        )
+        for image, label, name, stem in zip(images, labels, display_names(labels), output_stems(labels))
+    ]
+    inputs = {os.path.realpath(image) for image in images}
+    outputs = itertools.chain([folder / TABLE_NAME, folder / REPORT_NAME], *(job.outputs for job in jobs))
+    for path, times in Counter(outputs).items():
+        if os.path.realpath(path) in inputs:
+            cause = "is an input of this run and would be replaced"
+            raise refusal(path, cause, "choose another --output-dir")
+        if times > 1:  # comparison_ig_x: of x by Integrated Gradients, or of ig_x by Grad-CAM
+            raise refusal(path, "two results of this run would have this name", "run one --method at a time")
+    return jobs
+
+
 def checked_request(args: argparse.Namespace) -> Request:
     """What the arguments ask for. Raises ExplainError for all that files alone can tell."""
     images = found_images(args.image, args.output_dir) if args.image else [random_test_image(args.seed)]
-    images, told = without_other_files(images, args.image or [])
+    images, passed_over = without_other_files(images, args.image or [])
     is_single = not args.image or (len(args.image) == 1 and images == [Path(args.image[0])])
     if is_single:
         check_image_path(images[0])
     checkpoints, notes = chosen_checkpoints(args)
-    notes += told
+    notes += passed_over
     check_output_folder(args.output_dir)
     style = FigureStyle(args.colormap, args.dpi, args.format, args.contours, args.signed)
     if args.signed and args.colormap != "jet":
         notes.append(f"ℹ️  --colormap {args.colormap}: not used, as --signed has colours of its own")
-    labels = numbered(map(content_label, images)) if args.anonymous else list(map(str, images))
-    methods = tuple(args.method)
-    truths, table, told = known_truth(args.truth, images, args.anonymous)
+    truths, table, missing = known_truth(args.truth, images, args.anonymous)
     reference = images_below(args.reference) if args.reference else []
     marks = [file_mark(path.with_name("config.json")) for _, path in checkpoints]
     marks += [(family.key, file_mark(path)) for family, path in checkpoints]
     if not args.reference:
         marks += [file_mark(own_reference(family)) for family, _ in checkpoints]
-    question = args.weights, args.target_class, args.class_names, methods, style, args.verify
+    question = args.weights, args.target_class, args.class_names, tuple(args.method), style, args.verify
     asked = marks, question, table, stamps(reference)
-    wanted = {"figures": not args.no_figures, "maps": args.save_maps, "panels": args.save_panels}
-    kinds = [kind for kind, is_wanted in wanted.items() if is_wanted]
-    keys = [family.key for family, _ in checkpoints]
-    jobs = [
-        dataclasses.replace(job, truth=truths.get(os.path.realpath(job.image), Truth()))
-        for job in make_jobs(images, labels, keys, methods, args.output_dir, kinds, args.format, asked)
-    ]
-    notes += told
+    jobs = make_jobs(images, [family.key for family, _ in checkpoints], args, truths, asked)
     told = options_text(args), versions_text().replace("\n", ", ")
-    checked = tuple(jobs), is_single, tuple(checkpoints), methods, style, tuple(notes), tuple(reference)
-    return Request(*checked, told)
+    return Request(args, jobs, is_single, checkpoints, style, notes + missing, reference, told)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5177,7 +5094,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.version:
                 say(versions_text())
                 return 0
-            return run(args, checked_request(args))
+            return run(checked_request(args))
     except ExplainError as error:
         warn(f"❌ {error}")
         return 1

@@ -97,9 +97,7 @@ def tiny_arguments(
     return [*pair, "--device=cpu", "--dpi=30", f"--output-dir={tmp_path / 'figures'}"]
 
 
-def explain(
-    classifier: Classifier, radiographs: Sequence[Radiograph], target: int | None = None
-) -> list[Explanation]:
+def explain(classifier: Classifier, radiographs: Sequence[Radiograph], target: int | None = None) -> list[Explanation]:
     """What a classifier says of radiographs as they were loaded."""
     from explainability import explain_batch, network_input
 
@@ -129,9 +127,9 @@ def an_explanation(**changed: object) -> Explanation:
     raw_map = changed.pop("raw_map", np.arange(-24, 25, dtype=np.float32).reshape(7, 7))
     fields = {field.name for field in dataclasses.fields(Model)}
     model = a_model(**{key: value for key, value in changed.items() if key in fields})
+    told = {key: value for key, value in changed.items() if key not in fields}
     usual = {"probabilities": np.float32([0.9694, 0.0306]), "explained": 0}
-    told = {**usual, **{key: value for key, value in changed.items() if key not in fields}}
-    return Explanation(model=model, raw_map=raw_map, heatmap=normalised(raw_map), **told)
+    return Explanation(model=model, raw_map=raw_map, heatmap=normalised(raw_map), **{**usual, **told})
 
 
 def in_new_process(*command: str, **environment: str) -> subprocess.CompletedProcess[bytes]:

@@ -28,8 +28,12 @@ sys.exit(f"imported {heavy}" if heavy else status)
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[explainability.Request]:
     """What runs were asked to do; they are not done."""
     collected: list[explainability.Request] = []
-    monkeypatch.setattr(explainability, "run", lambda args, request: collected.append(request) or 0)
+    monkeypatch.setattr(explainability, "run", lambda request: collected.append(request) or 0)
     return collected
+
+
+C_OWN, E_OWN, C_DEMO, E_DEMO = "convnext_v2_best.pth", "efficientnetv2_s_best.pth", "convnext_v2_demo.pth", "efficientnetv2_s_demo.pth"
+C_OTHER = "convnext_v2_improved_best.pth"
 
 
 @pytest.fixture
@@ -37,22 +41,9 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The checkpoint folder, with files that start like checkpoints for an own pair."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    for name in ("convnext_v2_best.pth", "efficientnetv2_s_best.pth"):
+    for name in (C_OWN, E_OWN):
         save({}, folder / name)
     monkeypatch.setattr(explainability, "CHECKPOINT_FOLDER", folder)
-    return folder
-
-
-@pytest.fixture
-def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of test images: twenty, and files that are none."""
-    folder = tmp_path / "data_original" / "test"
-    for kind in ("simple_fracture", "comminuted_fracture"):
-        (folder / kind).mkdir(parents=True)
-        for number in range(10):
-            Image.new("L", (8, 8)).save(folder / kind / f"{number}.jpg")
-        (folder / kind / "notes.txt").touch()
-    monkeypatch.setattr(explainability, "TEST_IMAGES", folder)
     return folder
 
 
@@ -75,8 +66,7 @@ def test_a_missing_file_is_answered_before_anything_heavy_is_imported(xray, tmp_
     arguments = [f"--image={xray}", f"--output-dir={tmp_path / 'figures'}", "--model=convnext", f"--{missing}={tmp_path / 'röntgen'}"]
     done = in_new_process("-c", LIGHT, *arguments[missing == "image" :], PYTHONIOENCODING="ascii")
     (line,) = done.stderr.decode().splitlines()
-    assert done.returncode == 1 and "r?ntgen: no such file" in line
-    assert done.stdout == b"" and list(tmp_path.iterdir()) == [xray]
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (1, b"", [xray]) and "r?ntgen: no such file" in line
 
 
 @pytest.mark.parametrize(
@@ -92,12 +82,11 @@ def test_a_missing_file_is_answered_before_anything_heavy_is_imported(xray, tmp_
     ids=str,
 )  # fmt: skip
 def test_wrong_command_lines_end_with_2_and_a_hint(arguments, told, capsys, requests):
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match="2"):
         main(arguments)
     out, error = capsys.readouterr()
-    assert end.value.code == 2 and told in error
+    assert (out, requests) == ("", []) and told in error
     assert error.startswith("❌ ") and error.count("\n") == 1 and "--help" in error
-    assert (out, requests) == ("", [])
 
 
 def test_version_tells_those_of_the_tool_and_its_libraries(capsys):
@@ -106,15 +95,18 @@ def test_version_tells_those_of_the_tool_and_its_libraries(capsys):
     assert lines[0].startswith("explainability.py ") and [line.split()[0] for line in lines[2:]] == list(explainability.LIBRARIES)
 
 
-# The random test image
-
-
-def test_random_image_is_one_of_the_test_images_and_repeats(checkpoints, test_images, requests, monkeypatch):
+def test_random_image_is_one_of_the_test_images_and_repeats(checkpoints, requests, tmp_path, monkeypatch):
+    images = [tmp_path / "test" / kind / f"{number}.jpg" for kind in ("simple_fracture", "comminuted_fracture") for number in range(10)]
+    for path in images:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(path)
+        path.with_name("notes.txt").touch()
+    monkeypatch.setattr(explainability, "TEST_IMAGES", tmp_path / "test")
     for seed in range(20):
         assert main([f"--seed={seed}"]) == 0
     chosen = {request.jobs[0].image for request in requests}
-    assert all(request.is_single for request in requests) and chosen <= set(test_images.glob("*/*.jpg"))
-    assert {path.parent.name for path in chosen} == {"simple_fracture", "comminuted_fracture"}
+    assert all(request.is_single for request in requests) and chosen <= set(images)
+    assert len({path.parent.name for path in chosen}) == 2
     glob = Path.glob
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(sorted(glob(self, pattern), reverse=True)))
     assert main(["--seed=5"]) == 0 and requests[-1].jobs == requests[5].jobs  # whatever the order of the folder
@@ -124,82 +116,54 @@ def test_random_image_is_one_of_the_test_images_and_repeats(checkpoints, test_im
 
 
 @pytest.mark.parametrize(
-    "arguments, families",
-    (
-        ([], ["convnext", "efficientnet"]),
-        (["--model=both"], ["convnext", "efficientnet"]),
-        (["--model=convnext"], ["convnext"]),
-        (["--model=efficientnet"], ["efficientnet"]),
-        (["--model=efficientnet", "--compare"], ["convnext", "efficientnet"]),
-    ),
+    "files, options, chosen",
+    [
+        ([C_OWN, E_OWN, "README.md"], "", [C_OWN, E_OWN]),
+        ([C_OWN, E_OWN], "--model=both", [C_OWN, E_OWN]),
+        ([C_OWN, E_OWN], "--model=convnext", [C_OWN]),
+        ([C_OWN, E_OWN], "--model=efficientnet", [E_OWN]),
+        ([C_OWN, E_OWN], "--model=efficientnet --compare", [C_OWN, E_OWN]),
+        # Of two in the folder one must be named; the other family's do not matter.
+        ([C_OWN, C_OTHER, E_OWN], "", "convnext_v2_best.pth, convnext_v2_improved_best.pth"),
+        ([C_OWN, C_OTHER, E_OWN], f"--convnext-checkpoint={C_OTHER}", [C_OTHER, E_OWN]),
+        ([C_OWN, C_OTHER, E_OWN], "--model=efficientnet", [E_OWN]),
+        # A demo network serves where no other is there, and is not compared with one.
+        ([C_OWN, E_OWN, C_DEMO, E_DEMO], "", [C_OWN, E_OWN]),
+        ([C_DEMO, E_DEMO], "", [C_DEMO, E_DEMO]),
+        ([C_DEMO, E_OWN], "--compare", "efficientnetv2_s_best.pth: cannot be compared with convnext_v2_demo.pth, a demo network"),
+        ([C_DEMO, E_OWN], "--convnext-checkpoint=nope.pth", "nope.pth: no such file"),
+        ([C_DEMO, E_OWN], "--model=efficientnet", [E_OWN]),
+        ([C_DEMO, E_OWN], "", [E_OWN, "explained alone"]),
+        ([E_OWN], "", [E_OWN, "explained alone"]),
+        (["mine.pth", C_DEMO, E_DEMO], "--convnext-checkpoint=mine.pth", ["mine.pth", "explained alone"]),
+        (["mine.pth", C_DEMO, E_DEMO], f"--convnext-checkpoint=mine.pth --efficientnet-checkpoint={E_DEMO}", "synthetic radiographs"),
+        ([C_OWN, E_DEMO], f"--efficientnet-checkpoint={E_DEMO}", "synthetic radiographs"),
+    ],
     ids=str,
 )
-def test_compare_overrides_model(checkpoints, xray, requests, arguments, families):
-    assert main(["--image", str(xray), *arguments]) == 0
-    assert [family.key for family, _ in requests[0].checkpoints] == families
+def test_networks_are_those_that_are_named_or_lie_in_the_folder(checkpoints, xray, capsys, requests, monkeypatch, files, options, chosen):
+    for path in checkpoints.iterdir():
+        path.unlink()
+    for name in files:
+        save({}, checkpoints / name)
+    monkeypatch.chdir(checkpoints)
+    status, errors = main(["--image", str(xray), *options.split()]), capsys.readouterr().err
+    if isinstance(chosen, str):
+        assert status == 1 and not requests and chosen in errors
+    else:
+        (request,) = requests
+        notes = [note.split(": ")[1].split(",")[0] for note in request.notes]
+        assert [path.name for _, path in request.checkpoints] + notes == chosen
 
 
-def test_of_two_candidates_in_the_folder_one_must_be_named(checkpoints, xray, capsys, requests):
-    (checkpoints / "README.md").touch()
-    main(["--image", str(xray)])
-    assert [path.name for _, path in requests[0].checkpoints] == ["convnext_v2_best.pth", "efficientnetv2_s_best.pth"]
-    wanted = save({}, checkpoints / "convnext_v2_improved_best.pth")
-    assert main(["--image", str(xray)]) == 1 and len(requests) == 1
-    error = capsys.readouterr().err
-    assert all(each in error for each in ("convnext_v2_best.pth", "convnext_v2_improved_best.pth", "--convnext-checkpoint"))
-    assert main(["--image", str(xray), f"--convnext-checkpoint={wanted}"]) == 0
-    assert requests[1].checkpoints[0][1] == wanted
-    assert main(["--image", str(xray), "--model=efficientnet"]) == 0  # the other family's do not matter
-
-
-def test_demo_serves_only_where_no_other_is_there(checkpoints, xray, requests):
-    for name in ("convnext_v2", "efficientnetv2_s"):
-        save({}, checkpoints / f"{name}_demo.pth")
-    main(["--image", str(xray)])
-    for name in ("convnext_v2", "efficientnetv2_s"):
-        (checkpoints / f"{name}_best.pth").unlink()
-    main(["--image", str(xray)])
-    own, demo = ([path.name for _, path in request.checkpoints] for request in requests)
-    assert own == ["convnext_v2_best.pth", "efficientnetv2_s_best.pth"]
-    assert demo == ["convnext_v2_demo.pth", "efficientnetv2_s_demo.pth"]
-
-
-def test_own_network_is_never_compared_with_a_demo(checkpoints, xray, capsys, requests):
-    (checkpoints / "convnext_v2_best.pth").rename(checkpoints / "convnext_v2_demo.pth")
-    assert main(["--image", str(xray), "--compare"]) == 1 and requests == []
-    error = capsys.readouterr().err
-    assert all(each in error for each in ("convnext_v2_demo.pth", "efficientnetv2_s_best.pth", "synthetic radiographs"))
-    assert main(["--image", str(xray), "--convnext-checkpoint=nope.pth"]) == 1
-    assert "nope.pth: no such file" in capsys.readouterr().err
-    assert main(["--image", str(xray), "--model=efficientnet"]) == 0
-    assert main(["--image", str(xray)]) == 0
-    (checkpoints / "convnext_v2_demo.pth").unlink()
-    assert main(["--image", str(xray)]) == 0
-    for request in requests:
-        assert [path.name for _, path in request.checkpoints] == ["efficientnetv2_s_best.pth"]
-    assert requests[0].notes == () and "explained alone" in requests[1].notes[0]
-
-
-def test_own_network_that_is_named_is_explained_alone(checkpoints, xray, tmp_path, requests):
-    for name in ("convnext_v2", "efficientnetv2_s"):
-        (checkpoints / f"{name}_best.pth").rename(checkpoints / f"{name}_demo.pth")
-    own = tmp_path / "mine.pth"
-    shutil.copy(checkpoints / "convnext_v2_demo.pth", own)
-    assert main(["--image", str(xray), f"--convnext-checkpoint={own}"]) == 0
-    assert [path for _, path in requests[0].checkpoints] == [own]
-    demo = f"--efficientnet-checkpoint={checkpoints / 'efficientnetv2_s_demo.pth'}"
-    assert main(["--image", str(xray), f"--convnext-checkpoint={own}", demo]) == 1  # both were named
-    shutil.copy(own, checkpoints / "convnext_v2_best.pth")
-    assert main(["--image", str(xray), demo]) == 1 and len(requests) == 1
-
-
-def test_images_and_methods_may_be_given_twice(checkpoints, xray, requests):
+def test_images_and_methods_may_be_given_twice_classes_keep_their_order_and_a_colormap_not_used_is_told(checkpoints, xray, requests):
     other = xray.with_name("other.png")
     shutil.copy(xray, other)
     assert main(["--image", str(xray), "--image", str(other), "--method", "ig", "--method", "lrp", "ig"]) == 0
-    assert main(["--image", str(xray)]) == 0
-    assert [request.methods for request in requests] == [("ig", "lrp"), ("gradcam",)]
+    assert main(["--image", str(xray), "--signed", "--colormap=PuOr", "--class-names", "Simple, Comminuted"]) == 0
+    assert [request.args.method for request in requests] == [["ig", "lrp"], ["gradcam"]]
     assert [[job.image for job in request.jobs] for request in requests] == [[xray, other], [xray]]
+    assert requests[1].args.class_names == ("Simple", "Comminuted") and "--colormap PuOr: not used" in requests[1].notes[0]
 
 
 def test_what_results_depend_on_makes_another_job_and_nothing_else(checkpoints, xray, tmp_path, requests):
@@ -219,12 +183,6 @@ def test_what_results_depend_on_makes_another_job_and_nothing_else(checkpoints, 
     assert len(set(digests)) == len(digests) == 18
     for options in ("--quiet", "--batch-size=2", "--device=cpu", "--skip-existing", "--no-figures", "--save-maps", f"--output-dir={tmp_path / 'here'}"):
         assert main([f"--image={xray}", options]) == 0 and requests[-1].jobs[0].digest == digests[-1]
-
-
-def test_class_names_keep_their_order_and_a_colormap_that_is_not_used_is_told(checkpoints, xray, requests):
-    assert explainability.parsed(["--class-names", "Simple, Comminuted"]).class_names == ("Simple", "Comminuted")
-    assert main(["--image", str(xray), "--signed", "--colormap=PuOr"]) == 0
-    assert any("--colormap PuOr: not used" in note for note in requests[0].notes)
 
 
 @pytest.mark.parametrize(
@@ -250,15 +208,9 @@ def test_paths_that_cannot_be_meant_are_one_line(checkpoints, xray, tmp_path, mo
     assert word in error and error.count("\n") == 1
 
 
-# Paths and terminals
-
-
-def test_defaults_are_relative_to_the_script():
+def test_defaults_are_relative_to_the_script_and_paths_given_to_the_working_directory(xray, tiny_arguments, tmp_path, monkeypatch, capsys):
     folders = explainability.CHECKPOINT_FOLDER, explainability.TEST_IMAGES, explainability.argument_parser().parse_args([]).output_dir
     assert folders == (ROOT / "checkpoints", ROOT / "data_original" / "test", ROOT / "explainability_outputs")
-
-
-def test_paths_given_are_relative_to_the_working_directory(xray, tiny_arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     xray.rename("left wrist.v2.png")
     assert main([*tiny_arguments, "--image", "left wrist.v2.png", "--model=convnext", "--output-dir", "here/and/there"]) == 0

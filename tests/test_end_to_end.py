@@ -117,9 +117,8 @@ def test_two_runs_write_the_same_bytes_whatever_ran_between_them(xray, tiny_argu
     main([*asked, "--output-dir", str(tmp_path / "first")])
     main([*asked, "--target-class=0", "--colormap=viridis", "--dpi=60", "--model=efficientnet", "--method=lrp"])
     main([*asked, "--output-dir", str(tmp_path / "second")])
-    assert figures_in(tmp_path / "first") == [name.format("xray") for name in FIGURES]
-    for name in figures_in(tmp_path / "first"):
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    first, second = ({path.name: path.read_bytes() for path in (tmp_path / run).iterdir()} for run in ("first", "second"))
+    assert first == second and sorted(first) == [name.format("xray") for name in FIGURES]
 
 
 def test_failure_at_the_second_model_claims_no_success(xray, tiny_arguments, tmp_path, capsys):
@@ -127,9 +126,7 @@ def test_failure_at_the_second_model_claims_no_success(xray, tiny_arguments, tmp
     broken.write_bytes(b"not a checkpoint")
     assert main([*tiny_arguments, "--image", str(xray), f"--efficientnet-checkpoint={broken}"]) == 1
     out, error = capsys.readouterr()
-    assert "efficientnet.pth" in error
-    assert "saved" not in out
-    assert not list(tmp_path.glob("figures/*"))
+    assert "efficientnet.pth" in error and "saved" not in out and not list(tmp_path.glob("figures/*"))
 
 
 def test_blank_map_is_named_on_the_console(xray, tiny_arguments, monkeypatch, capsys):
@@ -138,7 +135,7 @@ def test_blank_map_is_named_on_the_console(xray, tiny_arguments, monkeypatch, ca
     assert capsys.readouterr().out.count("Blank map: no positive evidence for") == 2
 
 
-# The full-size pair
+# Networks of full size
 
 
 def with_optimizer_state(contents: dict[str, object]) -> dict[str, object]:
@@ -155,35 +152,20 @@ def with_optimizer_state(contents: dict[str, object]) -> dict[str, object]:
 
 @pytest.mark.slow
 def test_full_size_pair_of_users_runs_end_to_end(tmp_path, xray):
-    names = {"convnext": "convnext_v2_improved_best.pth", "efficientnet": "efficientnetv2_s_improved_best.pth"}
     arguments = ["--image", str(xray), "--output-dir", str(tmp_path / "figures")]
-    for key, name in names.items():
-        path = save(with_optimizer_state(users_checkpoint(FAMILIES[key].full_size)), tmp_path / name)
+    for key, family in FAMILIES.items():
+        path = save(with_optimizer_state(users_checkpoint(family.full_size)), tmp_path / f"{key}_best.pth")
         arguments.append(f"--{key}-checkpoint={path}")
-    assert (tmp_path / names["convnext"]).stat().st_size > 1e9  # as users know it: two thirds optimizer
+    assert (tmp_path / "convnext_best.pth").stat().st_size > 1e9  # as users know it: two thirds optimizer
     done = in_new_process("explainability.py", *arguments)
-    assert done.returncode == 0
-    assert all("class order assumed" in line for line in done.stderr.decode().splitlines())
-    assert "✅ Model loaded: convnextv2_base.fcmae_ft_in22k_in1k" in done.stdout.decode()
-    assert "✅ Model loaded: tf_efficientnetv2_s.in21k_ft_in1k" in done.stdout.decode()
+    assert done.returncode == 0 and all("class order assumed" in line for line in done.stderr.decode().splitlines())
+    for name in ("convnextv2_base.fcmae_ft_in22k_in1k", "tf_efficientnetv2_s.in21k_ft_in1k"):
+        assert f"✅ Model loaded: {name}" in done.stdout.decode()
     for name in FIGURES:
         with Image.open(tmp_path / "figures" / name.format("xray")) as figure:
             figure.load()
     for path in tmp_path.glob("*.pth"):
         path.unlink()
-
-
-# The demo pair
-
-DEMOS = {"convnext": ROOT / "checkpoints/convnext_v2_demo.pth", "efficientnet": ROOT / "checkpoints/efficientnetv2_s_demo.pth"}
-TEST_IMAGES = ROOT / "data_original" / "test"
-FOLDERS = ("comminuted_fracture", "simple_fracture")  # index = class
-
-
-def every_tenth_row() -> list[dict[str, str]]:
-    """Ten images of each class, with their boxes."""
-    with open(TEST_IMAGES / "fracture_boxes.csv", newline="") as file:
-        return list(csv.DictReader(file))[::10]
 
 
 def test_readme_shows_and_names_files_that_are_there():
@@ -206,13 +188,14 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy(monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize("key", FAMILIES)
 def test_demo_networks_classify_and_point_at_the_fracture(key):
-    classifier = load_classifier(FAMILIES[key], DEMOS[key], "cpu")
-    correct, pointed = [], []
-    for row in every_tenth_row():
-        radiograph = load_radiograph(TEST_IMAGES / row["file"])
+    """On ten images of each class."""
+    (path,), folder = (ROOT / "checkpoints").glob(f"{key}*_demo.pth"), ROOT / "data_original" / "test"
+    classifier, correct, pointed = load_classifier(FAMILIES[key], path, "cpu"), [], []
+    for row in list(csv.DictReader((folder / "fracture_boxes.csv").read_text().splitlines()))[::10]:
+        radiograph = load_radiograph(folder / row["file"])
         height, width = radiograph.pixels.shape[:2]
         (explanation,) = explain(classifier, [radiograph])
-        correct.append(explanation.predicted == FOLDERS.index(row["class"]))
+        correct.append(explanation.predicted == ["comminuted_fracture", "simple_fracture"].index(row["class"]))
         boxes, _ = explainability.boxes_in_shares([tuple(float(row[side]) for side in explainability.SIDES)], width, height)
         pointed.append(explainability.pointing(explanation, boxes).is_inside)
     assert len(correct) == 20 and np.mean(correct) >= 0.8 and np.mean(pointed) >= 0.8
@@ -221,10 +204,9 @@ def test_demo_networks_classify_and_point_at_the_fracture(key):
 def test_notice_is_printed_for_demo_networks_alone(xray, tiny_checkpoints, tiny_arguments, tmp_path, capsys):
     path = tmp_path / "efficientnetv2_s_demo.pth"
     path.symlink_to(tiny_checkpoints["efficientnet"])
-    main([*tiny_arguments, "--image", str(xray), "--model=efficientnet", f"--efficientnet-checkpoint={path}"])
-    assert capsys.readouterr().out.count(explainability.DEMO_NOTICE) == 1
-    main([*tiny_arguments, "--image", str(xray), "--model=efficientnet"])
-    assert explainability.DEMO_NOTICE not in capsys.readouterr().out
+    for options, times in (([f"--efficientnet-checkpoint={path}"], 1), ([], 0)):
+        main([*tiny_arguments, "--image", str(xray), "--model=efficientnet", *options])
+        assert capsys.readouterr().out.count(explainability.DEMO_NOTICE) == times
 
 
 def test_python_gives_what_the_command_gives(xray, tiny_arguments, tiny_classifiers, tmp_path):

@@ -449,13 +449,14 @@ def test_what_takes_long_counts_its_passes_on_a_terminal(networks, monkeypatch, 
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     methods, is_long = methods.split(), passes + more > 1
-    plan = tool.Plan([networks["convnext"]], [None], methods, 4, None, is_verified=more > 0)
-    with tool.progress_bar(plan, 1, False, False) as (bar, count_image):
+    args = tool.parsed(["--method", *methods, *(["--verify"] if more else [])])
+    request = tool.Request(args, (), False, (), None, classifiers=[networks["convnext"]])
+    with tool.progress_bar(request, 1) as (bar, count_image):
         told = tool.explain_batch(networks["convnext"], noise(1, 64).numpy(), None, methods)
         assert [each.method for each in told] == methods
         assert bar.n == (passes - sum(FEWER.get(method, 0) for method in methods) if is_long else 0)
         count_image()
         assert bar.n == bar.total == passes + more
         assert bar.unit == ("pass" if is_long else "image") and not bar.disable
-    with tool.progress_bar(plan, 1, True, False) as (bar, _):
+    with tool.progress_bar(dataclasses.replace(request, is_single=True), 1) as (bar, _):
         assert bar.disable == (not is_long)

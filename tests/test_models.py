@@ -181,9 +181,8 @@ def test_the_command_line_names_folders_and_chooses_weights(checkpoint, weights,
     checkpoints, _ = tool.chosen_checkpoints(args)
     assert args.weights == "ema" and checkpoints == [(CONVNEXT, path)]
     for wanted, expected in (("ema", shifted(weights)), ("plain", weights)):
-        request = tool.Request((), True, tuple(checkpoints), ("gradcam",), tool.FigureStyle())
         args = tool.parsed(["--device=cpu", f"--weights={wanted}", "--quiet"])
-        (classifier,) = tool.load_classifiers(request, args)
+        (classifier,) = tool.load_classifiers(tool.Request(args, (), True, checkpoints, tool.FigureStyle()))
         assert is_loaded(classifier, expected)
 
 

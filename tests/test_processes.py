@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -67,9 +66,7 @@ def started(command: list[str], images: Path) -> Callable[..., Started]:
             start_new_session=True, preexec_fn=heed_signals,
         )  # fmt: skip
         processes.append(process)
-        for line in process.stdout:
-            if word in line:
-                break
+        next(line for line in process.stdout if word in line)
         deadline = time.monotonic() + 20
         while len(drawing_children(process.pid)) < min(tool.os.cpu_count(), 8) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -101,18 +98,14 @@ def test_a_signal_ends_a_run_with_nothing_half_done(started, tmp_path, number, w
     assert not left_of(children) and not list((tmp_path / "out").glob(".*.tmp"))
 
 
-def test_a_hangup_that_is_ignored_stays_ignored(started):
-    """As under nohup."""
+def test_a_hangup_that_is_ignored_stays_ignored_and_drawing_processes_end_when_their_parent_is_gone(started):
+    """The first as under nohup."""
     process, children = started("002.png", "env", "--ignore-signal=HUP")
     os.killpg(process.pid, signal.SIGHUP)
     time.sleep(1)
-    assert process.poll() is None and left_of(children, 0.2) == children
-
-
-def test_drawing_processes_end_when_their_parent_is_gone(started):
-    process, children = started("002.png")
+    assert children and process.poll() is None and left_of(children, 0.2) == children
     process.kill()
-    assert children and not left_of(children)
+    assert not left_of(children)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
@@ -136,15 +129,12 @@ def test_a_closed_stdout_ends_quietly(command, images):
     assert process.wait(timeout=60) == 141
 
 
-def test_a_bar_on_a_terminal_leaves_the_lines_whole(command, images, tmp_path):
+def test_a_bar_on_a_terminal_leaves_the_lines_whole(command, images):
     pty = pytest.importorskip("pty")
-    some = tmp_path / "some"
-    some.mkdir()
-    for name in ("000.png", "001.png", "002.png"):
-        shutil.copy(images / name, some)
+    some = [str(images / name) for name in ("000.png", "001.png", "002.png")]
     master, slave = pty.openpty()
     pytest.importorskip("termios").tcsetwinsize(slave, (24, 100))
-    process = subprocess.Popen([*command, f"--image={some}", "--no-figures"], stdout=slave, stderr=slave, close_fds=True)
+    process = subprocess.Popen([*command, "--image", *some, "--no-figures"], stdout=slave, stderr=slave, close_fds=True)
     os.close(slave)
     shown = b""
     with contextlib.suppress(OSError):  # a terminal without a program ends so
