@@ -4072,7 +4072,8 @@ td button { padding: 0; background: #fff; cursor: zoom-in } main nav { display: 
 main button, main img { display: block; width: 100% } main img { aspect-ratio: 1.2; object-fit: contain }
 [class^="case"] { width: 56px; vertical-align: top; margin: 2px }
 dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0 }
-#frame:not(.whole) img { max-width: 100%; max-height: 80vh } #frame a { display: table }
+#frame { height: calc(100% - 40px); overflow: auto } #frame a { display: table }
+#frame:not(.whole) img { max-width: 100%; max-height: 80vh }
 @media print { :root { font-size: 9px } form, summary { display: none } tr, section { break-inside: avoid }
   main tr { content-visibility: visible } .cards tbody { grid-template-columns: 1fr 1fr 1fr } }
 """
@@ -4126,7 +4127,7 @@ function step(by) {
 at("before").onclick = () => step(-1);
 at("after").onclick = () => step(1);
 at("close").onclick = () => large.close();
-at("frame").onclick = () => at("frame").classList.toggle("whole");
+at("frame").onclick = event => event.target.closest("button") && at("frame").classList.toggle("whole");
 large.onkeydown = event => step({ArrowRight: 1, ArrowLeft: -1}[event.key]);
 large.onclose = () => { opened = null; remember(); };
 list.onclick = event => open(event.target.closest("button")?.closest("tr"));
@@ -4259,7 +4260,7 @@ def urgency(views: Sequence[Seen]) -> tuple[int, float, str]:
 
 
 def figure_parts(outputs: str, name: str) -> list[Markup]:
-    """An image's name, which links its figure; before it the figure, if it is no PDF, behind it all files."""
+    """An image's name, which links its figure; before it the figure, if it is no PDF; last all files."""
     links = {file: quote(os.fsencode(file), safe="") for file in json.loads(outputs or "[]")}
     pages = [file for file in links if not re.match(r"radiograph_|heatmap_|overlay_|.*\.npy$", file)]
     page = min(pages, key=lambda file: not file.startswith("comparison"), default="")
@@ -4288,7 +4289,8 @@ def card(views: Sequence[Seen], models: Sequence[Model], name: str) -> Markup:
             similar.append(element("span", text, title=text, class_=f"case-{digest_of(label)}"))
     flagged = [f"{flag}: {', '.join(titles)}" for flag, titles in flags.items()]
     lines = [[element("p", text) for text in texts] for texts in (said, flagged, [row["notes"]])]
-    cells = [element("td", *parts) for parts in (figure_parts(row["outputs"], name), *lines, similar)]
+    *figure, files = figure_parts(row["outputs"], name)
+    cells = [element("td", *parts) for parts in (figure, *lines, [*similar, files])]
     asked["data_any"] = " ".join(asked.values())
     asked["data_confidence"] = min(filter(None, (seen["confidence"] for seen in views)), default="2")
     return element("tr", *cells, data_file=row["file"], data_agreement=row[AGREEMENT] or "2", **asked)

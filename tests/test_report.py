@@ -331,6 +331,7 @@ def test_opening_going_on_escape_and_the_address(opened):
     assert text_of(opened, "place") == "2 of 4"
     for told in ("201.png", "comparison_201.png", "true: Simple", "✗ wrong, EfficientNetV2-S: Comminuted"):
         assert told in text_of(opened, "frame")
+    assert text_of(opened, "frame").index("✗ wrong") < text_of(opened, "frame").index("comparison_201.png")
     press(opened, "ARROW_RIGHT")
     picture = opened.find_element("css selector", "#frame img")
     assert picture.get_attribute("src").endswith("comparison_202.png")
@@ -346,6 +347,19 @@ def test_opening_going_on_escape_and_the_address(opened):
     opened.find_element("id", "close").click()
     opened.find_element("css selector", "#list img").click()
     assert text_of(opened, "place") == "1 of 4"
+
+
+def test_the_buttons_stay_in_view_and_only_the_picture_changes_its_size(opened):
+    small = {"width": 360, "height": 240, "deviceScaleFactor": 1, "mobile": False}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", small)
+    opened.find_element("css selector", "#list button").click()
+    heights = "const {scrollHeight, clientHeight} = document.getElementById(arguments[0]); "
+    heights += "return scrollHeight - clientHeight"
+    assert opened.execute_script(heights, "large") <= 0 < opened.execute_script(heights, "frame")
+    for place, kind in ((".name", None), ("button", "whole"), ("button", "")):
+        opened.execute_script("document.querySelector(arguments[0]).click()", f"#frame {place}")
+        assert opened.find_element("id", "frame").get_dom_attribute("class") == kind
+    opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_nothing_is_requested_from_elsewhere(opened):
