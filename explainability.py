@@ -657,8 +657,9 @@ def read_dicom(file: BinaryIO) -> tuple[np.ndarray, int, list[str]]:
         raise ExplainError("a DICOM file, which needs pydicom; pip install pydicom") from error
     dataset = dcmread(file, force=True)  # also without preamble and file meta information
     dataset.file_meta.setdefault("TransferSyntaxUID", uid.ExplicitVRLittleEndian)  # for pixels, as implicit
-    if "Rows" not in dataset:
-        raise ExplainError("a DICOM file without an image in it; give one that holds the radiograph")
+    if not dataset.dir("PixelData"):  # nor FloatPixelData
+        cause = "a DICOM file without an image in it, or cut short"
+        raise ExplainError(f"{cause}; give one that holds the radiograph, or {COPY_AGAIN}")
     check_size(dataset.Columns, dataset.Rows)
     try:
         stored = pixels.pixel_array(dataset, index=0)
@@ -3202,9 +3203,9 @@ def named_class(text: str, class_names: Sequence[str]) -> str:
     """The one class that a text names, whole or by the words it alone has (simple, simples); else nothing."""
     words = words_of(text)
     starts = words | {word[:end] for word in words for end in range(4, len(word))}  # shorter: of too many
-    found = [name for name in class_names if class_key(name) == class_key(text)]
-    found = found or [name for name in class_names if words_of(short_class(name, class_names)) <= starts]
-    if len(found) != 1 or NEGATIONS & (words - words_of(found[0])):
+    whole = [name for name in class_names if class_key(name) == class_key(text)]
+    found = whole or [name for name in class_names if words_of(short_class(name, class_names)) <= starts]
+    if len(found) != 1 or (not whole and NEGATIONS & (words - words_of(found[0]))):
         return ""
     return found[0]
 

@@ -273,6 +273,8 @@ REFUSED = {
     "huge DICOM": (lambda: dicom(GREY8, Rows=60_000, Columns=60_000), "more than 100,000,000"),
     "padding alone": (lambda: dicom(DEEP * 0, PixelPaddingValue=0), "none but padding"),
     "start of DICOM": (lambda: b"\x08\0\x05\0CS\x0a\0ISO_IR 100", "a DICOM file without an image in it"),
+    "DICOM, header alone": (lambda: dicom(DEEP)[: -DEEP.nbytes - 12], "without an image in it, or cut short"),
+    "compressed, cut": (lambda: compressed(FLAT_JPEG, 50, FLAT)[:-99], "cut short; give one that holds the"),
     "compressed, no decoder": (lambda: compressed(b"\0\0", 100), "compressed as MPEG2"),
     "compressed, damaged": (lambda: compressed(b"\xff\xd8\xff\xd9", 50), "decoder; pip install pylibjpeg"),
 }  # fmt: skip
@@ -476,6 +478,13 @@ def test_other_files_in_folders_are_passed_over_and_counted(tmp_path):
     assert "without an image" in refusal(report)
     with pytest.raises(ExplainError, match="no radiograph there, only 1"):
         tool.without_other_files([report], [str(folder)])
+
+
+def test_a_folder_that_takes_its_own_results_is_searched_once_despite_a_link_back(tmp_path):
+    (tmp_path / "simple").mkdir()
+    (tmp_path / "again").symlink_to(tmp_path)
+    image = written(tmp_path / "simple" / "a.png", png(GREY8))
+    assert tool.found_images([str(tmp_path)], tmp_path) == [image]
 
 
 @pytest.mark.parametrize(

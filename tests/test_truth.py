@@ -35,6 +35,11 @@ def test_a_text_names_the_class_whose_own_words_it_holds(name):
     assert {text: tool.named_class(text, three) for text in NAMED[name]} == dict.fromkeys(NAMED[name], name)
 
 
+def test_a_whole_name_counts_though_a_word_of_it_denies():
+    for text in ("no_fracture", "NoFracture", "nofracture"):
+        assert tool.named_class(text, ("fracture", "nofracture")) == "nofracture"
+
+
 FOLDERS = [  # path, word of a table, class
     ("/data/simple/patient1/x.png", "", SIMPLE), ("/simple/comminuted/x.png", "", COMMINUTED),
     ("/simple/both comminuted simple/x.png", "", SIMPLE), ("/data/images/simple.png", "", ""),
