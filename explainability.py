@@ -4985,12 +4985,13 @@ def found_images(arguments: Sequence[str], output_folder: Path) -> list[Path]:
 
 def without_other_files(images: list[Path], named: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Images less what is none, unless named by itself; and a line that counts it. Raises ExplainError."""
-    others = [path for path in images if str(path) not in named and is_no_radiograph(path)]
+    others = {path for path in images if str(path) not in named and is_no_radiograph(path)}
     if not others:
         return images, []
-    left, names = [path for path in images if path not in others], listed([path.name for path in others])
+    left = [path for path in images if path not in others]
+    names = listed([path.name for path in images if path in others])
     if not left:
-        raise refusal(others[0].parent, f"no radiograph there, only {names}", "name others")
+        raise refusal(images[0].parent, f"no radiograph there, only {names}", "name others")
     return left, [f"ℹ️  passed over, as no radiographs: {names}"]
 
 
