@@ -696,8 +696,9 @@ def dicom_grey(dataset: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[s
         return to_8_bits(apply_color_lut(stored, dataset))
     values, padding = stored, np.zeros(stored.shape, bool)
     if (value := dataset.get("PixelPaddingValue")) is not None:
-        low, high = sorted((value, dataset.get("PixelPaddingRangeLimit", value)))
-        padding = (stored >= low) & (stored <= high)
+        limit = dataset.get("PixelPaddingRangeLimit")
+        ends = np.array([value, value if limit is None else limit]).astype(stored.dtype)  # 63536 is -2000
+        padding = (stored >= ends.min()) & (stored <= ends.max())
     slope, intercept = first_number(dataset, "RescaleSlope", 1), first_number(dataset, "RescaleIntercept", 0)
     if dataset.get("ModalityLUTSequence"):
         values, *_ = looked_up(dataset.ModalityLUTSequence[0], stored)
@@ -736,7 +737,7 @@ def looked_up(item: Dataset, values: np.ndarray) -> tuple[np.ndarray, int, int]:
     table = item.LUTData
     if isinstance(table, bytes):
         order = "<" if item.original_encoding[1] else ">"
-        table = np.frombuffer(table, np.uint8 if len(table) < 2 * (entries or 65_536) else f"{order}u2")
+        table = np.frombuffer(table, np.uint8 if len(table) <= (entries or 65_536) + 1 else f"{order}u2")
     table = np.asarray(table, np.uint16)
     index = np.clip(values.astype(np.int64) - first, 0, len(table) - 1)
     return table[index], int(table.min()), int(table.max())
@@ -3183,7 +3184,7 @@ SIDES = ("x0", "y0", "x1", "y1")
 TRUTH_COLUMNS = {  # by what a table's header may call them, in any case
     **dict.fromkeys(("file", "filename", "image", "path"), "file"),
     **{"class": "class", "label": "class"},
-    **dict(zip((*SIDES, "xmin", "ymin", "xmax", "ymax"), SIDES * 2)),
+    **dict(zip((*SIDES, "xmin", "ymin", "xmax", "ymax", "x_min", "y_min", "x_max", "y_max"), SIDES * 3)),
 }
 NEGATIONS = {"no", "non", "not", "without"}
 
@@ -3199,21 +3200,21 @@ def short_class(name: str, names: Sequence[str]) -> str:
     return " ".join(word for word in name.split() if word not in common) or name
 
 
-def named_class(text: str, class_names: Sequence[str]) -> str:
-    """The one class that a text names, whole or by the words it alone has (simple, simples); else nothing."""
+def named_class(text: str, class_names: Sequence[str]) -> str | None:
+    """The class that a text names, whole or by words it alone has (simple); None if denied, else nothing."""
     words = words_of(text)
     starts = words | {word[:end] for word in words for end in range(4, len(word))}  # shorter: of too many
     whole = [name for name in class_names if class_key(name) == class_key(text)]
     found = whole or [name for name in class_names if words_of(short_class(name, class_names)) <= starts]
-    if len(found) != 1 or (not whole and NEGATIONS & (words - words_of(found[0]))):
+    if len(found) != 1:
         return ""
-    return found[0]
+    return None if not whole and NEGATIONS & (words - words_of(found[0])) else found[0]
 
 
 def folder_class(image: Path, class_names: Sequence[str]) -> str:
-    """The class that the nearest folder above an image names, or nothing."""
-    folders = Path(os.path.abspath(image)).parents
-    return next((name for each in folders if (name := named_class(each.name, class_names))), "")
+    """The class that the nearest folder above an image names; nothing where none does, or it denies one."""
+    named = (named_class(folder.name, class_names) for folder in Path(os.path.abspath(image)).parents)
+    return next((name for name in named if name != ""), None) or ""
 
 
 def known_truth(
@@ -3265,10 +3266,13 @@ def truth_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     if "file" not in titles or len({*titles} - {None}) < 2:
         cause = f"its first line is {brief(lines[0])}"
         raise refusal(path, cause, "begin with names of columns: file and any of class, x0, y0, x1, y1")
-    for row in reader:
-        cells = defaultdict(str, {title: cell.strip() for title, cell in zip(titles, row) if title})
-        if any(cells.values()):
-            yield reader.line_num, cells
+    try:
+        for row in reader:
+            cells = defaultdict(str, {title: cell.strip() for title, cell in zip(titles, row) if title})
+            if any(cells.values()):
+                yield reader.line_num, cells
+    except csv.Error as error:
+        raise refusal(path, "a cell has no end", "close its quotation mark") from error
 
 
 def extended(truth: Truth, cells: dict[str, str], path: Path, number: int) -> Truth:
@@ -3290,9 +3294,9 @@ def extended(truth: Truth, cells: dict[str, str], path: Path, number: int) -> Tr
 def told_truth(job: Job, class_names: Sequence[str]) -> tuple[Job, str]:
     """A job that knows its true class, of its table or its folders; and the table's word that is no class."""
     word = job.truth.name
-    name = named_class(word, class_names) if word else folder_class(job.image, class_names)
-    if word.isdecimal() and int(word) < len(class_names):
-        name = class_names[int(word)]
+    name = (named_class(word, class_names) or "") if word else folder_class(job.image, class_names)
+    if re.fullmatch(r"\d+(\.0)?", word) and float(word) < len(class_names):  # 1.0 where cells are missing
+        name = class_names[int(float(word))]
     return dataclasses.replace(job, truth=dataclasses.replace(job.truth, name=name)), "" if name else word
 
 

@@ -25,7 +25,8 @@ NAMED = {
         "01_simple",
         "simple2",
     ),
-    "": ("fracture", "test", "comminuted_vs_simple", "non-comminuted", "not simple", "normal", "simp"),
+    "": ("fracture", "test", "comminuted_vs_simple", "normal", "simp"),
+    None: ("non-comminuted", "not simple"),
 }
 
 
@@ -42,6 +43,7 @@ def test_a_whole_name_counts_though_a_word_of_it_denies():
 
 FOLDERS = [  # path, word of a table, class
     ("/data/simple/patient1/x.png", "", SIMPLE), ("/simple/comminuted/x.png", "", COMMINUTED),
+    ("/simple/non-simple/x.png", "", ""), ("/simple/x.png", "1.0", SIMPLE),
     ("/simple/both comminuted simple/x.png", "", SIMPLE), ("/data/images/simple.png", "", ""),
     ("/simple/x.png", "comminuted", COMMINUTED), ("/simple/x.png", "0", COMMINUTED),
     ("/simple/x.png", "2", ""), ("/simple/x.png", "greenstick", ""),
@@ -83,6 +85,7 @@ def truths(images: list[Path], content: str | bytes, place: str = ".") -> dict[s
         "File;Class;X0;Y0;X1;Y1\n\na.png;simple;1;2;3,5;4\n",
         "file\tclass\tx0\ty0\tx1\ty1\na.png\tsimple\t1\t2\t3.5\t4\n",
         "filename,label,xmin,ymin,xmax,ymax\na.png,simple,1,2,3.5,4\n",
+        "image,class,x_min,y_min,x_max,y_max\na.png,simple,1,2,3.5,4\n",
         (HEADER + "a.png,simple,1,2,3.5,4\n").encode("utf-16"),
         "image;class;note;x0;y0;x1;y1\na.png;simple;Höhe;1;2;3,5;4\n".encode("cp1252"),
     ],
@@ -127,6 +130,7 @@ def test_the_table_of_the_test_images_counts_for_them_alone(images):
         ),
         ("name,kind\n", "its first line is 'name,kind'; begin with names of columns: file and any of class"),
         ("", "its first line is ''"),
+        (HEADER + 'a.png,"simple,,,,\n' + "b.png,simple,,,,\n" * 9000, "a cell has no end"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_one_line_with_its_number(images, content, cause):
