@@ -3820,7 +3820,14 @@ def earlier_rows(folder: Path, columns: Sequence[str]) -> dict[str, Row]:
 def fold_table(folder: Path, columns: Sequence[str]) -> list[Row]:
     """Keep the last row of each image and the columns that say something; the rows."""
     with table_alone(folder) as path:
-        last = {os.path.abspath(row["file"]): row for row in table_rows(path, columns)}
+        last: dict[str, Row] = {}
+        taken: set[str] = set()
+        for row in reversed(table_rows(path, columns)):
+            if last.setdefault(os.path.abspath(row["file"]), row) is row and row["outputs"]:
+                # Another run may have replaced a file by that of an image of the same name.
+                files = [each for each in json.loads(row["outputs"]) if each not in taken]
+                row["outputs"] = json.dumps(files, ensure_ascii=False)
+                taken.update(files)
         rows = sorted(last.values(), key=lambda row: row["file"])
         write_rows(path, rows, [name for name in columns if any(row[name] for row in rows)])
     return rows
@@ -4695,9 +4702,9 @@ def run(request: Request) -> int:
     else:
         with contextlib.redirect_stdout(io.StringIO()) if args.quiet else contextlib.nullcontext():
             lines, status = explain_all(request)
-    say(*lines)
     if is_demo(checkpoints[0][1]):  # what also a quiet run ends in
-        say("", f"⚠️  Demo {'networks' if len(checkpoints) > 1 else 'network'}: {DEMO_NOTICE}")
+        lines += ["", f"⚠️  Demo {'networks' if len(checkpoints) > 1 else 'network'}: {DEMO_NOTICE}"]
+    say(*lines)
     return status
 
 
@@ -4941,7 +4948,7 @@ def images_below(folder: Path, results: Path | None = None) -> list[Path]:
 
     def refuse(error: OSError) -> None:
         cause = f"cannot be searched ({error.strerror})"
-        raise refusal(Path(error.filename), cause, "change its mode, or name the other folders")
+        raise refusal(Path(error.filename), cause, "check its path and mode, or name the other folders")
 
     start, own = os.path.realpath(folder), os.path.realpath(results) if results else ""
     paths, searched = [], {*map(str, Path(start).parents), own} - {start}
