@@ -338,6 +338,13 @@ def test_no_name_of_an_image_is_told_anonymously(explain, folder, tmp_path, caps
         assert "Doe" not in path.name and (path.suffix not in (".csv", ".json") or "Doe" not in path.read_text())
 
 
+def test_a_figure_belongs_to_the_image_that_took_its_name_last(explain, folder, tmp_path):
+    for place in ("simple_fracture", "comminuted_fracture"):
+        assert explain("--image", folder / place, "--model", "convnext") == 0
+    names = [[f"gradcam_convnext_{letter}.png"] if letter else [] for letter in ("a", "b", "", "c", "d")]
+    assert [json.loads(row["outputs"]) for row in table(tmp_path)] == names
+
+
 # Names of outputs
 
 
