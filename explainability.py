@@ -1571,9 +1571,6 @@ def refine_cam(seen: ForwardPass) -> torch.Tensor:
     return product
 
 
-# Gradients of pixels
-
-
 def input_gradients(network: torch.nn.Module, inputs: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
     """d score / d inputs (N, 3, S, S), of one class (N,) each."""
     import torch
@@ -4085,6 +4082,7 @@ main button, main img { display: block; width: 100% } main img { aspect-ratio: 1
 [class^="case"] { width: 56px; vertical-align: top; margin: 2px }
 dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0 }
 #frame { height: calc(100% - 40px); overflow: auto } #frame a { display: table }
+#frame td:has(img) { float: left; margin: 0 14px 0 0 }
 #frame:not(.whole) img { max-width: 100%; max-height: 80vh }
 @media print { :root { font-size: 9px } form, summary { display: none } tr, section { break-inside: avoid }
   main tr { content-visibility: visible } .cards tbody { grid-template-columns: 1fr 1fr 1fr } }
