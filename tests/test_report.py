@@ -225,7 +225,6 @@ PICTURES = """return Promise.all([...document.querySelectorAll("#list img")].map
     image.loading = "eager";
     return image.decode().then(() => image.naturalWidth); }))"""
 FETCH = "const done = arguments[0]; fetch('https://example.org').then(() => done(1), () => done('refused'));"
-TIME = "const [time] = performance.getEntriesByType('navigation'); return time.loadEventEnd / 1000"
 
 
 @pytest.fixture(scope="module")
@@ -384,15 +383,14 @@ def test_nothing_is_wider_than_the_window_cells_are_shaded_and_cases_pictured(op
 
 
 @pytest.mark.parametrize("told, look", (({}, "cards"), ({"outputs": "[]"}, "lines")))
-def test_five_thousand_images_open_within_two_seconds(browser, tmp_path, told, look):
+def test_five_thousand_images_open_and_those_out_of_view_cost_nothing(browser, tmp_path, told, look):
     rows = [a_row(f"a/{n}.png", SIMPLE, (SIMPLE, 0.8), (SIMPLE, 0.7), **told) for n in range(4999)]
     (tmp_path / "report.html").write_text(page([*rows, FAILED]), encoding="utf-8")
-    spent = []
-    for _ in range(3):  # the tests may not be alone on their machine
-        browser.get("about:blank")
-        browser.get((tmp_path / "report.html").as_uri())
-        spent.append(browser.execute_script(TIME))
-    assert text_of(browser, "count") == "5000 of 5000 images" and min(spent) < 2
+    browser.get((tmp_path / "report.html").as_uri())
+    assert text_of(browser, "count") == "5000 of 5000 images"
+    row = browser.find_element("css selector", f"table.{look} tr")
+    assert row.value_of_css_property("content-visibility") == "auto"
+    assert all(image.get_attribute("loading") == "lazy" for image in row.find_elements("tag name", "img"))
     browser.execute_script("document.querySelector('#list').lastChild.scrollIntoView()")
     assert browser.find_element("css selector", f"table.{look} tr:last-child .name").text == "bad.png"
     click(browser, "failed")
