@@ -2469,7 +2469,7 @@ def united_area(boxes: Sequence[Region]) -> float:
     covered = np.zeros((len(y) - 1, len(x) - 1), bool)
     for x0, y0, x1, y1 in boxes:
         covered |= np.outer((y[:-1] >= y0) & (y[1:] <= y1), (x[:-1] >= x0) & (x[1:] <= x1))
-    return float((covered * np.outer(np.diff(y), np.diff(x))).sum())
+    return float(np.outer(np.diff(y), np.diff(x))[covered].sum())
 
 
 def with_margin(box: Region, h: int, w: int) -> Region:
@@ -4936,9 +4936,9 @@ def options_text(args: argparse.Namespace) -> str:
     return ", ".join(told)
 
 
-def versions_text() -> str:
+def version_lines() -> list[str]:
     told = [f"explainability.py {VERSION}", f"Python {platform.python_version()}"]
-    return "\n".join([*told, *(f"{name} {version(name)}" for name in LIBRARIES)])
+    return [*told, *(f"{name} {version(name)}" for name in LIBRARIES)]
 
 
 def images_below(folder: Path, results: Path | None = None) -> list[Path]:
@@ -5091,7 +5091,7 @@ def checked_request(args: argparse.Namespace) -> Request:
     question = args.weights, args.target_class, args.class_names, tuple(args.method), style, args.verify
     asked = marks, question, table, stamps(reference)
     jobs = make_jobs(images, [family.key for family, _ in checkpoints], args, truths, asked)
-    told = options_text(args), versions_text().replace("\n", ", ")
+    told = () if is_single else (options_text(args), ", ".join(version_lines()))
     return Request(args, jobs, is_single, checkpoints, style, notes + missing, reference, told)
 
 
@@ -5101,11 +5101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an emoji that the terminal lacks becomes "?"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of libraries, for their programmers
+        with warnings.catch_warnings(action="ignore"):  # of libraries, for their programmers
             args = parsed(argv)
             if args.version:
-                say(versions_text())
+                say(*version_lines())
                 return 0
             return run(checked_request(args))
     except ExplainError as error:
