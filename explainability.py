@@ -4196,9 +4196,14 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     return (share + square / 2 - half) / (1 + square), (share + square / 2 + half) / (1 + square)
 
 
+def calibration_error(confidence: np.ndarray, is_right: np.ndarray) -> float:
+    """Gap of confidence and accuracy in ten steps of confidence, both (n,): Guo et al., ICML 2017, eq. 3."""
+    tenths = np.minimum(10 * confidence, 9).astype(int)
+    return float(np.abs(np.bincount(tenths, confidence - is_right)).sum() / len(confidence))
+
+
 def confidence_figure(seen: Sequence[Seen]) -> Markup:
-    """A reliability diagram with the expected calibration error (Guo et al., ICML 2017, eq. 3); where no
-    class is known, how many images there are in each tenth of confidence."""
+    """A reliability diagram; where no class is known, how many images are in each tenth of confidence."""
     sure = np.array([float(each["confidence"]) for each in seen])
     tenths = np.minimum(10 * sure, 9).astype(int)
     counts, diagonal = np.bincount(tenths, minlength=10), []
@@ -4207,7 +4212,7 @@ def confidence_figure(seen: Sequence[Seen]) -> Markup:
     if seen[0]["true_class"]:
         is_right = np.array([each["correct"] == "yes" for each in seen])
         heights = np.bincount(tenths, is_right, 10) / np.maximum(counts, 1)
-        error = np.abs(np.bincount(tenths, sure - is_right)).sum() / len(seen)
+        error = calibration_error(sure, is_right)
         told = f"Share right by confidence, both 0 to 100 %; calibration error {error:.3f}"
         diagonal = [element("line", x1="0", y1="100", x2="100", y2="0")]  # where confidence is right
     bars = "".join(f"M{10 * tenth} 100v{-100 * height:.1f}h9V100z" for tenth, height in enumerate(heights))

@@ -42,7 +42,6 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-
 sys.path.insert(0, str(HERE.parent / "data_original"))
 
 import explainability as tool  # noqa: E402
@@ -99,15 +98,9 @@ def measure(key: str, checkpoint: Path) -> Measurement:
     said = [np.mean([row[f"{key}_{name}"] == "yes" for row in rows]) for name in ("correct", "in_box")]
     said += [np.mean([float(row[f"{key}_{name}"]) for row in rows]) for name in ("heat_in_box", "box_area")]
     confidence = np.array([float(row[f"{key}_confidence"]) for row in rows])
-    said.append(calibration_error(confidence, np.array([row[f"{key}_correct"] == "yes" for row in rows])))
+    right = np.array([row[f"{key}_correct"] == "yes" for row in rows])
+    said.append(tool.calibration_error(confidence, right))
     return Measurement(len(rows), *map(float, said))
-
-
-def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """How far confidence and accuracy are apart, in ten equal steps of confidence: C. Guo et al., ICML 2017, eq. 3."""
-    steps = np.minimum((confidence * 10).astype(int), 9)
-    gaps = np.bincount(steps, weights=right - confidence, minlength=10)
-    return float(np.abs(gaps).sum() / len(right))
 
 
 # Checks

@@ -176,13 +176,10 @@ def test_readme_shows_and_names_files_that_are_there():
     assert [name for name in pictures + named if not (ROOT / name).is_file()] == []
 
 
-def test_calibration_error_is_the_gap_between_confidence_and_accuracy(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "checkpoints")
-    import evaluate
-
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
     confidence, right = np.array([0.95, 0.95, 0.65, 0.65]), np.array([True, False, True, True])
     # Half are sure and right in half: 0.45 too sure; half are right where 0.65 was said: 0.35 too unsure.
-    assert evaluate.calibration_error(confidence, right) == pytest.approx((0.45 + 0.35) / 2)
+    assert explainability.calibration_error(confidence, right) == pytest.approx((0.45 + 0.35) / 2)
 
 
 @pytest.mark.slow
